@@ -1,0 +1,139 @@
+"""Settings of central, read once at the entry point from the environment (prefix CENTRAL_, nesting `__`).
+
+In: environment variables. Out: one frozen CentralSettings. Unknown keys are refused. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from central.errors import SettingsError
+
+PREFIX = "CENTRAL_"
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BaseModelSettings(Group):
+    path: Path | None = None
+    """Hugging Face directory of the base model (config, tokenizer, safetensors headers are read). Required by serve."""
+
+
+class ListenSettings(Group):
+    host: str = "127.0.0.1"
+    """Address that both ports listen on."""
+    port: int = Field(default=9443, ge=1, le=65535)
+    """Mutual-TLS port for enrolled nodes and operators."""
+    enrollment_port: int = Field(default=9444, ge=1, le=65535)
+    """Server-TLS port for enrolment only."""
+    names: list[str] = Field(default_factory=lambda: ["localhost", "127.0.0.1"])
+    """DNS names and addresses in central's certificate, as a JSON list."""
+
+
+class JournalSettings(Group):
+    url: str | None = None
+    """SQLAlchemy URL; a SQLite file in the data directory when unset."""
+
+
+class MergePolicy(Group):
+    min_updates: int = Field(default=2, ge=1)
+    """Merge when this many updates wait in the cohort."""
+    max_age_s: float = Field(default=900, gt=0)
+    """Merge anyway when the oldest waiting update is this old."""
+    strategy: str = "product-mean"
+    """product-mean, or the name of a class in flwr.serverapp.strategy (for example FedAvg)."""
+    strategy_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the flwr strategy."""
+    rank: int = Field(default=32, ge=1, le=512)
+    """Rank R of a release."""
+    server_step: float = Field(default=1.0, gt=0)
+    """eta in P(v+1) = trunc_R(P(v) + eta * U)."""
+    seed: int = 0
+    """Seed of randomized kernels."""
+
+
+class MergeSettings(MergePolicy):
+    cohorts: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Per cohort: the settings above that differ, as JSON, e.g. {"zeta": {"min_updates": 1}}."""
+
+    def policy(self, cohort: str) -> MergePolicy:
+        """The policy of one cohort."""
+        return MergePolicy(**{**self.model_dump(exclude={"cohorts"}), **self.cohorts.get(cohort, {})})
+
+
+class GateSettings(Group):
+    tasks: int = Field(default=60, ge=1)
+    """Held-out tasks per environment and node."""
+    deadline_s: float = Field(default=300, gt=0)
+    """Reports after this are not waited for."""
+    quorum: int = Field(default=1, ge=0)
+    """Fewest reporting nodes for a verdict. 0: accept without evaluation (for tests)."""
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    """Level of the one-sided paired test, corrected over environments."""
+    tolerance_points: float = Field(default=5, ge=0)
+    """An environment may fall by this many points below its high-water mark before the test counts."""
+    anchor_tolerance_points: float = Field(default=10, ge=0)
+    """The same for anchor skill."""
+    environments: dict[str, float] = Field(default_factory=dict)
+    """Tolerance in points for single environments by name; wins over both above."""
+
+
+class LimitSettings(Group):
+    max_update_bytes: int = Field(default=512 << 20, ge=1)
+    """Largest payload of one update."""
+    max_rank: int = Field(default=64, ge=1)
+    """Largest LoRA rank of an update."""
+    max_norm: float = Field(default=1e3, gt=0)
+    """Largest Frobenius norm of one module's increment."""
+    node_quota_bytes: int = Field(default=16 << 30, ge=1)
+    """Unfinished and waiting bytes that one node may have at central."""
+
+
+class CentralSettings(BaseSettings):
+    """One frozen group per room."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    data_dir: Path = Path("central-data")
+    """Everything that must survive: keys, journal, blobs."""
+    base: BaseModelSettings = BaseModelSettings()
+    listen: ListenSettings = ListenSettings()
+    journal: JournalSettings = JournalSettings()
+    merge: MergeSettings = MergeSettings()
+    gate: GateSettings = GateSettings()
+    limits: LimitSettings = LimitSettings()
+
+
+def load_settings() -> CentralSettings:
+    """Settings from the environment; raises SettingsError with one line per mistake."""
+    known = {name.upper() for name in CentralSettings.model_fields}
+    mistakes = [
+        f"{key}: unknown setting; expected one of {', '.join(sorted(PREFIX + name for name in known))}"
+        for key in sorted(os.environ)
+        if key.upper().startswith(PREFIX) and key.upper().removeprefix(PREFIX).split("__")[0] not in known
+    ]
+    settings: CentralSettings | None = None
+    try:
+        settings = CentralSettings()
+        for cohort in settings.merge.cohorts:
+            settings.merge.policy(cohort)
+    except ValidationError as error:
+        for item in error.errors():
+            variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
+            value = "" if item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
+            text = "unknown setting" if item["type"] == "extra_forbidden" else item["msg"]
+            mistakes.append(f"{variable}: {text}{value}")
+    except ValueError as error:  # pydantic-settings: a list or object that is not JSON
+        mistakes.append(f"{error}; expected JSON")
+    if mistakes or settings is None:
+        raise SettingsError("Settings are not usable. " + "; ".join(mistakes) + ". See central/settings.py for every setting.")
+    return settings

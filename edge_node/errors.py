@@ -1,0 +1,59 @@
+"""Errors of the edge node.
+
+EdgeError
++-- SettingsError (ValueError)       exit 2: the environment variables are not usable
++-- EnrollmentError (RuntimeError)   exit 3: central refused, or the node is not enrolled
++-- CentralUnreachable (ConnectionError)  exit 4: central did not answer
++-- StorageError (OSError)           exit 5: a path cannot be written or read
++-- ServingError (RuntimeError)      exit 6: vLLM cannot start or a port is taken
++-- AdapterError (ValueError)        a payload is not usable here
++-- UnknownInteraction (LookupError) feedback for an id that the node does not hold
++-- UpdateRefused (RuntimeError)     central refused an update; its `reason` is central's code
+"""
+
+from __future__ import annotations
+
+
+class EdgeError(Exception):
+    """Every error of ours; the message says what happened, the value seen, what was expected and the next step."""
+
+    exit_code = 1
+
+
+class SettingsError(EdgeError, ValueError):
+    exit_code = 2
+
+
+class EnrollmentError(EdgeError, RuntimeError):
+    exit_code = 3
+
+
+class CentralUnreachable(EdgeError, ConnectionError):
+    exit_code = 4
+
+
+class StorageError(EdgeError, OSError):
+    exit_code = 5
+
+
+class ServingError(EdgeError, RuntimeError):
+    exit_code = 6
+
+
+class AdapterError(EdgeError, ValueError):
+    pass
+
+
+class UnknownInteraction(EdgeError, LookupError):
+    def __init__(self, interaction_id: str) -> None:
+        super().__init__(
+            f"No interaction {interaction_id!r} on this node. Expected the `id` of an answer that this node gave and kept."
+        )
+        self.interaction_id = interaction_id
+
+
+class UpdateRefused(EdgeError, RuntimeError):
+    def __init__(self, update_id: str, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.update_id = update_id
+        self.reason = reason

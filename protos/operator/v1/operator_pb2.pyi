@@ -1,0 +1,262 @@
+from protos.fleet.v1 import fleet_pb2 as _fleet_pb2
+from protos.releases.v1 import releases_pb2 as _releases_pb2
+from protos.updates.v1 import updates_pb2 as _updates_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ReleaseState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RELEASE_STATE_UNSPECIFIED: _ClassVar[ReleaseState]
+    RELEASE_STATE_CANDIDATE: _ClassVar[ReleaseState]
+    RELEASE_STATE_ACCEPTED: _ClassVar[ReleaseState]
+    RELEASE_STATE_REJECTED: _ClassVar[ReleaseState]
+    RELEASE_STATE_ABANDONED: _ClassVar[ReleaseState]
+
+class AbandonedUpdates(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ABANDONED_UPDATES_UNSPECIFIED: _ClassVar[AbandonedUpdates]
+    ABANDONED_UPDATES_REQUEUE: _ClassVar[AbandonedUpdates]
+    ABANDONED_UPDATES_SET_ASIDE: _ClassVar[AbandonedUpdates]
+RELEASE_STATE_UNSPECIFIED: ReleaseState
+RELEASE_STATE_CANDIDATE: ReleaseState
+RELEASE_STATE_ACCEPTED: ReleaseState
+RELEASE_STATE_REJECTED: ReleaseState
+RELEASE_STATE_ABANDONED: ReleaseState
+ABANDONED_UPDATES_UNSPECIFIED: AbandonedUpdates
+ABANDONED_UPDATES_REQUEUE: AbandonedUpdates
+ABANDONED_UPDATES_SET_ASIDE: AbandonedUpdates
+
+class Node(_message.Message):
+    __slots__ = ("node_id", "name", "cohort", "revoked", "connected", "last_seen", "status")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    name: str
+    cohort: str
+    revoked: bool
+    connected: bool
+    last_seen: str
+    status: _fleet_pb2.NodeStatus
+    def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., cohort: _Optional[str] = ..., revoked: _Optional[bool] = ..., connected: _Optional[bool] = ..., last_seen: _Optional[str] = ..., status: _Optional[_Union[_fleet_pb2.NodeStatus, _Mapping]] = ...) -> None: ...
+
+class Update(_message.Message):
+    __slots__ = ("update_id", "node_id", "cohort", "sequence", "state", "start_release_id", "rank", "size_bytes", "admitted_at", "release_id", "reason")
+    UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    START_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_AT_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    update_id: str
+    node_id: str
+    cohort: str
+    sequence: int
+    state: _updates_pb2.UpdateState
+    start_release_id: str
+    rank: int
+    size_bytes: int
+    admitted_at: str
+    release_id: str
+    reason: str
+    def __init__(self, update_id: _Optional[str] = ..., node_id: _Optional[str] = ..., cohort: _Optional[str] = ..., sequence: _Optional[int] = ..., state: _Optional[_Union[_updates_pb2.UpdateState, str]] = ..., start_release_id: _Optional[str] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., admitted_at: _Optional[str] = ..., release_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class NodeVerdict(_message.Message):
+    __slots__ = ("node_id", "results", "abstain_reason")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ABSTAIN_REASON_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    results: _containers.RepeatedCompositeFieldContainer[_releases_pb2.EnvironmentResult]
+    abstain_reason: str
+    def __init__(self, node_id: _Optional[str] = ..., results: _Optional[_Iterable[_Union[_releases_pb2.EnvironmentResult, _Mapping]]] = ..., abstain_reason: _Optional[str] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("release_id", "version", "cohort", "parent_id", "state", "channels", "created_at", "rank", "size_bytes", "truncation_error", "update_weights", "evaluations", "verdict")
+    class UpdateWeightsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_ERROR_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    release_id: str
+    version: str
+    cohort: str
+    parent_id: str
+    state: ReleaseState
+    channels: _containers.RepeatedScalarFieldContainer[str]
+    created_at: str
+    rank: int
+    size_bytes: int
+    truncation_error: float
+    update_weights: _containers.ScalarMap[str, float]
+    evaluations: _containers.RepeatedCompositeFieldContainer[NodeVerdict]
+    verdict: str
+    def __init__(self, release_id: _Optional[str] = ..., version: _Optional[str] = ..., cohort: _Optional[str] = ..., parent_id: _Optional[str] = ..., state: _Optional[_Union[ReleaseState, str]] = ..., channels: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., truncation_error: _Optional[float] = ..., update_weights: _Optional[_Mapping[str, float]] = ..., evaluations: _Optional[_Iterable[_Union[NodeVerdict, _Mapping]]] = ..., verdict: _Optional[str] = ...) -> None: ...
+
+class JournalEvent(_message.Message):
+    __slots__ = ("sequence", "at", "kind", "cohort", "subject", "body", "hash")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    at: str
+    kind: str
+    cohort: str
+    subject: str
+    body: str
+    hash: str
+    def __init__(self, sequence: _Optional[int] = ..., at: _Optional[str] = ..., kind: _Optional[str] = ..., cohort: _Optional[str] = ..., subject: _Optional[str] = ..., body: _Optional[str] = ..., hash: _Optional[str] = ...) -> None: ...
+
+class ListNodesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListNodesResponse(_message.Message):
+    __slots__ = ("nodes",)
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    nodes: _containers.RepeatedCompositeFieldContainer[Node]
+    def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
+
+class CreateTokenRequest(_message.Message):
+    __slots__ = ("cohort", "uses", "valid_s")
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    VALID_S_FIELD_NUMBER: _ClassVar[int]
+    cohort: str
+    uses: int
+    valid_s: int
+    def __init__(self, cohort: _Optional[str] = ..., uses: _Optional[int] = ..., valid_s: _Optional[int] = ...) -> None: ...
+
+class CreateTokenResponse(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    def __init__(self, token: _Optional[str] = ...) -> None: ...
+
+class RevokeNodeRequest(_message.Message):
+    __slots__ = ("node_id",)
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    def __init__(self, node_id: _Optional[str] = ...) -> None: ...
+
+class RevokeNodeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListReleasesRequest(_message.Message):
+    __slots__ = ("cohort",)
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    cohort: str
+    def __init__(self, cohort: _Optional[str] = ...) -> None: ...
+
+class ListReleasesResponse(_message.Message):
+    __slots__ = ("releases",)
+    RELEASES_FIELD_NUMBER: _ClassVar[int]
+    releases: _containers.RepeatedCompositeFieldContainer[Release]
+    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+
+class GetReleaseRequest(_message.Message):
+    __slots__ = ("release",)
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    release: str
+    def __init__(self, release: _Optional[str] = ...) -> None: ...
+
+class GetReleaseResponse(_message.Message):
+    __slots__ = ("release",)
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    release: Release
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+
+class PromoteReleaseRequest(_message.Message):
+    __slots__ = ("release", "channel")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_FIELD_NUMBER: _ClassVar[int]
+    release: str
+    channel: str
+    def __init__(self, release: _Optional[str] = ..., channel: _Optional[str] = ...) -> None: ...
+
+class PromoteReleaseResponse(_message.Message):
+    __slots__ = ("release",)
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    release: Release
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+
+class RollbackReleaseRequest(_message.Message):
+    __slots__ = ("cohort", "release", "updates")
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    cohort: str
+    release: str
+    updates: AbandonedUpdates
+    def __init__(self, cohort: _Optional[str] = ..., release: _Optional[str] = ..., updates: _Optional[_Union[AbandonedUpdates, str]] = ...) -> None: ...
+
+class RollbackReleaseResponse(_message.Message):
+    __slots__ = ("release", "abandoned_release_ids")
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    ABANDONED_RELEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    release: Release
+    abandoned_release_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., abandoned_release_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListUpdatesRequest(_message.Message):
+    __slots__ = ("cohort", "node_id")
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    cohort: str
+    node_id: str
+    def __init__(self, cohort: _Optional[str] = ..., node_id: _Optional[str] = ...) -> None: ...
+
+class ListUpdatesResponse(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[Update]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+
+class ListEventsRequest(_message.Message):
+    __slots__ = ("after", "limit")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    after: int
+    limit: int
+    def __init__(self, after: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListEventsResponse(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[JournalEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[JournalEvent, _Mapping]]] = ...) -> None: ...
