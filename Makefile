@@ -1,0 +1,68 @@
+# `make` lists the targets. Every target sets up .venv first when the pins changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat requirements/cpu.lock pyproject.toml | sha256sum | cut -c1-16)
+STARTED := $(shell date +%s)
+PROTOS := $(wildcard protos/*/v1/*.proto)
+PACKAGES := edge_node central protos examples
+SEED ?= 0
+SIZE ?= full
+KEEP ?=
+export TORCH_INDEX
+
+# One thread a process: several processes share the cores, and contended threads are 4 times slower.
+export OMP_NUM_THREADS = 1
+
+.PHONY: help demo stop test test-slow lint protos bench clean install
+.DEFAULT_GOAL := help
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo
+	@echo "  Variables: SEED=0 SIZE=full|small KEEP=1 (demo); PYTHON=python3.11; TORCH_INDEX=<address of PyTorch's CPU"
+	@echo "  wheel index>, needed only where pip does not find torch's +cpu build by itself."
+	@echo "  On a GPU host install by hand: pip install 'lorikeet-federated[gpu]' (see README.md)."
+
+demo: $(STAMP) ## One central and four nodes learn together; writes demo-report.json and demo-plot.png (SEED, SIZE, KEEP)
+	@$(BIN)/python -m examples.quickstart.demo --seed $(SEED) --size $(SIZE) $(if $(filter 1,$(KEEP)),--keep) \
+		--install-seconds "$$(awk -v started=$(STARTED) '{print ($$2 >= started) ? $$1 : 0}' $(STAMP))"
+
+stop: $(STAMP) ## Stops the system that `make demo KEEP=1` left running
+	@$(BIN)/python -m examples.quickstart.demo --stop
+
+test: $(STAMP) ## lint, then unit, contract and integration tests (15 minutes at most on 2 cores)
+	@.ci/timed lint $(MAKE) --no-print-directory lint
+	@.ci/timed unit $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/unit
+	@.ci/timed contract $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/contract
+	@.ci/timed integration $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/integration
+
+test-slow: $(STAMP) ## Tests marked slow, bad input as a new user would meet it, and kill -9 of every process
+	@.ci/timed slow $(BIN)/python -m pytest -q -m "slow and not gpu" tests
+	@.ci/timed bad-input $(BIN)/python -m examples.quickstart.bad_input
+	@.ci/timed kill $(BIN)/python -m examples.quickstart.kill_test
+
+lint: $(STAMP) ## ruff, mypy --strict, drift of the proto stubs, proto lint
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+	@.ci/stub-drift $(BIN)/python
+	@$(BIN)/python -m tests.lint_protos
+
+protos: $(STAMP) ## Generates the stubs beside protos/*/v1/*.proto again
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+bench: $(STAMP) ## Every published figure (benchmarks/), one JSON line each
+	@for file in $(filter-out %/__init__.py,$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python -m benchmarks.$$(basename $$file .py) --json || exit 1; done
+
+clean: ## Removes the demo's run and report, the cached base model and tool caches; .venv too with VENV_TOO=1
+	@if [ -e demo-run/processes.json ] && [ -x $(BIN)/python ]; then $(BIN)/python -m examples.quickstart.demo --stop; fi
+	@rm -rf demo-run demo-run.* demo-report.json demo-plot.png .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@$(if $(filter 1,$(VENV_TOO)),rm -rf $(VENV))
+
+install: $(STAMP) ## Only the set-up that the other targets start with
+
+$(STAMP):
+	@bash requirements/install.sh $(PYTHON) $(VENV) $@
