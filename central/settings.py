@@ -135,5 +135,7 @@ def load_settings() -> CentralSettings:
     except ValueError as error:  # pydantic-settings: a list or object that is not JSON
         mistakes.append(f"{error}; expected JSON")
     if mistakes or settings is None:
-        raise SettingsError("Settings are not usable. " + "; ".join(mistakes) + ". See central/settings.py for every setting.")
+        raise SettingsError(
+            "Settings are not usable. " + "; ".join(mistakes) + ". See central/settings.py for every setting."
+        )
     return settings

@@ -138,7 +138,9 @@ class EdgeSettings(BaseSettings):
 
     data_dir: Path = Path("edge-data")
     """Everything that must survive: keys, experience, outbox, releases, checkpoints."""
-    node_name: str = Field(default="edge-node", min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")
+    node_name: str = Field(
+        default="edge-node", min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
+    )
     """Name that the operator sees."""
     base: BaseModelSettings = BaseModelSettings()
     central: CentralSettings = CentralSettings()
@@ -170,5 +172,7 @@ def load_settings() -> EdgeSettings:
     except ValueError as error:  # pydantic-settings: a list or object that is not JSON
         mistakes.append(f"{error}; expected JSON")
     if mistakes:
-        raise SettingsError("Settings are not usable. " + "; ".join(mistakes) + ". See edge_node/settings.py for every setting.")
+        raise SettingsError(
+            "Settings are not usable. " + "; ".join(mistakes) + ". See edge_node/settings.py for every setting."
+        )
     return settings

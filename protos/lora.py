@@ -88,11 +88,15 @@ def decode(data: bytes) -> LoraTensors:
         elif kind == "section" and middle and last:
             sections.setdefault(middle, {})[last] = array
         else:
-            raise LoraCodecError(f"Unknown tensor {name!r}; expected lora/<module>/A, lora/<module>/B or section/<name>/<key>.")
+            raise LoraCodecError(
+                f"Unknown tensor {name!r}; expected lora/<module>/A, lora/<module>/B or section/<name>/<key>."
+            )
     modules: dict[str, LoraModule] = {}
     for name, pair in factors.items():
         if set(pair) != {"A", "B"} or name not in scales:
-            raise LoraCodecError(f"Module {name!r} has {sorted(pair)} and scale {scales.get(name)}; expected A, B and a scale.")
+            raise LoraCodecError(
+                f"Module {name!r} has {sorted(pair)} and scale {scales.get(name)}; expected A, B and a scale."
+            )
         _check_module(name, pair["A"], pair["B"], scales[name])
         modules[name] = LoraModule(pair["A"], pair["B"], scales[name])
     if set(scales) != set(modules):
@@ -118,6 +122,8 @@ def _check_module(name: str, a: Array, b: Array, scale: float) -> None:
     if a.dtype != np.float32 or b.dtype != np.float32:
         raise LoraCodecError(f"Module {name!r} has dtypes A {a.dtype}, B {b.dtype}; expected float32.")
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        raise LoraCodecError(f"Module {name!r} has shapes A {a.shape}, B {b.shape}; expected [rank, in] and [out, rank].")
+        raise LoraCodecError(
+            f"Module {name!r} has shapes A {a.shape}, B {b.shape}; expected [rank, in] and [out, rank]."
+        )
     if not math.isfinite(scale):
         raise LoraCodecError(f"Module {name!r} has scale {scale}; expected a finite number.")

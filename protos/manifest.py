@@ -60,7 +60,9 @@ class Document(BaseModel):
             where = ".".join(str(part) for part in first["loc"]) or "document"
             raise ManifestError(f"{cls.__name__} is malformed at {where}: {first['msg']}.") from error
         if document.to_bytes() != data:
-            raise ManifestError(f"{cls.__name__} is not in canonical form (sorted keys, no spaces, no defaults left out).")
+            raise ManifestError(
+                f"{cls.__name__} is not in canonical form (sorted keys, no spaces, no defaults left out)."
+            )
         return document
 
 

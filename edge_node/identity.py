@@ -1,0 +1,218 @@
+"""Who this node is: its key, its certificate, and its enrolment at central.
+
+In: a join token, once. Out: an `Identity`, whose `channel` speaks mutual TLS to central. The private key is made here,
+is readable by its owner only and never leaves the data directory. Enrolment may be repeated after any crash: the same
+key and name get the same node id, and `identity.json` is written last.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
+
+from edge_node.errors import CentralUnreachable, EnrollmentError, StorageError
+from edge_node.settings import EdgeSettings
+from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
+from protos.releases.v1 import releases_pb2
+
+TOKEN_PREFIX = "lkt1."
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+@dataclass(frozen=True)
+class JoinToken:
+    """What `central tokens create` printed: who may join, and the only CA that the node trusts."""
+
+    token_id: str
+    secret: str
+    ca_pem: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> JoinToken:
+        """Raises EnrollmentError when `text` is not a join token."""
+        try:
+            body = text.strip().removeprefix(TOKEN_PREFIX)
+            document = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+            token = cls(str(document["id"]), str(document["secret"]), str(document["ca"]).encode())
+            x509.load_pem_x509_certificate(token.ca_pem)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EnrollmentError(
+                f"The join token ({len(text)} characters) is not readable. Expected the whole line that "
+                f"`central tokens create` printed, starting with {TOKEN_PREFIX!r}. Set EDGE_CENTRAL__JOIN_TOKEN."
+            ) from error
+        return token
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An enrolled node. Cohort and node id are those in the certificate."""
+
+    node_id: str
+    cohort: str
+    base: str
+    key: ec.EllipticCurvePrivateKey
+    certificate_pem: bytes
+    ca_pem: bytes
+    release_key_pem: bytes
+
+    @classmethod
+    def load(cls, data_dir: Path) -> Identity:
+        """Raises EnrollmentError when the node is not enrolled, StorageError when its files cannot be read."""
+        folder = data_dir / "identity"
+        if not (folder / "identity.json").is_file():
+            raise EnrollmentError(
+                f"This node is not enrolled: {folder / 'identity.json'} does not exist. Run `edge-node enroll` with "
+                "EDGE_CENTRAL__JOIN_TOKEN set to a token from `central tokens create`."
+            )
+        try:
+            document = json.loads((folder / "identity.json").read_bytes())
+            key = load_pem_private_key((folder / "node.key").read_bytes(), password=None)
+            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            return cls(
+                node_id=document["node_id"],
+                cohort=document["cohort"],
+                base=document["base"],
+                key=key,
+                certificate_pem=(folder / "node.pem").read_bytes(),
+                ca_pem=(folder / "ca.pem").read_bytes(),
+                release_key_pem=(folder / "release.pub.pem").read_bytes(),
+            )
+        except (OSError, ValueError, KeyError, AssertionError) as error:
+            raise StorageError(
+                f"The identity in {folder} cannot be read: {error}. Restore it, or enrol anew."
+            ) from error
+
+    def channel(self, settings: EdgeSettings) -> grpc.aio.Channel:
+        """A mutual-TLS channel to central; reconnects by itself."""
+        key_pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        credentials = grpc.ssl_channel_credentials(self.ca_pem, key_pem, self.certificate_pem)
+        return grpc.aio.secure_channel(settings.central.address, credentials, options=CHANNEL_OPTIONS)
+
+
+@dataclass(frozen=True)
+class Enrollment:
+    """What central answered: the identity, and the cohort's first release with its payload."""
+
+    identity: Identity
+    genesis: releases_pb2.SignedManifest
+    genesis_payload: bytes
+
+
+async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enrollment:
+    """Ask central for a certificate; nothing but the key is written yet.
+
+    Raises:
+        EnrollmentError: no token, or central refused; the message is central's.
+        CentralUnreachable: central did not answer.
+        StorageError: the key cannot be kept.
+    """
+    if settings.central.join_token is None:
+        raise EnrollmentError(
+            "This node is not enrolled and has no join token. Ask the operator for one (`central tokens create`) and "
+            "set EDGE_CENTRAL__JOIN_TOKEN."
+        )
+    token = JoinToken.parse(settings.central.join_token.get_secret_value())
+    key = _own_key(settings.data_dir / "identity")
+    request = x509.CertificateSigningRequestBuilder().subject_name(
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, settings.node_name)])
+    )
+    address = settings.central.enrollment_address
+    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
+        try:
+            answer: fleet_pb2.EnrollResponse = await fleet_pb2_grpc.EnrollmentServiceStub(channel).Enroll(
+                fleet_pb2.EnrollRequest(
+                    token_id=token.token_id,
+                    token_secret=token.secret,
+                    csr_pem=request.sign(key, SHA256()).public_bytes(Encoding.PEM),
+                    base_digest=base_digest,
+                    node_name=settings.node_name,
+                ),
+                timeout=settings.central.call_timeout_s,
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise CentralUnreachable(
+                    f"Central did not answer at {address} ({error.details()}). Check EDGE_CENTRAL__ENROLLMENT_ADDRESS "
+                    "and that `central serve` runs; its certificate must name this host (CENTRAL_LISTEN__NAMES)."
+                ) from error
+            raise EnrollmentError(f"Central refused to enrol this node: {error.details()}") from error
+    identity = Identity(
+        node_id=answer.node_id,
+        cohort=answer.cohort,
+        base=base_digest,
+        key=key,
+        certificate_pem=answer.certificate_pem,
+        ca_pem=answer.ca_pem,
+        release_key_pem=answer.release_key_pem,
+    )
+    return Enrollment(identity, answer.genesis, answer.genesis_payload)
+
+
+def keep_identity(data_dir: Path, identity: Identity) -> None:
+    """Write the identity durably; `identity.json` last, so that a node is either enrolled or not."""
+    folder = data_dir / "identity"
+    write_durably(folder / "node.pem", identity.certificate_pem)
+    write_durably(folder / "ca.pem", identity.ca_pem)
+    write_durably(folder / "release.pub.pem", identity.release_key_pem)
+    document = {"node_id": identity.node_id, "cohort": identity.cohort, "base": identity.base}
+    write_durably(folder / "identity.json", json.dumps(document, indent=1).encode())
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` by `data`: on disk when this returns, and never half a file. Raises StorageError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write {path}: {error.strerror or error}. EDGE_DATA_DIR must be a writable directory with free space."
+        ) from error
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _own_key(folder: Path) -> ec.EllipticCurvePrivateKey:
+    path = folder / "node.key"
+    if not path.is_file():
+        key = ec.generate_private_key(ec.SECP256R1())
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_durably(path, pem, mode=0o600)
+    loaded = load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+        raise StorageError(f"{path} holds a {type(loaded).__name__}; expected an ECDSA P-256 key.")
+    return loaded

@@ -1,0 +1,87 @@
+"""Evaluation of a candidate on this node's environments.
+
+In: an offer of central, two served versions. Out: paired counts per environment; tasks and answers stay here.
+Candidate and reference answer the same held-out tasks greedily, in one run, through the node's own endpoint; a request
+that fails for a reason of infrastructure makes the node abstain, never look like a lost skill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from edge_node.environments import Environment, Task
+from edge_node.errors import ServingError
+from edge_node.settings import EnvironmentSpec
+from protos.manifest import canonical_json, sha256_hex
+from protos.releases.v1 import releases_pb2
+
+EVALUATION_SEED = 20_260_101
+CONCURRENCY = 32
+MAX_ANSWER_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Asks the node's own endpoint at `url`; `environments` are this node's, by name."""
+
+    url: str
+    environments: Mapping[str, tuple[EnvironmentSpec, Environment]]
+    timeout_s: float
+
+    async def compare(self, candidate: str, reference: str, tasks: int) -> list[releases_pb2.EnvironmentResult]:
+        """Paired outcomes of the served versions `candidate` and `reference` on `tasks` held-out tasks an environment.
+
+        Raises:
+            ServingError: a request failed; no result is complete.
+        """
+        results = []
+        limits = httpx.Limits(max_connections=CONCURRENCY)
+        async with httpx.AsyncClient(base_url=self.url, timeout=self.timeout_s, limits=limits) as client:
+            for name, (spec, environment) in sorted(self.environments.items()):
+                suite = await asyncio.to_thread(environment.tasks, "held_out", count=tasks, seed=EVALUATION_SEED)
+                passed_candidate, passed_reference = await asyncio.gather(
+                    self._passed(client, candidate, environment, suite),
+                    self._passed(client, reference, environment, suite),
+                )
+                pairs = list(zip(passed_reference, passed_candidate, strict=True))
+                results.append(
+                    releases_pb2.EnvironmentResult(
+                        environment=name,
+                        tasks_digest=sha256_hex(canonical_json([task.id for task in suite])),
+                        anchor=spec.anchor,
+                        both_passed=pairs.count((True, True)),
+                        only_reference_passed=pairs.count((True, False)),
+                        only_candidate_passed=pairs.count((False, True)),
+                        neither_passed=pairs.count((False, False)),
+                    )
+                )
+        return results
+
+    async def _passed(
+        self, client: httpx.AsyncClient, model: str, environment: Environment, suite: Sequence[Task]
+    ) -> list[bool]:
+        gate = asyncio.Semaphore(CONCURRENCY)
+
+        async def one(task: Task) -> bool:
+            async with gate:
+                answer = await self._ask(client, model, task)
+            return (await asyncio.to_thread(environment.verify, task, answer)).passed
+
+        return await asyncio.gather(*(one(task) for task in suite))
+
+    async def _ask(self, client: httpx.AsyncClient, model: str, task: Task) -> str:
+        body = {"model": model, "messages": task.messages, "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
+        try:
+            response = await client.post("/v1/chat/completions", json=body, headers={"x-lorikeet-capture": "off"})
+        except httpx.HTTPError as error:
+            raise ServingError(f"vLLM did not answer an evaluation request for {model}: {error!r}.") from error
+        if response.status_code != httpx.codes.OK:
+            raise ServingError(f"vLLM answered {response.status_code} to an evaluation request for {model}.")
+        document = response.json()
+        if document["model"] != model:
+            raise ServingError(f"Evaluation asked for {model} and was answered by {document['model']}.")
+        return str(document["choices"][0]["message"]["content"] or "")

@@ -1,0 +1,143 @@
+"""The node's releases on disk.
+
+In: signed manifests and payload bytes. Out: immutable version directories and the name of the active one. A manifest
+is taken only with central's signature, this node's base and this node's cohort; a payload only when its digest fits.
+A version directory appears whole, by one rename, and is never changed afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_node.errors import AdapterError, StorageError
+from edge_node.identity import Identity, sync_directory, write_durably
+from edge_node.releases.peft_directory import peft_files
+from protos.base import BaseModelInfo
+from protos.lora import LoraCodecError, decode
+from protos.manifest import ManifestError, ReleaseManifest, verify
+from protos.releases.v1 import releases_pb2
+
+
+@dataclass(frozen=True)
+class StoredRelease:
+    """A version that is whole on disk; `path` is a PEFT directory."""
+
+    release_id: str
+    manifest: ReleaseManifest
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return self.manifest.label
+
+
+class ReleaseStore:
+    """Owner of `releases/` in the data directory."""
+
+    def __init__(self, data_dir: Path, identity: Identity, base: BaseModelInfo) -> None:
+        self._root = data_dir / "releases"
+        self._identity = identity
+        self._base = base
+        try:
+            for name in ("versions", "partial"):
+                (self._root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot create {self._root}: {error.strerror}. EDGE_DATA_DIR must be writable."
+            ) from error
+        for leftover in (self._root / "partial").glob("*.directory"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def check(self, signed: releases_pb2.SignedManifest) -> ReleaseManifest:
+        """The manifest, once signature, base and cohort fit; raises AdapterError."""
+        try:
+            verify(self._identity.release_key_pem, signed.manifest, signed.signature)
+            manifest = ReleaseManifest.from_bytes(signed.manifest)
+        except ManifestError as error:
+            raise AdapterError(f"Central sent a release manifest that is not usable: {error}") from error
+        if manifest.base != self._identity.base or manifest.cohort != self._identity.cohort:
+            raise AdapterError(
+                f"Release {manifest.label} is for base {manifest.base[:8]} and cohort {manifest.cohort!r}; this node has "
+                f"base {self._identity.base[:8]} and cohort {self._identity.cohort!r}. It was not loaded."
+            )
+        return manifest
+
+    def get(self, release_id: str) -> StoredRelease | None:
+        """The version on disk, or None."""
+        path = self._root / "versions" / release_id
+        try:
+            manifest = ReleaseManifest.from_bytes((path / "manifest.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        return StoredRelease(release_id, manifest, path)
+
+    def partial(self, release_id: str) -> Path:
+        """Where a download of this release's payload grows; it goes on from there after a cut."""
+        return self._root / "partial" / f"{release_id}.payload"
+
+    def install(self, signed: releases_pb2.SignedManifest, payload: bytes) -> StoredRelease:
+        """Make a version directory from a manifest and its payload; idempotent.
+
+        Raises:
+            AdapterError: signature, cohort, base, digest or content do not fit; nothing was kept.
+            StorageError: the disk refused.
+        """
+        manifest = self.check(signed)
+        stored = self.get(manifest.digest)
+        if stored is not None:
+            return stored
+        digest = hashlib.sha256(payload).hexdigest()
+        if digest != manifest.payload.digest_sha256:
+            raise AdapterError(
+                f"Payload of release {manifest.label} has digest {digest[:12]}; its manifest says "
+                f"{manifest.payload.digest_sha256[:12]}. It is downloaded again."
+            )
+        try:
+            files = peft_files(decode(payload), self._base.module_shapes)
+        except LoraCodecError as error:
+            raise AdapterError(f"Payload of release {manifest.label} is not usable: {error}") from error
+        files |= {
+            "payload.safetensors": payload,
+            "manifest.json": signed.manifest,
+            "signature.bin": signed.signature,
+        }
+        folder = self._root / "partial" / f"{manifest.digest}.directory"
+        final = self._root / "versions" / manifest.digest
+        for name, content in files.items():
+            write_durably(folder / name, content)
+        folder.rename(final)
+        sync_directory(final.parent)
+        self.partial(manifest.digest).unlink(missing_ok=True)
+        return StoredRelease(manifest.digest, manifest, final)
+
+    def activate(self, release: StoredRelease) -> None:
+        """From now on a (re)started vLLM serves this release."""
+        document = {"release_id": release.release_id, "label": release.label, "path": str(release.path.resolve())}
+        write_durably(self._root / "active.json", json.dumps(document).encode())
+
+    def active(self) -> StoredRelease | None:
+        """The release that the alias points at, or None before the first."""
+        try:
+            document = json.loads((self._root / "active.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        return self.get(document["release_id"])
+
+    def keep_offer(self, offer_id: str, max_rank: int) -> None:
+        """Remember central's standing training offer for the learner."""
+        write_durably(self._root / "offer.json", json.dumps({"offer_id": offer_id, "max_rank": max_rank}).encode())
+
+    def newest(self) -> list[StoredRelease]:
+        """Every version on disk, the newest (by the time it was installed) first."""
+        folders = sorted((self._root / "versions").iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return [stored for folder in folders if (stored := self.get(folder.name)) is not None]
+
+    def remove(self, release: StoredRelease) -> None:
+        """Delete a version directory; the caller made sure that nothing refers to it."""
+        doomed = self._root / "partial" / f"{release.release_id}.directory"
+        release.path.rename(doomed)
+        shutil.rmtree(doomed)
