@@ -1,0 +1,39 @@
+"""The journal: events enter, a durable hash-chained record and the state it implies leave."""
+
+from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
+from central.journal.journal import Journal
+from central.journal.plan import MergePlan, PlannedUpdate
+from central.journal.records import (
+    EvaluationRecord,
+    EvaluationReport,
+    NodeRecord,
+    PlanRecord,
+    ReleaseRecord,
+    TokenRecord,
+    TrainOfferRecord,
+    UpdateRecord,
+    VerdictRecord,
+)
+from central.journal.state import State
+
+__all__ = [
+    "EvaluationRecord",
+    "EvaluationReport",
+    "Event",
+    "EventKind",
+    "Journal",
+    "JournalConflict",
+    "JournalCorrupt",
+    "MergePlan",
+    "NewEvent",
+    "NodeRecord",
+    "PlanRecord",
+    "PlannedUpdate",
+    "ReleaseRecord",
+    "State",
+    "TokenRecord",
+    "TrainOfferRecord",
+    "UpdateRecord",
+    "VerdictRecord",
+    "utc_now",
+]

@@ -1,0 +1,251 @@
+"""The journal itself: append, read, wait, verify.
+
+In: new events. Out: numbered events chained by hash, and the state they imply. Guarantees: `append` is one durable
+transaction, all or nothing, and has checked every event against the state; what it returned survives `kill -9`.
+Thread-safe; every call blocks on disk, so call it off the event loop. Stored with SQLAlchemy Core; SQLite in WAL mode
+with synchronous=FULL by default.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from central.errors import StorageError
+from central.journal.events import (
+    FIRST_HASH,
+    Event,
+    EventKind,
+    JournalConflict,
+    JournalCorrupt,
+    NewEvent,
+    chain,
+    utc_now,
+)
+from central.journal.state import State
+from protos.manifest import canonical_json
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_METADATA = sa.MetaData()
+_EVENTS = sa.Table(
+    "events",
+    _METADATA,
+    sa.Column("sequence", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("cohort", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("previous_hash", sa.Text, nullable=False),
+    sa.Column("hash", sa.Text, nullable=False),
+)
+_PAGE = 1000
+
+
+class Journal:
+    """Append-only record with its state; one writer per database."""
+
+    def __init__(self, url: str, clock: Callable[[], str] = utc_now) -> None:
+        """Open or create the journal at SQLAlchemy `url` (not in memory), replay it and verify its chain.
+
+        Raises StorageError when it cannot be opened, JournalCorrupt when the chain is broken.
+        """
+        self._clock = clock
+        self._changed = threading.Condition(threading.RLock())
+        self._listeners: list[Callable[[Event], None]] = []
+        self._state = State()
+        try:
+            self._engine = _open(url)
+            _METADATA.create_all(self._engine)
+            for event in self._chain():
+                self._replay(event)
+        except SQLAlchemyError as error:
+            raise StorageError(
+                f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
+            ) from error
+        self._state.mark()
+
+    def append(self, *events: NewEvent) -> list[Event]:
+        """Record `events` in one durable transaction.
+
+        Raises JournalConflict when one of them does not fit the state, StorageError when the disk refuses; in both
+        cases nothing was recorded.
+        """
+        with self._changed:
+            self._state.mark()
+            try:
+                recorded = [self._apply(new) for new in events]
+                self._store(recorded)
+            except BaseException:
+                self._state.rollback()
+                raise
+            self._state.mark()
+            for event in recorded:
+                log.info(
+                    "event recorded",
+                    extra={
+                        "sequence": event.sequence,
+                        "kind": event.kind,
+                        "cohort": event.cohort,
+                        "subject": event.subject,
+                    },
+                )
+                for listener in tuple(self._listeners):
+                    listener(event)
+            self._changed.notify_all()
+            return recorded
+
+    @contextmanager
+    def read(self) -> Iterator[State]:
+        """The state, unchanging inside the block; the lock is re-entrant, so an append inside follows from what was read."""
+        with self._changed:
+            yield self._state
+
+    def wait(self, predicate: Callable[[State], T | None], timeout_s: float | None = None) -> T | None:
+        """Block this thread until `predicate(state)` is neither None nor False; None after `timeout_s`.
+
+        The predicate runs under the lock: after each append, and after `wake`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                value = predicate(self._state)
+                if value is not None and value is not False:
+                    return value
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return None
+                self._changed.wait(left)
+
+    def wake(self) -> None:
+        """Make every waiting thread check its predicate again (for example because it must stop)."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def add_listener(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Call `callback` for every event after its commit, in order, in the appending thread, under the lock.
+
+        It must neither block nor raise. Returns the function that ends it.
+        """
+        with self._changed:
+            self._listeners.append(callback)
+
+        def unsubscribe() -> None:
+            with self._changed:
+                if callback in self._listeners:
+                    self._listeners.remove(callback)
+
+        return unsubscribe
+
+    def events(self, after: int = 0, limit: int = _PAGE) -> list[Event]:
+        """At most `limit` events with a sequence above `after`, in order."""
+        query = sa.select(_EVENTS).where(_EVENTS.c.sequence > after).order_by(_EVENTS.c.sequence).limit(limit)
+        try:
+            with self._engine.connect() as connection:
+                return [_event(row) for row in connection.execute(query)]
+        except SQLAlchemyError as error:
+            raise StorageError(f"The journal cannot be read: {_cause(error)}.") from error
+
+    def verify(self) -> int:
+        """Re-read the whole chain; returns the number of events, raises JournalCorrupt naming the first bad one."""
+        return sum(1 for _ in self._chain())
+
+    def close(self) -> None:
+        """Close the database; idempotent."""
+        self._engine.dispose()
+
+    def _apply(self, new: NewEvent) -> Event:
+        event = chain(new, self._state.sequence + 1, self._clock(), self._state.last_hash)
+        self._state.apply(event)
+        return event
+
+    def _store(self, recorded: list[Event]) -> None:
+        if not recorded:
+            return
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(sa.insert(_EVENTS), [_row(event) for event in recorded])
+        except IntegrityError as error:
+            raise StorageError(
+                f"Event {recorded[0].sequence} is in the journal already: another central writes to it. "
+                "Stop one of the two and start the other again."
+            ) from error
+        except SQLAlchemyError as error:
+            raise StorageError(
+                f"The journal cannot be written: {_cause(error)}. Check the disk of the data directory."
+            ) from error
+
+    def _chain(self) -> Iterator[Event]:
+        previous_hash, sequence = FIRST_HASH, 0
+        while page := self.events(sequence):
+            for event in page:
+                sequence += 1
+                if (event.sequence, event.previous_hash, event.hash) != (sequence, previous_hash, event.expected_hash):
+                    raise JournalCorrupt(
+                        f"Journal event {event.sequence} ({event.kind} of {event.subject}) does not fit the chain: "
+                        f"expected number {sequence} after hash {previous_hash[:8]}. Restore the journal from a backup."
+                    )
+                previous_hash = event.hash
+                yield event
+
+    def _replay(self, event: Event) -> None:
+        try:
+            self._state.apply(event)
+            self._state.mark()
+        except (JournalConflict, KeyError, ValueError) as error:
+            raise JournalCorrupt(
+                f"Journal event {event.sequence} ({event.kind}) cannot be replayed: {error}. "
+                "It was written by other software, or altered; restore the journal from a backup."
+            ) from error
+
+
+def _open(url: str) -> sa.Engine:
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return sa.create_engine(parsed)
+    engine = sa.create_engine(parsed)
+
+    @sa.event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA busy_timeout=10000")
+        cursor.close()
+
+    return engine
+
+
+def _row(event: Event) -> dict[str, Any]:
+    return {
+        "sequence": event.sequence,
+        "at": event.at,
+        "kind": event.kind.value,
+        "cohort": event.cohort,
+        "subject": event.subject,
+        "body": canonical_json(dict(event.body)).decode(),
+        "previous_hash": event.previous_hash,
+        "hash": event.hash,
+    }
+
+
+def _event(row: sa.Row[Any]) -> Event:
+    try:
+        kind, body = EventKind(row.kind), json.loads(row.body)
+    except ValueError as error:
+        raise JournalCorrupt(f"Journal event {row.sequence} of kind {row.kind!r} cannot be read: {error}.") from error
+    return Event(row.sequence, row.at, kind, row.cohort, row.subject, body, row.previous_hash, row.hash)
+
+
+def _cause(error: SQLAlchemyError) -> str:
+    return str(getattr(error, "orig", None) or error).splitlines()[0]

@@ -1,0 +1,139 @@
+"""What the state holds, one frozen record per thing.
+
+In: values from events. Out: immutable records, safe to keep after the journal's lock is released; a change is a new
+record in the state's dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from central.journal.plan import MergePlan
+from protos.manifest import ReleaseManifest, UpdateManifest
+
+UpdateStateName = Literal["waiting", "planned", "merged", "superseded", "set_aside"]
+ReleaseStateName = Literal["candidate", "accepted", "rejected", "abandoned"]
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """A join token; only the hash of its secret is known."""
+
+    token_id: str
+    cohort: str
+    secret_sha256: str
+    uses: int
+    used: int
+    expires_at: str
+    """RFC 3339 UTC."""
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """An enrolled node."""
+
+    node_id: str
+    name: str
+    cohort: str
+    token_id: str
+    public_key_pem: str
+    base: str
+    certificate_sha256: str
+    enrolled_at: str
+    revoked: bool = False
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """An admitted update and where it stands."""
+
+    update_id: str
+    manifest: UpdateManifest
+    cohort: str
+    state: UpdateStateName
+    admitted_at: str
+    admitted_sequence: int
+    """Sequence of the journal event that admitted it."""
+    admitted_hash: str
+    """Hash of that event; both are in the receipt."""
+    plan_id: str | None = None
+    release_id: str | None = None
+    """Candidate or release that holds it."""
+    reason: str = ""
+    """Why it was superseded or set aside."""
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """A planned merge. `decided`: its candidate has a verdict, or the plan was cancelled (by a rollback of its parent,
+    or because one of its updates was taken away before the candidate existed)."""
+
+    plan_id: str
+    plan: MergePlan
+    candidate: str | None = None
+    decided: bool = False
+
+
+@dataclass(frozen=True)
+class VerdictRecord:
+    """The gate's decision on one candidate."""
+
+    accepted: bool
+    text: str
+    environments: Any
+    """As the gate wrote it: per-environment counts and figures."""
+    high_water: Any
+    """As the gate wrote it: best pass rates so far."""
+    at: str
+
+
+@dataclass(frozen=True)
+class ReleaseRecord:
+    """A candidate or release. `manifest_bytes` is exactly what `signature` signs."""
+
+    release_id: str
+    manifest: ReleaseManifest
+    manifest_bytes: bytes
+    signature: bytes
+    cohort: str
+    state: ReleaseStateName
+    sequence: int
+    """Sequence of the journal event that made it."""
+    plan_id: str | None = None
+    verdict: VerdictRecord | None = None
+
+
+@dataclass(frozen=True)
+class TrainOfferRecord:
+    """A cohort's standing invitation to train."""
+
+    offer_id: str
+    cohort: str
+    max_rank: int
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """One node's answer to an evaluation offer; `results` has the fields of lorikeet.releases.v1.EnvironmentResult."""
+
+    node_id: str
+    results: tuple[Mapping[str, Any], ...]
+    abstain_reason: str
+    at: str
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """An evaluation that some nodes were asked for."""
+
+    offer_id: str
+    cohort: str
+    candidate: str
+    reference: str
+    tasks: int
+    deadline_at: str
+    """RFC 3339 UTC."""
+    nodes: tuple[str, ...]
+    reports: Mapping[str, EvaluationReport] = field(default_factory=dict)

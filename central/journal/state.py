@@ -1,0 +1,402 @@
+"""The state: what the events so far imply. The only derived truth at central.
+
+In: events, one by one. Out: records by id. Guarantees: `apply` checks an event against the state before it changes
+anything and raises JournalConflict; every change since `mark` can be undone, so that a group of events is applied
+whole or not at all. Replaying the same events gives the same state.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from central.journal.events import FIRST_HASH, Event, EventKind, JournalConflict
+from central.journal.plan import MergePlan
+from central.journal.records import (
+    EvaluationRecord,
+    EvaluationReport,
+    NodeRecord,
+    PlanRecord,
+    ReleaseRecord,
+    ReleaseStateName,
+    TokenRecord,
+    TrainOfferRecord,
+    UpdateRecord,
+    UpdateStateName,
+    VerdictRecord,
+)
+from protos.manifest import ReleaseManifest, UpdateManifest
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class State:
+    """Records by id; treat the dictionaries as read-only, they change through `apply` alone."""
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        self.last_hash = FIRST_HASH
+        self.tokens: dict[str, TokenRecord] = {}
+        self.nodes: dict[str, NodeRecord] = {}
+        self.updates: dict[str, UpdateRecord] = {}
+        self.plans: dict[str, PlanRecord] = {}
+        self.releases: dict[str, ReleaseRecord] = {}
+        self.channels: dict[tuple[str, str], str] = {}
+        self.train_offers: dict[str, TrainOfferRecord] = {}
+        self.evaluations: dict[str, EvaluationRecord] = {}
+        self._genesis: dict[str, str] = {}
+        self._waiting: dict[str, dict[str, UpdateRecord]] = {}
+        self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    # What can be asked.
+
+    def cohorts(self) -> list[str]:
+        """Cohorts in the order of their creation."""
+        return list(self._genesis)
+
+    def genesis(self, cohort: str) -> ReleaseRecord:
+        """Version 0 of the cohort; KeyError when there is no such cohort."""
+        return self.releases[self._genesis[cohort]]
+
+    def head(self, cohort: str, channel: str = "stable") -> ReleaseRecord | None:
+        """Release that the channel points at, if any."""
+        release_id = self.channels.get((cohort, channel))
+        return None if release_id is None else self.releases[release_id]
+
+    def waiting(self, cohort: str) -> list[UpdateRecord]:
+        """The cohort's waiting updates in admission order."""
+        return sorted(self._waiting.get(cohort, {}).values(), key=lambda update: update.admitted_sequence)
+
+    def updates_from(self, node_id: str, start: str) -> list[UpdateRecord]:
+        """The node's admitted updates that were trained on release `start`, in admission order."""
+        return [self.updates[update_id] for update_id in self._by_start.get((node_id, start), ())]
+
+    def open_plans(self, cohort: str) -> list[PlanRecord]:
+        """Plans of the cohort without a verdict, oldest first."""
+        return [record for record in self.plans.values() if record.plan.cohort == cohort and not record.decided]
+
+    # How it changes.
+
+    def apply(self, event: Event) -> None:
+        """Take over one event; raises JournalConflict (and may leave changes that `rollback` undoes)."""
+        _APPLY[event.kind](self, event)
+        self._attribute("sequence", event.sequence)
+        self._attribute("last_hash", event.hash)
+
+    def mark(self) -> None:
+        """Forget how to undo what was done so far."""
+        self._undo.clear()
+
+    def rollback(self) -> None:
+        """Undo everything since `mark`."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _token_created(self, event: Event) -> None:
+        self._expect_new(event, self.tokens)
+        body = event.body
+        token = TokenRecord(event.subject, event.cohort, body["secret_sha256"], body["uses"], 0, body["expires_at"])
+        self._put(self.tokens, event.subject, token)
+
+    def _node_enrolled(self, event: Event) -> None:
+        self._expect_new(event, self.nodes)
+        body = event.body
+        token = _known(event, self.tokens, body["token_id"], "token")
+        if token.cohort != event.cohort or token.used >= token.uses:
+            raise _conflict(
+                event, f"token {token.token_id} of cohort {token.cohort!r} was used {token.used} of {token.uses} times"
+            )
+        self._put(self.tokens, token.token_id, replace(token, used=token.used + 1))
+        self._put(
+            self.nodes,
+            event.subject,
+            NodeRecord(
+                node_id=event.subject,
+                name=body["name"],
+                cohort=event.cohort,
+                token_id=token.token_id,
+                public_key_pem=body["public_key_pem"],
+                base=body["base"],
+                certificate_sha256=body["certificate_sha256"],
+                enrolled_at=event.at,
+            ),
+        )
+
+    def _node_revoked(self, event: Event) -> None:
+        node = _known(event, self.nodes, event.subject, "node")
+        self._put(self.nodes, node.node_id, replace(node, revoked=True))
+
+    def _cohort_created(self, event: Event) -> None:
+        if event.cohort in self._genesis:
+            raise _conflict(event, f"cohort {event.cohort!r} exists already")
+        self._add_release(event, "accepted", None)
+        self._put(self._genesis, event.cohort, event.subject)
+        self._put(self.channels, (event.cohort, "stable"), event.subject)
+
+    def _train_offered(self, event: Event) -> None:
+        _known(event, self._genesis, event.cohort, "cohort")
+        offer = TrainOfferRecord(event.subject, event.cohort, event.body["max_rank"])
+        self._put(self.train_offers, event.cohort, offer)
+
+    def _update_admitted(self, event: Event) -> None:
+        self._expect_new(event, self.updates)
+        manifest = UpdateManifest.from_bytes(event.body["manifest"].encode())
+        node = _known(event, self.nodes, manifest.node_id, "node")
+        if node.cohort != event.cohort or manifest.digest != event.subject:
+            raise _conflict(event, f"node {node.node_id} is of cohort {node.cohort!r}, manifest {manifest.digest}")
+        record = UpdateRecord(
+            update_id=event.subject,
+            manifest=manifest,
+            cohort=event.cohort,
+            state="waiting",
+            admitted_at=event.at,
+            admitted_sequence=event.sequence,
+            admitted_hash=event.hash,
+        )
+        self._put_update(record)
+        key = (manifest.node_id, manifest.start.release)
+        self._put(self._by_start, key, (*self._by_start.get(key, ()), event.subject))
+
+    def _update_superseded(self, event: Event) -> None:
+        by = _known(event, self.updates, event.body["by"], "update")
+        self._move(event, event.subject, "superseded", ("waiting",), f"superseded by the node's update {by.update_id}")
+
+    def _update_set_aside(self, event: Event) -> None:
+        self._cancel_plan_of(event)
+        self._move(event, event.subject, "set_aside", ("waiting",), event.body["reason"])
+
+    def _update_requeued(self, event: Event) -> None:
+        self._cancel_plan_of(event)
+        self._move(event, event.subject, "waiting", ("waiting", "set_aside"))
+
+    def _merge_planned(self, event: Event) -> None:
+        self._expect_new(event, self.plans)
+        plan = MergePlan.from_bytes(event.body["plan"].encode())
+        parent = _known(event, self.releases, plan.parent, "release")
+        if plan.digest != event.subject or plan.cohort != event.cohort or parent.cohort != event.cohort:
+            raise _conflict(event, f"plan {plan.digest} of cohort {plan.cohort!r} builds on one of {parent.cohort!r}")
+        if parent.state != "accepted" or not plan.updates:
+            raise _conflict(
+                event, f"parent {parent.release_id} is {parent.state} and {len(plan.updates)} updates are planned"
+            )
+        for planned in plan.updates:
+            update = _known(event, self.updates, planned.update_id, "update")
+            if update.cohort != event.cohort or update.manifest.payload.digest_sha256 != planned.payload:
+                raise _conflict(
+                    event, f"update {update.update_id} of cohort {update.cohort!r} has another payload or cohort"
+                )
+            self._move(event, planned.update_id, "planned", ("waiting",), plan_id=event.subject)
+        self._put(self.plans, event.subject, PlanRecord(event.subject, plan))
+
+    def _candidate_built(self, event: Event) -> None:
+        record = _known(event, self.plans, event.body["plan_id"], "plan")
+        if record.decided or record.candidate is not None or record.plan.cohort != event.cohort:
+            raise _conflict(event, f"plan {record.plan_id} was cancelled or has candidate {record.candidate}")
+        release = self._add_release(event, "candidate", record.plan_id)
+        planned = [update.update_id for update in record.plan.updates]
+        if (release.manifest.plan, release.manifest.updates) != (record.plan_id, planned):
+            raise _conflict(event, f"the manifest names plan {release.manifest.plan} or other updates than its plan")
+        self._put(self.plans, record.plan_id, replace(record, candidate=event.subject))
+        for update_id in planned:
+            self._put_update(replace(self.updates[update_id], release_id=event.subject))
+
+    def _evaluation_offered(self, event: Event) -> None:
+        self._expect_new(event, self.evaluations)
+        body = event.body
+        for release_id in (body["candidate"], body["reference"]):
+            if _known(event, self.releases, release_id, "release").cohort != event.cohort:
+                raise _conflict(event, f"release {release_id} is of another cohort")
+        self._put(
+            self.evaluations,
+            event.subject,
+            EvaluationRecord(
+                offer_id=event.subject,
+                cohort=event.cohort,
+                candidate=body["candidate"],
+                reference=body["reference"],
+                tasks=body["tasks"],
+                deadline_at=body["deadline_at"],
+                nodes=tuple(body["nodes"]),
+            ),
+        )
+
+    def _evaluation_reported(self, event: Event) -> None:
+        record = _known(event, self.evaluations, event.subject, "evaluation")
+        body = event.body
+        node_id = body["node_id"]
+        if node_id in record.reports or node_id not in record.nodes:
+            raise _conflict(event, f"node {node_id} has reported already or was not asked")
+        report = EvaluationReport(node_id, tuple(body["results"]), body["abstain_reason"], event.at)
+        self._put(self.evaluations, event.subject, replace(record, reports={**record.reports, node_id: report}))
+
+    def _verdict(self, event: Event) -> None:
+        release = _known(event, self.releases, event.subject, "release")
+        if release.state != "candidate" or release.plan_id is None or release.cohort != event.cohort:
+            raise _conflict(
+                event, f"release {release.release_id} is {release.state}, not a candidate of {event.cohort!r}"
+            )
+        body = event.body
+        accepted = bool(body["accepted"])
+        verdict = VerdictRecord(accepted, body["text"], body["environments"], body["high_water"], event.at)
+        state: ReleaseStateName = "accepted" if accepted else "rejected"
+        self._put(self.releases, release.release_id, replace(release, state=state, verdict=verdict))
+        plan = self.plans[release.plan_id]
+        self._put(self.plans, plan.plan_id, replace(plan, decided=True))
+        for update_id in release.manifest.updates:
+            if accepted:
+                self._move(event, update_id, "merged", ("planned",))
+            else:
+                reason = f"candidate {release.manifest.label} was rejected: {verdict.text}"
+                self._move(event, update_id, "set_aside", ("planned",), reason)
+
+    def _promoted(self, event: Event) -> None:
+        self._expect_accepted(event, event.subject)
+        self._put(self.channels, (event.cohort, event.body["channel"]), event.subject)
+
+    def _rolled_back(self, event: Event) -> None:
+        body = event.body
+        abandoned: list[str] = body["abandoned"]
+        self._expect_accepted(event, event.subject)
+        if self.channels.get((event.cohort, "stable")) != body["from_release"] or event.subject in abandoned:
+            raise _conflict(event, f"release {body['from_release']} is not the stable head of {event.cohort!r}")
+        requeue = body["updates"] == "requeue"
+        for release_id in abandoned:
+            release = self._expect_accepted(event, release_id)
+            self._put(self.releases, release_id, replace(release, state="abandoned"))
+            self._release_updates(event, release.manifest.updates, ("merged",), requeue, release.manifest.label)
+        for plan in self.open_plans(event.cohort):
+            if plan.plan.parent in abandoned:
+                self._cancel(event, plan, requeue)
+        for channel in [key for key, head in self.channels.items() if key[0] == event.cohort and head in abandoned]:
+            if channel[1] != "stable":
+                self._drop(self.channels, channel)
+        self._put(self.channels, (event.cohort, "stable"), event.subject)
+
+    # Parts of the transitions.
+
+    def _cancel_plan_of(self, event: Event) -> None:
+        # A plan that loses an update can no longer make its candidate: its other updates wait again.
+        update = _known(event, self.updates, event.subject, "update")
+        if update.state != "planned" or update.plan_id is None:
+            return
+        plan = self.plans[update.plan_id]
+        if plan.candidate is not None:
+            raise _conflict(event, f"update {update.update_id} is part of candidate {plan.candidate}")
+        self._cancel(event, plan, requeue=True)
+
+    def _cancel(self, event: Event, plan: PlanRecord, requeue: bool) -> None:
+        self._put(self.plans, plan.plan_id, replace(plan, decided=True))
+        label = f"plan {plan.plan_id[:8]}"
+        if plan.candidate is not None:
+            release = self.releases[plan.candidate]
+            label = release.manifest.label
+            verdict = VerdictRecord(False, "cancelled: its parent was rolled back", {}, {}, event.at)
+            self._put(self.releases, plan.candidate, replace(release, state="rejected", verdict=verdict))
+        self._release_updates(event, [update.update_id for update in plan.plan.updates], ("planned",), requeue, label)
+
+    def _release_updates(
+        self, event: Event, update_ids: Iterable[str], origins: tuple[UpdateStateName, ...], requeue: bool, label: str
+    ) -> None:
+        for update_id in update_ids:
+            if requeue:
+                self._move(event, update_id, "waiting", origins)
+            else:
+                self._move(event, update_id, "set_aside", origins, f"{label} was rolled back")
+
+    def _move(
+        self,
+        event: Event,
+        update_id: str,
+        state: UpdateStateName,
+        origins: tuple[UpdateStateName, ...],
+        reason: str = "",
+        plan_id: str | None = None,
+    ) -> None:
+        update = _known(event, self.updates, update_id, "update")
+        if update.state not in origins or update.cohort != event.cohort:
+            raise _conflict(
+                event, f"update {update_id} of cohort {update.cohort!r} is {update.state}, not {' or '.join(origins)}"
+            )
+        held = state in ("merged", "set_aside")
+        self._put_update(
+            replace(
+                update,
+                state=state,
+                reason=reason,
+                plan_id=plan_id or (update.plan_id if held else None),
+                release_id=update.release_id if held else None,
+            )
+        )
+
+    def _put_update(self, record: UpdateRecord) -> None:
+        self._put(self.updates, record.update_id, record)
+        waiting = self._waiting.setdefault(record.cohort, {})
+        if record.state == "waiting":
+            self._put(waiting, record.update_id, record)
+        elif record.update_id in waiting:
+            self._drop(waiting, record.update_id)
+
+    def _add_release(self, event: Event, state: ReleaseStateName, plan_id: str | None) -> ReleaseRecord:
+        self._expect_new(event, self.releases)
+        data = event.body["manifest"].encode()
+        manifest = ReleaseManifest.from_bytes(data)
+        if manifest.digest != event.subject or manifest.cohort != event.cohort:
+            raise _conflict(event, f"its manifest has digest {manifest.digest} and cohort {manifest.cohort!r}")
+        record = ReleaseRecord(
+            release_id=event.subject,
+            manifest=manifest,
+            manifest_bytes=data,
+            signature=base64.b64decode(event.body["signature"]),
+            cohort=event.cohort,
+            state=state,
+            sequence=event.sequence,
+            plan_id=plan_id,
+        )
+        self._put(self.releases, event.subject, record)
+        return record
+
+    def _expect_new(self, event: Event, records: dict[str, Any]) -> None:
+        if event.subject in records:
+            raise _conflict(event, f"{event.subject} exists already")
+
+    def _expect_accepted(self, event: Event, release_id: str) -> ReleaseRecord:
+        release = _known(event, self.releases, release_id, "release")
+        if release.state != "accepted" or release.cohort != event.cohort:
+            raise _conflict(
+                event, f"release {release_id} is {release.state} in cohort {release.cohort!r}, not accepted"
+            )
+        return release
+
+    def _put(self, records: MutableMapping[K, V], key: K, value: V) -> None:
+        if key in records:
+            old = records[key]
+            self._undo.append(lambda: records.__setitem__(key, old))
+        else:
+            self._undo.append(lambda: records.__delitem__(key))
+        records[key] = value
+
+    def _drop(self, records: MutableMapping[K, V], key: K) -> None:
+        old = records.pop(key)
+        self._undo.append(lambda: records.__setitem__(key, old))
+
+    def _attribute(self, name: str, value: Any) -> None:
+        old = getattr(self, name)
+        self._undo.append(lambda: setattr(self, name, old))
+        setattr(self, name, value)
+
+
+def _conflict(event: Event, text: str) -> JournalConflict:
+    return JournalConflict(f"Event {event.kind} of {event.subject or event.cohort} does not fit the journal: {text}.")
+
+
+def _known(event: Event, records: dict[str, V], key: str, noun: str) -> V:
+    if key not in records:
+        raise _conflict(event, f"{noun} {key!r} is not known")
+    return records[key]
+
+
+_APPLY: dict[EventKind, Callable[[State, Event], None]] = {kind: getattr(State, f"_{kind.value}") for kind in EventKind}
