@@ -1,0 +1,188 @@
+"""The node's side of fleet and releases against a real grpc.aio server that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from edge_node.errors import AdapterError
+from edge_node.identity import Identity
+from edge_node.releases.download import fetch_release
+from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.store import ReleaseStore
+from edge_node.releases.watcher import ReleaseWatcher
+from edge_node.settings import EdgeSettings
+from protos.base import BaseModelInfo
+from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
+from protos.releases.v1 import releases_pb2, releases_pb2_grpc
+from tests.unit.edge_node.releases.test_release_store import BASE, SHAPES, make_payload, make_signed
+
+
+@dataclass
+class Central(releases_pb2_grpc.ReleaseServiceServicer, fleet_pb2_grpc.FleetServiceServicer):
+    """Plays the events it is told to, cuts the first download in the middle, and remembers what it was asked."""
+
+    payload: bytes
+    events: list[fleet_pb2.WatchResponse] = field(default_factory=list)
+    cuts: int = 1
+    offsets: list[int] = field(default_factory=list)
+    reports: list[releases_pb2.ReportEvaluationRequest] = field(default_factory=list)
+    watches: int = 0
+
+    async def Download(self, request, context):
+        self.offsets.append(request.offset)
+        rest = self.payload[request.offset :]
+        yield releases_pb2.DownloadResponse(chunk=rest[:100])
+        if self.cuts:
+            self.cuts -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+        yield releases_pb2.DownloadResponse(chunk=rest[100:])
+
+    async def ReportEvaluation(self, request, context):
+        self.reports.append(request)
+        return releases_pb2.ReportEvaluationResponse()
+
+    async def ReportStatus(self, request, context):
+        return fleet_pb2.ReportStatusResponse()
+
+    async def Watch(self, request, context):
+        self.watches += 1
+        for event in self.events:
+            yield event
+        if self.watches == 1:
+            return  # the link breaks; the node must come again
+        await asyncio.Event().wait()
+
+
+class Control:
+    """Stands for vLLM's control socket: keeps what was loaded and where the alias points."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+
+    async def load(self, name: str, path: Path) -> None:
+        assert (path / "adapter_config.json").is_file()
+        self.calls.append(("load", name))
+
+    async def point(self, name: str) -> None:
+        self.calls.append(("point", name))
+
+    async def unload(self, name: str) -> None:
+        self.calls.append(("unload", name))
+
+
+class Vllm:
+    generation = 1
+
+    async def wait_ready(self) -> int:
+        return self.generation
+
+
+@pytest.fixture
+def key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+@pytest.fixture
+def store(tmp_path: Path, key: ec.EllipticCurvePrivateKey) -> ReleaseStore:
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return ReleaseStore(
+        tmp_path, Identity("n-1", "shared", BASE, key, b"", b"", public), BaseModelInfo(tmp_path, BASE, SHAPES)
+    )
+
+
+Connect = Callable[[Central], Awaitable[grpc.aio.Channel]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    opened: list[grpc.aio.Server | grpc.aio.Channel] = []
+
+    async def start(central: Central) -> grpc.aio.Channel:
+        server = grpc.aio.server()
+        releases_pb2_grpc.add_ReleaseServiceServicer_to_server(central, server)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(central, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        opened.extend([server, channel])
+        return channel
+
+    yield start
+    for item in reversed(opened):
+        await (item.close() if isinstance(item, grpc.aio.Channel) else item.stop(0))
+
+
+async def test_a_cut_download_goes_on_where_it_was(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    payload = make_payload()
+    central = Central(payload)
+    channel, signed = await connect(central), make_signed(key, payload)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await fetch_release(channel, store, signed, timeout_s=5)
+    release = await fetch_release(channel, store, signed, timeout_s=5)
+    assert central.offsets == [0, 100]
+    assert (release.path / "payload.safetensors").read_bytes() == payload
+    await fetch_release(channel, store, signed, timeout_s=5)
+    assert len(central.offsets) == 2, "what is on disk is not downloaded again"
+
+
+async def test_a_wrong_payload_is_fetched_once_more_and_then_refused(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    payload = make_payload()
+    central = Central(bytes(len(payload)), cuts=0)
+    with pytest.raises(AdapterError, match="has digest"):
+        await fetch_release(await connect(central), store, make_signed(key, payload), timeout_s=5)
+    assert central.offsets == [0, 0]
+    assert store.newest() == []
+
+
+async def test_the_alias_follows_the_head_and_an_offer_is_answered_once(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    other_cohort = make_signed(key, payload, cohort="zeta")
+    offer = fleet_pb2.EvaluationOffer(offer_id="o1", candidate=signed, reference=signed, tasks=3, deadline_s=20)
+    central = Central(
+        payload,
+        [
+            fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="canary", head=other_cohort)),
+            fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="stable", head=signed)),
+            fleet_pb2.WatchResponse(train=fleet_pb2.TrainOffer(offer_id="t1", max_rank=4)),
+            fleet_pb2.WatchResponse(evaluation=offer),
+        ],
+    )
+    control = Control()
+    watcher = ReleaseWatcher(
+        EdgeSettings(data_dir=tmp_path),
+        await connect(central),
+        store,
+        Vllm(),
+        control,  # type: ignore[arg-type]
+        Evaluator("http://127.0.0.1:9", {}, 1.0),
+        fleet_pb2.NodeStatus,
+        tuple,
+    )
+    task = asyncio.create_task(watcher.run())
+    name = f"lorikeet@{store.check(signed).label}"
+    async with asyncio.timeout(20):
+        while ("point", name) not in control.calls or not central.reports or central.watches < 2:
+            await asyncio.sleep(0.02)
+    task.cancel()
+    active = store.active()
+    assert active is not None
+    assert active.release_id == store.check(signed).digest
+    assert control.calls.index(("load", name)) < control.calls.index(("point", name))
+    assert [report.offer_id for report in central.reports] == ["o1"]
+    assert (tmp_path / "releases" / "offer.json").is_file()
+    assert not any("zeta" in name for _, name in control.calls)

@@ -1,0 +1,52 @@
+"""Settings of the edge node: unknown keys and bad values are named, all at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_node.errors import SettingsError
+from edge_node.settings import load_settings
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for key in [key for key in os.environ if key.startswith("EDGE_")]:
+        monkeypatch.delenv(key)
+
+
+def test_nested_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_OUTBOX__APPROVAL", "manual")
+    monkeypatch.setenv("EDGE_ENVIRONMENTS", '[{"name": "x", "factory": "m:C", "anchor": true}]')
+    settings = load_settings()
+    assert settings.outbox.approval == "manual"
+    assert settings.environments[0].anchor
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("EDGE_FOO", "1", "EDGE_FOO: unknown setting"),
+        ("EDGE_OUTBOX__APROVAL", "auto", "EDGE_OUTBOX__APROVAL: unknown setting"),
+        ("EDGE_OUTBOX__APPROVAL", "maybe", "'auto' or 'manual' .value 'maybe'."),
+        ("EDGE_SERVING__PORT", "70000", "EDGE_SERVING__PORT"),
+        ("EDGE_ENVIRONMENTS", "not json", "expected JSON"),
+    ],
+)
+def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, key: str, value: str, words: str) -> None:
+    monkeypatch.setenv(key, value)
+    with pytest.raises(SettingsError, match=words):
+        load_settings()
+
+
+def test_every_mistake_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_FOO", "1")
+    monkeypatch.setenv("EDGE_SERVING__PORT", "0")
+    with pytest.raises(SettingsError, match=r"EDGE_FOO.*EDGE_SERVING__PORT"):
+        load_settings()
+
+
+def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_CENTRAL__JOIN_TOKEN", "lkt1.secret")
+    assert "secret" not in repr(load_settings())

@@ -1,0 +1,50 @@
+"""Identity: the join token is understood or refused in words, files are whole, the key is the owner's only."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_node.errors import EnrollmentError, StorageError
+from edge_node.identity import Identity, JoinToken, _own_key, write_durably
+
+
+@pytest.mark.parametrize(
+    "text", ["", "lkt1.", "lkt1.####", "hello", "lkt1." + base64.urlsafe_b64encode(b"{}").decode()]
+)
+def test_unreadable_tokens_are_refused(text: str) -> None:
+    with pytest.raises(EnrollmentError, match="central tokens create"):
+        JoinToken.parse(text)
+
+
+def test_a_token_with_another_thing_than_a_certificate_is_refused() -> None:
+    body = base64.urlsafe_b64encode(json.dumps({"id": "a", "secret": "b", "ca": "no pem"}).encode()).decode()
+    with pytest.raises(EnrollmentError):
+        JoinToken.parse("lkt1." + body)
+
+
+def test_not_enrolled_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(EnrollmentError, match="edge-node enroll"):
+        Identity.load(tmp_path)
+
+
+def test_the_key_is_made_once_and_private(tmp_path: Path) -> None:
+    first = _own_key(tmp_path)
+    assert (tmp_path / "node.key").stat().st_mode & 0o077 == 0
+    assert _own_key(tmp_path).private_numbers() == first.private_numbers()
+
+
+def test_writing_where_it_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="EDGE_DATA_DIR"):
+        write_durably(tmp_path / "file" / "x", b"1")
+
+
+def test_a_replaced_file_is_whole(tmp_path: Path) -> None:
+    write_durably(tmp_path / "x", b"one")
+    write_durably(tmp_path / "x", b"two")
+    assert (tmp_path / "x").read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
