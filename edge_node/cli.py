@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     command("serve", _serve, "serve, learn, upload and follow releases until stopped")
     status = command("status", _status, "what this node serves, holds and waits for")
     status.add_argument("--json", action="store_true", help="for machines")
+    status.add_argument("--live", action="store_true", help="only whether the supervisor is alive (for probes)")
     doctor = command("doctor", _doctor, "check settings, base, certificate, central, disk and port; say what to do")
     doctor.add_argument("--json", action="store_true", help="for machines")
     outbox = command("outbox", _outbox_list, "updates on their way to central")
@@ -89,6 +90,11 @@ def _serve(settings: EdgeSettings, options: argparse.Namespace) -> int:
 
 
 def _status(settings: EdgeSettings, options: argparse.Namespace) -> int:
+    if options.live:
+        from edge_node.heartbeat import check_alive
+
+        print(f"The supervisor was alive {check_alive(settings.data_dir):.0f} s ago.")
+        return 0
     from edge_node.doctor import node_status
 
     status = asyncio.run(node_status(settings))

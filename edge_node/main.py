@@ -24,6 +24,7 @@ from pathlib import Path
 from edge_node.environments import load_environment
 from edge_node.errors import EdgeError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
+from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
 from edge_node.learning import LearnerProcess, open_starts
 from edge_node.outbox import Outbox, Uploader
@@ -100,6 +101,7 @@ def own_data_dir(data_dir: Path) -> Iterator[None]:
 async def serve(settings: EdgeSettings) -> None:
     """Run the node until a signal; raises EdgeError when it cannot start."""
     with own_data_dir(settings.data_dir):
+        heart = asyncio.create_task(beat(settings.data_dir))
         identity = await enroll(settings)
         base = await asyncio.to_thread(read_base, settings)
         environments = {spec.name: (spec, load_environment(spec)) for spec in settings.environments}
@@ -149,6 +151,7 @@ async def serve(settings: EdgeSettings) -> None:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await control.aclose()
+        heart.cancel()
         log.info("edge node stopped", extra={"node_id": identity.node_id})
 
 

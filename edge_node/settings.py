@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from edge_node.errors import SettingsError
 
 PREFIX = "EDGE_"
+
+
+def _as_number(value: Any) -> Any:
+    # A variable is text; a Literal of numbers, unlike int, does not read it.
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Group(BaseModel):
@@ -48,7 +53,7 @@ class ServingSettings(Group):
     """vLLM's --dtype."""
     max_model_len: int | None = Field(default=None, ge=16)
     """vLLM's --max-model-len; the model's own when unset."""
-    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    max_lora_rank: Annotated[Literal[8, 16, 32, 64, 128, 256, 320, 512], BeforeValidator(_as_number)] = 64
     """Largest adapter rank; at least the release rank plus the rank of a local round."""
     max_loras: int = Field(default=4, ge=3)
     """Adapters in one batch: stable, the previous one still in flight, and a candidate under evaluation."""

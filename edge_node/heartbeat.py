@@ -1,0 +1,38 @@
+"""Sign of life of the supervisor, for probes.
+
+In: the data directory. Out: a file whose time of change advances while the supervisor's event loop turns, and its age.
+Imports nothing heavy, because a probe runs often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from edge_node.errors import EdgeError
+
+FILE_NAME = "supervisor.alive"
+INTERVAL_S = 5.0
+SILENCE_S = 60.0
+"""A supervisor that was silent for longer hangs: nothing in its event loop takes this long."""
+
+
+async def beat(data_dir: Path) -> None:
+    """Touch the file until cancelled."""
+    while True:
+        (data_dir / FILE_NAME).touch()
+        await asyncio.sleep(INTERVAL_S)
+
+
+def check_alive(data_dir: Path, now: float | None = None) -> float:
+    """Seconds since the last beat; raises EdgeError when there is none or it is older than SILENCE_S."""
+    try:
+        age_s = (time.time() if now is None else now) - (data_dir / FILE_NAME).stat().st_mtime
+    except OSError as error:
+        raise EdgeError(f"No supervisor has run on {data_dir}. Start it with `edge-node serve`.") from error
+    if age_s > SILENCE_S:
+        raise EdgeError(
+            f"The supervisor on {data_dir} was last alive {age_s:.0f} s ago; expected at most {SILENCE_S:.0f} s. Restart it."
+        )
+    return age_s
