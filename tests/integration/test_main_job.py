@@ -1,0 +1,157 @@
+"""The main job on real parts, once around: enrol, serve, feedback, round, upload, merge, gate, release, hot load, rollback."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from tests.fakes.tiny_model import tiny_model
+from tests.fakes.word_environment import NextWord
+from tests.integration.harness import Program, free_port, is_ready, running, wait_for
+
+ENVIRONMENTS = [
+    {"name": "words", "factory": "tests.fakes.word_environment:NextWord"},
+    {
+        "name": "anchor",
+        "factory": "tests.fakes.word_environment:NextWord",
+        "options": {"first": 100, "last": 200},
+        "anchor": True,
+    },
+]
+
+
+@pytest.fixture
+def central(tmp_path: Path) -> Iterator[Program]:
+    port, enrollment_port = free_port(), free_port()
+    program = Program(
+        "central.cli",
+        {
+            "CENTRAL_DATA_DIR": str(tmp_path / "central"),
+            "CENTRAL_BASE__PATH": str(tiny_model()),
+            "CENTRAL_LISTEN__PORT": str(port),
+            "CENTRAL_LISTEN__ENROLLMENT_PORT": str(enrollment_port),
+            "CENTRAL_MERGE__MIN_UPDATES": "1",
+            "CENTRAL_MERGE__RANK": "16",
+            "CENTRAL_GATE__TASKS": "8",
+        },
+        tmp_path / "central.log",
+    )
+    with running(program, "serve"):
+        wait_for("central", lambda: "central is ready" in program.log.read_text(), 60, tmp_path)
+        yield program
+
+
+@pytest.fixture
+def node(central: Program, tmp_path: Path) -> Iterator[Program]:
+    token = central.json("tokens", "create", "--cohort", "shared")["token"]
+    program = Program(
+        "edge_node.cli",
+        {
+            "EDGE_DATA_DIR": str(tmp_path / "node"),
+            "EDGE_NODE_NAME": "n1",
+            "EDGE_BASE__PATH": str(tiny_model()),
+            "EDGE_CENTRAL__ADDRESS": f"localhost:{central.settings['CENTRAL_LISTEN__PORT']}",
+            "EDGE_CENTRAL__ENROLLMENT_ADDRESS": f"localhost:{central.settings['CENTRAL_LISTEN__ENROLLMENT_PORT']}",
+            "EDGE_CENTRAL__JOIN_TOKEN": token,
+            "EDGE_SERVING__PORT": str(free_port()),
+            "EDGE_SERVING__MAX_LORA_RANK": "32",
+            "EDGE_ENVIRONMENTS": json.dumps(ENVIRONMENTS),
+            "EDGE_LEARNING__MIN_EXAMPLES": "16",
+            "EDGE_LEARNING__STEPS": "6",
+            "EDGE_LEARNING__BATCH_OWN": "4",
+            "EDGE_LEARNING__BATCH_ANCHOR": "2",
+            "EDGE_LEARNING__ANCHOR_POOL": "20",
+            "EDGE_LEARNING__CHECKPOINT_STEPS": "2",
+            "EDGE_OUTBOX__APPROVAL": "manual",
+        },
+        tmp_path / "node.log",
+    )
+    with running(program, "serve"):
+        yield program
+
+
+class Client(threading.Thread):
+    """Asks on and on and remembers which versions answered, and every failure."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self.models: list[str] = []
+        self.failures: list[str] = []
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.05):
+            try:
+                answer = self.client.chat.completions.create(
+                    model="lorikeet", messages=[{"role": "user", "content": "w3"}], max_tokens=4, temperature=0
+                )
+                self.models.append(answer.model)
+            except Exception as error:
+                self.failures.append(repr(error))
+
+
+def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{node.settings['EDGE_SERVING__PORT']}"
+    wait_for("a ready node", lambda: is_ready(url), 180, tmp_path)
+    openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    genesis = openai.chat.completions.create(
+        model="lorikeet", messages=[{"role": "user", "content": "w1"}], max_tokens=4
+    ).model
+    assert genesis.startswith("lorikeet@v0-")
+
+    # Traffic with feedback; every answer was wrong, because the model is random.
+    environment = NextWord()
+    for task in environment.tasks("train", count=20, seed=0):
+        answer = openai.chat.completions.create(
+            model="lorikeet",
+            messages=task.messages,
+            max_tokens=4,
+            temperature=0,  # type: ignore[arg-type]
+        )
+        outcome = environment.verify(task, answer.choices[0].message.content or "")
+        reply = httpx.post(
+            f"{url}/v1/feedback", json={"id": answer.id, "score": outcome.score, "correction": outcome.correction}
+        )
+        assert reply.status_code == 200, reply.text
+
+    # A round, held for a human, then approved.
+    held = wait_for(
+        "a held update", lambda: [e for e in node.json("outbox", "list") if e["state"] == "held"] or None, 120, tmp_path
+    )
+    assert central.json("updates") == []
+    client = Client(url)
+    client.start()
+    node.run("outbox", "approve", held[0]["update_id"][:10])
+
+    # Merged, evaluated by the node, released, and served without a failed request.
+    released = wait_for(
+        "a second release",
+        lambda: next(
+            (r for r in central.json("releases", "list") if "stable" in r["channels"] and r["parent_id"]), None
+        ),
+        120,
+        tmp_path,
+    )
+    name = f"lorikeet@{released['version']}"
+    wait_for("the hot load", lambda: client.models and client.models[-1] == name, 60, tmp_path)
+    assert list(released["update_weights"]) == [held[0]["update_id"]]
+    evaluated = {r["environment"] for e in released["evaluations"] for r in e["results"]}
+    assert evaluated == {"words", "anchor"}
+    assert [u["state"].lower().removeprefix("update_state_") for u in central.json("updates")] == ["merged"]
+
+    # Back to where it was; the update waits again or is set aside, as the operator says.
+    central.run("releases", "rollback", "--cohort", "shared", "--updates", "set-aside")
+    wait_for("the rollback", lambda: client.models[-1] == genesis, 60, tmp_path)
+    client.done.set()
+    client.join(10)
+    assert client.failures == []
+    assert set(client.models) == {genesis, name}
+    assert node.stop() == 0
+    assert central.stop() == 0
