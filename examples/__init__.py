@@ -1,0 +1,1 @@
+"""Examples: users of the public interfaces only; not installed, run from the repository root."""
