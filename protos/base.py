@@ -58,13 +58,23 @@ def _linear_shapes(file: Path) -> dict[str, tuple[int, int]]:
         prefix = stream.read(8)
         try:
             header = json.loads(stream.read(struct.unpack("<Q", prefix)[0]))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            tensors = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (
+            struct.error,
+            ValueError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:
             raise BaseModelError(f"{file} is not a safetensors file: its header cannot be read.") from error
-    shapes = {}
-    for name, entry in header.items():
-        if name == "__metadata__" or not name.endswith(".weight") or len(entry["shape"]) != 2:
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, shape in tensors.items():
+        if not name.endswith(".weight") or len(shape) != 2:
             continue
         module = name.removesuffix(".weight")
         if "embed" not in module and not module.endswith("lm_head"):
-            shapes[module] = (entry["shape"][0], entry["shape"][1])
+            shapes[module] = shape
     return shapes

@@ -56,7 +56,7 @@ class LoraTensors:
 
 
 def encode(tensors: LoraTensors) -> bytes:
-    """Safetensors bytes of `tensors`; raises LoraCodecError for factors that do not fit each other."""
+    """Safetensors bytes of `tensors`; raises LoraCodecError for factors or names that `decode` would refuse."""
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for name in sorted(tensors.modules):
         module = tensors.modules[name]
@@ -65,10 +65,19 @@ def encode(tensors: LoraTensors) -> bytes:
         arrays[f"lora/{name}/B"] = np.ascontiguousarray(module.B)
     for section in sorted(tensors.sections):
         for key in sorted(tensors.sections[section]):
-            arrays[f"section/{section}/{key}"] = np.ascontiguousarray(tensors.sections[section][key])
+            if not section or not key or "/" in key:
+                raise LoraCodecError(
+                    f"Section {section!r} has key {key!r}; expected non-empty names and no '/' in the key."
+                )
+            # Not ascontiguousarray: it makes a vector of a scalar.
+            arrays[f"section/{section}/{key}"] = np.asarray(tensors.sections[section][key], order="C")
     scales = {name: float(module.scale) for name, module in tensors.modules.items()}
     # One metadata key only: safetensors keeps metadata in a hash map whose order is not stable.
-    return save(arrays, metadata={METADATA_KEY: canonical_json({"format": 1, "scales": scales}).decode()})
+    try:
+        data: bytes = save(arrays, metadata={METADATA_KEY: canonical_json({"format": 1, "scales": scales}).decode()})
+    except (SafetensorError, ValueError) as error:
+        raise LoraCodecError(f"These tensors cannot be written as safetensors: {error}.") from error
+    return data
 
 
 def decode(data: bytes) -> LoraTensors:
@@ -111,7 +120,10 @@ def _read_scales(data: bytes) -> dict[str, float]:
         document = json.loads(header["__metadata__"][METADATA_KEY])
         if document["format"] != 1:
             raise LoraCodecError(f"Payload has format {document['format']!r}; this software reads format 1.")
-        return {str(name): float(scale) for name, scale in document["scales"].items()}
+        scales = document["scales"].items()
+        if not all(type(scale) in (int, float) for _, scale in scales):
+            raise LoraCodecError("Payload has a scale that is not a number; expected one number per module.")
+        return {name: float(scale) for name, scale in scales}
     except LoraCodecError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
@@ -119,9 +131,11 @@ def _read_scales(data: bytes) -> dict[str, float]:
 
 
 def _check_module(name: str, a: Array, b: Array, scale: float) -> None:
+    if not name:
+        raise LoraCodecError("A module has an empty name; expected the base model's module name.")
     if a.dtype != np.float32 or b.dtype != np.float32:
         raise LoraCodecError(f"Module {name!r} has dtypes A {a.dtype}, B {b.dtype}; expected float32.")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
         raise LoraCodecError(
             f"Module {name!r} has shapes A {a.shape}, B {b.shape}; expected [rank, in] and [out, rank]."
         )

@@ -11,7 +11,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -59,7 +59,11 @@ class Document(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"
             raise ManifestError(f"{cls.__name__} is malformed at {where}: {first['msg']}.") from error
-        if document.to_bytes() != data:
+        try:
+            canonical = document.to_bytes()
+        except ValueError as error:  # NaN or infinity, which JSON does not have
+            raise ManifestError(f"{cls.__name__} has a value without a canonical form: {error}.") from error
+        if canonical != data:
             raise ManifestError(
                 f"{cls.__name__} is not in canonical form (sorted keys, no spaces, no defaults left out)."
             )
@@ -149,8 +153,13 @@ def sign(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
 
 def verify(public_key_pem: bytes, data: bytes, signature: bytes) -> None:
     """Raises ManifestError unless `signature` is the key's signature of `data`."""
-    key = load_pem_public_key(public_key_pem)
-    if not isinstance(key, ec.EllipticCurvePublicKey):
+    try:
+        key = load_pem_public_key(public_key_pem)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ManifestError(
+            f"Verification key is not readable PEM: {error}; expected an ECDSA P-256 public key."
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ManifestError(f"Verification key is a {type(key).__name__}; expected an ECDSA P-256 key.")
     try:
         key.verify(signature, data, ec.ECDSA(SHA256()))
