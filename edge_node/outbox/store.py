@@ -214,7 +214,9 @@ class Outbox:
     def _select(self, clause: str, *values: str) -> Sequence[OutboxEntry]:
         with self._transaction() as database:
             rows = database.execute(f"SELECT {_COLUMNS} FROM updates {clause} ORDER BY sequence", values).fetchall()
-        return [OutboxEntry(*row[:4], OutboxState(row[4]), row[5], row[6], row[7]) for row in rows]
+        return [
+            OutboxEntry(row[0], row[1], row[2], row[3], OutboxState(row[4]), row[5], row[6], row[7]) for row in rows
+        ]
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

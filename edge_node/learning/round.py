@@ -1,0 +1,102 @@
+"""One round from plan to outbox: gathers what the plan names, trains, signs, hands over.
+
+In: a RoundPlan and the node's stores. Out: the update's id; the update is on disk in the outbox. Importing this module
+loads torch (through training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from edge_node.environments import load_environment
+from edge_node.errors import SettingsError
+from edge_node.experience import ExperienceStore
+from edge_node.identity import Identity
+from edge_node.learning.batches import Lesson
+from edge_node.learning.records import RoundPlan
+from edge_node.learning.training import TrainedRound, train_round
+from edge_node.outbox import Outbox
+from edge_node.settings import EdgeSettings, EnvironmentSpec
+from protos.lora import encode
+from protos.manifest import Payload, Start, UpdateManifest, sha256_hex, sign
+
+DISTRIBUTION = "lorikeet-federated"
+
+
+def run_round(plan: RoundPlan, settings: EdgeSettings, outbox: Outbox, workspace: Path) -> str:
+    """Train `plan` (from its newest checkpoint) and leave the update in the outbox; returns the update id.
+
+    Raises:
+        SettingsError: no base model, or an environment cannot be loaded.
+        ValueError: no example can be trained on.
+        FileNotFoundError: the start release is not on disk any more.
+    """
+    identity = Identity.load(settings.data_dir)
+    trained = train_on_experience(plan, settings, release_directory(settings.data_dir, plan.release_id), workspace)
+    payload = encode(trained.tensors)
+    superseded = outbox.last_for_start(plan.release_id)
+    manifest = UpdateManifest(
+        node_id=identity.node_id,
+        sequence=outbox.next_sequence(),
+        base=identity.base,
+        start=Start(
+            release=plan.release_id, payload=plan.payload_digest, prefix_rank=plan.release_rank, dtype="float32"
+        ),
+        rank=trained.tensors.rank,
+        payload=Payload(digest_sha256=sha256_hex(payload), size_bytes=len(payload)),
+        supersedes=None if superseded is None else superseded.update_id,
+        round_id=plan.round_id,
+        experiences=int(trained.metrics["examples"]),
+        metrics=trained.metrics,
+        created_at=plan.created_at,
+        software=f"{DISTRIBUTION} {version(DISTRIBUTION)}",
+    ).to_bytes()
+    return outbox.add(plan.round_id, manifest, sign(identity.key, manifest), payload)
+
+
+def train_on_experience(plan: RoundPlan, settings: EdgeSettings, release: Path, workspace: Path) -> TrainedRound:
+    """The round's training alone: the node's examples up to the plan's cursor, anchors, and `release`'s directory."""
+    if settings.base.path is None:
+        raise SettingsError(
+            "EDGE_BASE__PATH is not set; the learner needs the Hugging Face directory of the base model."
+        )
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    examples = store.examples(up_to=plan.cursor, limit=plan.max_examples)
+    return train_round(
+        plan,
+        base=settings.base.path,
+        release=release if plan.release_rank else None,
+        own=[Lesson(example.messages, example.target) for example in examples],
+        anchors=anchor_lessons(settings.environments, plan) if plan.batch_anchor else [],
+        workspace=workspace,
+        max_length=settings.serving.max_model_len,
+    )
+
+
+def anchor_lessons(specs: Sequence[EnvironmentSpec], plan: RoundPlan) -> list[Lesson]:
+    """What the base could do, from the train splits of the anchor environments: `anchor_pool` examples in all."""
+    anchors = [spec for spec in specs if spec.anchor]
+    lessons = []
+    for spec in anchors:
+        environment = load_environment(spec)
+        for task in environment.tasks("train", count=max(1, plan.anchor_pool // len(anchors)), seed=plan.anchor_seed):
+            answer = environment.reference_answer(task)
+            if answer is None:
+                raise SettingsError(
+                    f"Environment {spec.name!r} is an anchor but knows no answer to its train task {task.id!r}; "
+                    "expected reference_answer to return one. Correct the environment, or set anchor to false."
+                )
+            lessons.append(Lesson(task.messages, answer))
+    return lessons
+
+
+def release_directory(data_dir: Path, release_id: str) -> Path:
+    """The PEFT directory of a release; raises FileNotFoundError."""
+    path = data_dir / "releases" / "versions" / release_id
+    if not (path / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"Release {release_id[:12]} is not in {path}; the round that starts from it cannot go on."
+        )
+    return path

@@ -1,0 +1,182 @@
+"""One round of supervised fine-tuning with TRL and PEFT (importing this module loads torch).
+
+In: a RoundPlan, the base model, the start release's PEFT directory, lessons. Out: the fresh LoRA's factors, float32,
+by the base's module names, with scale alpha / rank (LoRA, arXiv:2106.09685, section 4.1), and metrics. The start
+release is merged into a float32 copy of the base first, so the factors are the increment and nothing has to be
+subtracted. The same plan and data give the same bytes, also across `kill -9` and resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from edge_node.learning.batches import Lesson, TokenRow, end_of_turn, make_rows
+from edge_node.learning.checkpoints import newest_valid, seal
+from edge_node.learning.records import RoundPlan
+from protos.lora import LoraModule, LoraTensors
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "base_model.model."
+_DEFAULT_MAX_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class TrainedRound:
+    """tensors: the increment; metrics: loss_first, loss_last, steps, seconds, examples, anchors."""
+
+    tensors: LoraTensors
+    metrics: dict[str, float]
+    model: Any
+    """The trained PeftModel, for whoever wants to look at it."""
+
+
+def train_round(
+    plan: RoundPlan,
+    *,
+    base: Path,
+    release: Path | None,
+    own: Sequence[Lesson],
+    anchors: Sequence[Lesson],
+    workspace: Path,
+    max_length: int | None = None,
+) -> TrainedRound:
+    """Train, going on from the newest valid checkpoint in `workspace`.
+
+    Args:
+        release: PEFT directory of the start release; None for a release without modules (version 0).
+        max_length: longest prompt plus answer in tokens; the model's own limit when None.
+
+    Raises:
+        ValueError: no example can be trained on.
+    """
+    model = load_start(base, release)
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    limit = max_length or getattr(model.config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
+    stop = end_of_turn(tokenizer, _stop_ids(model))
+    rows = make_rows(plan, tokenizer, own, anchors, stop=stop, max_length=limit)
+    resume = newest_valid(workspace)
+    clock = _Clock(0.0 if resume is None else resume[1])
+    trainer = _RoundTrainer(
+        model=model,
+        args=_arguments(plan, workspace, len(rows) // plan.steps),
+        train_dataset=_dataset(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
+            target_modules="all-linear", task_type="CAUSAL_LM",
+        ),
+        callbacks=[_Sealer(clock)],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume[0]))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics = {
+        "loss_first": float(losses[0]),
+        "loss_last": float(losses[-1]),
+        "steps": float(trainer.state.global_step),
+        "seconds": round(clock.elapsed_s(), 3),
+        "examples": float(len(own)),
+        "anchors": float(len(anchors)),
+    }
+    return TrainedRound(read_factors(trainer.model, plan.alpha), metrics, trainer.model)
+
+
+def load_start(base: Path, release: Path | None) -> Any:
+    """The base in float32 with the release merged in, frozen by PEFT later."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    if release is None:
+        return model
+    return PeftModel.from_pretrained(model, str(release)).merge_and_unload(safe_merge=True)
+
+
+def read_factors(model: Any, alpha: float) -> LoraTensors:
+    """Factors of the trained adapter: A float32 [rank, in_features], B float32 [out_features, rank]."""
+    state = get_peft_model_state_dict(model, adapter_name="default")
+    modules = {}
+    for key, a in state.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        stem = key.removesuffix(".lora_A.weight")
+        b = state[f"{stem}.lora_B.weight"]
+        modules[stem.removeprefix(_PREFIX)] = LoraModule(
+            A=a.detach().float().cpu().numpy(), B=b.detach().float().cpu().numpy(), scale=alpha / a.shape[0]
+        )
+    return LoraTensors(modules)
+
+
+class _RoundTrainer(SFTTrainer):  # type: ignore[misc]
+    def _send_telemetry(self) -> None:
+        """Nothing leaves a node but its updates: TRL would report model and hardware to the Hub."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint needs no README."""
+
+
+class _Clock:
+    def __init__(self, before_s: float) -> None:
+        self._begin = time.monotonic() - before_s
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._begin
+
+
+class _Sealer(TrainerCallback):  # type: ignore[misc]
+    """Seals each checkpoint once the trainer has written all of it."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._clock.elapsed_s())
+
+
+def _arguments(plan: RoundPlan, workspace: Path, batch: int) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(workspace),
+        seed=plan.seed,
+        max_steps=plan.steps,
+        per_device_train_batch_size=batch,
+        # Rows are already in training order, batch by batch.
+        train_sampling_strategy="sequential",
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        warmup_steps=0,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="steps",
+        save_steps=plan.checkpoint_steps,
+        # The previous one stays until the newest is sealed.
+        save_total_limit=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        eval_strategy="no",
+        push_to_hub=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+    )
+
+
+def _dataset(rows: Sequence[TokenRow]) -> Dataset:
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
+
+
+def _stop_ids(model: Any) -> list[int]:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return [ids] if isinstance(ids, int) else list(ids or [])

@@ -1,0 +1,185 @@
+"""`python -m edge_node.learning.worker`: the learner, one long-lived process beside vLLM.
+
+In: releases/active.json, releases/offer.json, experience.db. Out: updates in the outbox. It idles without torch; the
+training libraries are loaded once, when a round is near. It holds no state of its own: killed at any point, the next
+one finds the round in rounds.db and goes on from its newest valid checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_node.errors import EdgeError, StorageError
+from edge_node.experience import ExperienceStore
+from edge_node.learning.policy import Signals, decide
+from edge_node.learning.records import RoundPlan, RoundStore, plan_round
+from edge_node.settings import EdgeSettings, load_settings
+from protos.manifest import ManifestError, ReleaseManifest
+
+log = logging.getLogger("edge_node.learning")
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class ActiveRelease:
+    """What the node serves now."""
+
+    manifest: ReleaseManifest
+    label: str
+
+
+class Worker:
+    """Polls, decides, trains; one round at a time."""
+
+    def __init__(self, settings: EdgeSettings, node_id: str) -> None:
+        self._settings = settings
+        self._node_id = node_id
+        self._rounds = RoundStore(settings.data_dir / "learning")
+        self._experience = ExperienceStore(settings.data_dir / "experience.db")
+        self._warm: threading.Thread | None = None
+
+    def run(self) -> None:
+        """Until the process is stopped."""
+        while True:
+            if not self.step():
+                time.sleep(self._settings.learning.poll_s)
+
+    def step(self) -> bool:
+        """Run the round that is due, if any; True when one ran."""
+        plan = self._rounds.unfinished() or self._next_round()
+        if plan is None:
+            return False
+        self._train(plan)
+        return True
+
+    def _next_round(self) -> RoundPlan | None:
+        active = read_active(self._settings.data_dir)
+        if active is None:
+            return None
+        learning = self._settings.learning
+        last = self._rounds.last()
+        examples = self._experience.counts().examples
+        model = f"{self._settings.serving.alias}@{active.label}"
+        decision = decide(
+            learning,
+            Signals(
+                examples=examples,
+                new_failures=self._experience.failures(after=last.cursor if last else 0, model=model),
+                same_start=last is not None and last.release_id == active.manifest.digest,
+            ),
+        )
+        if decision.warm and self._warm is None:
+            self._warm = threading.Thread(target=_load_training, name="load-training", daemon=True)
+            self._warm.start()
+        if not decision.start:
+            return None
+        plan = plan_round(
+            learning,
+            number=last.number + 1 if last else 1,
+            node_id=self._node_id,
+            release=active.manifest,
+            cursor=self._experience.cursor(),
+            max_rank=read_max_rank(self._settings.data_dir),
+        )
+        self._rounds.begin(plan)
+        return plan
+
+    def _train(self, plan: RoundPlan) -> None:
+        from edge_node.learning.round import run_round
+        from edge_node.outbox import Outbox
+
+        log.info("round starts", extra={"round_id": plan.round_id, "release": plan.label, "rank": plan.rank})
+        outbox = Outbox(self._settings.data_dir / "outbox", self._settings.outbox.approval)
+        try:
+            update_id = run_round(plan, self._settings, outbox, self._rounds.workspace(plan.round_id))
+        except (ValueError, FileNotFoundError) as error:
+            # Trying again would fail again; the experience stays for the next round.
+            log.error("round abandoned", extra={"round_id": plan.round_id, "error": str(error)})
+            self._rounds.abandon(plan.round_id, str(error))
+            return
+        self._rounds.finish(plan.round_id, update_id)
+        log.info("round finished", extra={"round_id": plan.round_id, "update_id": update_id})
+
+
+def read_active(data_dir: Path) -> ActiveRelease | None:
+    """The release that the alias points at; None when there is none yet. Raises StorageError when it is damaged."""
+    path = data_dir / "releases" / "active.json"
+    try:
+        document = json.loads(path.read_bytes())
+        folder = data_dir / "releases" / "versions" / str(document["release_id"])
+        manifest = ReleaseManifest.from_bytes((folder / "manifest.json").read_bytes())
+        return ActiveRelease(manifest, str(document["label"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, ManifestError) as error:
+        raise StorageError(
+            f"The active release in {path} cannot be read: {error}. Restart the node's supervisor."
+        ) from error
+
+
+def read_max_rank(data_dir: Path) -> int | None:
+    """Largest rank that central admits, from its standing offer; None before the first offer."""
+    try:
+        return int(json.loads((data_dir / "releases" / "offer.json").read_bytes())["max_rank"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _load_training() -> None:
+    try:
+        importlib.import_module("edge_node.learning.round")
+    except Exception:  # supervision: the round itself imports it again and reports
+        log.exception("training libraries cannot be loaded")
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent dies, and end it now when that has happened already."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes are those of edge_node.errors."""
+    parser = argparse.ArgumentParser(prog="python -m edge_node.learning.worker", description=__doc__.splitlines()[0])
+    parser.add_argument("--parent", type=int, help="exit when this process is not the parent any more")
+    options = parser.parse_args(arguments)
+    if options.parent is not None:
+        die_with_parent(options.parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s%(fields)s")
+    logging.getLogger().handlers[0].addFilter(_with_fields)
+    try:
+        settings = load_settings()
+        from edge_node.identity import Identity
+
+        Worker(settings, Identity.load(settings.data_dir).node_id).run()
+    except EdgeError as error:
+        print(f"learner: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "fields"}
+
+
+def _with_fields(record: logging.LogRecord) -> bool:
+    fields: dict[str, Any] = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    record.fields = "".join(f" {key}={value}" for key, value in fields.items())
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
