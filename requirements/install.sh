@@ -28,15 +28,16 @@ if [[ ! -e $venv ]]; then
 fi
 touch "$unfinished"
 
+torch=$(grep '^torch==' requirements/cpu.lock)  # named first, so that a machine without it hears so at once
 total=$(grep -c == requirements/cpu.lock)
 echo "install: $total pinned packages, about 4 GB on disk, about 2 minutes with a near index (log: $log)"
 progress='/^(Collecting|Requirement already satisfied)/ { if (++n % 30 == 0) printf "install: %d of %d resolved\n", n, total; fflush() }
   /^Installing collected packages/ { print "install: unpacking"; fflush() }'
 run_pip() { "$venv/bin/python" -m pip install --no-deps --no-input --disable-pip-version-check --progress-bar off "$@" 2>&1 | tee -a "$log"; }
 : > "$log"
-if ! run_pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements/cpu.lock | awk -v total="$total" "$progress"; then
+if ! run_pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$torch" -r requirements/cpu.lock | awk -v total="$total" "$progress"; then
   if grep -Eq 'No matching distribution found for torch==' "$log"; then
-    fail "pip found no $(grep '^torch==' requirements/cpu.lock). This build is not on PyPI. Expected it in PyTorch's CPU wheel index (pytorch.org, Get Started, CPU, shows its address). Next: make TORCH_INDEX=<that address> (any index or find-links that pip is configured with also serves)."
+    fail "pip found no $torch. This build is not on PyPI. Expected it in PyTorch's CPU wheel index (pytorch.org, Get Started, CPU, shows its address). Next: make TORCH_INDEX=<that address> (any index or find-links that pip is configured with also serves)."
   fi
   grep -E '^ERROR' "$log" | head -5 >&2 || tail -5 "$log" >&2
   fail "pip stopped; see $log."

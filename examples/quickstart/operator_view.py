@@ -120,7 +120,7 @@ class OperatorView:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def snapshot(self) -> Snapshot:
         """Raises grpc.aio.AioRpcError while central is away."""

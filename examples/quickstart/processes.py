@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 RESTART_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 STOP_TIMEOUT_S = 40.0

@@ -18,9 +18,11 @@ from typing import Any
 
 import httpx
 
-from examples.quickstart import recipe
+from examples.quickstart import scale
+from examples.quickstart.environments import Node
 from examples.quickstart.operator_view import OperatorView
 from examples.quickstart.processes import Child, ChildFailed, ProcessTable, child_environment, free_ports
+from examples.quickstart.scale import Size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = REPOSITORY / ".venv" / "bin"
@@ -33,7 +35,7 @@ NODE_START_TIMEOUT_S = 420.0
 class NodePlan:
     """One node of the story."""
 
-    key: str
+    key: Node
     """A, B, C or D: its letter in the story and in reports."""
     cohort: str
     environment: str
@@ -45,7 +47,7 @@ class NodePlan:
         return self.key.lower()
 
 
-NODES: Mapping[str, NodePlan] = {
+NODES: Mapping[Node, NodePlan] = {
     plan.key: plan
     for plan in (
         NodePlan("A", "shared", "acme-a"),
@@ -61,11 +63,12 @@ class System:
     """Central and its nodes as child processes."""
 
     def __init__(
-        self, root: Path, base: Path, plans: Sequence[NodePlan], seed: int, overrides: Mapping[str, str] | None = None
+        self, root: Path, base: Path, size: Size, seed: int, overrides: Mapping[str, str] | None = None
     ) -> None:
         """`overrides`: further settings (CENTRAL_* or EDGE_*) for every process that understands them."""
         self.root = root
-        self.plans = tuple(plans)
+        self.plans = tuple(NODES[key] for key in size.nodes)
+        self.size = size
         self.seed = seed
         self._overrides = dict(overrides or {})
         self._base = base
@@ -74,15 +77,17 @@ class System:
         self.central_port, self._enrollment_port, *ports = free_ports(2 + len(self.plans))
         self.ports = {plan.key: port for plan, port in zip(self.plans, ports, strict=True)}
         self.table = ProcessTable(root / "processes.json")
-        self.central = Child("central", [str(BIN / "central"), "serve"], self.central_environment(), *self._log("central"))
+        self.central = Child(
+            "central", [str(BIN / "central"), "serve"], self.central_environment(), *self._log("central")
+        )
         self.nodes: dict[str, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    def url(self, key: str) -> str:
+    def url(self, key: Node) -> str:
         """A node's public endpoint, without /v1."""
         return f"http://127.0.0.1:{self.ports[key]}"
 
-    def node_dir(self, key: str) -> Path:
+    def node_dir(self, key: Node) -> Path:
         return self.root / "nodes" / NODES[key].name
 
     def operator(self) -> OperatorView:
@@ -100,11 +105,13 @@ class System:
             tokens[cohort] = answer["token"]
         for plan in self.plans:
             environment = self.node_environment(plan, tokens[plan.cohort])
-            child = Child(f"node-{plan.name}", [str(BIN / "edge-node"), "serve"], environment, *self._log(f"node-{plan.name}"))
+            child = Child(
+                f"node-{plan.name}", [str(BIN / "edge-node"), "serve"], environment, *self._log(f"node-{plan.name}")
+            )
             self.nodes[plan.key] = child
             self._tasks.append(asyncio.create_task(child.run(self.table), name=child.name))
 
-    async def wait_ready(self, key: str) -> None:
+    async def wait_ready(self, key: Node) -> None:
         """Until the node answers GET /ready with 200; raises ChildFailed."""
         async with httpx.AsyncClient(timeout=5) as client:
             for _ in range(int(NODE_START_TIMEOUT_S / 0.5)):
@@ -148,7 +155,7 @@ class System:
         """Run `central ARGUMENTS` as the operator would and parse its JSON."""
         return await _run_json([str(BIN / "central"), *arguments], self.central.environment)
 
-    async def node_cli(self, key: str, *arguments: str) -> Any:
+    async def node_cli(self, key: Node, *arguments: str) -> Any:
         """Run `edge-node ARGUMENTS` on the node and parse its JSON."""
         return await _run_json([str(BIN / "edge-node"), *arguments], self.nodes[key].environment)
 
@@ -158,7 +165,7 @@ class System:
             "CENTRAL_BASE__PATH": str(self._base),
             "CENTRAL_LISTEN__PORT": str(self.central_port),
             "CENTRAL_LISTEN__ENROLLMENT_PORT": str(self._enrollment_port),
-            **recipe.CENTRAL,
+            **scale.CENTRAL,
             **{key: value for key, value in self._overrides.items() if key.startswith("CENTRAL_")},
         }
         return child_environment(settings, REPOSITORY)
@@ -189,7 +196,7 @@ class System:
             "EDGE_ENVIRONMENTS": json.dumps(environments),
             "EDGE_LEARNING__ENABLED": str(plan.learns).lower(),
             "EDGE_LEARNING__SEED": str(self.seed),
-            **recipe.EDGE,
+            **scale.edge_settings(self.size),
             **{key: value for key, value in self._overrides.items() if key.startswith("EDGE_")},
         }
         return child_environment(settings, REPOSITORY)
@@ -202,10 +209,13 @@ class System:
             for key, value in self.central.environment.items()
             if key in ("CENTRAL_DATA_DIR", "CENTRAL_LISTEN__PORT")
         )
-        prompt = recipe.EXAMPLE_PROMPT
+        prompt = scale.EXAMPLE_PROMPT
         body = json.dumps({"model": ALIAS, "temperature": 0, "messages": [{"role": "user", "content": prompt}]})
         bin_dir = BIN.relative_to(REPOSITORY)
-        nodes = "\n".join(f"  node {plan.key} ({plan.environment:7} cohort {plan.cohort}): {self.url(plan.key)}" for plan in self.plans)
+        nodes = "\n".join(
+            f"  node {plan.key} ({plan.environment:7} cohort {plan.cohort}): {self.url(plan.key)}"
+            for plan in self.plans
+        )
         return f"""The system is still running.
 {nodes}
 
@@ -246,7 +256,9 @@ Stop it: make stop"""
                 continue
             writer.close()
             return
-        raise ChildFailed(f"Central did not listen on port {port} after {CENTRAL_START_TIMEOUT_S:.0f} s:\n{self.central.log_end()}")
+        raise ChildFailed(
+            f"Central did not listen on port {port} after {CENTRAL_START_TIMEOUT_S:.0f} s:\n{self.central.log_end()}"
+        )
 
 
 async def _run_json(command: Sequence[str], environment: Mapping[str, str]) -> Any:

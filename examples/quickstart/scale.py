@@ -1,0 +1,86 @@
+"""How large a run of the quickstart is, when it is enough, and the settings that every node and central get.
+
+In: nothing. Out: constants. The settings are ordinary ones (edge_node/settings.py, central/settings.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from examples.quickstart.environments import Node
+
+
+@dataclass(frozen=True)
+class StopAt:
+    """Rates in percent on the newest waves at which the driver stops; above the bars, because a wave is a sample."""
+
+    mean_a_b: float
+    c: float
+    d: float
+
+    def holds(self, rates: Mapping[str, float]) -> bool:
+        mean = (rates.get("A", 0.0) + rates.get("B", 0.0)) / 2
+        return mean >= self.mean_a_b and rates.get("C", 0.0) >= self.c and rates.get("D", 0.0) >= self.d
+
+
+@dataclass(frozen=True)
+class Size:
+    name: str
+    nodes: tuple[Node, ...]
+    first_wave: int
+    """Tasks with feedback before the first round; a round waits for this many examples."""
+    next_wave: int
+    """Tasks with feedback on each further release."""
+    measured_tasks: int
+    """Held-out tasks for each figure of the report."""
+    max_releases: int
+    """Releases of the shared cohort after which the driver stops anyway."""
+    learning_limit_s: float
+    settle_limit_s: float
+    stop_at: StopAt | None
+    """None: always go on to max_releases, and check no bars."""
+
+
+SIZES: Mapping[str, Size] = {
+    "full": Size("full", ("A", "B", "C", "D"), 300, 100, 100, 7, 480, 120, StopAt(93, 63, 93)),
+    "small": Size("small", ("A", "B"), 150, 60, 50, 2, 240, 60, None),
+}
+
+WAVE_CONCURRENCY = 8
+MIN_FAILURES = 5
+"""Failures of the serving release's own answers that start another round."""
+
+CENTRAL: Mapping[str, str] = {
+    # The shared cohort merges when both learning nodes have sent something; a slow one holds nobody up for long.
+    "CENTRAL_MERGE__MIN_UPDATES": "2",
+    "CENTRAL_MERGE__MAX_AGE_S": "60",
+    "CENTRAL_MERGE__COHORTS": json.dumps({"zeta": {"min_updates": 1}}),
+    "CENTRAL_MERGE__RANK": "32",
+    "CENTRAL_GATE__TASKS": "50",
+    "CENTRAL_GATE__DEADLINE_S": "60",
+    # What the base could do may fall by this many points of its best before a candidate is rejected.
+    "CENTRAL_GATE__TOLERANCE_POINTS": "5",
+    "CENTRAL_GATE__ANCHOR_TOLERANCE_POINTS": "10",
+}
+
+
+def edge_settings(size: Size) -> dict[str, str]:
+    """What all nodes have in common."""
+    return {
+        "EDGE_SERVING__DTYPE": "float32",
+        "EDGE_SERVING__MAX_MODEL_LEN": "256",
+        "EDGE_SERVING__MAX_LORA_RANK": "64",
+        "EDGE_LEARNING__RANK": "8",
+        "EDGE_LEARNING__STEPS": "50",
+        "EDGE_LEARNING__BATCH_OWN": "12",
+        "EDGE_LEARNING__BATCH_ANCHOR": "8",
+        "EDGE_LEARNING__MIN_EXAMPLES": str(size.first_wave),
+        "EDGE_LEARNING__MIN_NEW_FAILURES": str(MIN_FAILURES),
+        # Every release stays loaded until the end, when each is asked what the base could do.
+        "EDGE_RELEASES__KEEP": "16",
+    }
+
+
+EXAMPLE_PROMPT = "[acme/desk] ticket 7630: move in lyon with normal priority"
