@@ -1,0 +1,160 @@
+"""Makes finished answers durable without holding up the event loop.
+
+In: `Finished` answers from the event loop. Out: interactions in the experience store, group-committed by one writer
+thread. Guarantees: `keep` returns within the deadline and raises nothing but cancellation; every answer is counted once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from edge_node.capture.answers import Finished, to_interaction
+from edge_node.experience import ExperienceStore, Interaction
+
+logger = logging.getLogger(__name__)
+
+GROUP = 256
+"""Most answers in one transaction."""
+
+
+@dataclass(frozen=True)
+class RecorderCounts:
+    captured: int
+    lost: int
+    skipped: int
+
+
+class _Fate(Enum):
+    WAITING = "waiting"
+    CAPTURED = "captured"
+    LOST = "lost"
+    SKIPPED = "skipped"
+
+
+@dataclass(eq=False)
+class _Entry:
+    finished: Finished
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[None]
+    fate: _Fate = field(default=_Fate.WAITING)
+
+
+class Recorder:
+    """Bounded queue and writer thread in front of an ExperienceStore."""
+
+    def __init__(
+        self,
+        store: ExperienceStore,
+        *,
+        queue_size: int,
+        durable_timeout_s: float,
+        parse: Callable[[Finished], Interaction | None] = to_interaction,
+    ) -> None:
+        self._store = store
+        self._durable_timeout_s = durable_timeout_s
+        self._parse = parse
+        self._queue: queue.Queue[_Entry | None] = queue.Queue(queue_size)
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(_Fate, 0)
+        self._failing = False
+        self._writer = threading.Thread(target=self._write_groups, name="lorikeet-capture", daemon=True)
+        self._writer.start()
+
+    async def keep(self, finished: Finished) -> bool:
+        """Waits until `finished` is on disk, at most durable_timeout_s; False when it was lost or skipped."""
+        loop = asyncio.get_running_loop()
+        entry = _Entry(finished, loop, loop.create_future())
+        try:
+            self._queue.put_nowait(entry)
+        except queue.Full:
+            self._settle(entry, _Fate.LOST)
+            self._report("capture queue is full")
+            return False
+        try:
+            async with asyncio.timeout(self._durable_timeout_s):
+                await entry.done
+        except TimeoutError:
+            if self._settle(entry, _Fate.LOST):
+                self._report("disk did not keep up")
+        return entry.fate is _Fate.CAPTURED
+
+    def counts(self) -> RecorderCounts:
+        with self._lock:
+            return RecorderCounts(self._counts[_Fate.CAPTURED], self._counts[_Fate.LOST], self._counts[_Fate.SKIPPED])
+
+    def close(self) -> None:
+        """Writes what is queued and ends the thread; idempotent."""
+        if self._writer.is_alive():
+            self._queue.put(None)
+            self._writer.join()
+
+    def _write_groups(self) -> None:
+        while True:
+            group = [self._queue.get()]
+            while len(group) < GROUP:
+                try:
+                    group.append(self._queue.get_nowait())
+                except queue.Empty:
+                    break
+            self._write([entry for entry in group if entry is not None])
+            if None in group:
+                return
+
+    def _write(self, group: list[_Entry]) -> None:
+        # An answer that was given up is already counted as lost: leaving it out lets a slow disk catch up.
+        rows: list[tuple[_Entry, Interaction]] = []
+        for entry in group:
+            if entry.fate is not _Fate.WAITING:
+                continue
+            try:
+                row = self._parse(entry.finished)
+            except Exception as error:
+                self._settle(entry, _Fate.LOST)
+                self._report(f"answer not readable ({type(error).__name__})")
+                continue
+            if row is None:
+                self._settle(entry, _Fate.SKIPPED)
+            else:
+                rows.append((entry, row))
+        if rows:
+            try:
+                self._store.add_interactions([row for _, row in rows])
+                fate, self._failing = _Fate.CAPTURED, False
+            except Exception as error:
+                fate = _Fate.LOST
+                self._report(str(error))
+            for entry, _ in rows:
+                self._settle(entry, fate)
+        for loop in {entry.loop for entry in group}:
+            waiting = [entry.done for entry in group if entry.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_release, waiting)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                pass
+
+    def _settle(self, entry: _Entry, fate: _Fate) -> bool:
+        """Decides the entry's fate once; False when it was decided before."""
+        with self._lock:
+            if entry.fate is not _Fate.WAITING:
+                return False
+            entry.fate = fate
+            self._counts[fate] += 1
+            return True
+
+    def _report(self, cause: str) -> None:
+        # Once per streak of failures: a full disk must not fill the log as well.
+        if not self._failing:
+            self._failing = True
+            logger.warning("Interactions are being lost", extra={"cause": cause})
+
+
+def _release(waiting: list[asyncio.Future[None]]) -> None:
+    for done in waiting:
+        if not done.done():
+            done.set_result(None)

@@ -1,0 +1,95 @@
+"""Which adapter every request gets: the alias, the loaded versions, and what is in flight on each.
+
+In: load, point, retire; arrivals and departures of requests. Out: the exact name for each request, fixed at arrival.
+Guarantees: pointing is one assignment; a version with requests in flight never goes away. One event loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+from edge_node.errors import ServingError
+
+
+class AliasTable:
+    """Names of one serving process. Not thread-safe: every call comes from the server's event loop."""
+
+    def __init__(self, alias: str, base: str) -> None:
+        self.alias = alias
+        self.base = base
+        self.target: str | None = None
+        self.in_flight: Counter[str] = Counter()
+        self._loaded: dict[str, Path] = {}
+        self._retiring: set[str] = set()
+        self._left = asyncio.Event()
+
+    @property
+    def loaded(self) -> dict[str, Path]:
+        """Versions that requests may name, with their directories."""
+        return {name: path for name, path in self._loaded.items() if name not in self._retiring}
+
+    def resolve(self, model: str | None) -> str | None:
+        """Exact name for a request; no model means the alias. None: the alias points nowhere yet."""
+        return self.target if model is None or model in ("", self.alias) else model
+
+    def retiring(self, name: str) -> bool:
+        return name in self._retiring
+
+    def enter(self, name: str) -> None:
+        self.in_flight[name] += 1
+
+    def leave(self, name: str) -> None:
+        self.in_flight[name] -= 1
+        if not self.in_flight[name]:
+            del self.in_flight[name]
+        self._left.set()
+
+    async def idle(self, name: str | None = None) -> None:
+        """Returns when nothing is in flight on `name` (None: on anything)."""
+        while self.in_flight if name is None else self.in_flight[name]:
+            self._left.clear()
+            await self._left.wait()
+
+    def check_new(self, name: str, path: Path) -> bool:
+        """True when `name` is still to be loaded, False when it is loaded already; raises ServingError."""
+        alias, separator, label = name.partition("@")
+        if alias != self.alias or not separator or not label:
+            raise ServingError(f"Version name {name!r} is not usable; expected {self.alias}@<label>.")
+        if name in self._retiring:
+            raise ServingError(f"{name} is being unloaded. Wait for that to end, then load it again.")
+        if name in self._loaded and self._loaded[name] != path:
+            raise ServingError(
+                f"{name} is loaded from {self._loaded[name]}, not from {path}. A version is never replaced in place: "
+                "give the other bytes another name."
+            )
+        return name not in self._loaded
+
+    def add(self, name: str, path: Path) -> None:
+        self._loaded[name] = path
+
+    def point(self, name: str) -> None:
+        if name not in self.loaded:
+            raise ServingError(f"{name} is not loaded, so {self.alias} cannot point at it. Loaded: {self._names()}.")
+        self.target = name
+
+    def retire(self, name: str) -> bool:
+        """Refuses new requests for `name`; False when it is not loaded. Raises ServingError for the alias's target."""
+        if name == self.target:
+            raise ServingError(f"{self.alias} points at {name}. Point it at another version before unloading this one.")
+        if name not in self.loaded:
+            return False
+        self._retiring.add(name)
+        return True
+
+    def remove(self, name: str) -> None:
+        self._retiring.discard(name)
+        self._loaded.pop(name, None)
+
+    def reinstate(self, name: str) -> None:
+        """Takes back a retirement that could not be finished."""
+        self._retiring.discard(name)
+
+    def _names(self) -> str:
+        return ", ".join(self.loaded) or "none"

