@@ -1,0 +1,1 @@
+"""The fleet: join tokens and certificate requests enter; identities, offers and node status leave."""

@@ -1,0 +1,117 @@
+"""Who is calling: the URI name in the peer's certificate, checked against the journal.
+
+In: a gRPC call over mutual TLS. Out: the enrolled node, or the operator's name. Guarantee: node and cohort come from
+the certificate and the journal, never from a message; a revoked node is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from central.errors import Reason, Refused
+from central.journal import Journal, NodeRecord
+
+SCHEME = "lorikeet"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a client certificate says."""
+
+    kind: Literal["node", "operator"]
+    name: str
+    cohort: str
+    public_key_pem: str
+
+
+class Authenticator:
+    """Names the caller of a call; raises Refused."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    async def node(self, context: grpc.aio.ServicerContext[Any, Any]) -> NodeRecord:
+        """The enrolled, not revoked node that calls."""
+        return await asyncio.to_thread(self.enrolled, read_peer(context))
+
+    def enrolled(self, peer: Peer) -> NodeRecord:
+        """The node record behind a certificate."""
+        with self._journal.read() as state:
+            node = state.nodes.get(peer.name) if peer.kind == "node" else None
+        if node is None or node.public_key_pem != peer.public_key_pem:
+            raise Refused(
+                grpc.StatusCode.UNAUTHENTICATED,
+                Reason.UNKNOWN_NODE,
+                f"{peer.kind.capitalize()} {peer.name!r} is not an enrolled node here. Enrol with `edge-node enroll`.",
+            )
+        if node.revoked:
+            raise Refused(
+                grpc.StatusCode.PERMISSION_DENIED,
+                Reason.REVOKED_NODE,
+                f"Node {node.node_id} was revoked. Ask the operator of central for a new join token and enrol anew.",
+            )
+        if node.cohort != peer.cohort:
+            raise Refused(
+                grpc.StatusCode.PERMISSION_DENIED,
+                Reason.COHORT_MISMATCH,
+                f"The certificate of node {node.node_id} says cohort {peer.cohort!r}; it was enrolled in {node.cohort!r}.",
+            )
+        return node
+
+    def operator(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        """The calling operator's name."""
+        peer = read_peer(context)
+        if peer.kind != "operator":
+            raise Refused(
+                grpc.StatusCode.PERMISSION_DENIED,
+                Reason.NOT_OPERATOR,
+                f"{peer.name!r} is a node. This call needs the operator's certificate, pki/operator.pem at central.",
+            )
+        return peer.name
+
+
+def node_uri(node_id: str, cohort: str) -> str:
+    """URI name of a node's certificate."""
+    return f"{SCHEME}://node/{node_id}?cohort={cohort}"
+
+
+def operator_uri(name: str) -> str:
+    """URI name of an operator's certificate."""
+    return f"{SCHEME}://operator/{name}"
+
+
+def read_peer(context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
+    """What the caller's certificate says; TLS has checked that our CA signed it. Raises Refused."""
+    pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
+    try:
+        return parse_certificate(pem)
+    except (ValueError, KeyError, x509.ExtensionNotFound) as error:
+        raise Refused(
+            grpc.StatusCode.UNAUTHENTICATED,
+            Reason.UNKNOWN_NODE,
+            "The client certificate names neither a node nor an operator. Expected one that central issued.",
+        ) from error
+
+
+def parse_certificate(pem: bytes) -> Peer:
+    """Raises ValueError, KeyError or ExtensionNotFound when it is not one of ours."""
+    certificate = x509.load_pem_x509_certificate(pem)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+    parts = urlsplit(uri)
+    kind, name = parts.netloc, parts.path.removeprefix("/")
+    if parts.scheme != SCHEME or not name:
+        raise ValueError(f"Certificate names {uri!r}.")
+    key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    if kind == "node":
+        return Peer("node", name, parse_qs(parts.query)["cohort"][0], key)
+    if kind == "operator":
+        return Peer("operator", name, "", key)
+    raise ValueError(f"Certificate names {uri!r}.")

@@ -1,0 +1,226 @@
+"""Central's keys and certificates.
+
+In: a data directory and the names that nodes call central by. Out: the CA, the server's certificate, the release key,
+the operator's certificate, and certificates for nodes. Guarantees: every file is written whole; a directory that a kill
+left half filled is completed; keys are readable by their owner only. All keys are ECDSA P-256.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from central.durable import make_directory, remove_temporary_files, storage, write_file
+from central.errors import StorageError
+from central.fleet.identity import node_uri, operator_uri
+
+CA_LIFE = timedelta(days=3650)
+CERTIFICATE_LIFE = timedelta(days=1825)
+RENEW_BEFORE = timedelta(days=90)
+BACKDATE = timedelta(minutes=10)
+"""A node whose clock is a little behind still accepts a fresh certificate."""
+LOCAL_NAMES = ("localhost", "127.0.0.1")
+
+
+@dataclass(frozen=True)
+class Pki:
+    """Everything in `<data_dir>/pki`, loaded."""
+
+    ca_key: ec.EllipticCurvePrivateKey
+    ca_certificate: x509.Certificate
+    ca_pem: bytes
+    server_key_pem: bytes
+    server_certificate_pem: bytes
+    release_key: ec.EllipticCurvePrivateKey
+    release_key_pem: bytes
+    """Public part, PEM: verifies release manifests and receipts."""
+
+    @classmethod
+    def load_or_create(cls, data_dir: Path, names: Sequence[str]) -> Pki:
+        """Read the directory, making what is absent; raises StorageError."""
+        folder = data_dir / "pki"
+        make_directory(folder)
+        with storage(folder):
+            remove_temporary_files(folder)
+            ca_key = _key(folder / "ca.key")
+            ca = _ca_certificate(folder / "ca.pem", ca_key)
+            issuer = _Issuer(ca_key, ca)
+            server_key = _key(folder / "server.key")
+            server = _server_certificate(folder / "server.pem", server_key, issuer, (*LOCAL_NAMES, *names))
+            release_key = _key(folder / "release.key")
+            release_pem = public_pem(release_key.public_key())
+            if not _has(folder / "release.pub.pem", release_pem):
+                write_file(folder / "release.pub.pem", release_pem)
+            _operator_certificate(folder / "operator.pem", _key(folder / "operator.key"), issuer)
+        return cls(
+            ca_key=ca_key,
+            ca_certificate=ca,
+            ca_pem=ca.public_bytes(Encoding.PEM),
+            server_key_pem=_key_pem(server_key),
+            server_certificate_pem=server.public_bytes(Encoding.PEM),
+            release_key=release_key,
+            release_key_pem=release_pem,
+        )
+
+    def issue_node_certificate(self, node_id: str, cohort: str, public_key: ec.EllipticCurvePublicKey) -> bytes:
+        """PEM certificate that names node and cohort."""
+        issuer = _Issuer(self.ca_key, self.ca_certificate)
+        return _client_certificate(issuer, node_id, node_uri(node_id, cohort), public_key).public_bytes(Encoding.PEM)
+
+
+@dataclass(frozen=True)
+class _Issuer:
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+
+
+def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    """SubjectPublicKeyInfo in PEM."""
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _key(path: Path) -> ec.EllipticCurvePrivateKey:
+    if not path.is_file():
+        write_file(path, _key_pem(ec.generate_private_key(ec.SECP256R1())))
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except ValueError as error:
+        raise StorageError(f"{path} is not a private key in PEM: {error}. Restore it from a backup.") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise StorageError(f"{path} holds a {type(key).__name__}; expected an ECDSA P-256 key.")
+    return key
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _ca_certificate(path: Path, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    known = _load(path, key.public_key())
+    if known is not None:
+        return known
+    name = _name("Lorikeet central CA")
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    certificate = (
+        _builder(name, name, key.public_key(), CA_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, SHA256())
+    )
+    write_file(path, certificate.public_bytes(Encoding.PEM))
+    return certificate
+
+
+def _server_certificate(
+    path: Path, key: ec.EllipticCurvePrivateKey, issuer: _Issuer, names: Sequence[str]
+) -> x509.Certificate:
+    alternatives = x509.SubjectAlternativeName([_general_name(name) for name in dict.fromkeys(names)])
+    known = _load(path, key.public_key())
+    if known is not None and _alternatives(known) == alternatives and not _runs_out(known):
+        return known
+    certificate = (
+        _builder(_name("Lorikeet central"), issuer.certificate.subject, key.public_key(), CERTIFICATE_LIFE)
+        .add_extension(alternatives, critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(issuer.key, SHA256())
+    )
+    write_file(path, certificate.public_bytes(Encoding.PEM))
+    return certificate
+
+
+def _operator_certificate(path: Path, key: ec.EllipticCurvePrivateKey, issuer: _Issuer) -> None:
+    known = _load(path, key.public_key())
+    if known is None or _runs_out(known):
+        certificate = _client_certificate(issuer, "operator", operator_uri("operator"), key.public_key())
+        write_file(path, certificate.public_bytes(Encoding.PEM))
+
+
+def _client_certificate(
+    issuer: _Issuer, common_name: str, uri: str, public_key: ec.EllipticCurvePublicKey
+) -> x509.Certificate:
+    return (
+        _builder(_name(common_name), issuer.certificate.subject, public_key, CERTIFICATE_LIFE)
+        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .sign(issuer.key, SHA256())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, life: timedelta
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(now + life)
+    )
+
+
+def _load(path: Path, public_key: ec.EllipticCurvePublicKey) -> x509.Certificate | None:
+    """The certificate at `path` if it belongs to the key."""
+    if not path.is_file():
+        return None
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except ValueError as error:
+        raise StorageError(f"{path} is not a certificate in PEM: {error}. Restore it from a backup.") from error
+    return certificate if certificate.public_key() == public_key else None
+
+
+def _alternatives(certificate: x509.Certificate) -> x509.SubjectAlternativeName | None:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _runs_out(certificate: x509.Certificate) -> bool:
+    return certificate.not_valid_after_utc - datetime.now(UTC) < RENEW_BEFORE
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
+
+
+def _has(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data

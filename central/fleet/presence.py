@@ -1,0 +1,52 @@
+"""Which nodes are connected, and what they said of themselves last.
+
+In: opened and closed watches, status reports. Out: a snapshot per node. In memory only: a restarted central knows a
+node again as soon as it calls. Used on the event loop alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from central.journal import utc_now
+from protos.fleet.v1 import fleet_pb2
+
+
+@dataclass
+class NodePresence:
+    """`last_seen` is RFC 3339 UTC, empty when never seen."""
+
+    watches: int = 0
+    last_seen: str = ""
+    status: fleet_pb2.NodeStatus = field(default_factory=fleet_pb2.NodeStatus)
+
+    @property
+    def connected(self) -> bool:
+        return self.watches > 0
+
+
+class Presence:
+    """One per central."""
+
+    def __init__(self, clock: Callable[[], str] = utc_now) -> None:
+        self._clock = clock
+        self._nodes: dict[str, NodePresence] = {}
+
+    def of(self, node_id: str) -> NodePresence:
+        """What is known of the node; an empty record when it was never seen."""
+        return self._nodes.get(node_id, NodePresence())
+
+    def opened(self, node_id: str) -> None:
+        self._seen(node_id).watches += 1
+
+    def closed(self, node_id: str) -> None:
+        self._seen(node_id).watches -= 1
+
+    def report(self, node_id: str, status: fleet_pb2.NodeStatus) -> None:
+        self._seen(node_id).status = status
+
+    def _seen(self, node_id: str) -> NodePresence:
+        node = self._nodes.setdefault(node_id, NodePresence())
+        node.last_seen = self._clock()
+        return node

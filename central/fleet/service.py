@@ -1,0 +1,150 @@
+"""FleetService: the line on which a node hears everything it must know.
+
+In: watches and status reports of nodes. Out: channel heads, the standing train offer and open evaluation offers at
+once, then every change, and a heartbeat. A watch compares what its node should know with what it was told, so a slow
+reader never makes a queue grow and nothing is lost between two looks. A revoked node's watch ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+
+from central.fleet.identity import Authenticator, read_peer
+from central.fleet.presence import Presence
+from central.journal import EvaluationRecord, Event, EventKind, Journal, NodeRecord, State
+from central.registry.registry import CHANNELS
+from central.registry.service import channel_head, signed_manifest
+from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
+
+log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+HEARTBEAT_S = 10.0
+_WAKING = frozenset(
+    {
+        EventKind.PROMOTED,
+        EventKind.ROLLED_BACK,
+        EventKind.TRAIN_OFFERED,
+        EventKind.EVALUATION_OFFERED,
+        EventKind.NODE_REVOKED,
+    }
+)
+
+
+class FleetService(fleet_pb2_grpc.FleetServiceServicer):
+    """Served on the mutual-TLS port. Made on the event loop that serves it."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        authenticator: Authenticator,
+        presence: Presence,
+        heartbeat_s: float = HEARTBEAT_S,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._journal = journal
+        self._authenticator = authenticator
+        self._presence = presence
+        self._heartbeat_s = heartbeat_s
+        self._clock = clock
+        self._closing = False
+        self._watches: dict[asyncio.Event, str] = {}
+        self._loop = asyncio.get_running_loop()
+        self._unsubscribe = journal.add_listener(self._heard)
+
+    async def Watch(
+        self, request: fleet_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[fleet_pb2.WatchResponse]:
+        node = await self._authenticator.node(context)
+        changed = asyncio.Event()
+        self._watches[changed] = node.cohort
+        self._presence.opened(node.node_id)
+        self._presence.report(node.node_id, request.status)
+        log.info("node connected", extra={"node_id": node.node_id, "cohort": node.cohort})
+        told: set[str] = set()
+        try:
+            while not self._closing:
+                changed.clear()
+                node = await asyncio.to_thread(self._authenticator.enrolled, read_peer(context))
+                wanted = await asyncio.to_thread(self._wanted, node)
+                for key, event in wanted.items():
+                    if key not in told:
+                        yield event
+                told = set(wanted)
+                try:
+                    await asyncio.wait_for(changed.wait(), self._heartbeat_s)
+                except TimeoutError:
+                    yield fleet_pb2.WatchResponse(heartbeat=fleet_pb2.Heartbeat())
+        finally:
+            del self._watches[changed]
+            self._presence.closed(node.node_id)
+            log.info("node disconnected", extra={"node_id": node.node_id})
+
+    async def ReportStatus(
+        self, request: fleet_pb2.ReportStatusRequest, context: Context
+    ) -> fleet_pb2.ReportStatusResponse:
+        node = await self._authenticator.node(context)
+        self._presence.report(node.node_id, request.status)
+        return fleet_pb2.ReportStatusResponse()
+
+    def close(self) -> None:
+        """End every watch; idempotent."""
+        self._closing = True
+        self._unsubscribe()
+        for changed in self._watches:
+            changed.set()
+
+    def _heard(self, event: Event) -> None:
+        if event.kind in _WAKING:
+            try:
+                self._loop.call_soon_threadsafe(self._wake, event.cohort)
+            except RuntimeError:  # the loop is closed: nobody watches any more
+                pass
+
+    def _wake(self, cohort: str) -> None:
+        for changed, watched in self._watches.items():
+            if watched == cohort:
+                changed.set()
+
+    def _wanted(self, node: NodeRecord) -> dict[str, fleet_pb2.WatchResponse]:
+        """What the node should know now, by a key that changes when the news does."""
+        with self._journal.read() as state:
+            wanted: dict[str, fleet_pb2.WatchResponse] = {}
+            for channel in CHANNELS:
+                release = channel_head(state, node.cohort, channel)
+                head = fleet_pb2.ChannelHead(channel=channel, head=signed_manifest(release))
+                wanted[f"head {channel} {release.release_id}"] = fleet_pb2.WatchResponse(head=head)
+            offer = state.train_offers.get(node.cohort)
+            if offer is not None:
+                train = fleet_pb2.TrainOffer(offer_id=offer.offer_id, max_rank=offer.max_rank)
+                wanted[f"train {offer.offer_id}"] = fleet_pb2.WatchResponse(train=train)
+            for record in state.evaluations.values():
+                left_s = self._left_s(state, record, node)
+                if left_s > 0:
+                    wanted[f"evaluation {record.offer_id}"] = _evaluation(state, record, left_s)
+            return wanted
+
+    def _left_s(self, state: State, record: EvaluationRecord, node: NodeRecord) -> float:
+        """Seconds in which a report of this node still counts; 0 when it is not waited for."""
+        open_for_node = node.node_id in record.nodes and node.node_id not in record.reports
+        if not open_for_node or state.releases[record.candidate].state != "candidate":
+            return 0.0
+        return (datetime.fromisoformat(record.deadline_at) - self._clock()).total_seconds()
+
+
+def _evaluation(state: State, record: EvaluationRecord, left_s: float) -> fleet_pb2.WatchResponse:
+    return fleet_pb2.WatchResponse(
+        evaluation=fleet_pb2.EvaluationOffer(
+            offer_id=record.offer_id,
+            candidate=signed_manifest(state.releases[record.candidate]),
+            reference=signed_manifest(state.releases[record.reference]),
+            tasks=record.tasks,
+            deadline_s=max(1, int(left_s)),
+        )
+    )

@@ -1,0 +1,6 @@
+"""The registry: candidates enter, signed and immutable releases, channels and their payloads leave."""
+
+from central.registry.blobs import BlobStore
+from central.registry.registry import Registry
+
+__all__ = ["BlobStore", "Registry"]

@@ -1,0 +1,204 @@
+"""Releases, their lineage and channels.
+
+In: payloads of merges, decisions of operators. Out: signed manifests, and journal events about them. Guarantees: a
+payload is durable before the event that names it; a release never changes; every method may be repeated.
+Blocks on disk: call it off the event loop.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from central.errors import Reason, Refused
+from central.journal import EventKind, Journal, NewEvent, ReleaseRecord, State, utc_now
+from central.registry.blobs import BlobStore
+from protos.lora import LoraTensors, decode, encode
+from protos.manifest import Payload, ReleaseManifest, sign
+
+CHANNELS = ("stable", "canary")
+COHORT_NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+MIN_PREFIX_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """What a rollback did."""
+
+    release: ReleaseRecord
+    abandoned: tuple[str, ...]
+    """Ids of the releases that were given up, oldest first."""
+
+
+class Registry:
+    """One per central. `base` is the digest of central's base model, `key` signs every manifest."""
+
+    def __init__(self, journal: Journal, blobs: BlobStore, key: ec.EllipticCurvePrivateKey, base: str) -> None:
+        self._journal = journal
+        self._blobs = blobs
+        self._key = key
+        self._base = base
+
+    def ensure_cohort(self, cohort: str) -> ReleaseRecord:
+        """Version 0 of the cohort, made now when the cohort is new; raises Refused for a bad name."""
+        if not COHORT_NAME.match(cohort):
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                Reason.BAD_ARGUMENT,
+                f"Cohort {cohort!r} is not a name. Expected 1 to 63 lower-case letters, digits, '.', '_' or '-'.",
+            )
+        payload = encode(LoraTensors())
+        digest = self._blobs.put(payload)
+        with self._journal.read() as state:
+            if cohort not in state.cohorts():
+                manifest = ReleaseManifest(
+                    base=self._base,
+                    cohort=cohort,
+                    version=0,
+                    parent=None,
+                    plan=None,
+                    payload=Payload(digest_sha256=digest, size_bytes=len(payload)),
+                    rank=0,
+                    truncation_error=0.0,
+                    updates=[],
+                    created_at=utc_now(),
+                )
+                self._journal.append(
+                    NewEvent(EventKind.COHORT_CREATED, cohort, manifest.digest, self._signed(manifest))
+                )
+            return state.genesis(cohort)
+
+    def add_candidate(self, plan_id: str, payload: bytes, truncation_error: float) -> ReleaseManifest:
+        """Record what the plan's merge made; a repeat returns the first candidate.
+
+        The manifest takes its time from the plan, so the same payload makes the same release id.
+        Raises JournalConflict when the plan was cancelled meanwhile, LoraCodecError when the payload is not one.
+        """
+        rank = decode(payload).rank
+        digest = self._blobs.put(payload)
+        with self._journal.read() as state:
+            record = state.plans[plan_id]
+            if record.candidate is not None:
+                return state.releases[record.candidate].manifest
+            plan = record.plan
+            manifest = ReleaseManifest(
+                base=plan.base,
+                cohort=plan.cohort,
+                version=plan.version,
+                parent=plan.parent,
+                plan=plan_id,
+                payload=Payload(digest_sha256=digest, size_bytes=len(payload)),
+                rank=rank,
+                truncation_error=truncation_error,
+                updates=[update.update_id for update in plan.updates],
+                created_at=plan.created_at,
+            )
+            body = {"plan_id": plan_id, **self._signed(manifest)}
+            self._journal.append(NewEvent(EventKind.CANDIDATE_BUILT, plan.cohort, manifest.digest, body))
+            return manifest
+
+    def promote(self, release_id: str, channel: str, by: str) -> ReleaseRecord:
+        """Point `channel` of the release's cohort at an accepted release; raises Refused."""
+        if channel not in CHANNELS:
+            raise _bad_argument(f"Channel {channel!r} is not known. Expected one of {', '.join(CHANNELS)}.")
+        with self._journal.read() as state:
+            release = self._get(state, release_id)
+            if release.state != "accepted":
+                raise Refused(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    Reason.NOT_ACCEPTED,
+                    f"Release {release.manifest.label} is {release.state}; only an accepted release can be promoted.",
+                )
+            head = state.head(release.cohort)
+            if channel == "stable" and head is not None and release_id in _ancestors(state, head):
+                raise _bad_argument(
+                    f"Release {release.manifest.label} is an ancestor of the stable head {head.manifest.label}. "
+                    "Use `central releases rollback`, which also says what happens to the updates in between."
+                )
+            if state.channels.get((release.cohort, channel)) != release_id:
+                body = {"channel": channel, "by": by}
+                self._journal.append(NewEvent(EventKind.PROMOTED, release.cohort, release_id, body))
+            return release
+
+    def rollback(self, cohort: str, target: str | None, updates: Literal["requeue", "set_aside"], by: str) -> Rollback:
+        """Return `stable` to `target` (None: the head's parent) and abandon what was built on it since; raises Refused."""
+        with self._journal.read() as state:
+            head = state.head(cohort)
+            if head is None:
+                raise _unknown(
+                    f"Cohort {cohort!r} is not known. Expected one of {', '.join(state.cohorts()) or 'none yet'}."
+                )
+            goal = target or head.manifest.parent
+            lineage = _ancestors(state, head)
+            if goal is None or goal not in lineage:
+                expected = ", ".join(state.releases[ancestor].manifest.label for ancestor in lineage) or "none"
+                raise _bad_argument(
+                    f"Cohort {cohort!r} cannot return to {goal or 'a release before the base'}: it is not an ancestor of "
+                    f"the stable head {head.manifest.label}. Ancestors: {expected}."
+                )
+            abandoned = _built_since(state, head, goal, lineage)
+            body = {"from_release": head.release_id, "abandoned": abandoned, "updates": updates, "by": by}
+            self._journal.append(NewEvent(EventKind.ROLLED_BACK, cohort, goal, body))
+            return Rollback(state.releases[goal], tuple(abandoned))
+
+    def resolve(self, text: str, cohort: str | None = None) -> ReleaseRecord:
+        """The release with this id, unique id prefix (6 digits or more) or version; raises Refused."""
+        with self._journal.read() as state:
+            found = [
+                release
+                for release in state.releases.values()
+                if cohort in (None, "", release.cohort)
+                and (
+                    release.manifest.label == text
+                    or (len(text) >= MIN_PREFIX_DIGITS and release.release_id.startswith(text))
+                )
+            ]
+        if len(found) != 1:
+            problem = "is not known" if not found else f"fits {len(found)} releases"
+            raise _unknown(
+                f"Release {text!r} {problem}. Expected an id, {MIN_PREFIX_DIGITS} or more of its first digits, or a "
+                "version such as v3-7f3a9c01; `central releases list` shows them."
+            )
+        return found[0]
+
+    def _signed(self, manifest: ReleaseManifest) -> dict[str, str]:
+        data = manifest.to_bytes()
+        return {"manifest": data.decode(), "signature": base64.b64encode(sign(self._key, data)).decode()}
+
+    def _get(self, state: State, release_id: str) -> ReleaseRecord:
+        if release_id not in state.releases:
+            raise _unknown(f"Release {release_id!r} is not known. `central releases list` shows them.")
+        return state.releases[release_id]
+
+
+def _ancestors(state: State, release: ReleaseRecord) -> list[str]:
+    """Ids from the release's parent down to version 0."""
+    found = []
+    parent = release.manifest.parent
+    while parent is not None:
+        found.append(parent)
+        parent = state.releases[parent].manifest.parent
+    return found
+
+
+def _built_since(state: State, head: ReleaseRecord, goal: str, lineage: list[str]) -> list[str]:
+    """The head's line above `goal`, and accepted releases that branch off that line; oldest first."""
+    line = {head.release_id, *lineage[: lineage.index(goal)]}
+    abandoned: list[str] = []
+    for release in state.releases.values():  # a parent is recorded before its children
+        if release.state == "accepted" and (release.release_id in line or release.manifest.parent in abandoned):
+            abandoned.append(release.release_id)
+    return abandoned
+
+
+def _bad_argument(message: str) -> Refused:
+    return Refused(grpc.StatusCode.INVALID_ARGUMENT, Reason.BAD_ARGUMENT, message)
+
+
+def _unknown(message: str) -> Refused:
+    return Refused(grpc.StatusCode.NOT_FOUND, Reason.UNKNOWN_RELEASE, message)

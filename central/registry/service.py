@@ -1,0 +1,143 @@
+"""ReleaseService: releases and candidates for nodes.
+
+In: calls of enrolled nodes. Out: signed manifests, payloads from any offset, and evaluation reports in the journal.
+Guarantees: a node sees only releases of its own cohort; the first report of a node for an offer counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from central.errors import Reason, Refused
+from central.fleet.identity import Authenticator
+from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord, State
+from central.registry.blobs import BlobStore
+from central.registry.registry import CHANNELS
+from protos.manifest import CHUNK_BYTES
+from protos.releases.v1 import releases_pb2, releases_pb2_grpc
+
+log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
+    """Served on the mutual-TLS port."""
+
+    def __init__(self, journal: Journal, blobs: BlobStore, authenticator: Authenticator) -> None:
+        self._journal = journal
+        self._blobs = blobs
+        self._authenticator = authenticator
+
+    async def GetHead(
+        self, request: releases_pb2.GetHeadRequest, context: Context
+    ) -> releases_pb2.GetHeadResponse:
+        node = await self._authenticator.node(context)
+        if request.channel not in CHANNELS:
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                Reason.BAD_ARGUMENT,
+                f"Channel {request.channel!r} is not known. Expected one of {', '.join(CHANNELS)}.",
+            )
+        head = await asyncio.to_thread(self._head, node.cohort, request.channel)
+        return releases_pb2.GetHeadResponse(head=signed_manifest(head))
+
+    async def GetRelease(
+        self, request: releases_pb2.GetReleaseRequest, context: Context
+    ) -> releases_pb2.GetReleaseResponse:
+        node = await self._authenticator.node(context)
+        release = await asyncio.to_thread(self._release, node, request.release_id)
+        return releases_pb2.GetReleaseResponse(release=signed_manifest(release))
+
+    async def Download(
+        self, request: releases_pb2.DownloadRequest, context: Context
+    ) -> AsyncIterator[releases_pb2.DownloadResponse]:
+        node = await self._authenticator.node(context)
+        release = await asyncio.to_thread(self._release, node, request.release_id)
+        payload = release.manifest.payload
+        if request.offset > payload.size_bytes:
+            raise Refused(
+                grpc.StatusCode.OUT_OF_RANGE,
+                Reason.WRONG_OFFSET,
+                f"Offset {request.offset} is beyond the payload's {payload.size_bytes} bytes. Start again from 0.",
+            )
+        path = await asyncio.to_thread(self._blobs.path, payload.digest_sha256)
+        with await asyncio.to_thread(path.open, "rb") as stream:
+            await asyncio.to_thread(stream.seek, request.offset)
+            while chunk := await asyncio.to_thread(stream.read, CHUNK_BYTES):
+                yield releases_pb2.DownloadResponse(chunk=chunk)
+
+    async def ReportEvaluation(
+        self, request: releases_pb2.ReportEvaluationRequest, context: Context
+    ) -> releases_pb2.ReportEvaluationResponse:
+        node = await self._authenticator.node(context)
+        await asyncio.to_thread(self._report, node, request)
+        return releases_pb2.ReportEvaluationResponse()
+
+    def _head(self, cohort: str, channel: str) -> ReleaseRecord:
+        with self._journal.read() as state:
+            return channel_head(state, cohort, channel)
+
+    def _release(self, node: NodeRecord, release_id: str) -> ReleaseRecord:
+        with self._journal.read() as state:
+            release = state.releases.get(release_id)
+        if release is None or release.cohort != node.cohort:
+            raise Refused(
+                grpc.StatusCode.NOT_FOUND,
+                Reason.UNKNOWN_RELEASE,
+                f"Release {release_id!r} is not known in cohort {node.cohort!r}. Ask for the head of a channel instead.",
+            )
+        return release
+
+    def _report(self, node: NodeRecord, request: releases_pb2.ReportEvaluationRequest) -> None:
+        if bool(request.results) == bool(request.abstain_reason):
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                Reason.BAD_ARGUMENT,
+                f"The report for offer {request.offer_id} has {len(request.results)} results and abstain reason "
+                f"{request.abstain_reason!r}. Expected either results or a reason.",
+            )
+        with self._journal.read() as state:
+            offer = state.evaluations.get(request.offer_id)
+            if offer is None or node.node_id not in offer.nodes:
+                raise Refused(
+                    grpc.StatusCode.NOT_FOUND,
+                    Reason.UNKNOWN_OFFER,
+                    f"Evaluation offer {request.offer_id!r} was not made to node {node.node_id}. Watch for open offers.",
+                )
+            if node.node_id in offer.reports:
+                return
+            if state.releases[offer.candidate].state != "candidate":
+                log.info(
+                    "evaluation came after the verdict", extra={"node_id": node.node_id, "offer_id": offer.offer_id}
+                )
+                return
+            results = [_plain(result) for result in request.results]
+            body = {"node_id": node.node_id, "results": results, "abstain_reason": request.abstain_reason}
+            self._journal.append(NewEvent(EventKind.EVALUATION_REPORTED, node.cohort, offer.offer_id, body))
+
+
+def channel_head(state: State, cohort: str, channel: str) -> ReleaseRecord:
+    """What a node that follows `channel` serves: without a canary, that is the stable head."""
+    return state.head(cohort, channel) or state.head(cohort) or state.genesis(cohort)
+
+
+def signed_manifest(release: ReleaseRecord) -> releases_pb2.SignedManifest:
+    """The manifest exactly as it was signed."""
+    return releases_pb2.SignedManifest(manifest=release.manifest_bytes, signature=release.signature)
+
+
+def _plain(result: releases_pb2.EnvironmentResult) -> dict[str, Any]:
+    return {
+        "environment": result.environment,
+        "tasks_digest": result.tasks_digest,
+        "anchor": result.anchor,
+        "both_passed": result.both_passed,
+        "only_reference_passed": result.only_reference_passed,
+        "only_candidate_passed": result.only_candidate_passed,
+        "neither_passed": result.neither_passed,
+    }

@@ -1,0 +1,94 @@
+"""The RPC edge: domain errors become gRPC status, message and reason, once and for every service.
+
+In: whatever a handler raises. Out: `Refused` as its own status with `lorikeet-reason` in the trailing metadata, other
+known errors as a fitting status, and anything else as INTERNAL with the traceback in central's log only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, cast
+
+import grpc
+
+from central.errors import CentralError, Refused, StorageError
+from central.journal import JournalConflict
+
+log = logging.getLogger(__name__)
+
+REASON_KEY = "lorikeet-reason"
+Handler = grpc.RpcMethodHandler[Any, Any]
+Context = grpc.aio.ServicerContext[Any, Any]
+
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Nodes ping every 20 s, also without a call; without these lines the server would hang up on them.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class ErrorTranslator(grpc.aio.ServerInterceptor[Any, Any]):
+    """Wraps every handler of a server."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:  # no such method: grpc answers by itself
+            return cast(Handler, None)
+        wrap = _streaming if handler.response_streaming else _single
+        kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+        make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped: Handler = make(
+            wrap(getattr(handler, kind), handler_call_details.method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
+
+def _single(behaviour: Any, method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return call
+
+
+def _streaming(behaviour: Any, method: str) -> Callable[[Any, Context], AsyncIterator[Any]]:
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return call
+
+
+async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, Refused):
+        log.info("call refused", extra={"method": method, "reason": error.reason, "detail": str(error)})
+        await context.abort(error.status, str(error), ((REASON_KEY, error.reason.value),))
+    if isinstance(error, JournalConflict):
+        log.warning("call conflicts with the journal", extra={"method": method, "detail": str(error)})
+        await context.abort(grpc.StatusCode.ABORTED, f"{error} Look at the present state and try again.")
+    if isinstance(error, StorageError):
+        log.error("storage failed", extra={"method": method, "detail": str(error)})
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "Central cannot use its disk at the moment; try again later.")
+    if isinstance(error, CentralError):
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    log.error("call failed", extra={"method": method}, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "Central failed at this call; its log says why.")
+    raise AssertionError("abort always raises")
