@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from openai import AsyncOpenAI, OpenAIError
@@ -66,7 +67,12 @@ class _Answer:
 
 
 async def send_wave(
-    url: str, alias: str, environment: Environment, tasks: Sequence[Task], concurrency: int = 8
+    url: str,
+    alias: str,
+    environment: Environment,
+    tasks: Sequence[Task],
+    concurrency: int = 8,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> Wave:
     """Ask every task once, verify, and post feedback: a score, and the correction where the answer failed.
 
@@ -76,6 +82,7 @@ async def send_wave(
         environment: judges the answers.
         tasks: what to ask.
         concurrency: requests in flight at a time.
+        transport: how httpx reaches the address; tests answer here.
     """
     wave = Wave()
 
@@ -91,7 +98,7 @@ async def send_wave(
         if await _post_feedback(http, feedback, wave) and outcome.correction is not None:
             wave.corrected += 1
 
-    await _for_each(url, tasks, concurrency, one)
+    await _for_each(url, tasks, concurrency, one, transport)
     return wave
 
 
@@ -101,7 +108,7 @@ async def measure(
     environment: Environment,
     tasks: Sequence[Task],
     concurrency: int = 16,
-    alias: str | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> Measurement:
     """Ask every held-out task once, greedily, and count the verified answers.
 
@@ -111,16 +118,16 @@ async def measure(
         environment: judges the answers.
         tasks: what to ask.
         concurrency: requests in flight at a time.
-        alias: what exact versions start with; `model` up to its `@` when not given.
+        transport: how httpx reaches the address; tests answer here.
     """
     measurement = Measurement()
 
     async def one(client: AsyncOpenAI, _: httpx.AsyncClient, task: Task) -> None:
-        answer = await _ask(client, model, alias or model.partition("@")[0], task, measurement)
+        answer = await _ask(client, model, model.partition("@")[0], task, measurement)
         if answer is not None:
             measurement.passed += environment.verify(task, answer.text).passed
 
-    await _for_each(url, tasks, concurrency, one)
+    await _for_each(url, tasks, concurrency, one, transport)
     return measurement
 
 
@@ -165,11 +172,14 @@ def _fail(counts: Counts, message: str) -> None:
         counts.errors.append(message.splitlines()[0] if message else "no message")
 
 
-async def _for_each(url: str, tasks: Sequence[Task], concurrency: int, one: _One) -> None:
-    async with (
-        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client,
-        httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as http,
-    ):
+async def _for_each(
+    url: str, tasks: Sequence[Task], concurrency: int, one: _One, transport: httpx.AsyncBaseTransport | None
+) -> None:
+    http = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, transport=transport)
+    # The openai client types its own copy of httpx, and takes a client of the original as well.
+    shared: Any = None if transport is None else http
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S, http_client=shared)
+    async with http, client:
         pending = iter(tasks)
 
         async def work() -> None:
