@@ -1,0 +1,162 @@
+"""The Dockerfiles and the compose file, read as text: there is no container engine where the tests run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import central.settings
+import edge_node.settings
+from tests.unit.deploy.charts import CHARTS, ROOT, VARIANTS, container, render
+
+IMAGES = ROOT / "deploy" / "images"
+PROGRAM = {"central": "central", "edge-node-cpu": "edge-node", "edge-node-gpu": "edge-node"}
+LOCK = {"central": "central.lock", "edge-node-cpu": "cpu.lock", "edge-node-gpu": "gpu.lock"}
+SETTINGS = {"central": central.settings, "edge-node": edge_node.settings}
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def instructions(image: str) -> list[tuple[str, str]]:
+    """(instruction, argument) pairs; comments dropped and continued lines joined."""
+    lines = [line for line in (IMAGES / f"{image}.Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    pairs = (line.partition(" ") for line in joined.splitlines() if line.strip())
+    return [(name, argument.strip()) for name, _, argument in pairs]
+
+
+def final_stage(image: str) -> list[tuple[str, str]]:
+    steps = instructions(image)
+    return steps[max(index for index, (name, _) in enumerate(steps) if name == "FROM") :]
+
+
+def load(program: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return SETTINGS[program].load_settings()
+
+
+def test_every_dockerfile_is_checked() -> None:
+    assert {path.name.removesuffix(".Dockerfile") for path in IMAGES.iterdir()} == set(PROGRAM)
+
+
+@pytest.mark.parametrize("image", PROGRAM)
+def test_two_stages_from_one_pinned_base(image: str) -> None:
+    bases = [argument.split(" AS ")[0] for name, argument in instructions(image) if name == "FROM"]
+    assert len(bases) == 2
+    assert len(set(bases)) == 1, "an environment built on another base image may not run on this one"
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-[a-z]+", bases[0]), bases[0]
+
+
+@pytest.mark.parametrize("image", PROGRAM)
+def test_only_pinned_packages_go_in(image: str) -> None:
+    installs = [argument for name, argument in instructions(image) if name == "RUN" and "pip install" in argument]
+    assert len(installs) == 2
+    assert f"-r requirements/{LOCK[image]}" in installs[0]
+    assert all("--no-deps" in install and "--no-cache-dir" in install for install in installs)
+    assert "--no-build-isolation" in installs[1]
+    lock = (ROOT / "requirements" / LOCK[image]).read_text()
+    assert "setuptools==" in lock
+    assert all(re.fullmatch(r"[a-z0-9.-]+==\S+", line) for line in lock.splitlines())
+
+
+@pytest.mark.parametrize("image", PROGRAM)
+def test_what_is_copied_exists_and_reaches_the_builder(image: str) -> None:
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for argument in (argument for name, argument in instructions(image) if name == "COPY"):
+        if "--from=" in argument:
+            continue
+        for source in argument.split()[:-1]:
+            assert (ROOT / source).exists(), source
+            assert any(Path(source).match(pattern) for pattern in kept), (
+                f"{source} is not in .dockerignore's exceptions"
+            )
+
+
+@pytest.mark.parametrize("image", PROGRAM)
+def test_the_process_is_the_charts_and_not_root(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = final_stage(image)
+    said = dict(steps)
+    program = PROGRAM[image]
+    assert yaml.safe_load(said["CMD"]) == [program, "serve"]
+    assert "ENTRYPOINT" not in said
+    user = yaml.safe_load((CHARTS / program / "values.yaml").read_text())["securityContext"]
+    assert said["USER"] == f"{user['runAsUser']}:{user['runAsGroup']}"
+    assert [name for name, _ in steps].index("USER") < [name for name, _ in steps].index("CMD")
+    environment = dict(pair.split("=", 1) for pair in shlex.split(said["ENV"]))
+    prefix = SETTINGS[program].PREFIX
+    settings = load(program, {k: v for k, v in environment.items() if k.startswith(prefix)}, monkeypatch)
+    listening = settings.listen if program == "central" else settings.serving
+    ports = [listening.port, *([listening.enrollment_port] if program == "central" else [])]
+    assert said["EXPOSE"].split() == [str(port) for port in ports]
+    assert str(settings.data_dir) == said["VOLUME"] == "/data"
+    assert listening.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(("chart", "value_file"), VARIANTS)
+def test_the_charts_name_images_that_we_build(chart: str, value_file: str | None) -> None:
+    repository, _, tag = container(render(chart, value_file))["image"].rpartition(":")
+    assert repository.removeprefix("lorikeet/") in PROGRAM
+    assert tag == VERSION
+    chart_file = yaml.safe_load((CHARTS / chart / "Chart.yaml").read_text())
+    assert (chart_file["version"], chart_file["appVersion"]) == (VERSION, VERSION)
+
+
+def test_central_image_has_every_package_that_central_imports() -> None:
+    """The small lock is a list of our own; an import that it lacks must fail here, not in production."""
+    provides = {"google": "protobuf", "grpc": "grpcio", "yaml": "pyyaml"}
+    locked = {line.split("==")[0] for line in (ROOT / "requirements" / "central.lock").read_text().splitlines()}
+    own = {"central", "protos", *sys.stdlib_module_names}
+    missing = set()
+    for path in [*(ROOT / "central").rglob("*.py"), *(ROOT / "protos").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names = [node.module]
+            for top in {name.split(".")[0] for name in names} - own:
+                if provides.get(top, top.replace("_", "-")) not in locked:
+                    missing.add(f"{path.relative_to(ROOT)}: {top}")
+    assert not missing, "add it to requirements/central.in and make central.lock again (requirements/README.md)"
+
+
+@pytest.mark.parametrize("name", ["central", "gpu"])
+def test_locks_agree_with_the_tested_one(name: str) -> None:
+    """What the tests ran is what the images hold, except where CPU and GPU builds differ on purpose."""
+    read = [
+        dict(line.split("==") for line in (ROOT / "requirements" / f"{lock}.lock").read_text().split())
+        for lock in (name, "cpu")
+    ]
+    differing = {package for package in read[0].keys() & read[1].keys() if read[0][package] != read[1][package]}
+    # The CUDA builds of torch and vLLM ask for these themselves.
+    assert differing <= {"apache-tvm-ffi", "setuptools", "torch", "triton"}
+
+
+def test_compose_starts_the_same_programs_with_accepted_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = yaml.safe_load((ROOT / "deploy" / "compose" / "compose.yaml").read_text())["services"]
+    assert set(services) == {"central", "edge-node"}
+    for program, service in services.items():
+        assert service["command"] == [program, "serve"]
+        image, _, tag = service["image"].rpartition(":")
+        assert (image.removeprefix("lorikeet/") in PROGRAM, tag) == (True, VERSION)
+        dockerfile = ROOT / service["build"]["dockerfile"]
+        assert dockerfile.is_file()
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        prefix = SETTINGS[program].PREFIX
+        settings = load(program, {k: v for k, v in service["environment"].items() if k.startswith(prefix)}, monkeypatch)
+        assert str(settings.data_dir) == "/data"
+        assert service["volumes"][0].endswith(":/data")
+    assert "central" in central.settings.load_settings().listen.names
+    edge = edge_node.settings.load_settings()
+    own = central.settings.load_settings().listen
+    assert (edge.central.address, edge.central.enrollment_address) == (
+        f"central:{own.port}",
+        f"central:{own.enrollment_port}",
+    )
