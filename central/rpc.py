@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 
@@ -18,7 +18,12 @@ from central.journal import JournalConflict
 log = logging.getLogger(__name__)
 
 REASON_KEY = "lorikeet-reason"
-Handler = grpc.RpcMethodHandler[Any, Any]
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Interceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:  # generic in the stubs only
+    Handler = grpc.RpcMethodHandler
+    Interceptor = grpc.aio.ServerInterceptor
 Context = grpc.aio.ServicerContext[Any, Any]
 
 SERVER_OPTIONS = (
@@ -32,7 +37,7 @@ SERVER_OPTIONS = (
 )
 
 
-class ErrorTranslator(grpc.aio.ServerInterceptor[Any, Any]):
+class ErrorTranslator(Interceptor):
     """Wraps every handler of a server."""
 
     async def intercept_service(

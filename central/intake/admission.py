@@ -1,0 +1,159 @@
+"""Admission: a validated update becomes part of the journal, exactly once.
+
+In: a manifest and its complete payload on disk. Out: a signed receipt. Guarantees: the payload is durable before the
+event, the event before the receipt; a repeat returns the same receipt, byte for byte; at most one waiting update per
+node and start. Blocks on disk and CPU: call it off the event loop.
+"""
+
+from __future__ import annotations
+
+import base64
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+
+from central.errors import Reason, Refused
+from central.fleet.identity import Authenticator, Peer
+from central.intake.partial import PartialUploads
+from central.intake.validation import Shapes, check_manifest, check_payload, check_signature
+from central.journal import EventKind, Journal, NewEvent, State, UpdateRecord
+from central.registry import BlobStore
+from central.registry.blobs import file_digest
+from central.settings import LimitSettings
+from protos.base import BaseModelInfo
+from protos.manifest import ReceiptBody, UpdateManifest
+from protos.updates.v1 import updates_pb2
+
+ALREADY_MERGED = (
+    "the node's earlier update from this start is already merged; the next round starts from a newer release"
+)
+
+
+class Admission:
+    """One per central. `key` signs receipts."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        blobs: BlobStore,
+        partial: PartialUploads,
+        authenticator: Authenticator,
+        key: ec.EllipticCurvePrivateKey,
+        base: BaseModelInfo,
+        limits: LimitSettings,
+    ) -> None:
+        self._journal = journal
+        self._blobs = blobs
+        self._partial = partial
+        self._authenticator = authenticator
+        self._key = key
+        self._base = base.digest
+        self._shapes: Shapes = base.module_shapes
+        self._limits = limits
+
+    def begin(self, peer: Peer, manifest: bytes, signature: bytes) -> UpdateManifest:
+        """Check everything that needs no payload; raises Refused."""
+        node = self._authenticator.enrolled(peer)
+        document = check_signature(node, manifest, signature)
+        with self._journal.read() as state:
+            if document.digest not in state.updates:
+                check_manifest(state, node, document, self._base, self._limits)
+                self._check_quota(state, document)
+        return document
+
+    def finish(self, peer: Peer, manifest: bytes, signature: bytes, resumed: bool) -> updates_pb2.Receipt:
+        """Check the payload and admit the update; raises Refused, and then the payload is discarded."""
+        document = self.begin(peer, manifest, signature)
+        known = self.find(document.node_id, document.digest)
+        if known is not None:
+            self._partial.discard(document.node_id, document.digest)
+            return self.receipt(known)
+        path = self._partial.path(document.node_id, document.digest)
+        try:
+            self._check_digest(document, resumed)
+            check_payload(path.read_bytes(), document, self._shapes, self._limits)
+        except Refused:
+            self._partial.discard(document.node_id, document.digest)
+            raise
+        self._blobs.put_file(path, document.payload.digest_sha256)
+        return self.receipt(self._admit(peer, document, signature))
+
+    def find(self, node_id: str, update_id: str) -> UpdateRecord | None:
+        """The admitted update, if it is the node's own."""
+        with self._journal.read() as state:
+            record = state.updates.get(update_id)
+        return record if record is not None and record.manifest.node_id == node_id else None
+
+    def receipt(self, update: UpdateRecord) -> updates_pb2.Receipt:
+        """Central's signed word about an admitted update."""
+        body = ReceiptBody(
+            update_id=update.update_id,
+            node_id=update.manifest.node_id,
+            payload=update.manifest.payload.digest_sha256,
+            admitted_at=update.admitted_at,
+            journal_sequence=update.admitted_sequence,
+            journal_hash=update.admitted_hash,
+        ).to_bytes()
+        # Deterministic ECDSA (RFC 6979): the same receipt again, whenever it is asked for.
+        signature = self._key.sign(body, ec.ECDSA(SHA256(), deterministic_signing=True))
+        return updates_pb2.Receipt(body=body, signature=signature)
+
+    def _admit(self, peer: Peer, manifest: UpdateManifest, signature: bytes) -> UpdateRecord:
+        update_id = manifest.digest
+        with self._journal.read() as state:
+            node = self._authenticator.enrolled(peer)  # it may have been revoked while the payload came
+            if update_id not in state.updates:
+                body = {"manifest": manifest.to_bytes().decode(), "signature": base64.b64encode(signature).decode()}
+                self._journal.append(
+                    NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body),
+                    *_consequences(state, manifest, node.cohort),
+                )
+            return state.updates[update_id]
+
+    def _check_digest(self, manifest: UpdateManifest, resumed: bool) -> None:
+        digest = file_digest(self._partial.path(manifest.node_id, manifest.digest))
+        if digest == manifest.payload.digest_sha256:
+            return
+        if resumed:  # bytes of an earlier attempt may be at fault, so this is not the node's last word
+            raise Refused(
+                grpc.StatusCode.ABORTED,
+                Reason.WRONG_OFFSET,
+                f"The resumed upload of update {manifest.digest} has digest {digest}; the manifest says "
+                f"{manifest.payload.digest_sha256}. Central dropped its part: start again at byte 0.",
+            )
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            Reason.DIGEST_MISMATCH,
+            f"The payload has digest {digest}; the manifest says {manifest.payload.digest_sha256}.",
+        )
+
+    def _check_quota(self, state: State, manifest: UpdateManifest) -> None:
+        waiting = sum(
+            update.manifest.payload.size_bytes
+            for update in state.updates.values()
+            if update.state == "waiting" and update.manifest.node_id == manifest.node_id
+        )
+        held = waiting + self._partial.held_bytes(manifest.node_id, besides=manifest.digest)
+        if held + manifest.payload.size_bytes > self._limits.node_quota_bytes:
+            raise Refused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                Reason.QUOTA_EXCEEDED,
+                f"Node {manifest.node_id} has {held} unfinished and waiting bytes here; {manifest.payload.size_bytes} more "
+                f"would pass its quota of {self._limits.node_quota_bytes} (CENTRAL_LIMITS__NODE_QUOTA_BYTES). "
+                "Try again after the next merge.",
+            )
+
+
+def _consequences(state: State, manifest: UpdateManifest, cohort: str) -> list[NewEvent]:
+    """What else follows when the update is admitted: one experience must not count twice."""
+    earlier = state.updates_from(manifest.node_id, manifest.start.release)
+    if any(update.state in ("planned", "merged") for update in earlier):
+        return [NewEvent(EventKind.UPDATE_SET_ASIDE, cohort, manifest.digest, {"reason": ALREADY_MERGED})]
+    waiting = [update for update in earlier if update.state == "waiting"]
+    newer = next((update for update in waiting if update.manifest.sequence > manifest.sequence), None)
+    if newer is not None:  # the newer one overtook this one on the way
+        return [NewEvent(EventKind.UPDATE_SUPERSEDED, cohort, manifest.digest, {"by": newer.update_id})]
+    return [
+        NewEvent(EventKind.UPDATE_SUPERSEDED, cohort, update.update_id, {"by": manifest.digest}) for update in waiting
+    ]

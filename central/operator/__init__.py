@@ -1,0 +1,1 @@
+"""The operator's line: questions and orders of operators enter; listings, tokens and journal events leave."""

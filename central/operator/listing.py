@@ -1,0 +1,99 @@
+"""Records of the state as messages of the operator service.
+
+In: records. Out: messages; nothing is looked up elsewhere and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from central.fleet.presence import NodePresence
+from central.intake.service import update_state
+from central.journal import Event, NodeRecord, ReleaseRecord, State, UpdateRecord
+from central.journal.records import ReleaseStateName
+from protos.manifest import canonical_json
+from protos.operator.v1 import operator_pb2
+from protos.releases.v1 import releases_pb2
+
+_RELEASE_STATES: dict[ReleaseStateName, operator_pb2.ReleaseState] = {
+    "candidate": operator_pb2.RELEASE_STATE_CANDIDATE,
+    "accepted": operator_pb2.RELEASE_STATE_ACCEPTED,
+    "rejected": operator_pb2.RELEASE_STATE_REJECTED,
+    "abandoned": operator_pb2.RELEASE_STATE_ABANDONED,
+}
+
+
+def node_message(node: NodeRecord, presence: NodePresence) -> operator_pb2.Node:
+    return operator_pb2.Node(
+        node_id=node.node_id,
+        name=node.name,
+        cohort=node.cohort,
+        revoked=node.revoked,
+        connected=presence.connected and not node.revoked,
+        last_seen=presence.last_seen,
+        status=presence.status,
+    )
+
+
+def update_message(update: UpdateRecord) -> operator_pb2.Update:
+    manifest = update.manifest
+    return operator_pb2.Update(
+        update_id=update.update_id,
+        node_id=manifest.node_id,
+        cohort=update.cohort,
+        sequence=manifest.sequence,
+        state=update_state(update),
+        start_release_id=manifest.start.release,
+        rank=manifest.rank,
+        size_bytes=manifest.payload.size_bytes,
+        admitted_at=update.admitted_at,
+        release_id=update.release_id or "",
+        reason=update.reason,
+    )
+
+
+def release_message(state: State, release: ReleaseRecord) -> operator_pb2.Release:
+    manifest = release.manifest
+    plan = state.plans[release.plan_id].plan if release.plan_id else None
+    reports = [
+        report
+        for evaluation in state.evaluations.values()
+        if evaluation.candidate == release.release_id
+        for report in evaluation.reports.values()
+    ]
+    return operator_pb2.Release(
+        release_id=release.release_id,
+        version=manifest.label,
+        cohort=release.cohort,
+        parent_id=manifest.parent or "",
+        state=_RELEASE_STATES[release.state],
+        channels=sorted(
+            channel
+            for (cohort, channel), head in state.channels.items()
+            if (cohort, head) == (release.cohort, release.release_id)
+        ),
+        created_at=manifest.created_at,
+        rank=manifest.rank,
+        size_bytes=manifest.payload.size_bytes,
+        truncation_error=manifest.truncation_error,
+        update_weights={update.update_id: update.weight for update in plan.updates} if plan else {},
+        evaluations=[
+            operator_pb2.NodeVerdict(
+                node_id=report.node_id,
+                results=[releases_pb2.EnvironmentResult(**result) for result in report.results],
+                abstain_reason=report.abstain_reason,
+            )
+            for report in reports
+        ],
+        verdict=release.verdict.text if release.verdict else "",
+    )
+
+
+def event_message(event: Event) -> operator_pb2.JournalEvent:
+    return operator_pb2.JournalEvent(
+        sequence=event.sequence,
+        at=event.at,
+        kind=event.kind.value,
+        cohort=event.cohort,
+        subject=event.subject,
+        body=canonical_json(dict(event.body)).decode(),
+        hash=event.hash,
+    )

@@ -1,0 +1,163 @@
+"""OperatorService: what an operator may ask and order.
+
+In: calls with the operator's certificate. Out: listings, join tokens, and journal events for every order. Guarantee:
+no call is answered without an operator's certificate; an order is in the journal before it is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import grpc
+
+from central.errors import Reason, Refused
+from central.fleet.identity import Authenticator
+from central.fleet.presence import Presence
+from central.fleet.tokens import create_token
+from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord
+from central.operator.listing import event_message, node_message, release_message, update_message
+from central.registry import Registry
+from protos.operator.v1 import operator_pb2, operator_pb2_grpc
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+DEFAULT_EVENTS = 1_000
+MAX_EVENTS = 10_000
+_CHOICES: dict[int, Literal["requeue", "set_aside"]] = {
+    operator_pb2.ABANDONED_UPDATES_REQUEUE: "requeue",
+    operator_pb2.ABANDONED_UPDATES_SET_ASIDE: "set_aside",
+}
+
+
+class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
+    """Served on the mutual-TLS port."""
+
+    def __init__(
+        self, journal: Journal, registry: Registry, authenticator: Authenticator, presence: Presence, ca_pem: bytes
+    ) -> None:
+        self._journal = journal
+        self._registry = registry
+        self._authenticator = authenticator
+        self._presence = presence
+        self._ca_pem = ca_pem
+
+    async def ListNodes(
+        self, request: operator_pb2.ListNodesRequest, context: Context
+    ) -> operator_pb2.ListNodesResponse:
+        nodes = await self._ask(context, lambda by: self._nodes())
+        return operator_pb2.ListNodesResponse(
+            nodes=[node_message(node, self._presence.of(node.node_id)) for node in nodes]
+        )
+
+    async def CreateToken(
+        self, request: operator_pb2.CreateTokenRequest, context: Context
+    ) -> operator_pb2.CreateTokenResponse:
+        def create(by: str) -> str:
+            self._registry.ensure_cohort(request.cohort)
+            return create_token(self._journal, self._ca_pem, request.cohort, request.uses, request.valid_s)
+
+        return operator_pb2.CreateTokenResponse(token=await self._ask(context, create))
+
+    async def RevokeNode(
+        self, request: operator_pb2.RevokeNodeRequest, context: Context
+    ) -> operator_pb2.RevokeNodeResponse:
+        await self._ask(context, lambda by: self._revoke(request.node_id))
+        return operator_pb2.RevokeNodeResponse()
+
+    async def ListReleases(
+        self, request: operator_pb2.ListReleasesRequest, context: Context
+    ) -> operator_pb2.ListReleasesResponse:
+        def list_releases(by: str) -> list[operator_pb2.Release]:
+            with self._journal.read() as state:
+                return [
+                    release_message(state, release)
+                    for release in state.releases.values()
+                    if request.cohort in ("", release.cohort)
+                ]
+
+        return operator_pb2.ListReleasesResponse(releases=await self._ask(context, list_releases))
+
+    async def GetRelease(
+        self, request: operator_pb2.GetReleaseRequest, context: Context
+    ) -> operator_pb2.GetReleaseResponse:
+        release = await self._ask(context, lambda by: self._message(self._registry.resolve(request.release)))
+        return operator_pb2.GetReleaseResponse(release=release)
+
+    async def PromoteRelease(
+        self, request: operator_pb2.PromoteReleaseRequest, context: Context
+    ) -> operator_pb2.PromoteReleaseResponse:
+        def promote(by: str) -> operator_pb2.Release:
+            release = self._registry.resolve(request.release)
+            return self._message(self._registry.promote(release.release_id, request.channel, by))
+
+        return operator_pb2.PromoteReleaseResponse(release=await self._ask(context, promote))
+
+    async def RollbackRelease(
+        self, request: operator_pb2.RollbackReleaseRequest, context: Context
+    ) -> operator_pb2.RollbackReleaseResponse:
+        return await self._ask(context, lambda by: self._rollback(request, by))
+
+    async def ListUpdates(
+        self, request: operator_pb2.ListUpdatesRequest, context: Context
+    ) -> operator_pb2.ListUpdatesResponse:
+        def list_updates(by: str) -> list[operator_pb2.Update]:
+            with self._journal.read() as state:
+                return [
+                    update_message(update)
+                    for update in state.updates.values()
+                    if request.cohort in ("", update.cohort) and request.node_id in ("", update.manifest.node_id)
+                ]
+
+        return operator_pb2.ListUpdatesResponse(updates=await self._ask(context, list_updates))
+
+    async def ListEvents(
+        self, request: operator_pb2.ListEventsRequest, context: Context
+    ) -> operator_pb2.ListEventsResponse:
+        limit = request.limit or DEFAULT_EVENTS
+        if limit > MAX_EVENTS:
+            raise _bad(f"{limit} events were asked for; one call gives at most {MAX_EVENTS}. Page with `after`.")
+        events = await self._ask(context, lambda by: self._journal.events(request.after, limit))
+        return operator_pb2.ListEventsResponse(events=[event_message(event) for event in events])
+
+    async def _ask(self, context: Context, work: Callable[[str], T]) -> T:
+        """Run `work` with the operator's name off the event loop; raises Refused for anybody else."""
+        return await asyncio.to_thread(work, self._authenticator.operator(context))
+
+    def _nodes(self) -> list[NodeRecord]:
+        with self._journal.read() as state:
+            return list(state.nodes.values())
+
+    def _message(self, release: ReleaseRecord) -> operator_pb2.Release:
+        with self._journal.read() as state:
+            return release_message(state, state.releases[release.release_id])
+
+    def _revoke(self, node_id: str) -> None:
+        with self._journal.read() as state:
+            node = state.nodes.get(node_id)
+            if node is None:
+                raise Refused(
+                    grpc.StatusCode.NOT_FOUND,
+                    Reason.UNKNOWN_NODE,
+                    f"Node {node_id!r} is not known. Expected a full node id; `central nodes` shows them.",
+                )
+            if not node.revoked:
+                self._journal.append(NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id))
+
+    def _rollback(self, request: operator_pb2.RollbackReleaseRequest, by: str) -> operator_pb2.RollbackReleaseResponse:
+        choice = _CHOICES.get(request.updates)
+        if choice is None:
+            raise _bad(
+                "The request does not say what happens to the abandoned releases' updates. Expected requeue or set_aside."
+            )
+        target = self._registry.resolve(request.release, request.cohort).release_id if request.release else None
+        done = self._registry.rollback(request.cohort, target, choice, by)
+        return operator_pb2.RollbackReleaseResponse(
+            release=self._message(done.release), abandoned_release_ids=done.abandoned
+        )
+
+
+def _bad(message: str) -> Refused:
+    return Refused(grpc.StatusCode.INVALID_ARGUMENT, Reason.BAD_ARGUMENT, message)
