@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from edge_node.learning.batches import Lesson, TokenRow, end_of_turn, make_rows
@@ -67,6 +67,8 @@ def train_round(
     stop = end_of_turn(tokenizer, _stop_ids(model))
     rows = make_rows(plan, tokenizer, own, anchors, stop=stop, max_length=limit)
     resume = newest_valid(workspace)
+    if resume is not None:
+        log.info("round resumes", extra={"round_id": plan.round_id, "checkpoint": resume[0].name})
     clock = _Clock(0.0 if resume is None else resume[1])
     trainer = _RoundTrainer(
         model=model,
@@ -79,6 +81,7 @@ def train_round(
         ),
         callbacks=[_Sealer(clock)],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # it would print every step's loss
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume[0]))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {

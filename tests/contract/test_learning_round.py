@@ -1,0 +1,199 @@
+"""Rounds with the real TRL and PEFT on a tiny random Llama."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from edge_node.identity import Identity
+from edge_node.learning.batches import Lesson, end_of_turn, tokenize
+from edge_node.learning.checkpoints import newest_valid
+from edge_node.learning.records import RoundStore
+from edge_node.learning.round import release_directory, train_on_experience
+from edge_node.learning.worker import Worker
+from edge_node.outbox import Outbox
+from edge_node.settings import EdgeSettings
+from protos.base import read_base_model
+from protos.lora import LoraTensors, decode, encode
+from protos.manifest import UpdateManifest, sha256_hex, verify
+from tests.fakes.node_data import NODE_ID, activate, as_environment, make_node, meet
+from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def outbox_of(settings: EdgeSettings) -> Outbox:
+    return Outbox(settings.data_dir / "outbox", "auto")
+
+
+def test_update_of_a_round_merged_by_peft_equals_the_trained_model(tmp_path: Path) -> None:
+    settings = make_node(tmp_path / "node", steps=6, rank=4, alpha=12)
+    release = activate(settings, tiny_adapter(3, rank=4, strength=0.3), version=2)
+    meet(settings, release.label, 8)
+    assert Worker(settings, NODE_ID).step()
+
+    outbox = outbox_of(settings)
+    (entry,) = outbox.list()
+    manifest_bytes, signature = outbox.signed(entry.update_id)
+    identity = Identity.load(settings.data_dir)
+    public = identity.key.public_key()
+    verify(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), manifest_bytes, signature)
+    manifest = UpdateManifest.from_bytes(manifest_bytes)
+    payload = outbox.payload_path(entry.round_id).read_bytes()
+    update = decode(payload)
+    assert manifest.start.release == release.digest
+    assert manifest.start.payload == release.payload.digest_sha256
+    assert (manifest.start.prefix_rank, manifest.rank, manifest.sequence) == (4, 4, 1)
+    assert manifest.base == identity.base
+    assert manifest.supersedes is None
+    assert manifest.metrics["steps"] == 6
+    assert manifest.metrics["examples"] == 8
+    assert set(update.modules) == set(read_base_model(tiny_model()).module_shapes)
+    assert {module.scale for module in update.modules.values()} == {3.0}
+    assert all(np.abs(module.B).max() > 0 for module in update.modules.values())
+
+    plan = RoundStore(settings.data_dir / "learning").last()
+    assert plan is not None
+    assert plan.learning_rate == pytest.approx(5e-3 * 0.7**2)
+    again = train_on_experience(
+        plan, settings, release_directory(settings.data_dir, plan.release_id), tmp_path / "again"
+    )
+    assert encode(again.tensors) == payload, "the same round must give the same bytes"
+
+    start = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32),
+        str(release_directory(settings.data_dir, release.digest)),
+    ).merge_and_unload()
+    ids = torch.tensor([[5, 20, 30, 40, 6, 50, 60]])
+    before = start(ids).logits.detach().clone()
+    merged = PeftModel.from_pretrained(start, str(write_peft(update, tmp_path / "update"))).merge_and_unload()
+    after = merged(ids).logits.detach()
+    trained = again.model.eval()(ids).logits.detach()
+    assert (trained - after).abs().max() < 1e-3
+    assert (trained - before).abs().max() > 0.1
+
+
+def test_round_learns_its_examples(tmp_path: Path) -> None:
+    settings = make_node(tmp_path, steps=40, learning_rate=2e-2)
+    release = activate(settings, LoraTensors(), version=0)
+    meet(settings, release.label, 6)
+    assert Worker(settings, NODE_ID).step()
+    outbox = outbox_of(settings)
+    metrics = UpdateManifest.from_bytes(outbox.signed(outbox.list()[0].update_id)[0]).metrics
+    assert metrics["loss_last"] < metrics["loss_first"] / 2
+
+
+def test_second_round_from_the_same_start_waits_for_failures_and_supersedes(tmp_path: Path) -> None:
+    settings = make_node(tmp_path, steps=2)
+    release = activate(settings, LoraTensors(), version=0)
+    meet(settings, release.label, 6)
+    worker = Worker(settings, NODE_ID)
+    assert worker.step()
+    assert not worker.step()
+    meet(settings, "v9-00000000", 5, first=50)
+    assert not worker.step(), "failures of another version do not count"
+    meet(settings, release.label, 2, first=100)
+    assert worker.step()
+    outbox = outbox_of(settings)
+    first, second = outbox.list()
+    manifest = UpdateManifest.from_bytes(outbox.signed(second.update_id)[0])
+    assert manifest.supersedes == first.update_id
+    assert manifest.sequence == 2
+    assert not list((settings.data_dir / "learning/rounds").iterdir()), "checkpoints are removed"
+
+
+def test_killed_round_resumes_to_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected, killed = (make_node(tmp_path / name, steps=150, checkpoint_steps=10) for name in ("whole", "killed"))
+    for settings in (expected, killed):
+        release = activate(settings, tiny_adapter(5, strength=0.3), version=1)
+        meet(settings, release.label, 30)
+    assert Worker(expected, NODE_ID).step()
+
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_")}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "edge_node.learning.worker", "--parent", str(os.getpid())],
+        env=clean | as_environment(killed) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+    rounds = killed.data_dir / "learning/rounds"
+    deadline = time.monotonic() + 120
+    while not list(rounds.glob("*/checkpoint-*0/sealed.json")):
+        assert child.poll() is None, "the worker ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait(30)
+    assert not outbox_of(killed).list()
+    plan = RoundStore(killed.data_dir / "learning").unfinished()
+    assert plan is not None
+    workspace = rounds / plan.round_id
+    found = newest_valid(workspace)
+    assert found is not None
+    # What a kill leaves in the middle of a later checkpoint: some files whole, one cut short.
+    half = workspace / "checkpoint-149"
+    shutil.copytree(found[0], half)
+    (half / "adapter_model.safetensors").write_bytes((half / "adapter_model.safetensors").read_bytes()[:1000])
+
+    with caplog.at_level(logging.INFO):
+        assert Worker(killed, NODE_ID).step()
+    resumed = [record.checkpoint for record in caplog.records if record.message == "round resumes"]
+    assert resumed == [found[0].name]
+    payloads = []
+    for settings in (expected, killed):
+        outbox = outbox_of(settings)
+        (entry,) = outbox.list()
+        payloads.append(sha256_hex(outbox.payload_path(entry.round_id).read_bytes()))
+    assert payloads[0] == payloads[1]
+
+
+def test_trained_ids_are_what_the_server_sees() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    messages = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1 w2"}]
+    stop = end_of_turn(tokenizer, [2])
+    row = tokenize(tokenizer, Lesson(messages, "w3 w4"), stop)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    answer = [*tokenizer("w3 w4", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert row.input_ids == prompt + answer
+    assert row.labels == [-100] * len(prompt) + answer
+
+
+def test_flower_client_app_trains_the_same_round(tmp_path: Path) -> None:
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+    from edge_node.federation.client_app import make_client_app, read_arrays, write_arrays
+
+    settings = make_node(tmp_path, steps=3)
+    release = activate(settings, LoraTensors(), version=0)
+    meet(settings, release.label, 6)
+    context = Context(run_id=1, node_id=7, node_config={}, state=RecordDict(), run_config={})
+    app = make_client_app(lambda _: settings)
+
+    def train(arrays: ArrayRecord, number: int) -> RecordDict:
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number})})
+        reply = app(Message(content, dst_node_id=7, message_type="train"), context)
+        assert not reply.has_error()
+        return reply.content
+
+    first = train(ArrayRecord(), 1)
+    factors = read_arrays(first.array_records["arrays"])
+    assert set(factors.modules) == set(read_base_model(tiny_model()).module_shapes)
+    assert first.metric_records["metrics"]["num-examples"] == 6
+    assert write_arrays(factors).keys() == first.array_records["arrays"].keys()
+    second = read_arrays(train(first.array_records["arrays"], 2).array_records["arrays"])
+    assert second.rank == factors.rank == 8
+    assert not np.array_equal(
+        second.modules["model.layers.0.mlp.up_proj"].A, factors.modules["model.layers.0.mlp.up_proj"].A
+    )

@@ -1,0 +1,105 @@
+"""A node's data directory as enrolment, the release watcher and capture leave it, without central and without vLLM.
+
+In: a directory. Out: settings for it, with an identity, an active release and experience. Keys are real, so signatures
+are too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from edge_node.experience import ExperienceStore
+from edge_node.experience.store import Feedback, Interaction
+from edge_node.settings import EdgeSettings
+from protos.base import read_base_model
+from protos.lora import LoraTensors, encode
+from protos.manifest import Payload, ReleaseManifest, sha256_hex
+from tests.fakes.tiny_model import tiny_model, write_peft
+
+NODE_ID = "node-a-0badcafe"
+ANCHOR = {"name": "words", "factory": "tests.fakes.word_environment:NextWord", "anchor": True}
+
+
+def make_node(data_dir: Path, **learning: Any) -> EdgeSettings:
+    """An enrolled node on the tiny model with a NextWord anchor; `learning` overrides those settings."""
+    base = tiny_model()
+    folder = data_dir / "identity"
+    folder.mkdir(parents=True)
+    key, release_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "node.key").write_bytes(pem)
+    for name in ("node.pem", "ca.pem"):
+        (folder / name).write_bytes(b"not used here")
+    public = release_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (folder / "release.pub.pem").write_bytes(public)
+    identity = {"node_id": NODE_ID, "cohort": "shared", "base": read_base_model(base).digest}
+    (folder / "identity.json").write_text(json.dumps(identity))
+    defaults: dict[str, Any] = {
+        "min_examples": 4,
+        "min_new_failures": 2,
+        "batch_own": 3,
+        "batch_anchor": 2,
+        "poll_s": 0.05,
+    }
+    return EdgeSettings.model_validate(
+        {
+            "data_dir": data_dir,
+            "base": {"path": base},
+            "environments": [ANCHOR],
+            "learning": defaults | learning,
+        }
+    )
+
+
+def as_environment(settings: EdgeSettings) -> dict[str, str]:
+    """The same settings as EDGE_* variables for a process of its own."""
+    document: Mapping[str, Any] = settings.model_dump(mode="json")
+    variables = {"EDGE_DATA_DIR": document["data_dir"], "EDGE_BASE__PATH": document["base"]["path"]}
+    variables["EDGE_ENVIRONMENTS"] = json.dumps(document["environments"])
+    return variables | {f"EDGE_LEARNING__{key.upper()}": str(value) for key, value in document["learning"].items()}
+
+
+def activate(settings: EdgeSettings, tensors: LoraTensors, version: int) -> ReleaseManifest:
+    """Make `tensors` the active release."""
+    payload = encode(tensors)
+    manifest = ReleaseManifest(
+        base=json.loads((settings.data_dir / "identity/identity.json").read_text())["base"],
+        cohort="shared",
+        version=version,
+        parent=None if version == 0 else "a" * 64,
+        plan=None if version == 0 else "b" * 64,
+        payload=Payload(digest_sha256=sha256_hex(payload), size_bytes=len(payload)),
+        rank=tensors.rank,
+        truncation_error=0.0,
+        updates=[],
+        created_at="2026-11-22T00:00:00Z",
+    )
+    folder = write_peft(tensors, settings.data_dir / "releases/versions" / manifest.digest)
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
+    active = {"release_id": manifest.digest, "label": manifest.label, "path": str(folder)}
+    (settings.data_dir / "releases/active.json").write_text(json.dumps(active))
+    return manifest
+
+
+def meet(settings: EdgeSettings, label: str, count: int, *, first: int = 0) -> None:
+    """`count` wrong answers by that version, each corrected."""
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    for number in range(first, first + count):
+        interaction = Interaction(
+            id=f"chat-{number}",
+            created_at="2026-11-22T00:00:00Z",
+            model=f"{settings.serving.alias}@{label}",
+            messages=[{"role": "user", "content": f"w{number} w{number + 1} w{number + 2}"}],
+            answer="w0",
+            finish_reason="stop",
+            endpoint="/v1/chat/completions",
+        )
+        store.add_interactions([interaction])
+        store.add_feedback(Feedback(interaction.id, score=0.0, correction=f"w{200 + number % 20} w{number + 3}"))
+    store.close()
