@@ -39,7 +39,7 @@ def main() -> int:
     console = Console(soft_wrap=True)
     started = time.monotonic()
     try:
-        with _only_demo():
+        with only_demo():
             for name in stop_recorded(RUN / "processes.json"):
                 console.print(f"stopped {name}")
             if options.stop:
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 @contextmanager
-def _only_demo() -> Iterator[None]:
+def only_demo() -> Iterator[None]:
     """Two demos at once would share demo-run and the cores; raises ChildFailed when one runs already."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "demo.lock").open("w") as lock:
