@@ -57,15 +57,18 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "examples": counts.examples,
         "outbox": {state: outbox.count(state) for state in sorted(set(outbox))},
     }
-    control = ControlClient(control_socket(settings.data_dir))
     try:
-        state = await control.state()
+        state = await ControlClient(control_socket(settings.data_dir)).state()
     except ServingError as error:
         return status | {"problem": str(error)}
-    finally:
-        await control.aclose()
-    status["ready"] = await _is_ready(settings)
-    return status | {"alias": state.alias, "loaded": state.loaded, "captured": state.captured, "lost": state.lost}
+    return status | {
+        "ready": state.not_ready is None and await _is_ready(settings),
+        "serving": state.target,
+        "loaded": sorted(state.loaded),
+        "captured": state.captured,
+        "lost": state.lost,
+        "problem": state.not_ready,
+    }
 
 
 async def run_checks(settings: EdgeSettings) -> list[Check]:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_node.environments import load_environment
-from edge_node.errors import EdgeError, SettingsError, StorageError
+from edge_node.errors import SettingsError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
@@ -110,11 +110,10 @@ async def serve(settings: EdgeSettings) -> None:
         outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval)
         socket = control_socket(settings.data_dir)
         vllm = VllmProcess(settings, base, socket)
-        vllm.check_port()
         learner = LearnerProcess(settings)
 
         def counts() -> fleet_pb2.NodeStatus:
-            states = [entry.state for entry in outbox.list()]
+            states: list[str] = [entry.state for entry in outbox.list()]
             return fleet_pb2.NodeStatus(
                 outbox_waiting=states.count("waiting"),
                 outbox_held=states.count("held"),
@@ -150,9 +149,5 @@ async def serve(settings: EdgeSettings) -> None:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                await control.aclose()
         heart.cancel()
         log.info("edge node stopped", extra={"node_id": identity.node_id})
-
-
-__all__ = ["EdgeError", "control_socket", "enroll", "own_data_dir", "read_base", "serve"]

@@ -59,7 +59,7 @@ async def _download(
         while True:
             # The deadline is on silence, not on the whole payload: a slow link may take as long as it needs.
             answer = await asyncio.wait_for(call.read(), timeout_s)
-            if answer is grpc.aio.EOF:
+            if not isinstance(answer, releases_pb2.DownloadResponse):  # end of the stream
                 return
             stream.write(answer.chunk)
             if stream.tell() > size:

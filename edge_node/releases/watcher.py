@@ -84,7 +84,7 @@ class ReleaseWatcher:
                 call = self._fleet.Watch(fleet_pb2.WatchRequest(status=self._status()))
                 while True:
                     event = await asyncio.wait_for(call.read(), self._settings.central.call_timeout_s)
-                    if event is grpc.aio.EOF:
+                    if not isinstance(event, fleet_pb2.WatchResponse):  # end of the stream
                         break
                     pause = RETRY_FIRST_S
                     self._take(event)
