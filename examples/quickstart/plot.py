@@ -46,7 +46,7 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         for key, node in nodes.items():
             _own_work(work, key, node)
             _base_skill(skill, key, node)
-        work.set_title("Own work of each node", loc="left", fontweight="bold", fontsize=11, pad=16)
+        work.set_title("Own work of each node", loc="left", fontweight="bold", fontsize=11, pad=26)
         work.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         skill.set_title(
             "What the base could do before (anchor), by release", loc="left", fontweight="bold", fontsize=11
