@@ -94,6 +94,7 @@ def serving_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # the working directory must not shadow installed packages and their entry points
     }
     if on_cpu:
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -7,16 +7,23 @@ of imported a second time. Guarantees: a `kill -9` of any parent leaves no vLLM 
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 
 
 def guard_process() -> None:
     """Runs in the API server, and in each engine core and worker that was spawned."""
+    # vLLM configures its own loggers only; ours share its handlers, format and file.
+    ours, theirs = logging.getLogger("edge_node"), logging.getLogger("vllm")
+    ours.handlers, ours.propagate = theirs.handlers, False
+    ours.setLevel(logging.INFO)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid)
@@ -49,6 +56,7 @@ def fork_engine_core() -> None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+    logger.info("Engine core will be forked")
     parent_pid = os.getpid()
 
     def guard_fork() -> None:

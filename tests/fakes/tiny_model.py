@@ -18,12 +18,12 @@ from protos.lora import LoraModule, LoraTensors
 WORDS = [f"w{index}" for index in range(240)]
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 64, 2, 4, 2, 128
+HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 64, 2, 2, 1, 128
 
 
 def tiny_model(seed: int = 0) -> Path:
     """Directory of the model with this seed, built once per machine in the temporary directory."""
-    target = Path(tempfile.gettempdir()) / f"lorikeet-tiny-model-v1-{seed}"
+    target = Path(tempfile.gettempdir()) / f"lorikeet-tiny-model-v2-{seed}"
     if not (target / "complete").is_file():
         build_tiny_model(target, seed)
         (target / "complete").touch()
@@ -40,7 +40,7 @@ def build_tiny_model(target: Path, seed: int) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(SPECIALS) + len(WORDS), hidden_size=HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, intermediate_size=INTERMEDIATE, head_dim=16,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, intermediate_size=INTERMEDIATE, head_dim=32,
         max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="float32",
     )  # fmt: skip
@@ -63,10 +63,13 @@ def tiny_adapter(seed: int, *, rank: int = 4, strength: float = 1.0) -> LoraTens
 def write_peft(tensors: LoraTensors, target: Path) -> Path:
     """A PEFT directory with scale 1 (alpha = r); no modules gives an adapter that changes nothing."""
     target.mkdir(parents=True, exist_ok=True)
-    rank = max(tensors.rank, 1)
+    if not tensors.modules:  # vLLM refuses an adapter without modules
+        zeros = np.zeros((1, HIDDEN), np.float32)
+        tensors = LoraTensors({"model.layers.0.self_attn.q_proj": LoraModule(zeros, zeros.T.copy())})
+    rank = tensors.rank
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none",
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in tensors.modules}) or ["q_proj"],
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in tensors.modules}),
     }  # fmt: skip
     arrays = {}
     for name, module in tensors.modules.items():
