@@ -1,0 +1,117 @@
+"""The learner as the supervisor runs it: a real child process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edge_node.learning import LearnerProcess
+from edge_node.settings import EdgeSettings
+from protos.lora import LoraTensors
+from tests.fakes.node_data import activate, as_environment, make_node
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Sleeper(LearnerProcess):
+    def command(self) -> list[str]:
+        return ["sleep", "600"]
+
+
+async def pid_other_than(learner: LearnerProcess, old: int | None) -> int:
+    async with asyncio.timeout(10):
+        while learner.pid is None or learner.pid == old:
+            await asyncio.sleep(0.01)
+    return learner.pid
+
+
+async def test_killed_learner_is_started_again_and_aclose_ends_it() -> None:
+    learner = Sleeper(EdgeSettings(), first_pause_s=0.01)
+    running = asyncio.create_task(learner.run())
+    first = await pid_other_than(learner, None)
+    os.kill(first, signal.SIGKILL)
+    second = await pid_other_than(learner, first)
+    await learner.aclose()
+    await learner.aclose()
+    await asyncio.wait_for(running, 5)
+    assert learner.pid is None
+    assert learner.starts == 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
+
+
+async def test_learning_switched_off_starts_nothing() -> None:
+    learner = Sleeper(EdgeSettings.model_validate({"learning": {"enabled": False}}))
+    running = asyncio.create_task(learner.run())
+    await asyncio.sleep(0)
+    assert (learner.pid, learner.starts) == (None, 0)
+    await learner.aclose()
+    await asyncio.wait_for(running, 5)
+
+
+def test_worker_idles_and_dies_with_its_supervisor(tmp_path: Path) -> None:
+    settings = make_node(tmp_path)
+    activate(settings, LoraTensors(), version=0)
+    code = (
+        "import asyncio\n"
+        "from edge_node.learning import LearnerProcess\n"
+        "from edge_node.settings import load_settings\n"
+        "async def main():\n"
+        "    learner = LearnerProcess(load_settings())\n"
+        "    task = asyncio.create_task(learner.run())\n"
+        "    while learner.pid is None: await asyncio.sleep(0.01)\n"
+        "    print(learner.pid, flush=True)\n"
+        "    await task\n"
+        "asyncio.run(main())\n"
+    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_")}
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=clean | as_environment(settings) | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert supervisor.stdout is not None
+    pid = int(supervisor.stdout.readline())
+    opened = tmp_path / "learning/rounds.db"
+    wait_until(lambda: opened.exists(), "the worker opens its records")
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    assert "libtorch" not in maps, "an idle learner holds no torch"
+    supervisor.kill()
+    supervisor.wait(10)
+    supervisor.stdout.close()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the worker dies with its supervisor")
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "text"),
+    [({"EDGE_LEARNING__STEPS": "many"}, 2, "EDGE_LEARNING__STEPS"), ({}, 3, "edge-node enroll")],
+)
+def test_unusable_node_gets_one_line_and_an_exit_code(
+    tmp_path: Path, change: dict[str, str], code: int, text: str
+) -> None:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_")}
+    result = subprocess.run(
+        [sys.executable, "-m", "edge_node.learning.worker"],
+        env=clean | {"EDGE_DATA_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)} | change,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == code
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def wait_until(condition: object, what: str) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
