@@ -2,6 +2,7 @@
 
 CentralError
 +-- SettingsError (ValueError)        exit 2: the environment variables are not usable
++-- CentralUnreachable (ConnectionError)  exit 4: a command of the operator got no answer from central
 +-- StorageError (OSError)            exit 5: data directory, journal or blob store cannot be used
 +-- ListenError (OSError)             exit 6: a port is taken
 +-- Refused (ValueError)              a caller's request was refused; changes nothing; has a gRPC status and a reason code
@@ -22,6 +23,10 @@ class CentralError(Exception):
 
 class SettingsError(CentralError, ValueError):
     exit_code = 2
+
+
+class CentralUnreachable(CentralError, ConnectionError):
+    exit_code = 4
 
 
 class StorageError(CentralError, OSError):

@@ -45,7 +45,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         journal: Journal,
         authenticator: Authenticator,
         presence: Presence,
-        heartbeat_s: float = HEARTBEAT_S,
+        heartbeat_s: float,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._journal = journal

@@ -1,0 +1,79 @@
+"""One thread per cohort, in which its Flower loop runs.
+
+In: cohorts, those in the journal and those created later. Out: nothing; the loops write to the journal. Guarantees: a
+loop that fails is logged and started again from the journal after a pause; `close` ends all of them. The threads are
+daemons: a merge that does not end in time is left, and done again from its plan at the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from central.journal import Event, EventKind, Journal
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 1.0
+LAST_PAUSE_S = 60.0
+CLOSE_TIMEOUT_S = 10.0
+
+
+class CohortThreads:
+    """`run` is called as run(cohort, stop) and returns when `stop` is set."""
+
+    def __init__(
+        self, journal: Journal, run: Callable[[str, threading.Event], None], first_pause_s: float = FIRST_PAUSE_S
+    ) -> None:
+        self._journal = journal
+        self._run = run
+        self._first_pause_s = first_pause_s
+        self._stop = threading.Event()
+        self._threads: dict[str, threading.Thread] = {}
+        self._unsubscribe: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        """Start a thread for every cohort there is, and for every one to come."""
+        with self._journal.read() as state:
+            self._unsubscribe = self._journal.add_listener(self._heard)
+            for cohort in state.cohorts():
+                self._start(cohort)
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Ask every loop to end and wait for them for at most `timeout_s`; idempotent."""
+        self._unsubscribe()
+        self._stop.set()
+        self._journal.wake()
+        deadline = time.monotonic() + timeout_s
+        for cohort, thread in self._threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning("merge left unfinished; the next start goes on from its plan", extra={"cohort": cohort})
+
+    def _heard(self, event: Event) -> None:
+        if event.kind is EventKind.COHORT_CREATED:
+            self._start(event.cohort)
+
+    def _start(self, cohort: str) -> None:
+        if cohort not in self._threads:
+            thread = threading.Thread(target=self._supervise, args=(cohort,), name=f"cohort-{cohort}", daemon=True)
+            self._threads[cohort] = thread
+            thread.start()
+
+    def _supervise(self, cohort: str) -> None:
+        pause_s = self._first_pause_s
+        while not self._stop.is_set():
+            began = time.monotonic()
+            try:
+                self._run(cohort, self._stop)
+            except Exception:
+                log.exception("loop of a cohort failed; it starts again", extra={"cohort": cohort, "pause_s": pause_s})
+            else:
+                if not self._stop.is_set():
+                    log.error("loop of a cohort ended by itself; it starts again", extra={"cohort": cohort})
+            if time.monotonic() - began > LAST_PAUSE_S:
+                pause_s = self._first_pause_s
+            self._stop.wait(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)

@@ -1,0 +1,267 @@
+"""Central's process: opens the stores, serves gRPC, runs one Flower loop per cohort, and stops against the flow.
+
+In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server TLS for enrolment. The cast:
+
+    DataLock        one central per data directory
+    Journal         the only truth (journal/)
+    Pki             keys and certificates (fleet/)
+    BlobStore       payloads; Registry: releases and channels (registry/)
+    PartialUploads  updates on their way; Admission: checks and admits them (intake/)
+    CohortThreads   one Flower ServerApp loop per cohort (federation/)
+
+Guarantee: a kill at any point loses nothing that was acknowledged; the next start goes on from journal and blobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from central.cohorts import CohortThreads
+from central.durable import make_directory, storage
+from central.errors import ListenError, SettingsError, StorageError
+from central.fleet.enrollment import EnrollmentService
+from central.fleet.identity import Authenticator
+from central.fleet.pki import Pki
+from central.fleet.presence import Presence
+from central.fleet.service import HEARTBEAT_S, FleetService
+from central.intake.admission import Admission
+from central.intake.partial import PartialUploads
+from central.intake.service import UpdateService
+from central.journal import Journal
+from central.operator.service import OperatorService
+from central.registry import BlobStore, Registry
+from central.registry.service import ReleaseService
+from central.rpc import SERVER_OPTIONS, ErrorTranslator
+from central.settings import CentralSettings
+from protos.base import BaseModelError, BaseModelInfo, read_base_model
+from protos.fleet.v1 import fleet_pb2_grpc
+from protos.operator.v1 import operator_pb2_grpc
+from protos.releases.v1 import releases_pb2_grpc
+from protos.updates.v1 import updates_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 5.0
+"""Calls in flight have this long to end."""
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """Everything that lives on disk, opened."""
+
+    base: BaseModelInfo
+    journal: Journal
+    pki: Pki
+    blobs: BlobStore
+    registry: Registry
+    partial: PartialUploads
+
+
+async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; `announce` gets one line when central is ready.
+
+    Raises SettingsError, StorageError or ListenError when central cannot start.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    with ExitStack() as stack:
+        rooms = await asyncio.to_thread(open_rooms, settings, stack)
+        run_cohort = await asyncio.to_thread(_load_federation, rooms, settings)
+        cohorts = CohortThreads(rooms.journal, run_cohort)
+        try:
+            async with Services(rooms, settings):
+                await asyncio.to_thread(cohorts.start)
+                listen = settings.listen
+                announce(
+                    f"central is ready on {_address(listen.host, listen.port)}, enrolment on "
+                    f"{_address(listen.host, listen.enrollment_port)}, base {rooms.base.digest[:8]}, "
+                    f"data in {settings.data_dir}"
+                )
+                await stop.wait()
+                log.info("central stops")
+        finally:
+            await asyncio.to_thread(cohorts.close)
+
+
+def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
+    """Open everything on disk, recovering what a kill left; `stack` closes it again. Blocks."""
+    base = _read_base(settings)
+    stack.enter_context(DataLock(settings.data_dir))
+    pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
+    blobs = BlobStore(settings.data_dir / "blobs")
+    partial = PartialUploads(settings.data_dir / "uploads")
+    journal = Journal(settings.journal.url or f"sqlite:///{(settings.data_dir / 'journal.db').absolute()}")
+    stack.callback(journal.close)
+    _expect_same_base(journal, base)
+    registry = Registry(journal, blobs, pki.release_key, base.digest)
+    return Rooms(base, journal, pki, blobs, registry, partial)
+
+
+class DataLock:
+    """Held while central runs; a second central on the same data directory gets StorageError."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._path = data_dir / "central.lock"
+        self._descriptor = -1
+
+    def __enter__(self) -> DataLock:
+        make_directory(self._path.parent)
+        with storage(self._path):
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._descriptor)
+                raise StorageError(
+                    f"Another central runs on {self._path.parent}. Stop it first, or set CENTRAL_DATA_DIR to another place."
+                ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+class Services:
+    """The two gRPC servers with their services; an asynchronous context."""
+
+    def __init__(self, rooms: Rooms, settings: CentralSettings, heartbeat_s: float = HEARTBEAT_S) -> None:
+        """Made on the event loop; listens on nothing yet."""
+        self._rooms = rooms
+        self._settings = settings
+        self._authenticator = Authenticator(rooms.journal)
+        self._presence = Presence()
+        self._fleet = FleetService(rooms.journal, self._authenticator, self._presence, heartbeat_s)
+        self._servers: list[grpc.aio.Server] = []
+
+    async def __aenter__(self) -> Services:
+        listen, pki = self._settings.listen, self._rooms.pki
+        pair = [(pki.server_key_pem, pki.server_certificate_pem)]
+        mutual = grpc.ssl_server_credentials(pair, root_certificates=pki.ca_pem, require_client_auth=True)
+        try:
+            await self._listen(self._mutual_server(), mutual, listen.host, listen.port, "PORT")
+            await self._listen(
+                self._enrollment_server(),
+                grpc.ssl_server_credentials(pair),
+                listen.host,
+                listen.enrollment_port,
+                "ENROLLMENT_PORT",
+            )
+        except BaseException:
+            await self.aclose(0.0)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose(STOP_GRACE_S)
+
+    async def aclose(self, grace_s: float) -> None:
+        """End watches, refuse new calls, and give those in flight `grace_s`; idempotent."""
+        self._fleet.close()
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+
+    async def _listen(
+        self, server: grpc.aio.Server, credentials: grpc.ServerCredentials, host: str, port: int, setting: str
+    ) -> None:
+        address = _address(host, port)
+        try:
+            bound = server.add_secure_port(address, credentials)
+        except RuntimeError:
+            bound = 0
+        if bound == 0:
+            raise ListenError(
+                f"Central cannot listen on {address}: the port is taken or the address is not this machine's. "
+                f"Stop the other program, or set CENTRAL_LISTEN__{setting} or CENTRAL_LISTEN__HOST."
+            )
+        await server.start()
+        self._servers.append(server)
+
+    def _mutual_server(self) -> grpc.aio.Server:
+        rooms, authenticator = self._rooms, self._authenticator
+        admission = Admission(
+            rooms.journal,
+            rooms.blobs,
+            rooms.partial,
+            authenticator,
+            rooms.pki.release_key,
+            rooms.base,
+            self._settings.limits,
+        )
+        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
+        fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
+        updates_pb2_grpc.add_UpdateServiceServicer_to_server(
+            UpdateService(admission, rooms.partial, authenticator), server
+        )
+        releases_pb2_grpc.add_ReleaseServiceServicer_to_server(
+            ReleaseService(rooms.journal, rooms.blobs, authenticator), server
+        )
+        operator_pb2_grpc.add_OperatorServiceServicer_to_server(
+            OperatorService(rooms.journal, rooms.registry, authenticator, self._presence, rooms.pki.ca_pem), server
+        )
+        return server
+
+    def _enrollment_server(self) -> grpc.aio.Server:
+        rooms = self._rooms
+        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
+        fleet_pb2_grpc.add_EnrollmentServiceServicer_to_server(
+            EnrollmentService(rooms.journal, rooms.blobs, rooms.pki, rooms.base.digest), server
+        )
+        return server
+
+
+def _load_federation(rooms: Rooms, settings: CentralSettings) -> Callable[[str, threading.Event], None]:
+    """The loop of one cohort; raises SettingsError for a strategy that cannot work. Flower is imported here, not before."""
+    # Flower reports its use to its makers unless told otherwise.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    from central.federation import check_strategy, run_cohort
+
+    for policy in (settings.merge, *(settings.merge.policy(cohort) for cohort in settings.merge.cohorts)):
+        check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
+
+    def run(cohort: str, stop: threading.Event) -> None:
+        run_cohort(cohort, rooms.journal, rooms.registry, rooms.blobs, settings, stop)
+
+    return run
+
+
+def _read_base(settings: CentralSettings) -> BaseModelInfo:
+    if settings.base.path is None:
+        raise SettingsError(
+            "CENTRAL_BASE__PATH is not set. Set it to the Hugging Face directory of the base model that the nodes serve."
+        )
+    try:
+        return read_base_model(settings.base.path)
+    except BaseModelError as error:
+        raise SettingsError(f"CENTRAL_BASE__PATH is not usable. {error}") from error
+    except OSError as error:
+        raise SettingsError(f"CENTRAL_BASE__PATH cannot be read: {error}. Check the directory's owner.") from error
+
+
+def _expect_same_base(journal: Journal, base: BaseModelInfo) -> None:
+    with journal.read() as state:
+        known = next((state.genesis(cohort).manifest.base for cohort in state.cohorts()), base.digest)
+    if known != base.digest:
+        raise SettingsError(
+            f"The base model at {base.path} has digest {base.digest}; the releases in CENTRAL_DATA_DIR are for {known}. "
+            "Point CENTRAL_BASE__PATH at that base model, or CENTRAL_DATA_DIR at a new directory."
+        )
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _listen_name(host: str) -> list[str]:
+    return [] if host in ("0.0.0.0", "::") else [host]

@@ -1,0 +1,84 @@
+"""The operator's side of OperatorService, for the command line on central's own machine.
+
+In: settings, whose data directory holds the operator's key and certificate. Out: answers as messages, or as plain
+values for JSON. Errors: CentralUnreachable when nobody answers, CentralError with central's own words when it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from central.errors import CentralError, CentralUnreachable, StorageError
+from central.settings import CentralSettings
+from protos.operator.v1 import operator_pb2_grpc
+
+T = TypeVar("T")
+CALL_TIMEOUT_S = 30.0
+WILDCARDS = ("0.0.0.0", "::")
+
+
+class OperatorClient:
+    """Calls with one deadline and our errors."""
+
+    def __init__(self, channel: grpc.Channel, address: str) -> None:
+        self.stub = operator_pb2_grpc.OperatorServiceStub(channel)
+        self._address = address
+
+    @classmethod
+    @contextmanager
+    def connect(cls, settings: CentralSettings) -> Iterator[OperatorClient]:
+        """A client for the central of these settings; raises StorageError when its keys are not there."""
+        folder = settings.data_dir / "pki"
+        try:
+            ca, key, certificate = ((folder / name).read_bytes() for name in ("ca.pem", "operator.key", "operator.pem"))
+        except OSError as error:
+            raise StorageError(
+                f"The operator's certificate cannot be read: {error.strerror} ({error.filename}). It is made by "
+                "`central serve`; set CENTRAL_DATA_DIR to the directory that central serves from."
+            ) from error
+        host = "127.0.0.1" if settings.listen.host in WILDCARDS else settings.listen.host
+        address = f"[{host}]:{settings.listen.port}" if ":" in host else f"{host}:{settings.listen.port}"
+        with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate)) as channel:
+            yield cls(channel, address)
+
+    def ask(self, call: Callable[..., T], request: Message) -> T:
+        """`call(request)` with a deadline; raises CentralUnreachable or CentralError."""
+        try:
+            return call(request, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            status: Any = error
+            if status.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise CentralUnreachable(
+                    f"Central does not answer at {self._address} ({status.code().name}). Start it with `central serve`, or "
+                    "set CENTRAL_LISTEN__PORT and CENTRAL_DATA_DIR as it has them."
+                ) from error
+            raise CentralError(str(status.details() or status.code().name)) from error
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """The message as JSON values: every field present, integers as numbers, enum values in lower case without prefix."""
+    return {field.name: _plain_field(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _plain_field(message: Message, field: Any) -> Any:
+    value = getattr(message, field.name)
+    entry = field.message_type
+    if entry is not None and entry.GetOptions().map_entry:
+        return dict(value)
+    if field.is_repeated:
+        return [_plain_value(item, field) for item in value]
+    return _plain_value(value, field)
+
+
+def _plain_value(value: Any, field: Any) -> Any:
+    if field.message_type is not None:
+        return plain(value)
+    if field.enum_type is not None:
+        prefix = field.enum_type.values_by_number[0].name.removesuffix("UNSPECIFIED")
+        return field.enum_type.values_by_number[value].name.removeprefix(prefix).lower()
+    return value

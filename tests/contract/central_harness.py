@@ -1,0 +1,215 @@
+"""A real central on real ports for contract tests: every service, mutual TLS, no Flower loop.
+
+In: a temporary directory. Out: channels of enrolled nodes and of the operator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from safetensors.numpy import save_file
+
+from central.fleet.tokens import PREFIX
+from central.main import Rooms, Services, open_rooms
+from central.settings import CentralSettings
+from edge_node.identity import JoinToken
+from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
+from protos.lora import LoraModule, LoraTensors, encode
+from protos.manifest import Payload, ReleaseManifest, Start, UpdateManifest, sha256_hex, sign
+from protos.operator.v1 import operator_pb2, operator_pb2_grpc
+from protos.releases.v1 import releases_pb2_grpc
+from protos.updates.v1 import updates_pb2, updates_pb2_grpc
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+DOWN_PROJ = "model.layers.0.mlp.down_proj"
+SHAPES = {Q_PROJ: (8, 8), DOWN_PROJ: (8, 16)}
+
+
+def make_base(folder: Path, seed: int = 0) -> Path:
+    """A model directory with two linear modules; its weights are never used."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(json.dumps({"seed": seed}))
+    save_file(
+        {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
+def make_factors(seed: int = 0, rank: int = 2) -> LoraTensors:
+    random = np.random.default_rng(seed)
+    return LoraTensors(
+        {
+            name: LoraModule(
+                random.standard_normal((rank, shape[1])).astype(np.float32),
+                random.standard_normal((shape[0], rank)).astype(np.float32),
+                2.0,
+            )
+            for name, shape in SHAPES.items()
+        }
+    )
+
+
+@dataclass
+class Node:
+    """An enrolled node as the wire sees it."""
+
+    node_id: str
+    key: ec.EllipticCurvePrivateKey
+    answer: fleet_pb2.EnrollResponse
+    channel: grpc.aio.Channel
+
+    @property
+    def genesis(self) -> ReleaseManifest:
+        return ReleaseManifest.from_bytes(self.answer.genesis.manifest)
+
+    @property
+    def updates(self) -> updates_pb2_grpc.UpdateServiceStub:
+        return updates_pb2_grpc.UpdateServiceStub(self.channel)
+
+    @property
+    def releases(self) -> releases_pb2_grpc.ReleaseServiceStub:
+        return releases_pb2_grpc.ReleaseServiceStub(self.channel)
+
+    @property
+    def fleet(self) -> fleet_pb2_grpc.FleetServiceStub:
+        return fleet_pb2_grpc.FleetServiceStub(self.channel)
+
+    def manifest(self, data: bytes, sequence: int = 1, **fields: Any) -> UpdateManifest:
+        genesis = self.genesis
+        values: dict[str, Any] = {
+            "node_id": self.node_id,
+            "sequence": sequence,
+            "base": genesis.base,
+            "start": Start(
+                release=genesis.digest, payload=genesis.payload.digest_sha256, prefix_rank=0, dtype="float32"
+            ),
+            "rank": 2,
+            "payload": Payload(digest_sha256=sha256_hex(data), size_bytes=len(data)),
+            "round_id": f"round-{sequence}",
+            "experiences": 5,
+            "created_at": "2026-11-22T12:00:00Z",
+            "software": "tests",
+        }
+        return UpdateManifest.model_validate({**values, **fields})
+
+    async def upload(
+        self,
+        payload: bytes,
+        manifest: UpdateManifest | None = None,
+        *,
+        offset: int = 0,
+        stop: int | None = None,
+        signature: bytes | None = None,
+    ) -> updates_pb2.Receipt:
+        """Send payload[offset:stop] in small chunks."""
+        data = (manifest or self.manifest(payload)).to_bytes()
+
+        async def parts() -> AsyncIterator[updates_pb2.UploadRequest]:
+            header = updates_pb2.UploadHeader(manifest=data, signature=signature or sign(self.key, data), offset=offset)
+            yield updates_pb2.UploadRequest(header=header)
+            end = len(payload) if stop is None else stop
+            for begin in range(offset, end, 300):
+                yield updates_pb2.UploadRequest(chunk=payload[begin : min(begin + 300, end)])
+
+        return (await self.updates.Upload(parts(), timeout=20)).receipt
+
+    async def query(self, update_id: str) -> updates_pb2.QueryUploadResponse:
+        return await self.updates.QueryUpload(updates_pb2.QueryUploadRequest(update_id=update_id), timeout=20)
+
+
+@dataclass
+class Central:
+    """The running services with their rooms."""
+
+    rooms: Rooms
+    settings: CentralSettings
+    stack: AsyncExitStack
+
+    @property
+    def operator(self) -> operator_pb2_grpc.OperatorServiceStub:
+        folder = self.settings.data_dir / "pki"
+        return operator_pb2_grpc.OperatorServiceStub(
+            self.channel((folder / "operator.key").read_bytes(), (folder / "operator.pem").read_bytes())
+        )
+
+    def channel(self, key: bytes | None = None, certificate: bytes | None = None) -> grpc.aio.Channel:
+        credentials = grpc.ssl_channel_credentials(self.rooms.pki.ca_pem, key, certificate)
+        channel = grpc.aio.secure_channel(f"localhost:{self.settings.listen.port}", credentials)
+        self.stack.push_async_callback(channel.close)
+        return channel
+
+    async def token(self, cohort: str = "shared", uses: int = 10) -> JoinToken:
+        request = operator_pb2.CreateTokenRequest(cohort=cohort, uses=uses, valid_s=3600)
+        text = (await self.operator.CreateToken(request, timeout=20)).token
+        assert text.startswith(PREFIX)
+        return JoinToken.parse(text)
+
+    async def enroll(
+        self, name: str, token: JoinToken, key: ec.EllipticCurvePrivateKey | None = None, **changed: Any
+    ) -> Node:
+        key = key or ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA256())
+        fields = {
+            "token_id": token.token_id,
+            "token_secret": token.secret,
+            "csr_pem": request.public_bytes(Encoding.PEM),
+            "base_digest": self.rooms.base.digest,
+            "node_name": name,
+        }
+        address = f"localhost:{self.settings.listen.enrollment_port}"
+        async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
+            stub = fleet_pb2_grpc.EnrollmentServiceStub(channel)
+            answer = await stub.Enroll(fleet_pb2.EnrollRequest(**{**fields, **changed}), timeout=20)
+        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return Node(answer.node_id, key, answer, self.channel(pem, answer.certificate_pem))
+
+
+def make_settings(folder: Path, **groups: Mapping[str, Any]) -> CentralSettings:
+    ports = [_free_port(), _free_port()]
+    base = folder / "base"
+    return CentralSettings.model_validate(
+        {
+            "data_dir": folder / "central",
+            "base": {"path": base if base.is_dir() else make_base(base)},
+            "listen": {"port": ports[0], "enrollment_port": ports[1]},
+            **groups,
+        }
+    )
+
+
+@asynccontextmanager
+async def running_central(settings: CentralSettings, heartbeat_s: float = 10.0) -> AsyncIterator[Central]:
+    with ExitStack() as stores:
+        rooms = await asyncio.to_thread(open_rooms, settings, stores)
+        async with Services(rooms, settings, heartbeat_s), AsyncExitStack() as stack:
+            yield Central(rooms, settings, stack)
+
+
+def encode_factors(seed: int = 0, rank: int = 2) -> bytes:
+    return encode(make_factors(seed, rank))
+
+
+def reason(error: grpc.aio.AioRpcError) -> str | None:
+    return dict(error.trailing_metadata() or ()).get("lorikeet-reason")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

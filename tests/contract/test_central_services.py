@@ -1,0 +1,397 @@
+"""Central's services on real grpc.aio servers with mutual TLS."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from central.errors import ListenError
+from central.journal import EventKind, NewEvent
+from central.main import Services
+from protos.fleet.v1 import fleet_pb2
+from protos.lora import LoraModule, LoraTensors, decode, encode
+from protos.manifest import ReceiptBody, sha256_hex, sign, verify
+from protos.operator.v1 import operator_pb2
+from protos.releases.v1 import releases_pb2
+from protos.updates.v1 import updates_pb2
+from tests.contract import central_harness as harness
+from tests.contract.central_harness import DOWN_PROJ, Q_PROJ, Central, Node, encode_factors, reason
+from tests.unit.central import builders as make
+
+
+@pytest.fixture
+async def central(tmp_path: Path) -> AsyncIterator[Central]:
+    settings = harness.make_settings(tmp_path, limits={"max_rank": 4, "node_quota_bytes": 6000})
+    async with harness.running_central(settings) as running:
+        yield running
+
+
+@pytest.fixture
+async def node(central: Central) -> Node:
+    return await central.enroll("a", await central.token())
+
+
+async def refusal(call: Any) -> tuple[grpc.StatusCode, str | None, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), reason(caught.value), caught.value.details() or ""
+
+
+# Enrolment.
+
+
+async def test_enrolment_gives_an_identity_and_the_first_release(central: Central, node: Node) -> None:
+    assert node.node_id.startswith("a-")
+    assert node.answer.cohort == "shared"
+    verify(node.answer.release_key_pem, node.answer.genesis.manifest, node.answer.genesis.signature)
+    assert sha256_hex(node.answer.genesis_payload) == node.genesis.payload.digest_sha256
+    assert decode(node.answer.genesis_payload).modules == {}
+    assert (node.genesis.version, node.genesis.base) == (0, central.rooms.base.digest)
+
+
+async def test_a_retried_enrolment_gets_the_same_node_even_when_the_token_is_used_up(central: Central) -> None:
+    token = await central.token(uses=1)
+    key = ec.generate_private_key(ec.SECP256R1())
+    first = await central.enroll("a", token, key)
+    again = await central.enroll("a", token, key)
+    assert again.node_id == first.node_id
+    await again.query("0" * 64)
+    code, why, text = await refusal(central.enroll("b", token))
+    assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "BAD_TOKEN")
+    assert "used 1 of 1 times" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"token_secret": "wrong"}, "BAD_TOKEN"),
+        ({"token_id": ""}, "BAD_TOKEN"),
+        ({"base_digest": "0" * 64}, "OTHER_BASE"),
+        ({"node_name": "../x"}, "BAD_ARGUMENT"),
+        ({"csr_pem": b"no"}, "BAD_ARGUMENT"),
+        ({}, "NAME_TAKEN"),
+    ],
+)
+async def test_enrolment_refuses(central: Central, node: Node, changed: dict[str, Any], expected: str) -> None:
+    token = await central.token()
+    _, why, _ = await refusal(central.enroll("a", token, **changed))
+    assert why == expected
+    with central.rooms.journal.read() as state:
+        assert list(state.nodes) == [node.node_id]
+
+
+async def test_without_a_certificate_nothing_is_answered(central: Central) -> None:
+    stub = harness.updates_pb2_grpc.UpdateServiceStub(central.channel())
+    code, _, _ = await refusal(stub.QueryUpload(updates_pb2.QueryUploadRequest(update_id="0" * 64), timeout=20))
+    assert code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_node_is_no_operator(node: Node) -> None:
+    stub = harness.operator_pb2_grpc.OperatorServiceStub(node.channel)
+    code, why, _ = await refusal(stub.ListNodes(operator_pb2.ListNodesRequest(), timeout=20))
+    assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "NOT_OPERATOR")
+
+
+# Uploads.
+
+
+async def test_a_cut_upload_goes_on_and_a_repeat_gets_the_same_receipt(central: Central, node: Node) -> None:
+    payload = encode_factors()
+    manifest = node.manifest(payload)
+    code, why, _ = await refusal(node.upload(payload, stop=700))
+    assert (code, why) == (grpc.StatusCode.ABORTED, "WRONG_OFFSET")
+    assert (await node.query(manifest.digest)).committed_bytes == 700
+    _, why, _ = await refusal(node.upload(payload, offset=500))
+    assert why == "WRONG_OFFSET"
+    receipt = await node.upload(payload, offset=700)
+    verify(node.answer.release_key_pem, receipt.body, receipt.signature)
+    body = ReceiptBody.from_bytes(receipt.body)
+    assert (body.update_id, body.node_id) == (manifest.digest, node.node_id)
+    event = central.rooms.journal.events(body.journal_sequence - 1, 1)[0]
+    assert (event.kind, event.subject, event.hash) == (EventKind.UPDATE_ADMITTED, manifest.digest, body.journal_hash)
+    assert await node.upload(payload) == receipt
+    known = await node.query(manifest.digest)
+    assert (known.receipt, known.state) == (receipt, updates_pb2.UPDATE_STATE_WAITING)
+    assert central.rooms.blobs.read(manifest.payload.digest_sha256) == payload
+    with central.rooms.journal.read() as state:
+        assert [update.update_id for update in state.waiting("shared")] == [manifest.digest]
+
+
+async def test_two_uploads_of_one_update_admit_it_once(central: Central, node: Node) -> None:
+    payload = encode_factors()
+    results = await asyncio.gather(*(node.upload(payload) for _ in range(4)), return_exceptions=True)
+    receipts = {result.body for result in results if isinstance(result, updates_pb2.Receipt)}
+    assert len(receipts) == 1
+    assert all(reason(result) == "WRONG_OFFSET" for result in results if isinstance(result, grpc.aio.AioRpcError)), (
+        results
+    )
+    kinds = [event.kind for event in central.rooms.journal.events()]
+    assert kinds.count(EventKind.UPDATE_ADMITTED) == 1
+
+
+async def test_a_node_sees_only_its_own_updates(central: Central, node: Node) -> None:
+    other = await central.enroll("b", await central.token())
+    payload = encode_factors()
+    await node.upload(payload)
+    answer = await other.query(node.manifest(payload).digest)
+    assert (answer.committed_bytes, answer.HasField("receipt")) == (0, False)
+    _, why, _ = await refusal(other.upload(payload, node.manifest(payload)))
+    assert why == "BAD_MANIFEST"
+
+
+def bad_payload(change: str) -> bytes:
+    modules = dict(harness.make_factors().modules)
+    q = modules[Q_PROJ]
+    if change == "NOT_FINITE":
+        a = q.A.copy()
+        a[0, 0] = np.nan
+        modules[Q_PROJ] = replace(q, A=a)
+    if change == "NORM_OUT_OF_BOUNDS":
+        modules[Q_PROJ] = replace(q, scale=1e9)
+    if change == "UNKNOWN_MODULE":
+        modules["model.embed_tokens"] = q
+    if change == "BAD_SHAPE":
+        modules[DOWN_PROJ] = LoraModule(q.A, modules[DOWN_PROJ].B)
+    if change == "RANK_TOO_LARGE":
+        modules = dict(harness.make_factors(rank=3).modules)
+    payload = encode(LoraTensors(modules))
+    if change == "BAD_DTYPE":
+        payload = payload.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1)
+    if change == "MALFORMED_PAYLOAD":
+        payload = b"PK\x03\x04" + payload
+    if change == "UNKNOWN_SECTION":
+        payload = encode(LoraTensors(modules, {"statistics": {"x": np.zeros(2, np.float32)}}))
+    return payload
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        "NOT_FINITE",
+        "NORM_OUT_OF_BOUNDS",
+        "UNKNOWN_MODULE",
+        "BAD_SHAPE",
+        "RANK_TOO_LARGE",
+        "BAD_DTYPE",
+        "MALFORMED_PAYLOAD",
+        "UNKNOWN_SECTION",
+    ],
+)
+async def test_a_bad_payload_is_refused_and_leaves_nothing(central: Central, node: Node, expected: str) -> None:
+    payload = bad_payload(expected)
+    code, why, text = await refusal(node.upload(payload))
+    assert (code, why) == (grpc.StatusCode.INVALID_ARGUMENT, expected), text
+    assert (await node.query(node.manifest(payload).digest)).committed_bytes == 0
+    with central.rooms.journal.read() as state:
+        assert state.updates == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"base": "0" * 64}, "OTHER_BASE"),
+        ({"start": {"release": "0" * 64, "payload": "0" * 64, "prefix_rank": 0, "dtype": "float32"}}, "UNKNOWN_START"),
+        ({"rank": 5}, "RANK_TOO_LARGE"),
+        ({"payload": {"digest_sha256": "0" * 64, "size_bytes": 1 << 40}}, "TOO_LARGE"),
+        ({"payload": {"digest_sha256": "0" * 64, "size_bytes": 7000}}, "QUOTA_EXCEEDED"),
+        ({"node_id": "b-00000000"}, "BAD_MANIFEST"),
+        ({"sections": ["statistics"]}, "UNKNOWN_SECTION"),
+    ],
+)
+async def test_a_bad_manifest_is_refused(central: Central, node: Node, fields: dict[str, Any], expected: str) -> None:
+    payload = encode_factors()
+    _, why, text = await refusal(node.upload(payload, node.manifest(payload, **fields)))
+    assert why == expected, text
+
+
+async def test_altered_bytes_are_refused(node: Node) -> None:
+    payload = encode_factors()
+    manifest = node.manifest(payload)
+    altered = payload[:-1] + bytes([payload[-1] ^ 1])
+    code, why, _ = await refusal(node.upload(altered, manifest))
+    assert (code, why) == (grpc.StatusCode.INVALID_ARGUMENT, "DIGEST_MISMATCH")
+    _, why, _ = await refusal(node.upload(payload, manifest, signature=sign(node.key, b"other")))
+    assert why == "BAD_SIGNATURE"
+    _, why, _ = await refusal(node.upload(payload, manifest, stop=600))
+    _, why, _ = await refusal(node.upload(altered, manifest, offset=600))
+    assert why == "WRONG_OFFSET"  # not final: the earlier bytes may have been at fault
+    assert (await node.query(manifest.digest)).committed_bytes == 0
+    await node.upload(payload, manifest)
+
+
+async def test_a_start_of_another_cohort_is_refused(central: Central, node: Node) -> None:
+    foreign = await central.enroll("d", await central.token("zeta"))
+    payload = encode_factors()
+    start = foreign.manifest(payload).start
+    code, why, _ = await refusal(node.upload(payload, node.manifest(payload, start=start)))
+    assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "COHORT_MISMATCH")
+
+
+async def test_the_newest_update_of_a_start_counts(central: Central, node: Node) -> None:
+    payloads = [encode_factors(seed) for seed in range(4)]
+    manifests = [node.manifest(payload, number) for number, payload in enumerate(payloads, start=1)]
+    for index in (1, 0, 2):  # the first one is overtaken by the second
+        await node.upload(payloads[index], manifests[index])
+    plan = make.make_plan(node.genesis, manifests[2])
+    await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
+    await node.upload(payloads[3], manifests[3])
+    with central.rooms.journal.read() as state:
+        states = [state.updates[manifest.digest].state for manifest in manifests]
+        assert "already merged" in state.updates[manifests[3].digest].reason
+    assert states == ["superseded", "superseded", "planned", "set_aside"]
+
+
+async def test_a_revoked_node_is_refused_and_its_watch_ends(central: Central, node: Node) -> None:
+    watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
+    await watch.read()
+    await central.operator.RevokeNode(operator_pb2.RevokeNodeRequest(node_id=node.node_id), timeout=20)
+
+    async def read_to_end() -> None:
+        while await watch.read() is not grpc.aio.EOF:
+            pass
+
+    assert (await refusal(read_to_end()))[1] == "REVOKED_NODE"
+    assert (await refusal(node.query("0" * 64)))[1] == "REVOKED_NODE"
+    listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
+    assert (listed.revoked, listed.connected) == (True, False)
+
+
+# Releases and the watch.
+
+
+async def make_candidate(central: Central, node: Node, payload: bytes) -> tuple[str, bytes]:
+    await node.upload(payload)
+    plan = make.make_plan(node.genesis, node.manifest(payload))
+    await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
+    merged = encode(LoraTensors({Q_PROJ: harness.make_factors(9).modules[Q_PROJ]}))
+    manifest = await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
+    assert manifest == await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
+    return manifest.digest, merged
+
+
+async def accept(central: Central, release_id: str) -> None:
+    body = {"accepted": True, "text": "fine", "environments": {}, "high_water": {}}
+    await asyncio.to_thread(
+        central.rooms.journal.append,
+        NewEvent(EventKind.VERDICT, "shared", release_id, body),
+        NewEvent(EventKind.PROMOTED, "shared", release_id, {"channel": "stable", "by": "gate"}),
+    )
+
+
+async def download(node: Node, release_id: str, offset: int = 0) -> bytes:
+    request = releases_pb2.DownloadRequest(release_id=release_id, offset=offset)
+    return b"".join([part.chunk async for part in node.releases.Download(request, timeout=20)])
+
+
+async def test_download_from_any_offset_and_only_of_the_own_cohort(central: Central, node: Node) -> None:
+    release_id, payload = await make_candidate(central, node, encode_factors())
+    assert await download(node, release_id) == payload
+    assert await download(node, release_id, 100) == payload[100:]
+    assert await download(node, release_id, len(payload)) == b""
+    assert (await refusal(download(node, release_id, len(payload) + 1)))[1] == "WRONG_OFFSET"
+    foreign = await central.enroll("d", await central.token("zeta"))
+    assert (await refusal(download(foreign, release_id)))[1] == "UNKNOWN_RELEASE"
+    answer = await node.releases.GetRelease(releases_pb2.GetReleaseRequest(release_id=release_id), timeout=20)
+    verify(node.answer.release_key_pem, answer.release.manifest, answer.release.signature)
+    head = await node.releases.GetHead(releases_pb2.GetHeadRequest(channel="stable"), timeout=20)
+    assert head.head == node.answer.genesis
+
+
+async def test_a_watch_brings_what_is_there_and_every_change(central: Central, node: Node) -> None:
+    journal = central.rooms.journal
+    await asyncio.to_thread(journal.append, NewEvent(EventKind.TRAIN_OFFERED, "shared", "train-1", {"max_rank": 4}))
+    watch = node.fleet.Watch(fleet_pb2.WatchRequest(status=fleet_pb2.NodeStatus(experiences=3)), timeout=20)
+    first = [await watch.read() for _ in range(3)]
+    assert [event.WhichOneof("event") for event in first] == ["head", "head", "train"]
+    assert {event.head.channel for event in first[:2]} == {"stable", "canary"}
+    assert first[2].train.max_rank == 4
+    listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
+    assert (listed.connected, listed.status.experiences) == (True, 3)
+
+    release_id, _ = await make_candidate(central, node, encode_factors())
+    body = {
+        "candidate": release_id,
+        "reference": node.genesis.digest,
+        "tasks": 8,
+        "deadline_at": "2999-01-01T00:00:00Z",
+        "nodes": [node.node_id],
+    }
+    await asyncio.to_thread(journal.append, NewEvent(EventKind.EVALUATION_OFFERED, "shared", "offer-1", body))
+    offer = (await watch.read()).evaluation
+    assert (offer.offer_id, offer.tasks, offer.reference) == ("offer-1", 8, node.answer.genesis)
+    report = releases_pb2.ReportEvaluationRequest(
+        offer_id="offer-1",
+        results=[releases_pb2.EnvironmentResult(environment="e", tasks_digest="t", both_passed=8)],
+    )
+    for _ in range(2):  # the second one changes nothing
+        await node.releases.ReportEvaluation(report, timeout=20)
+    with journal.read() as state:
+        assert state.evaluations["offer-1"].reports[node.node_id].results[0]["both_passed"] == 8
+    again = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
+    assert [(await again.read()).WhichOneof("event") for _ in range(3)] == ["head", "head", "train"]
+
+    await accept(central, release_id)
+    heads = [await watch.read() for _ in range(2)]
+    assert {sha256_hex(event.head.head.manifest) for event in heads} == {release_id}
+    stranger = await central.enroll("d", await central.token("zeta"))
+    assert (await refusal(stranger.releases.ReportEvaluation(report, timeout=20)))[1] == "UNKNOWN_OFFER"
+
+
+async def test_a_watch_beats(tmp_path: Path) -> None:
+    async with harness.running_central(harness.make_settings(tmp_path), heartbeat_s=0.02) as central:
+        node = await central.enroll("a", await central.token())
+        watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
+        kinds = [(await watch.read()).WhichOneof("event") for _ in range(4)]
+    assert kinds == ["head", "head", "heartbeat", "heartbeat"]
+
+
+# The operator.
+
+
+async def test_the_operator_sees_promotes_and_rolls_back(central: Central, node: Node) -> None:
+    release_id, _ = await make_candidate(central, node, encode_factors())
+    operator = central.operator
+    promote = operator_pb2.PromoteReleaseRequest(release=release_id[:8], channel="canary")
+    assert (await refusal(operator.PromoteRelease(promote, timeout=20)))[1] == "NOT_ACCEPTED"
+    await accept(central, release_id)
+    shown = (await operator.PromoteRelease(promote, timeout=20)).release
+    assert (list(shown.channels), shown.verdict, shown.truncation_error) == (["canary", "stable"], "fine", 0.25)
+    update_id = node.manifest(encode_factors()).digest
+    assert dict(shown.update_weights) == {update_id: 1.0}
+    back = operator_pb2.PromoteReleaseRequest(release=node.genesis.digest, channel="stable")
+    assert (await refusal(operator.PromoteRelease(back, timeout=20)))[1] == "BAD_ARGUMENT"
+
+    rollback = operator_pb2.RollbackReleaseRequest(cohort="shared", updates=operator_pb2.ABANDONED_UPDATES_REQUEUE)
+    done = await operator.RollbackRelease(rollback, timeout=20)
+    assert (done.release.release_id, list(done.abandoned_release_ids)) == (node.genesis.digest, [release_id])
+    updates = (await operator.ListUpdates(operator_pb2.ListUpdatesRequest(cohort="shared"), timeout=20)).updates
+    assert [(update.update_id, update.state) for update in updates] == [(update_id, updates_pb2.UPDATE_STATE_WAITING)]
+    assert (await refusal(operator.RollbackRelease(rollback, timeout=20)))[1] == "BAD_ARGUMENT"
+    unspecified = operator_pb2.RollbackReleaseRequest(cohort="shared")
+    assert (await refusal(operator.RollbackRelease(unspecified, timeout=20)))[1] == "BAD_ARGUMENT"
+
+    listed = (await operator.ListReleases(operator_pb2.ListReleasesRequest(), timeout=20)).releases
+    assert [release.state for release in listed] == [
+        operator_pb2.RELEASE_STATE_ACCEPTED,
+        operator_pb2.RELEASE_STATE_ABANDONED,
+    ]
+    events = (await operator.ListEvents(operator_pb2.ListEventsRequest(after=2, limit=2), timeout=20)).events
+    assert [event.sequence for event in events] == [3, 4]
+    unknown = operator_pb2.GetReleaseRequest(release="v9-00000000")
+    assert (await refusal(operator.GetRelease(unknown, timeout=20)))[1] == "UNKNOWN_RELEASE"
+    bad = operator_pb2.CreateTokenRequest(cohort="No Name", uses=1, valid_s=60)
+    assert (await refusal(operator.CreateToken(bad, timeout=20)))[1] == "BAD_ARGUMENT"
+
+
+async def test_a_taken_port_is_named(central: Central) -> None:
+    with pytest.raises(ListenError, match=str(central.settings.listen.port)):
+        async with Services(central.rooms, central.settings):
+            pass
