@@ -89,7 +89,7 @@ def decode(data: bytes) -> LoraTensors:
         raise LoraCodecError(f"Payload is not a readable safetensors file: {error}.") from error
     factors: dict[str, dict[str, Array]] = {}
     sections: dict[str, dict[str, npt.NDArray[np.generic]]] = {}
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):  # safetensors gives them in a random order
         kind, _, rest = name.partition("/")
         middle, _, last = rest.rpartition("/")
         if kind == "lora" and middle and last in ("A", "B"):
