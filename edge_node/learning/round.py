@@ -6,7 +6,7 @@ loads torch (through training).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,18 +25,32 @@ from protos.manifest import Payload, Start, UpdateManifest, sha256_hex, sign
 DISTRIBUTION = "lorikeet-federated"
 
 
-def run_round(plan: RoundPlan, settings: EdgeSettings, outbox: Outbox, workspace: Path) -> str:
+def run_round(
+    plan: RoundPlan, settings: EdgeSettings, outbox: Outbox, workspace: Path, active: Callable[[], str | None]
+) -> str:
     """Train `plan` (from its newest checkpoint) and leave the update in the outbox; returns the update id.
+
+    Args:
+        active: id of the release that the node serves now. A round whose update would supersede an earlier one is
+            given up when the node has moved on: the earlier update has been or will be merged, central would set this
+            one aside, and its experience goes into the next round all the same.
 
     Raises:
         SettingsError: no base model, or an environment cannot be loaded.
         ValueError: no example can be trained on.
-        FileNotFoundError: the start release is not on disk any more.
+        LookupError: the start release is not on disk any more.
+        RoundObsolete: see `active`.
     """
     identity = Identity.load(settings.data_dir)
-    trained = train_on_experience(plan, settings, release_directory(settings.data_dir, plan.release_id), workspace)
-    payload = encode(trained.tensors)
     superseded = outbox.last_for_start(plan.release_id)
+    trained = train_on_experience(
+        plan,
+        settings,
+        release_directory(settings.data_dir, plan.release_id),
+        workspace,
+        obsolete=lambda: superseded is not None and active() != plan.release_id,
+    )
+    payload = encode(trained.tensors)
     manifest = UpdateManifest(
         node_id=identity.node_id,
         sequence=outbox.next_sequence(),
@@ -56,7 +70,14 @@ def run_round(plan: RoundPlan, settings: EdgeSettings, outbox: Outbox, workspace
     return outbox.add(plan.round_id, manifest, sign(identity.key, manifest), payload)
 
 
-def train_on_experience(plan: RoundPlan, settings: EdgeSettings, release: Path, workspace: Path) -> TrainedRound:
+def train_on_experience(
+    plan: RoundPlan,
+    settings: EdgeSettings,
+    release: Path,
+    workspace: Path,
+    *,
+    obsolete: Callable[[], bool] = lambda: False,
+) -> TrainedRound:
     """The round's training alone: the node's examples up to the plan's cursor, anchors, and `release`'s directory."""
     if settings.base.path is None:
         raise SettingsError(
@@ -72,6 +93,7 @@ def train_on_experience(plan: RoundPlan, settings: EdgeSettings, release: Path, 
         anchors=anchor_lessons(settings.environments, plan) if plan.batch_anchor else [],
         workspace=workspace,
         max_length=settings.serving.max_model_len,
+        obsolete=obsolete,
     )
 
 
@@ -93,10 +115,8 @@ def anchor_lessons(specs: Sequence[EnvironmentSpec], plan: RoundPlan) -> list[Le
 
 
 def release_directory(data_dir: Path, release_id: str) -> Path:
-    """The PEFT directory of a release; raises FileNotFoundError."""
+    """The PEFT directory of a release; raises LookupError."""
     path = data_dir / "releases" / "versions" / release_id
     if not (path / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"Release {release_id[:12]} is not in {path}; the round that starts from it cannot go on."
-        )
+        raise LookupError(f"Release {release_id[:12]} is not in {path}; the round that starts from it cannot go on.")
     return path

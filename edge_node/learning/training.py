@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
 from edge_node.learning.batches import Lesson, TokenRow, end_of_turn, make_rows
@@ -30,6 +31,10 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
 _DEFAULT_MAX_LENGTH = 4096
+
+
+class RoundObsolete(Exception):
+    """The round's update would be of no use any more; nothing is lost by not finishing it."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,20 @@ def train_round(
     anchors: Sequence[Lesson],
     workspace: Path,
     max_length: int | None = None,
+    obsolete: Callable[[], bool] = lambda: False,
 ) -> TrainedRound:
     """Train, going on from the newest valid checkpoint in `workspace`.
 
     Args:
         release: PEFT directory of the start release; None for a release without modules (version 0).
         max_length: longest prompt plus answer in tokens; the model's own limit when None.
+        obsolete: asked after each step.
 
     Raises:
         ValueError: no example can be trained on.
+        RoundObsolete: `obsolete` said so.
     """
+    disable_progress_bar()
     model = load_start(base, release)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     limit = max_length or getattr(model.config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
@@ -79,7 +88,7 @@ def train_round(
             r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
             target_modules="all-linear", task_type="CAUSAL_LM",
         ),
-        callbacks=[_Sealer(clock)],
+        callbacks=[_Sealer(clock, obsolete)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # it would print every step's loss
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume[0]))
@@ -135,13 +144,18 @@ class _Clock:
 
 
 class _Sealer(TrainerCallback):  # type: ignore[misc]
-    """Seals each checkpoint once the trainer has written all of it."""
+    """Seals each checkpoint once the trainer has written all of it; ends a round that is of no use any more."""
 
-    def __init__(self, clock: _Clock) -> None:
+    def __init__(self, clock: _Clock, obsolete: Callable[[], bool]) -> None:
         self._clock = clock
+        self._obsolete = obsolete
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._clock.elapsed_s())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._obsolete():
+            raise RoundObsolete(f"after step {state.global_step} of {state.max_steps}")
 
 
 def _arguments(plan: RoundPlan, workspace: Path, batch: int) -> SFTConfig:

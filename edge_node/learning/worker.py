@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -99,19 +100,31 @@ class Worker:
 
     def _train(self, plan: RoundPlan) -> None:
         from edge_node.learning.round import run_round
+        from edge_node.learning.training import RoundObsolete
         from edge_node.outbox import Outbox
 
         log.info("round starts", extra={"round_id": plan.round_id, "release": plan.label, "rank": plan.rank})
         outbox = Outbox(self._settings.data_dir / "outbox", self._settings.outbox.approval)
         try:
-            update_id = run_round(plan, self._settings, outbox, self._rounds.workspace(plan.round_id))
-        except (ValueError, FileNotFoundError) as error:
-            # Trying again would fail again; the experience stays for the next round.
-            log.error("round abandoned", extra={"round_id": plan.round_id, "error": str(error)})
-            self._rounds.abandon(plan.round_id, str(error))
+            update_id = run_round(
+                plan, self._settings, outbox, self._rounds.workspace(plan.round_id), active=self._active_id
+            )
+        except RoundObsolete as error:
+            log.info("round given up, a newer release is active", extra={"round_id": plan.round_id, "at": str(error)})
+            self._rounds.abandon(plan.round_id, f"obsolete {error}")
+            return
+        except (EdgeError, OSError, sqlite3.Error):
+            raise  # the node's surroundings, not the round: it goes on once they are right
+        except Exception as error:  # supervision: the same round would fail again, and no other could start
+            log.exception("round abandoned", extra={"round_id": plan.round_id})
+            self._rounds.abandon(plan.round_id, repr(error))
             return
         self._rounds.finish(plan.round_id, update_id)
         log.info("round finished", extra={"round_id": plan.round_id, "update_id": update_id})
+
+    def _active_id(self) -> str | None:
+        active = read_active(self._settings.data_dir)
+        return None if active is None else active.manifest.digest
 
 
 def read_active(data_dir: Path) -> ActiveRelease | None:
@@ -169,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     except EdgeError as error:
         print(f"learner: {error}", file=sys.stderr)
         return error.exit_code
+    except (OSError, sqlite3.Error) as error:
+        print(f"learner: the disk of EDGE_DATA_DIR cannot be used: {error}. Free space, or check it.", file=sys.stderr)
+        return StorageError.exit_code
     return 0
 
 

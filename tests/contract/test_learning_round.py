@@ -115,8 +115,53 @@ def test_second_round_from_the_same_start_waits_for_failures_and_supersedes(tmp_
     assert not list((settings.data_dir / "learning/rounds").iterdir()), "checkpoints are removed"
 
 
+def test_superseding_round_is_given_up_when_the_node_moves_on(tmp_path: Path) -> None:
+    settings = make_node(tmp_path, steps=4)
+    old = activate(settings, LoraTensors(), version=0)
+    meet(settings, old.label, 6)
+    worker = Worker(settings, NODE_ID)
+    assert worker.step()
+    meet(settings, old.label, 3, first=50)
+    plan = worker._next_round()
+    assert plan is not None
+    assert plan.release_id == old.digest
+    new = activate(settings, tiny_adapter(1), version=1)
+    assert worker.step()
+    assert len(outbox_of(settings).list()) == 1
+    assert RoundStore(settings.data_dir / "learning").unfinished() is None
+    meet(settings, new.label, 3, first=60)
+    assert worker.step()
+    assert [entry.start_release for entry in outbox_of(settings).list()] == [old.digest, new.digest]
+
+
+def test_first_round_from_a_start_is_finished_although_the_node_moved_on(tmp_path: Path) -> None:
+    settings = make_node(tmp_path, steps=2)
+    old = activate(settings, LoraTensors(), version=0)
+    meet(settings, old.label, 6)
+    worker = Worker(settings, NODE_ID)
+    assert worker._next_round() is not None
+    activate(settings, tiny_adapter(1), version=1)
+    assert worker.step()
+    assert [entry.start_release for entry in outbox_of(settings).list()] == [old.digest]
+
+
+def test_round_that_cannot_be_trained_is_abandoned_and_the_next_one_starts(tmp_path: Path) -> None:
+    settings = make_node(tmp_path, steps=2)
+    old = activate(settings, tiny_adapter(1), version=1)
+    meet(settings, old.label, 6)
+    worker = Worker(settings, NODE_ID)
+    assert worker._next_round() is not None
+    shutil.rmtree(release_directory(settings.data_dir, old.digest))
+    new = activate(settings, tiny_adapter(2), version=2)
+    assert worker.step()
+    assert not outbox_of(settings).list()
+    meet(settings, new.label, 3, first=60)
+    assert worker.step()
+    assert [entry.start_release for entry in outbox_of(settings).list()] == [new.digest]
+
+
 def test_killed_round_resumes_to_the_same_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    expected, killed = (make_node(tmp_path / name, steps=150, checkpoint_steps=10) for name in ("whole", "killed"))
+    expected, killed = (make_node(tmp_path / name, steps=60, checkpoint_steps=5) for name in ("whole", "killed"))
     for settings in (expected, killed):
         release = activate(settings, tiny_adapter(5, strength=0.3), version=1)
         meet(settings, release.label, 30)
@@ -130,7 +175,7 @@ def test_killed_round_resumes_to_the_same_bytes(tmp_path: Path, caplog: pytest.L
     )
     rounds = killed.data_dir / "learning/rounds"
     deadline = time.monotonic() + 120
-    while not list(rounds.glob("*/checkpoint-*0/sealed.json")):
+    while not list(rounds.glob("*/checkpoint-*/sealed.json")):
         assert child.poll() is None, "the worker ended before its first checkpoint"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -143,7 +188,7 @@ def test_killed_round_resumes_to_the_same_bytes(tmp_path: Path, caplog: pytest.L
     found = newest_valid(workspace)
     assert found is not None
     # What a kill leaves in the middle of a later checkpoint: some files whole, one cut short.
-    half = workspace / "checkpoint-149"
+    half = workspace / "checkpoint-59"
     shutil.copytree(found[0], half)
     (half / "adapter_model.safetensors").write_bytes((half / "adapter_model.safetensors").read_bytes()[:1000])
 
