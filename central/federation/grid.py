@@ -1,0 +1,311 @@
+"""A Flower Grid over the journal: messages become durable offers, admitted updates and reports become replies.
+
+In: train and evaluate messages of a strategy. Out: reply messages. Guarantees: what was pushed is in the journal, so that a
+restart resumes it instead of repeating it; pulling train replies journals the merge plan before anything is merged, and
+pulls the same replies again until that plan is decided; a grid sees one cohort and nothing else.
+
+    push_messages(TRAIN)      -> train_offered, once: it stands for the cohort, whoever joins later
+    pull_messages(train)      -> waits for the merge policy -> merge_planned -> one reply per update, by digest
+    push_messages(EVALUATE)   -> evaluation_offered, unless an offer for that candidate is still open
+    pull_messages(evaluate)   -> waits for the reports or the deadline -> one reply per report, an error per abstention
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from central.federation.errors import FederationError
+from central.federation.planning import parse_time, plan_merge
+from central.federation.strategy import COHORT, CONFIG, MERGE, REPORT, UPDATE, MergeTerms
+from central.journal import (
+    EvaluationRecord,
+    EvaluationReport,
+    EventKind,
+    Journal,
+    MergePlan,
+    NewEvent,
+    PlanRecord,
+    State,
+    utc_now,
+)
+from central.settings import CentralSettings
+from protos.manifest import canonical_json
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+ABSTAINED = 1
+"""Error code of a reply whose node could not evaluate."""
+STOP_CHECK_S = 1.0
+"""Longest time until `stop`, an age or a deadline is seen."""
+
+
+class JournalGrid(Grid):  # type: ignore[misc]
+    """One per cohort, used by one thread. `stop` ends every wait; a pull that was stopped returns nothing."""
+
+    def __init__(
+        self,
+        cohort: str,
+        journal: Journal,
+        settings: CentralSettings,
+        stop: threading.Event,
+        clock: Callable[[], str] = utc_now,
+    ) -> None:
+        self._cohort = cohort
+        self._journal = journal
+        self._policy = settings.merge.policy(cohort)
+        self._gate = settings.gate
+        self._stop = stop
+        self._clock = clock
+        self._run: Any = None
+
+    # Flower's seven methods.
+
+    def set_run(self, run: Any) -> None:
+        """Keep Flower's description of the run; ours has none."""
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        """What `set_run` was given; raises FederationError before."""
+        if self._run is None:
+            raise FederationError("No Flower run is set on this grid; central runs its ServerApp outside of one.")
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message that `push_messages` takes."""
+        return Message(
+            content=content,
+            dst_node_id=dst_node_id,
+            message_type=message_type,
+            group_id=group_id,
+            ttl=ttl or DEFAULT_TTL,
+        )
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Flower's numbers for the cohort's nodes that are not revoked."""
+        with self._journal.read() as state:
+            return [flower_id(node_id) for node_id in _nodes(state, self._cohort)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Make the messages durable offers; returns the ids of the offers that stand for them."""
+        ids: list[str] = []
+        evaluate: list[Message] = []
+        for message in messages:
+            if message.metadata.message_type == MessageType.TRAIN:
+                ids.append(self._offer_training(int(message.content[CONFIG]["max_rank"])))
+            elif message.metadata.message_type == MessageType.EVALUATE:
+                evaluate.append(message)
+            else:
+                raise FederationError(
+                    f"Message type {message.metadata.message_type!r} has no offer; expected train or evaluate."
+                )
+        if evaluate:
+            ids.append(self._offer_evaluation(evaluate))
+        return list(dict.fromkeys(ids))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Wait for the replies to these offers; nothing when stopped."""
+        return self._pull(message_ids, None)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """`push_messages`, then `pull_messages` for at most `timeout` seconds."""
+        return self._pull(self.push_messages(messages), timeout)
+
+    # What the loop asks besides.
+
+    def open_plan(self) -> PlanRecord | None:
+        """The cohort's oldest plan without a verdict."""
+        with self._journal.read() as state:
+            return next(iter(state.open_plans(self._cohort)), None)
+
+    def wait_for_node(self) -> bool:
+        """Wait until the cohort has a node that is not revoked; False when stopped."""
+        return self._wait(lambda state: bool(_nodes(state, self._cohort)), None) is not None
+
+    def now(self) -> str:
+        """The present time, RFC 3339 UTC."""
+        return self._clock()
+
+    # Train.
+
+    def _offer_training(self, max_rank: int) -> str:
+        with self._journal.read() as state:
+            standing = state.train_offers.get(self._cohort)
+            if standing is not None and standing.max_rank == max_rank:
+                return standing.offer_id
+            offer_id = uuid.uuid4().hex
+            self._journal.append(NewEvent(EventKind.TRAIN_OFFERED, self._cohort, offer_id, {"max_rank": max_rank}))
+            return offer_id
+
+    def _pull_updates(self, timeout_s: float | None) -> list[Message]:
+        planned = self._wait(self._resume_or_plan, timeout_s)
+        if planned is None or planned.candidate is not None:
+            return []
+        with self._journal.read() as state:
+            parent = state.releases[planned.plan.parent].manifest.payload.digest_sha256
+            senders = {update.update_id: state.updates[update.update_id].manifest for update in planned.plan.updates}
+        terms = _terms(planned.plan_id, planned.plan, parent)
+        replies = []
+        for update in planned.plan.updates:
+            fields = {"update_id": update.update_id, "payload": update.payload, "weight": update.weight}
+            content = RecordDict({UPDATE: ConfigRecord(fields), MERGE: terms.to_record()})
+            request = self._request(MessageType.TRAIN, senders[update.update_id].node_id, planned.plan.version)
+            replies.append(Message(content, reply_to=request))
+        return replies
+
+    def _resume_or_plan(self, state: State) -> PlanRecord | None:
+        # Runs under the journal's lock: nothing can change between the decision to merge and its record.
+        under_way = next(iter(state.open_plans(self._cohort)), None)
+        if under_way is not None:
+            return under_way
+        plan = plan_merge(state, self._cohort, self._policy, self._clock())
+        if plan is None:
+            return None
+        body = {"plan": plan.to_bytes().decode()}
+        self._journal.append(NewEvent(EventKind.MERGE_PLANNED, self._cohort, plan.digest, body))
+        log.info("merge planned", extra={"cohort": self._cohort, "plan": plan.digest, "updates": len(plan.updates)})
+        return state.plans[plan.digest]
+
+    # Evaluate.
+
+    def _offer_evaluation(self, messages: list[Message]) -> str:
+        config = messages[0].content[CONFIG]
+        candidate, reference = str(config["candidate"]), str(config["reference"])
+        asked = {message.metadata.dst_node_id for message in messages}
+        with self._journal.read() as state:
+            earlier = _offers(state, candidate, reference)
+            if earlier and (not self._expired(earlier[-1]) or self._enough(state, earlier)):
+                return earlier[-1].offer_id
+            if earlier:
+                log.warning(
+                    "quorum not met, evaluation offered again",
+                    extra={"cohort": self._cohort, "candidate": candidate, "offers": len(earlier)},
+                )
+            answered = {node for node, report in _reports(state, earlier).items() if _is_result(report)}
+            deadline = parse_time(self._clock()) + timedelta(seconds=self._gate.deadline_s)
+            body = {
+                "candidate": candidate,
+                "reference": reference,
+                "tasks": int(config["tasks"]),
+                "deadline_at": deadline.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+                "nodes": [
+                    node for node in _nodes(state, self._cohort) if flower_id(node) in asked and node not in answered
+                ],
+            }
+            offer_id = uuid.uuid4().hex
+            self._journal.append(NewEvent(EventKind.EVALUATION_OFFERED, self._cohort, offer_id, body))
+            return offer_id
+
+    def _pull_reports(self, offer_id: str, timeout_s: float | None) -> list[Message]:
+        with self._journal.read() as state:
+            offer = state.evaluations[offer_id]
+
+        def complete(state: State) -> bool:
+            offers = _offers(state, offer.candidate, offer.reference)
+            missing = set(state.evaluations[offer_id].nodes) - set(_reports(state, offers))
+            everybody = not any(node in missing for node in _nodes(state, self._cohort))
+            return self._expired(offer) or (everybody and self._enough(state, offers)) or _closed(state, offer)
+
+        if self._wait(complete, timeout_s) is None:
+            return []
+        with self._journal.read() as state:
+            reports = _reports(state, _offers(state, offer.candidate, offer.reference))
+            version = state.releases[offer.candidate].manifest.version
+        return [self._reply(report, version) for report in reports.values()]
+
+    def _reply(self, report: EvaluationReport, version: int) -> Message:
+        request = self._request(MessageType.EVALUATE, report.node_id, version)
+        if not _is_result(report):
+            return Message(Error(ABSTAINED, report.abstain_reason or "no results"), reply_to=request)
+        fields = {"node_id": report.node_id, "results": canonical_json([dict(result) for result in report.results])}
+        return Message(RecordDict({REPORT: ConfigRecord(fields)}), reply_to=request)
+
+    def _enough(self, state: State, offers: list[EvaluationRecord]) -> bool:
+        return sum(map(_is_result, _reports(state, offers).values())) >= self._gate.quorum
+
+    def _expired(self, offer: EvaluationRecord) -> bool:
+        return parse_time(self._clock()) >= parse_time(offer.deadline_at)
+
+    # Both.
+
+    def _pull(self, message_ids: Iterable[str], timeout_s: float | None) -> list[Message]:
+        replies: list[Message] = []
+        for message_id in message_ids:
+            with self._journal.read() as state:
+                offer = state.evaluations.get(message_id)
+                standing = state.train_offers.get(self._cohort)
+            if offer is not None and offer.cohort == self._cohort:
+                replies += self._pull_reports(message_id, timeout_s)
+            elif standing is not None and standing.offer_id == message_id:
+                replies += self._pull_updates(timeout_s)
+            else:
+                raise FederationError(f"Offer {message_id!r} is not one of cohort {self._cohort!r}; push it first.")
+        return replies
+
+    def _request(self, message_type: str, node_id: str, version: int) -> Message:
+        return Message(
+            content=RecordDict(), dst_node_id=flower_id(node_id), message_type=message_type, group_id=str(version)
+        )
+
+    def _wait(self, predicate: Callable[[State], T | None], timeout_s: float | None) -> T | None:
+        """`predicate`'s value once it has one; None when stopped or after `timeout_s` seconds."""
+        until = None if timeout_s is None else parse_time(self._clock()) + timedelta(seconds=timeout_s)
+        while not self._stop.is_set() and not _passed(until, self._clock):
+            # The predicate runs after every append and after each slice: deadlines and ages need no polling of the disk.
+            value = self._journal.wait(predicate, STOP_CHECK_S)
+            if value is not None:
+                return value
+        return None
+
+
+def flower_id(node_id: str) -> int:
+    """Flower numbers its nodes: 63 bits of the SHA-256 of our id, never COHORT."""
+    number = int.from_bytes(hashlib.sha256(node_id.encode()).digest()[:8], "big") >> 1
+    return number or COHORT + 1
+
+
+def _terms(plan_id: str, plan: MergePlan, parent_payload: str) -> MergeTerms:
+    return MergeTerms(plan_id, parent_payload, plan.rank, plan.server_step, plan.seed)
+
+
+def _nodes(state: State, cohort: str) -> list[str]:
+    return [node.node_id for node in state.nodes.values() if node.cohort == cohort and not node.revoked]
+
+
+def _offers(state: State, candidate: str, reference: str) -> list[EvaluationRecord]:
+    return [o for o in state.evaluations.values() if (o.candidate, o.reference) == (candidate, reference)]
+
+
+def _reports(state: State, offers: list[EvaluationRecord]) -> dict[str, EvaluationReport]:
+    """The report of every node that is not revoked over all offers; a result stays when a later offer gets an abstention."""
+    found: dict[str, EvaluationReport] = {}
+    for offer in offers:
+        for node_id, report in sorted(offer.reports.items()):
+            if not state.nodes[node_id].revoked and (node_id not in found or not _is_result(found[node_id])):
+                found[node_id] = report
+    return found
+
+
+def _is_result(report: EvaluationReport) -> bool:
+    return bool(report.results) and not report.abstain_reason
+
+
+def _closed(state: State, offer: EvaluationRecord) -> bool:
+    """The candidate was decided elsewhere, for example by a rollback of its parent."""
+    return state.releases[offer.candidate].state != "candidate"
+
+
+def _passed(until: datetime | None, clock: Callable[[], str]) -> bool:
+    return until is not None and parse_time(clock()) >= until

@@ -1,0 +1,177 @@
+"""The continual loop of one cohort as a Flower ServerApp: offer, wait, plan, merge, evaluate, decide, again.
+
+In: admitted updates and evaluation reports, through a JournalGrid. Out: candidates in the registry, verdicts and
+promotions in the journal. Guarantees: every step is in the journal before the next begins, and every step is taken
+from the journal's state; so after `kill -9` at any point the loop goes on where it was: a plan without a candidate is
+merged again to the same bytes, a candidate without an offer is offered, an offer without a verdict is waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from central.evaluation import Gate, Mark, Verdict, high_water, pool
+from central.federation.errors import UnusableUpdate
+from central.federation.grid import JournalGrid
+from central.federation.stock import check_strategy, make_strategy
+from central.federation.strategy import ProductMean, reports_of, to_tensors
+from central.journal import EventKind, Journal, JournalConflict, NewEvent, PlanRecord, State, utc_now
+from central.registry import BlobStore, Registry
+from central.settings import CentralSettings
+from protos.lora import encode
+
+log = logging.getLogger(__name__)
+
+
+def run_cohort(
+    cohort: str,
+    journal: Journal,
+    registry: Registry,
+    blobs: BlobStore,
+    settings: CentralSettings,
+    stop: threading.Event,
+    clock: Callable[[], str] = utc_now,
+) -> None:
+    """Run the cohort's loop in this thread until `stop` is set (seen within a second, or at the end of a merge).
+
+    Raises SettingsError for a strategy that cannot work, StorageError when journal or blobs fail.
+    """
+    policy = settings.merge.policy(cohort)
+    check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
+    registry.ensure_cohort(cohort)
+    grid = JournalGrid(cohort, journal, settings, stop, clock)
+    loop = CohortLoop(cohort, journal, registry, blobs, settings)
+    app = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        while not stop.is_set():
+            loop.step(grid)
+
+    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={"cohort": cohort})
+    app(grid, context)
+
+
+class CohortLoop:
+    """One merge after the other; holds nothing between steps that is not in the journal."""
+
+    def __init__(
+        self, cohort: str, journal: Journal, registry: Registry, blobs: BlobStore, settings: CentralSettings
+    ) -> None:
+        self._cohort = cohort
+        self._journal = journal
+        self._registry = registry
+        self._blobs = blobs
+        self._policy = settings.merge.policy(cohort)
+        self._max_rank = settings.limits.max_rank
+        self._settings = settings.gate
+        gate = settings.gate
+        self._gate = Gate(gate.alpha, gate.tolerance_points, gate.anchor_tolerance_points, gate.environments)
+
+    def step(self, grid: JournalGrid) -> None:
+        """Take the cohort's next plan (waiting for it if there is none) as far as its verdict; returns early when stopped."""
+        strategy = make_strategy(self._policy.strategy, self._policy.strategy_options, self._blobs)
+        config = ConfigRecord({"max_rank": self._max_rank})
+        offers = grid.push_messages(strategy.configure_train(0, ArrayRecord(), config, grid))
+        replies = grid.pull_messages(offers)
+        planned = grid.open_plan()
+        if planned is None:
+            return
+        # The plan, not today's settings, says how it is merged: settings may have changed since it was made.
+        strategy = make_strategy(planned.plan.strategy, planned.plan.strategy_options, self._blobs)
+        try:
+            if planned.candidate is None:
+                self._build(strategy, planned, replies)
+            else:
+                self._decide(strategy, planned, planned.candidate, grid)
+        except JournalConflict as error:
+            # A rollback or an operator's decision cancelled the plan while it was worked on; the state says what is next.
+            log.warning(
+                "merge overtaken", extra={"cohort": self._cohort, "plan": planned.plan_id, "reason": str(error)}
+            )
+
+    def _build(self, strategy: ProductMean, planned: PlanRecord, replies: Iterable[Message]) -> None:
+        try:
+            arrays, metrics = strategy.aggregate_train(planned.plan.version, replies)
+        except UnusableUpdate as error:
+            self._set_aside(error)
+            return
+        if arrays is None or metrics is None:
+            return
+        truncation_error = float(metrics["truncation-error"])
+        candidate = self._registry.add_candidate(planned.plan_id, encode(to_tensors(arrays)), truncation_error)
+        log.info(
+            "candidate built",
+            extra={
+                "cohort": self._cohort,
+                "release": candidate.digest,
+                "updates": len(candidate.updates),
+                "truncation_error": truncation_error,
+            },
+        )
+
+    def _decide(self, strategy: ProductMean, planned: PlanRecord, candidate: str, grid: JournalGrid) -> None:
+        if self._settings.quorum == 0:
+            text = "accepted without evaluation: CENTRAL_GATE__QUORUM is 0."
+            self._record(candidate, Verdict(True, text, {}, {}))
+            return
+        reference = planned.plan.parent
+        config = ConfigRecord({"candidate": candidate, "reference": reference, "tasks": self._settings.tasks})
+        if not grid.wait_for_node():
+            return
+        offers = grid.push_messages(strategy.configure_evaluate(planned.plan.version, ArrayRecord(), config, grid))
+        replies = list(grid.pull_messages(offers))
+        reports = reports_of(replies)
+        if len(reports) < self._settings.quorum:
+            return  # stopped, or too few results by the deadline: the next step offers again, and the grid logs it
+        log.info(
+            "evaluation complete",
+            extra={
+                "cohort": self._cohort,
+                "release": candidate,
+                "pass_rates": dict(strategy.aggregate_evaluate(planned.plan.version, replies) or {}),
+                "abstained": [reply.error.reason for reply in replies if reply.has_error()],
+            },
+        )
+        with self._journal.read() as state:
+            marks = _marks(state, self._cohort, self._settings.alpha)
+        self._record(candidate, self._gate.decide(pool(reports), marks))
+
+    def _record(self, candidate: str, verdict: Verdict) -> None:
+        # One transaction. A rollback meanwhile has cancelled the plan, and the journal then refuses the verdict.
+        events = [self._event(EventKind.VERDICT, candidate, dict(vars(verdict)))]
+        if verdict.accepted:
+            events.append(self._event(EventKind.PROMOTED, candidate, {"channel": "stable", "by": "gate"}))
+        self._journal.append(*events)
+        log.info(
+            "verdict",
+            extra={"cohort": self._cohort, "release": candidate, "accepted": verdict.accepted, "text": verdict.text},
+        )
+
+    def _set_aside(self, error: UnusableUpdate) -> None:
+        # The journal cancels the plan that loses an update; the plan's other updates wait again.
+        log.error(
+            "update set aside", extra={"cohort": self._cohort, "update_id": error.update_id, "reason": str(error)}
+        )
+        self._journal.append(self._event(EventKind.UPDATE_SET_ASIDE, error.update_id, {"reason": str(error)}))
+
+    def _event(self, kind: EventKind, subject: str, body: dict[str, Any]) -> NewEvent:
+        return NewEvent(kind, self._cohort, subject, body)
+
+
+def _marks(state: State, cohort: str, alpha: float) -> dict[str, Mark]:
+    """High-water marks from the verdicts of the cohort's accepted releases; abandoned ones no longer count."""
+    return high_water(
+        [
+            (release.release_id, release.manifest.parent or "", release.verdict.environments)
+            for release in state.releases.values()
+            if release.cohort == cohort and release.state == "accepted" and release.verdict is not None
+        ],
+        alpha,
+    )
