@@ -21,7 +21,6 @@ from protos.releases.v1 import releases_pb2
 
 EVALUATION_SEED = 20_260_101
 CONCURRENCY = 32
-MAX_ANSWER_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,25 @@ class Evaluator:
         return await asyncio.gather(*(one(task) for task in suite))
 
     async def _ask(self, client: httpx.AsyncClient, model: str, task: Task) -> str:
-        body = {"model": model, "messages": task.messages, "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
+        # No max_tokens: the model's own end or its context length ends an answer, as for a client that sets none.
+        body = {"model": model, "messages": task.messages, "temperature": 0}
         try:
             response = await client.post("/v1/chat/completions", json=body, headers={"x-lorikeet-capture": "off"})
         except httpx.HTTPError as error:
             raise ServingError(f"vLLM did not answer an evaluation request for {model}: {error!r}.") from error
         if response.status_code != httpx.codes.OK:
-            raise ServingError(f"vLLM answered {response.status_code} to an evaluation request for {model}.")
+            raise ServingError(
+                f"vLLM answered {response.status_code} to an evaluation request for {model}: {_message(response)}"
+            )
         document = response.json()
         if document["model"] != model:
             raise ServingError(f"Evaluation asked for {model} and was answered by {document['model']}.")
         return str(document["choices"][0]["message"]["content"] or "")
+
+
+def _message(response: httpx.Response) -> str:
+    """What vLLM says is wrong; it may quote no prompt, so it is cut short."""
+    try:
+        return str(response.json()["error"]["message"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return "no message"
