@@ -8,6 +8,7 @@ that fails for a reason of infrastructure makes the node abstain, never look lik
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from edge_node.errors import ServingError
 from edge_node.settings import EnvironmentSpec
 from protos.manifest import canonical_json, sha256_hex
 from protos.releases.v1 import releases_pb2
+
+log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 20_260_101
 CONCURRENCY = 32
@@ -80,18 +83,14 @@ class Evaluator:
         except httpx.HTTPError as error:
             raise ServingError(f"vLLM did not answer an evaluation request for {model}: {error!r}.") from error
         if response.status_code != httpx.codes.OK:
+            # vLLM's words stay in this node's log: they might quote a prompt, and the reason goes to central.
+            log.warning(
+                "evaluation request refused", extra={"status": response.status_code, "answer": response.text[:300]}
+            )
             raise ServingError(
-                f"vLLM answered {response.status_code} to an evaluation request for {model}: {_message(response)}"
+                f"vLLM answered {response.status_code} to an evaluation request for {model}; the node's log has its words."
             )
         document = response.json()
         if document["model"] != model:
             raise ServingError(f"Evaluation asked for {model} and was answered by {document['model']}.")
         return str(document["choices"][0]["message"]["content"] or "")
-
-
-def _message(response: httpx.Response) -> str:
-    """What vLLM says is wrong; it may quote no prompt, so it is cut short."""
-    try:
-        return str(response.json()["error"]["message"])[:200]
-    except (ValueError, KeyError, TypeError):
-        return "no message"
