@@ -19,6 +19,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -174,16 +175,14 @@ class Services:
     async def _listen(
         self, server: grpc.aio.Server, credentials: grpc.ServerCredentials, host: str, port: int, setting: str
     ) -> None:
-        address = _address(host, port)
         try:
-            bound = server.add_secure_port(address, credentials)
-        except RuntimeError:
-            bound = 0
-        if bound == 0:
+            await asyncio.to_thread(_try_port, host, port)
+            server.add_secure_port(_address(host, port), credentials)
+        except (OSError, RuntimeError) as error:
             raise ListenError(
-                f"Central cannot listen on {address}: the port is taken or the address is not this machine's. "
-                f"Stop the other program, or set CENTRAL_LISTEN__{setting} or CENTRAL_LISTEN__HOST."
-            )
+                f"Central cannot listen on {_address(host, port)}: {getattr(error, 'strerror', None) or error}. "
+                f"Stop the program that has the port, or set CENTRAL_LISTEN__{setting} or CENTRAL_LISTEN__HOST."
+            ) from error
         await server.start()
         self._servers.append(server)
 
@@ -257,6 +256,14 @@ def _expect_same_base(journal: Journal, base: BaseModelInfo) -> None:
             f"The base model at {base.path} has digest {base.digest}; the releases in CENTRAL_DATA_DIR are for {known}. "
             "Point CENTRAL_BASE__PATH at that base model, or CENTRAL_DATA_DIR at a new directory."
         )
+
+
+def _try_port(host: str, port: int) -> None:
+    """Raises OSError with the reason; gRPC would only say that it failed, and print a line of its own."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 def _address(host: str, port: int) -> str:

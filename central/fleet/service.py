@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 HEARTBEAT_S = 10.0
+MAX_DEADLINE_S = 2**32 - 1
 _WAKING = frozenset(
     {
         EventKind.PROMOTED,
@@ -145,6 +146,6 @@ def _evaluation(state: State, record: EvaluationRecord, left_s: float) -> fleet_
             candidate=signed_manifest(state.releases[record.candidate]),
             reference=signed_manifest(state.releases[record.reference]),
             tasks=record.tasks,
-            deadline_s=max(1, int(left_s)),
+            deadline_s=min(max(1, int(left_s)), MAX_DEADLINE_S),
         )
     )

@@ -1,0 +1,114 @@
+"""The real `central serve`: killed in the middle of an upload and after it, it loses and doubles nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from central.fleet.pki import Pki
+from central.journal import Journal
+from central.main import DataLock, StorageError
+from central.settings import CentralSettings
+from protos.base import read_base_model
+from tests.contract import central_harness as harness
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@asynccontextmanager
+async def process(settings: CentralSettings, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")}
+    environment |= {
+        "CENTRAL_DATA_DIR": str(settings.data_dir),
+        "CENTRAL_BASE__PATH": str(settings.base.path),
+        "CENTRAL_LISTEN__PORT": str(settings.listen.port),
+        "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
+        "CENTRAL_MERGE__MIN_UPDATES": "99",
+    }
+    running = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "central.cli", *arguments,
+        cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield running
+    finally:
+        if running.returncode is None:
+            running.kill()
+        await running.communicate()
+
+
+async def ready(running: asyncio.subprocess.Process) -> None:
+    assert running.stdout is not None
+    line = (await asyncio.wait_for(running.stdout.readline(), 60)).decode()
+    assert line.startswith("central is ready on "), line
+
+
+@asynccontextmanager
+async def outside(settings: CentralSettings) -> AsyncIterator[harness.Central]:
+    """The process seen from outside: only its certificates are read."""
+
+    class Seen:
+        pki = Pki.load_or_create(settings.data_dir, [])
+        base = read_base_model(settings.base.path or Path())
+
+    async with AsyncExitStack() as stack:
+        yield harness.Central(Seen(), settings, stack)  # type: ignore[arg-type]
+
+
+async def test_a_killed_central_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = harness.make_settings(tmp_path)
+    payload = harness.encode_factors()
+    async with process(settings, "serve") as first:
+        await ready(first)
+        with pytest.raises(StorageError, match="Another central runs"), DataLock(settings.data_dir):
+            pass
+        async with outside(settings) as central:
+            node = await central.enroll("a", await central.token())
+            with pytest.raises(grpc.aio.AioRpcError):
+                await node.upload(payload, stop=600)
+            first.kill()
+            await first.wait()
+
+            async with process(settings, "serve") as second:
+                await ready(second)
+                manifest = node.manifest(payload)
+                await node.channel.channel_ready()
+                assert (await node.query(manifest.digest)).committed_bytes == 600
+                receipt = await node.upload(payload, manifest, offset=600)
+                second.kill()
+                await second.wait()
+
+            async with process(settings, "serve") as third:
+                await ready(third)
+                await node.channel.channel_ready()
+                assert await node.upload(payload, manifest) == receipt
+                third.send_signal(signal.SIGTERM)
+                assert await asyncio.wait_for(third.wait(), 30) == 0
+    journal = Journal(f"sqlite:///{settings.data_dir}/journal.db")
+    with journal.read() as state:
+        assert [update.update_id for update in state.waiting("shared")] == [manifest.digest]
+        assert state.cohorts() == ["shared"]
+
+
+async def test_a_taken_port_is_one_line_and_exit_code_6(tmp_path: Path) -> None:
+    settings = harness.make_settings(tmp_path)
+
+    async def drop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    other = await asyncio.start_server(drop, "127.0.0.1", settings.listen.enrollment_port)
+    async with other, process(settings, "serve") as central:
+        out, err = await asyncio.wait_for(central.communicate(), 60)
+    assert (central.returncode, out) == (6, b"")
+    assert err.decode().splitlines() == [
+        f"central: Central cannot listen on 127.0.0.1:{settings.listen.enrollment_port}: Address already in use. Stop the "
+        "program that has the port, or set CENTRAL_LISTEN__ENROLLMENT_PORT or CENTRAL_LISTEN__HOST."
+    ]

@@ -1,0 +1,33 @@
+"""Threads of cohorts: started once each, again after a failure, ended together."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from central.cohorts import CohortThreads
+from central.journal import Journal
+from tests.unit.central import builders as make
+
+
+def test_every_cohort_has_one_loop_that_comes_back_after_a_failure(tmp_path: Path) -> None:
+    journal = Journal(f"sqlite:///{tmp_path}/journal.db")
+    make.start_cohort(journal)
+    runs: list[str] = []
+    running = threading.Semaphore(0)
+
+    def run(cohort: str, stop: threading.Event) -> None:
+        runs.append(cohort)
+        if runs.count(cohort) == 1:
+            raise RuntimeError("first try")
+        running.release()
+        journal.wait(lambda state: stop.is_set())
+
+    threads = CohortThreads(journal, run, first_pause_s=0.001)
+    threads.start()
+    make.start_cohort(journal, "zeta", ("d-00000000",))
+    assert running.acquire(timeout=10)
+    assert running.acquire(timeout=10)
+    threads.close()
+    assert sorted(runs) == ["shared", "shared", "zeta", "zeta"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cohort-")]
