@@ -98,6 +98,8 @@ def serving_environment(
     }
     if on_cpu:
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # Eager anyway; without it the first request for logprobs compiles its kernel and holds up all others for 10-40 s.
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
         # Set, the variable wins over the argument; half a gibibyte more than a small model needs is touched at start.
         if KV_CACHE_ARGUMENT in settings.serving.extra_args:
             environment.pop("VLLM_CPU_KVCACHE_SPACE", None)

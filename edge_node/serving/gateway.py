@@ -16,6 +16,7 @@ from typing import Protocol
 from edge_node.capture import Recorder
 from edge_node.errors import ServingError
 from edge_node.experience import ExperienceStore
+from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
 from edge_node.settings import EdgeSettings
 
@@ -70,7 +71,8 @@ class Gateway:
         async with self._changing:
             if not self.aliases.check_new(name, path):
                 return
-            _check_directory(name, path)
+            if self.settings.base.path is not None:
+                await asyncio.to_thread(check_adapter, path, self.settings.base.path)
             await self.engine.load(name, path)
             self.aliases.add(name, path)
             logger.info("Adapter loaded", extra={"release": name})
@@ -125,9 +127,3 @@ class Gateway:
         except (ServingError, OSError, ValueError, KeyError, TypeError) as error:
             self._problem = f"The active release in {file} cannot be loaded: {error}"
             logger.error("Active release not loaded", extra={"cause": str(error)})
-
-
-def _check_directory(name: str, path: Path) -> None:
-    missing = [file for file in ("adapter_config.json", "adapter_model.safetensors") if not (path / file).is_file()]
-    if missing:
-        raise ServingError(f"{path} is not a PEFT directory for {name}: {', '.join(missing)} not found.")

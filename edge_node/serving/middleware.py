@@ -176,7 +176,8 @@ def _kills_cpu_engine(request: dict[str, Any]) -> str | None:
     """vLLM 0.32 with LoRA on CPU dies of prompt log-probabilities, and takes every request in flight with it."""
     if request.get("prompt_logprobs") is not None:
         return "prompt_logprobs is not available on a CPU node. Leave it out; logprobs of the answer work."
-    if request.get("echo") and request.get("logprobs") not in (None, False):
+    logprobs = request.get("logprobs")  # 0 asks for them too
+    if request.get("echo") and logprobs is not None and logprobs is not False:
         return "echo together with logprobs is not available on a CPU node. Leave one of them out."
     return None
 

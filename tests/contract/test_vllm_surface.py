@@ -1,0 +1,126 @@
+"""The private surface of vLLM that serving relies on exists in the installed vLLM; no engine is started."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edge_node.errors import ServingError
+from edge_node.serving import internals, launch
+from edge_node.serving.command import serving_command
+from edge_node.settings import EdgeSettings
+from protos.base import BaseModelInfo
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def test_the_installed_vllm_keeps_the_contract() -> None:
+    internals.check_contract()
+
+
+def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    with pytest.raises(ServingError, match=r"vLLM 0\.33\.1 is installed.*0\.32\.\*"):
+        internals.check_contract()
+
+
+def test_a_changed_surface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = {"vllm.lora.request": {"LoRARequest": ("lora_weights",), "Gone": ()}, "vllm.absent": {"x": ()}}
+    monkeypatch.setattr(internals, "SURFACE", changed)
+    with pytest.raises(ServingError) as raised:
+        internals.check_contract()
+    for part in ("no parameter lora_weights", "vllm.lora.request.Gone is missing", "vllm.absent cannot be imported"):
+        assert part in str(raised.value)
+
+
+def test_vllm_finds_both_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.plugins import load_endpoint_plugins
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    monkeypatch.setenv("VLLM_PLUGINS", "lorikeet")
+    (plugin,) = load_endpoint_plugins(("generate",))
+    assert isinstance(plugin, EndpointPlugin)
+    (guard,) = entry_points(group="vllm.general_plugins", name="lorikeet")
+    assert callable(guard.load())
+
+
+def test_vllm_understands_our_command_line(tmp_path: Path) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = serving_command(EdgeSettings(), BaseModelInfo(tmp_path, "ab" * 32, {}), on_cpu=True)
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
+    validate_parsed_serve_args(arguments)
+    assert arguments.served_model_name == ["base@abababab"]
+    assert arguments.middleware == ["edge_node.serving.middleware.LorikeetMiddleware"]
+    assert (arguments.api_server_count, arguments.enforce_eager, arguments.max_cpu_loras) == (1, True, 32)
+
+
+def test_vllm_names_the_adapter_of_a_request_and_404s_unknown_models() -> None:
+    """What the alias rests on: `lora_requests` decides who is served, and its name goes into the answer."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.lora.request import LoRARequest
+
+    source = inspect.getsource(BaseServing._check_model) + inspect.getsource(BaseServing._maybe_get_adapters)
+    assert source.count("self.models.lora_requests") >= 3
+    assert OpenAIServingModels.model_name(None, LoRARequest("lorikeet@v1", 1, "/v1")) == "lorikeet@v1"  # type: ignore[arg-type]
+    assert LoRARequest("a", 1, "/a") == LoRARequest("a", 2, "/b"), "equality is by name: one name, one version"
+
+
+async def test_the_engine_wrapper_calls_vllm_as_it_is() -> None:
+    calls: list[Any] = []
+
+    async def add_lora(request: Any) -> bool:
+        calls.append((request.lora_name, request.lora_int_id, request.lora_path))
+        return True
+
+    async def remove_lora(number: int) -> bool:
+        calls.append(number)
+        return True
+
+    models = SimpleNamespace(lora_requests={}, model_config=SimpleNamespace(max_model_len=8))
+    client = SimpleNamespace(add_lora=add_lora, remove_lora=remove_lora, errored=False)
+    arguments: Any = SimpleNamespace(served_model_name=["base@abababab"])
+    engine = internals.Engine(client, SimpleNamespace(openai_serving_models=models), arguments)
+    await engine.load("lorikeet@v1", Path("/v1"))
+    await engine.load("lorikeet@v2", Path("/v2"))
+    assert list(models.lora_requests) == ["lorikeet@v1", "lorikeet@v2"]
+    await engine.unload("lorikeet@v1")
+    assert calls == [("lorikeet@v1", 1, "/v1"), ("lorikeet@v2", 2, "/v2"), 1]
+    assert list(models.lora_requests) == ["lorikeet@v2"]
+
+
+def test_a_launched_command_dies_with_its_parent() -> None:
+    parent = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-S', '-E', {launch.__file__!r}, str(os.getpid()), sys.executable, '-c',\n"
+        "    'print(\"up\", flush=True); import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "import time; time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = {process.stdout.readline().strip(), process.stdout.readline().strip()}
+    assert "up" in lines
+    process.kill()
+    process.wait()
+    # End of file: nobody holds the pipe any more, so the grandchild is gone as well.
+    assert process.stdout.read() == ""
+
+
+def test_a_launched_command_without_its_parent_does_not_start() -> None:
+    done = subprocess.run(
+        [sys.executable, launch.__file__, str(os.getppid()), "/bin/echo", "up"], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, b"")

@@ -1,0 +1,57 @@
+"""A Gateway over an engine that only remembers what it was told, for tests of everything around vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from edge_node.errors import ServingError
+from edge_node.serving.gateway import Gateway
+from edge_node.settings import BaseModelSettings, EdgeSettings
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+class RecordingEngine:
+    """Satisfies gateway.EngineLike."""
+
+    def __init__(self) -> None:
+        self.base_name = "base@01234567"
+        self.max_model_len = 512
+        self.on_cpu = True
+        self.errored = False
+        self.loaded: dict[str, Path] = {}
+        self.refuse: str | None = None
+
+    async def load(self, name: str, path: Path) -> None:
+        if self.refuse is not None:
+            raise ServingError(self.refuse)
+        self.loaded[name] = path
+
+    async def unload(self, name: str) -> None:
+        del self.loaded[name]
+
+    async def probe(self) -> None:
+        return None
+
+
+def make_gateway(data_dir: Path) -> Gateway:
+    base = data_dir / "base"
+    base.mkdir(parents=True, exist_ok=True)
+    save_file({f"{MODULE}.weight": np.zeros((6, 4), np.float32)}, base / "model.safetensors")
+    return Gateway(EdgeSettings(data_dir=data_dir, base=BaseModelSettings(path=base)), RecordingEngine())
+
+
+def make_version(root: Path, label: str, *, module: str = MODULE, columns: int = 4) -> Path:
+    """A PEFT directory for the base of make_gateway, unless told otherwise."""
+    path = root / label
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text("{}")
+    factors = {"A": np.zeros((2, columns), np.float32), "B": np.zeros((6, 2), np.float32)}
+    save_file(
+        {f"base_model.model.{module}.lora_{side}.weight": array for side, array in factors.items()},
+        path / "adapter_model.safetensors",
+    )
+    return path

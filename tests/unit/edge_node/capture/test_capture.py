@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_node.capture import Finished, Recorder, RecorderCounts, to_interaction
+from edge_node.errors import StorageError
+from edge_node.experience import ExperienceStore, Interaction
+
+CHAT = {"model": "lorikeet@v1", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def make_chat(answer_id: str = "chatcmpl-1", request: dict[str, Any] | None = None, **choice: Any) -> Finished:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"} | choice
+    body = json.dumps({"id": answer_id, "model": "lorikeet@v1", "choices": [choice]}).encode()
+    return Finished("/v1/chat/completions", request or CHAT, [body[:10], body[10:]], False, "now")
+
+
+def make_stream(*chunks: dict[str, Any] | str) -> Finished:
+    lines = [chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    raw = "".join([*lines, "data: [DONE]\n\n"]).encode()
+    pieces = [raw[start : start + 7] for start in range(0, len(raw), 7)]
+    return Finished("/v1/chat/completions", CHAT, pieces, True, "now")
+
+
+def chunk(text: str | None = None, finish: str | None = None, index: int = 0) -> dict[str, Any]:
+    delta = {} if text is None else {"content": text}
+    return {
+        "id": "chatcmpl-2",
+        "model": "lorikeet@v1",
+        "choices": [{"index": index, "delta": delta, "finish_reason": finish}],
+    }
+
+
+def test_a_body_becomes_an_interaction() -> None:
+    assert to_interaction(make_chat()) == Interaction(
+        "chatcmpl-1", "now", "lorikeet@v1", CHAT["messages"], "hello", "stop", "/v1/chat/completions"
+    )
+
+
+def test_a_stream_becomes_the_same_interaction_however_it_was_cut() -> None:
+    usage = {"id": "chatcmpl-2", "model": "lorikeet@v1", "choices": [], "usage": {}}
+    finished = make_stream(
+        chunk(""),
+        chunk("hel"),
+        ": keep-alive\n\n",
+        chunk("other", index=1),
+        chunk("lo\n\nü"),
+        chunk(finish="length"),
+        usage,
+    )
+    interaction = to_interaction(finished)
+    assert interaction is not None
+    assert (interaction.id, interaction.answer, interaction.finish_reason) == ("chatcmpl-2", "hello\n\nü", "length")
+
+
+def test_a_text_prompt_is_kept_as_a_message() -> None:
+    request = {"prompt": ["1 2"], "echo": False}
+    finished = make_chat(request=request, message=None, text=" 3")
+    interaction = to_interaction(finished)
+    assert interaction is not None
+    assert interaction.messages == [{"role": "prompt", "content": "1 2"}]
+    assert interaction.answer == " 3"
+
+
+def test_an_echoed_prompt_is_no_part_of_the_answer() -> None:
+    interaction = to_interaction(make_chat(request={"prompt": "1 2", "echo": True}, message=None, text="1 2 3"))
+    assert interaction is not None
+    assert interaction.answer == " 3"
+
+
+@pytest.mark.parametrize(
+    "finished",
+    [
+        make_chat(request={"prompt": [1, 2]}),
+        make_chat(request={"prompt": ["a", "b"]}),
+        make_stream(chunk("a"), {"error": {"message": "engine died"}}),
+        make_stream(chunk("a")),
+    ],
+    ids=["token ids", "several prompts", "error in the stream", "no end"],
+)
+def test_what_is_no_text_interaction_is_skipped(finished: Finished) -> None:
+    assert to_interaction(finished) is None
+
+
+class GatedStore(ExperienceStore):
+    """A store whose disk waits for a test, or fails."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.groups: list[int] = []
+        self.error: Exception | None = None
+
+    def add_interactions(self, rows: Sequence[Interaction]) -> None:
+        self.gate.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.groups.append(len(rows))
+        super().add_interactions(rows)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[GatedStore]:
+    store = GatedStore(tmp_path / "experience.db")
+    yield store
+    store.gate.set()
+
+
+def make_recorder(store: ExperienceStore, *, queue_size: int = 100, durable_timeout_s: float = 10) -> Recorder:
+    return Recorder(store, queue_size=queue_size, durable_timeout_s=durable_timeout_s)
+
+
+async def test_an_answer_is_on_disk_when_keep_returns(store: GatedStore) -> None:
+    recorder = make_recorder(store)
+    assert await recorder.keep(make_chat())
+    assert store.interaction("chatcmpl-1") is not None
+    recorder.close()
+
+
+async def test_answers_that_finish_together_share_a_transaction(store: GatedStore) -> None:
+    recorder = make_recorder(store)
+    store.gate.clear()
+    kept = [asyncio.create_task(recorder.keep(make_chat(f"chatcmpl-{number}"))) for number in range(20)]
+    await asyncio.sleep(0)
+    store.gate.set()
+    assert all(await asyncio.gather(*kept))
+    assert sum(store.groups) == 20
+    assert len(store.groups) <= 3
+    recorder.close()
+    assert recorder.counts() == RecorderCounts(20, 0, 0)
+
+
+async def test_a_slow_disk_costs_the_interaction_not_the_answer(store: GatedStore) -> None:
+    recorder = make_recorder(store, durable_timeout_s=0.01)
+    store.gate.clear()
+    assert not await recorder.keep(make_chat())
+    assert recorder.counts() == RecorderCounts(0, 1, 0)
+    store.gate.set()
+    recorder.close()
+    assert recorder.counts() == RecorderCounts(0, 1, 0), "an answer is counted once"
+
+
+async def test_a_full_queue_and_a_broken_disk_are_counted(store: GatedStore) -> None:
+    recorder = make_recorder(store, queue_size=1)
+    store.gate.clear()
+    first = asyncio.create_task(recorder.keep(make_chat("chatcmpl-1")))
+    await asyncio.sleep(0)
+    while not recorder._queue.empty():  # until the writer has taken it
+        await asyncio.sleep(0)
+    second = asyncio.create_task(recorder.keep(make_chat("chatcmpl-2")))
+    await asyncio.sleep(0)
+    assert not await recorder.keep(make_chat("chatcmpl-3")), "the queue is full"
+    store.error = StorageError("disk full")
+    store.gate.set()
+    assert not await first
+    assert not await second
+    store.error = None
+    assert await recorder.keep(make_chat("chatcmpl-4")), "capture goes on after a failure"
+    recorder.close()
+    assert recorder.counts() == RecorderCounts(1, 3, 0)
+
+
+async def test_an_unreadable_answer_is_lost_and_harms_no_other(store: GatedStore) -> None:
+    recorder = make_recorder(store)
+    broken = Finished("/v1/chat/completions", CHAT, [b"{"], False, "now")
+    kept = await asyncio.gather(
+        recorder.keep(broken), recorder.keep(make_chat()), recorder.keep(make_stream(chunk("a")))
+    )
+    assert kept == [False, True, False]
+    recorder.close()
+    assert recorder.counts() == RecorderCounts(1, 1, 1)
+
+
+async def test_a_client_that_goes_away_loses_nothing(store: GatedStore) -> None:
+    recorder = make_recorder(store)
+    store.gate.clear()
+    waiting = asyncio.create_task(recorder.keep(make_chat()))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    recorder.close()
+    assert store.interaction("chatcmpl-1") is not None
