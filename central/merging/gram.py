@@ -12,8 +12,9 @@ has the singular values of M. The right singular vectors of M are W^T = Y^T S_A^
 M W = B (diag(d) V_A S_A^(1/2) Y), the left factor needs no inverse of S_B.
 
 The Grams square the condition number. Their products are therefore accumulated in float64, over slices of the feature axis
-so that no float64 copy of a factor exists: with float32 Grams two updates that cancel leave phantom singular values
-of 3e-4 of their norm, which a truncation prefers to a true small one. Rows of A and columns of B are scaled to length one first.
+so that no float64 copy of a factor exists: with float32 Grams, terms that cancel (a removal) leave phantom singular values, which
+the truncation prefers to true small ones (measured: an increment of 1e-3 of the cancelled norm is lost wholly, relative
+error 0.99 against 2e-5). Rows of A and columns of B are scaled to length one first.
 """
 
 from __future__ import annotations

@@ -131,13 +131,20 @@ def test_signed_weight_removes_a_contribution():
     assert_same_product(removed.tensors, run(LoraTensors(), [(kept, 0.5)]).tensors)
 
 
-def test_cancelling_updates_leave_a_small_one_intact():
-    # float32 Grams put phantom directions of 3e-4 of the cancelled norm above the true increment of 1e-5.
-    big, small = make_update(1, rank=8), make_update(2, rank=2, scale=2e-5)
-    merged = run(LoraTensors(), [(big, 1.0), (small, 1.0), (big, -1.0)], rank=4)
+def test_removing_a_large_update_leaves_a_small_one_intact():
+    # With float32 Grams, phantom directions of 3e-4 of the cancelled norm outrank the true increment of 1e-3: error 0.99.
+    big, small = make_update(1, rank=8), make_update(2, rank=2, scale=2e-3)
+    T = np.eye(8) + 0.1 * np.random.default_rng(0).standard_normal((8, 8))
+    same = LoraTensors(
+        {
+            name: LoraModule((T @ m.A).astype(np.float32), (m.B @ np.linalg.inv(T)).astype(np.float32), m.scale)
+            for name, m in big.modules.items()
+        }
+    )
+    merged = run(LoraTensors(), [(big, 1.0), (small, 1.0), (same, -1.0)], rank=4)
     expected, _ = oracle(LoraTensors(), [(small, 1.0)], 4, 1.0)
     for name in NAMES:
-        assert np.linalg.norm(dense(merged.tensors, name) - expected[name]) < 1e-2 * np.linalg.norm(expected[name])
+        assert np.linalg.norm(dense(merged.tensors, name) - expected[name]) < 1e-3 * np.linalg.norm(expected[name])
 
 
 def test_same_input_same_bytes():
