@@ -4,77 +4,39 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, RecordDict
 
 import central.federation.grid as grid_module
 from central.federation import JournalGrid, run_cohort
 from central.federation.errors import FederationError
 from central.federation.grid import flower_id
 from central.federation.server_app import CohortLoop
-from central.journal import EventKind, Journal, NewEvent, ReleaseRecord
-from central.registry import BlobStore, Registry
+from central.journal import Event, EventKind, NewEvent
 from central.settings import CentralSettings
-from protos.lora import LoraModule, LoraTensors, decode, encode
-from protos.manifest import Payload
-from tests.unit.central.builders import AT, BASE, admitted, make_update, node_enrolled, token_created
-
-OUT, IN = 12, 10
-NAMES = ("layers.0.q", "layers.0.v")
-KEY = ec.generate_private_key(ec.SECP256R1())
+from protos.lora import LoraModule, LoraTensors
+from tests.contract.cohort_loop import (
+    IN,
+    NAMES,
+    OUT,
+    Central,
+    answering,
+    dense,
+    make_increment,
+    make_settings,
+    opened,
+    result,
+    take_steps,
+)
+from tests.unit.central.builders import AT
 
 
 class Crash(Exception):
     """Stands for kill -9: nothing after it runs, the journal is opened again."""
-
-
-@dataclass
-class Central:
-    """A central without its servers."""
-
-    journal: Journal
-    blobs: BlobStore
-    registry: Registry
-
-    def head(self, cohort: str = "shared") -> ReleaseRecord:
-        with self.journal.read() as state:
-            head = state.head(cohort)
-        assert head is not None
-        return head
-
-    def product(self, release: ReleaseRecord, name: str) -> np.ndarray:
-        tensors = decode(self.blobs.read(release.manifest.payload.digest_sha256))
-        assert all(module.scale == 1.0 for module in tensors.modules.values())
-        return dense(tensors, name)
-
-    def join(self, cohort: str, *nodes: str) -> None:
-        self.registry.ensure_cohort(cohort)
-        self.journal.append(
-            token_created(cohort, f"token-{cohort}"), *(node_enrolled(n, cohort, f"token-{cohort}") for n in nodes)
-        )
-
-    def admit(self, node: str, tensors: LoraTensors, cohort: str = "shared", sequence: int = 1) -> str:
-        data = encode(tensors)
-        payload = Payload(digest_sha256=self.blobs.put(data), size_bytes=len(data))
-        update = make_update(self.head(cohort).manifest, node, sequence, payload=payload)
-        self.journal.append(admitted(update, cohort))
-        return update.digest
-
-
-@contextmanager
-def opened(root: Path) -> Iterator[Central]:
-    journal = Journal(f"sqlite:///{root}/journal.db", clock=lambda: AT)
-    blobs = BlobStore(root / "blobs")
-    try:
-        yield Central(journal, blobs, Registry(journal, blobs, KEY, BASE))
-    finally:
-        journal.close()
 
 
 @pytest.fixture
@@ -82,86 +44,6 @@ def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central
     monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
     with opened(tmp_path) as central:
         yield central
-
-
-def dense(tensors: LoraTensors, name: str) -> np.ndarray:
-    if name not in tensors.modules:
-        return np.zeros((OUT, IN))
-    module = tensors.modules[name]
-    return module.scale * (module.B.astype(np.float64) @ module.A.astype(np.float64))
-
-
-def make_increment(seed: int, rank: int = 3, scale: float = 2.0, names: tuple[str, ...] = NAMES) -> LoraTensors:
-    rng = np.random.default_rng(seed)
-    return LoraTensors(
-        {
-            n: LoraModule(
-                rng.standard_normal((rank, IN), np.float32), rng.standard_normal((OUT, rank), np.float32), scale
-            )
-            for n in names
-        }
-    )
-
-
-def make_settings(quorum: int = 0, **merge: object) -> CentralSettings:
-    gate = {"quorum": quorum, "deadline_s": 60, "tasks": 20}
-    return CentralSettings(merge={"min_updates": 2, "rank": 8, **merge}, gate=gate)  # type: ignore[arg-type]
-
-
-def take_steps(
-    central: Central,
-    settings: CentralSettings,
-    until: Callable[[], bool],
-    cohort: str = "shared",
-    clock: Callable[[], str] = lambda: AT,
-) -> None:
-    """The loop in this thread; `until` is asked before every step."""
-    grid = JournalGrid(cohort, central.journal, settings, threading.Event(), clock)
-    loop = CohortLoop(cohort, central.journal, central.registry, central.blobs, settings)
-    for _ in range(10):
-        if until():
-            return
-        loop.step(grid)
-    raise AssertionError("not reached after ten steps")
-
-
-def result(environment: str, both: int = 10, b: int = 0, c: int = 5, neither: int = 5) -> dict[str, object]:
-    return {
-        "environment": environment,
-        "tasks_digest": "0" * 64,
-        "anchor": False,
-        "both_passed": both,
-        "only_reference_passed": b,
-        "only_candidate_passed": c,
-        "neither_passed": neither,
-    }
-
-
-@contextmanager
-def answering(journal: Journal, answer: Callable[[str], tuple[list[dict[str, object]], str] | None]) -> Iterator[None]:
-    """Nodes that answer every evaluation offer with `answer(node_id)`; None stays silent."""
-    done = threading.Event()
-
-    def pending(state: object) -> NewEvent | bool | None:
-        for offer in state.evaluations.values():  # type: ignore[attr-defined]
-            for node in offer.nodes:
-                if node not in offer.reports and (reply := answer(node)) is not None:
-                    body = {"node_id": node, "results": reply[0], "abstain_reason": reply[1]}
-                    return NewEvent(EventKind.EVALUATION_REPORTED, offer.cohort, offer.offer_id, body)
-        return done.is_set() or None
-
-    def work() -> None:
-        while isinstance(event := journal.wait(pending), NewEvent):
-            journal.append(event)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        journal.wake()
-        thread.join()
 
 
 def test_product_mean_merges_in_product_space_release_after_release(central: Central) -> None:
@@ -326,7 +208,9 @@ def test_a_silent_node_holds_up_nothing_and_too_few_results_are_asked_again(cent
         minute += 1
         return f"2026-11-22T{12 + minute // 3600:02}:{minute // 60 % 60:02}:{minute % 60:02}.000000Z"
 
-    offers = lambda: [e for e in central.journal.events() if e.kind == EventKind.EVALUATION_OFFERED]  # noqa: E731
+    def offers() -> list[Event]:
+        return [event for event in central.journal.events() if event.kind == EventKind.EVALUATION_OFFERED]
+
     with answering(
         central.journal, lambda node: ([result("acme-a")], "") if node == "a-1" and len(offers()) > 1 else None
     ):
@@ -434,8 +318,6 @@ def test_a_grid_sees_one_cohort(central: Central) -> None:
     assert set(grids["shared"].get_node_ids()) == {flower_id("a-1"), flower_id("b-2")}
     assert set(grids["zeta"].get_node_ids()) == {flower_id("d-4")}
     content = {"max_rank": 8}
-    from flwr.app import ConfigRecord, RecordDict
-
     message = grids["shared"].create_message(RecordDict({"config": ConfigRecord(content)}), "train", 0, "1")
     (offer,) = grids["shared"].push_messages([message])
     assert list(grids["shared"].push_messages([message])) == [offer]
