@@ -59,7 +59,7 @@ class Admission:
         with self._journal.read() as state:
             if document.digest not in state.updates:
                 check_manifest(state, node, document, self._base, self._limits)
-                self._check_quota(state, document)
+                self._check_quota(state, node.cohort, document)
         return document
 
     def finish(self, peer: Peer, manifest: bytes, signature: bytes, resumed: bool) -> updates_pb2.Receipt:
@@ -128,11 +128,11 @@ class Admission:
             f"The payload has digest {digest}; the manifest says {manifest.payload.digest_sha256}.",
         )
 
-    def _check_quota(self, state: State, manifest: UpdateManifest) -> None:
+    def _check_quota(self, state: State, cohort: str, manifest: UpdateManifest) -> None:
         waiting = sum(
             update.manifest.payload.size_bytes
-            for update in state.updates.values()
-            if update.state == "waiting" and update.manifest.node_id == manifest.node_id
+            for update in state.waiting(cohort)
+            if update.manifest.node_id == manifest.node_id
         )
         held = waiting + self._partial.held_bytes(manifest.node_id, besides=manifest.digest)
         if held + manifest.payload.size_bytes > self._limits.node_quota_bytes:

@@ -139,8 +139,9 @@ class State:
 
     def _train_offered(self, event: Event) -> None:
         _known(event, self._genesis, event.cohort, "cohort")
-        offer = TrainOfferRecord(event.subject, event.cohort, event.body["max_rank"])
-        self._put(self.train_offers, event.cohort, offer)
+        self._put(
+            self.train_offers, event.cohort, TrainOfferRecord(event.subject, event.cohort, event.body["max_rank"])
+        )
 
     def _update_admitted(self, event: Event) -> None:
         self._expect_new(event, self.updates)
@@ -227,8 +228,7 @@ class State:
     def _evaluation_reported(self, event: Event) -> None:
         record = _known(event, self.evaluations, event.subject, "evaluation")
         body = event.body
-        node_id = body["node_id"]
-        if node_id in record.reports or node_id not in record.nodes:
+        if (node_id := body["node_id"]) in record.reports or node_id not in record.nodes:
             raise _conflict(event, f"node {node_id} has reported already or was not asked")
         report = EvaluationReport(node_id, tuple(body["results"]), body["abstain_reason"], event.at)
         self._put(self.evaluations, event.subject, replace(record, reports={**record.reports, node_id: report}))
@@ -271,12 +271,9 @@ class State:
         for plan in self.open_plans(event.cohort):
             if plan.plan.parent in abandoned:
                 self._cancel(event, plan, requeue)
-        for channel in [key for key, head in self.channels.items() if key[0] == event.cohort and head in abandoned]:
-            if channel[1] != "stable":
-                self._drop(self.channels, channel)
+        for key in [key for key, head in self.channels.items() if head in abandoned]:
+            self._drop(self.channels, key)
         self._put(self.channels, (event.cohort, "stable"), event.subject)
-
-    # Parts of the transitions.
 
     def _cancel_plan_of(self, event: Event) -> None:
         # A plan that loses an update can no longer make its candidate: its other updates wait again.
