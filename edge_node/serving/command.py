@@ -6,8 +6,9 @@ is installed; no secret of the node reaches vLLM's environment.
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +23,9 @@ MIDDLEWARE = "edge_node.serving.middleware.LorikeetMiddleware"
 SHUTDOWN_TIMEOUT_S = 20
 """How long vLLM finishes what is in flight after SIGTERM."""
 KV_CACHE_ARGUMENT = "--kv-cache-memory-bytes"
+CPU_KV_SEQUENCES = 256
+CPU_BLOCK_TOKENS = 128
+CPU_KV_FLOOR_BYTES = 64 * 2**20
 NEVER_PASSED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # anybody could load an adapter from any path of the server
     "VLLM_SERVER_DEV_MODE",  # routes that change the engine
@@ -68,13 +72,33 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
     ]  # fmt: skip
     if on_cpu:
         command.append("--enforce-eager")
+        size_bytes = kv_cache_bytes(settings, base)
+        if size_bytes is not None and KV_CACHE_ARGUMENT not in serving.extra_args:
+            command += [KV_CACHE_ARGUMENT, str(size_bytes)]
     if serving.max_model_len is not None:
         command += ["--max-model-len", str(serving.max_model_len)]
     return command + serving.extra_args
 
 
+def kv_cache_bytes(settings: EdgeSettings, base: BaseModelInfo) -> int | None:
+    """What CPU_KV_SEQUENCES sequences of full length need in float32, when that is less than a gibibyte; else None.
+
+    vLLM touches the whole cache at its start: a gibibyte cost a tiny model 3 CPU-seconds and a gigabyte of memory.
+    """
+    try:
+        config = json.loads((base.path / "config.json").read_text())
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        length = settings.serving.max_model_len or config["max_position_embeddings"]
+        token_bytes = 2 * 4 * config["num_hidden_layers"] * heads * width
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    size_bytes = max(CPU_KV_SEQUENCES * max(length, CPU_BLOCK_TOKENS) * token_bytes, CPU_KV_FLOOR_BYTES)
+    return int(size_bytes) if size_bytes < 2**30 else None
+
+
 def serving_environment(
-    settings: EdgeSettings, control_socket: Path, inherited: Mapping[str, str], *, on_cpu: bool
+    settings: EdgeSettings, control_socket: Path, inherited: Mapping[str, str], *, command: Sequence[str], on_cpu: bool
 ) -> dict[str, str]:
     """Environment of vLLM: `inherited`, with the settings that the plug-in reads and none of the others."""
     environment = {
@@ -100,9 +124,9 @@ def serving_environment(
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # Eager anyway; without it the first request for logprobs compiles its kernel and holds up all others for 10-40 s.
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # Set, the variable wins over the argument; half a gibibyte more than a small model needs is touched at start.
+        # In vLLM the variable wins over the argument: an operator's argument takes it away, ours leaves it alone.
         if KV_CACHE_ARGUMENT in settings.serving.extra_args:
             environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-        else:
+        elif KV_CACHE_ARGUMENT not in command:
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return environment

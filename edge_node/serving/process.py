@@ -100,10 +100,13 @@ class VllmProcess:
 
     async def wait_ready(self) -> int:
         """Generation (count of starts) of the vLLM that serves now; raises ServingError when there will be none."""
-        await self._ready.wait()
-        if self._failure is not None:
-            raise self._failure
-        return self.generation
+        while True:
+            await self._ready.wait()
+            if self._failure is not None:
+                raise self._failure
+            if self.pid is not None:
+                return self.generation
+            self._ready.clear()  # it has just died, and run() has not noticed yet
 
     async def aclose(self) -> None:
         """Drains, then SIGTERM, then SIGKILL; idempotent."""
@@ -130,8 +133,8 @@ class VllmProcess:
 
     async def _start(self) -> None:
         on_cpu = runs_on_cpu()
-        environment = serving_environment(self._settings, self._socket, os.environ, on_cpu=on_cpu)
         command = serving_command(self._settings, self._base, on_cpu=on_cpu)
+        environment = serving_environment(self._settings, self._socket, os.environ, command=command, on_cpu=on_cpu)
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             if self._log.exists():

@@ -60,7 +60,7 @@ async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
         settings = EdgeSettings(
             data_dir=data_dir,
             base=BaseModelSettings(path=tiny_model()),
-            serving=ServingSettings(port=port, extra_args=["--kv-cache-memory-bytes", "67108864"]),
+            serving=ServingSettings(port=port),
         )
         vllm = VllmProcess(settings, read_base_model(tiny_model()), data_dir / "control.sock")
         running = asyncio.create_task(vllm.run())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(tmp_path: Path, m
         "EDGE_CENTRAL__JOIN_TOKEN": "secret", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_PLUGINS": "mine",
         "OMP_NUM_THREADS": "3",
     }  # fmt: skip
-    environment = command.serving_environment(settings, tmp_path / "c.sock", inherited, on_cpu=True)
+    environment = command.serving_environment(settings, tmp_path / "c.sock", inherited, command=[], on_cpu=True)
     assert "secret" not in str(environment)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
     assert (environment["VLLM_PLUGINS"], environment["OMP_NUM_THREADS"]) == ("mine,lorikeet", "3")
@@ -59,7 +60,25 @@ def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(tmp_path: Path, m
 def test_a_kv_cache_argument_wins_over_the_variable(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, extra_args=["--kv-cache-memory-bytes", "67108864"])
     inherited = {"VLLM_CPU_KVCACHE_SPACE": "4"}
-    assert "VLLM_CPU_KVCACHE_SPACE" not in command.serving_environment(settings, tmp_path, inherited, on_cpu=True)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in command.serving_environment(
+        settings, tmp_path, inherited, command=[], on_cpu=True
+    )
+
+
+def test_a_small_model_gets_a_small_cache_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 128, "max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    base = BaseModelInfo(tmp_path, "ab" * 32, {})
+    assert command.kv_cache_bytes(make_settings(tmp_path), base) == 256 * 1024 * 2 * 4 * 2 * 128
+    assert command.kv_cache_bytes(make_settings(tmp_path, max_model_len=64), base) == 64 * 2**20
+    line = command.serving_command(make_settings(tmp_path), base, on_cpu=True)
+    assert line.count("--kv-cache-memory-bytes") == 1
+    environment = command.serving_environment(make_settings(tmp_path), tmp_path, {}, command=line, on_cpu=True)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+    explicit = make_settings(tmp_path, extra_args=["--kv-cache-memory-bytes", "1"])
+    assert command.serving_command(explicit, base, on_cpu=True)[-1] == "1"
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 32}))
+    assert command.kv_cache_bytes(make_settings(tmp_path), base) is None
 
 
 @pytest.mark.parametrize("installed", [{"vllm": "0.31.2"}, {"vllm-cpu": "0.33.0"}, {}])
