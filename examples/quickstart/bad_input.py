@@ -145,7 +145,7 @@ class Trial:
         )
         self._operator("central's port taken", "serve", fresh, "serving")
         self._operator("listing while central is down", "nodes", dict(running) | ports, None)
-        self._operator("promotion of an unknown release", "releases promote 123456", running, None)
+        self._operator("promotion of an unknown release", "releases promote 123456 --channel stable", running, None)
         self._operator("token for a bad cohort name", "tokens create --cohort ../x", running, None)
 
     async def endpoint(self, url: str) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from examples.quickstart import recipe
 from examples.quickstart.environments import Node
 
 
@@ -44,7 +45,9 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "full": Size("full", ("A", "B", "C", "D"), 300, 100, 100, 7, 480, 120, StopAt(93, 63, 93)),
+    "full": Size(
+        "full", ("A", "B", "C", "D"), recipe.FIRST_WAVE, recipe.NEXT_WAVE, 100, 7, 480, 120, StopAt(93, 63, 93)
+    ),
     "small": Size("small", ("A", "B"), 150, 60, 50, 2, 240, 60, None),
 }
 
@@ -57,7 +60,7 @@ CENTRAL: Mapping[str, str] = {
     "CENTRAL_MERGE__MIN_UPDATES": "2",
     "CENTRAL_MERGE__MAX_AGE_S": "60",
     "CENTRAL_MERGE__COHORTS": json.dumps({"zeta": {"min_updates": 1}}),
-    "CENTRAL_MERGE__RANK": "32",
+    **recipe.MERGE,
     "CENTRAL_GATE__TASKS": "50",
     "CENTRAL_GATE__DEADLINE_S": "60",
     # What the base could do may fall by this many points of its best before a candidate is rejected.
@@ -70,12 +73,9 @@ def edge_settings(size: Size) -> dict[str, str]:
     """What all nodes have in common."""
     return {
         "EDGE_SERVING__DTYPE": "float32",
-        "EDGE_SERVING__MAX_MODEL_LEN": "256",
+        "EDGE_SERVING__MAX_MODEL_LEN": "128",
         "EDGE_SERVING__MAX_LORA_RANK": "64",
-        "EDGE_LEARNING__RANK": "8",
-        "EDGE_LEARNING__STEPS": "50",
-        "EDGE_LEARNING__BATCH_OWN": "12",
-        "EDGE_LEARNING__BATCH_ANCHOR": "8",
+        **recipe.LEARNING,
         "EDGE_LEARNING__MIN_EXAMPLES": str(size.first_wave),
         "EDGE_LEARNING__MIN_NEW_FAILURES": str(MIN_FAILURES),
         # Every release stays loaded until the end, when each is asked what the base could do.

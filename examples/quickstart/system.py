@@ -238,8 +238,9 @@ Ask central what happened:
   {bin_dir}/central releases list
   {bin_dir}/central updates
   {bin_dir}/central events
-Go back one release, and forward again:
-  {bin_dir}/central releases rollback --help
+Go back one release, and forward again (VERSION as in `releases list`):
+  {bin_dir}/central releases rollback --cohort {first.cohort} --updates set-aside
+  {bin_dir}/central releases promote VERSION --channel stable
 
 Stop it: make stop"""
 
