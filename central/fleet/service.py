@@ -59,9 +59,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         self._loop = asyncio.get_running_loop()
         self._unsubscribe = journal.add_listener(self._heard)
 
-    async def Watch(
-        self, request: fleet_pb2.WatchRequest, context: Context
-    ) -> AsyncIterator[fleet_pb2.WatchResponse]:
+    async def Watch(self, request: fleet_pb2.WatchRequest, context: Context) -> AsyncIterator[fleet_pb2.WatchResponse]:
         node = await self._authenticator.node(context)
         changed = asyncio.Event()
         self._watches[changed] = node.cohort
