@@ -33,9 +33,7 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
         self._blobs = blobs
         self._authenticator = authenticator
 
-    async def GetHead(
-        self, request: releases_pb2.GetHeadRequest, context: Context
-    ) -> releases_pb2.GetHeadResponse:
+    async def GetHead(self, request: releases_pb2.GetHeadRequest, context: Context) -> releases_pb2.GetHeadResponse:
         node = await self._authenticator.node(context)
         if request.channel not in CHANNELS:
             raise Refused(
