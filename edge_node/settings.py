@@ -108,6 +108,8 @@ class LearningSettings(Group):
     """Fewest stored examples that a round trains on."""
     min_new_failures: int = Field(default=5, ge=0)
     """New failed or corrected answers (by the serving release) before a round starts."""
+    supersede_after_s: float = Field(default=600, ge=0)
+    """Another round from the same release waits this long after the last one started: a merge is probably under way."""
     max_examples: int = Field(default=4000, ge=1)
     """Newest examples that a round draws from."""
     checkpoint_steps: int = Field(default=10, ge=1)

@@ -17,8 +17,9 @@ class Signals:
 
     examples: int
     new_failures: int
-    same_start: bool
-    """The node's last round started from the active release too; the next one would supersede its update."""
+    same_start_age_s: float | None
+    """Seconds since the node's last round started, when that was from the active release too: the next round would
+    supersede its update. None when the active release has had no round yet."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Decision:
 
 def decide(settings: LearningSettings, signals: Signals) -> Decision:
     """A second round from one start needs a failure of its own, even where `min_new_failures` is 0: it learns nothing
-    else that the first did not."""
-    needed = max(settings.min_new_failures, 1) if signals.same_start else settings.min_new_failures
+    else that the first did not. It also waits: once the first update is in a merge, a second one is only set aside."""
+    needed, waited = settings.min_new_failures, True
+    if signals.same_start_age_s is not None:
+        needed, waited = max(needed, 1), signals.same_start_age_s >= settings.supersede_after_s
     return Decision(
-        start=signals.examples >= settings.min_examples and signals.new_failures >= needed,
+        start=waited and signals.examples >= settings.min_examples and signals.new_failures >= needed,
         warm=2 * signals.examples >= settings.min_examples,
     )

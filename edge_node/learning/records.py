@@ -58,6 +58,10 @@ class RoundPlan(Document):
     checkpoint_steps: int
     created_at: str
 
+    def age_s(self) -> float:
+        """Seconds since the round was planned, by the wall clock; never negative."""
+        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(self.created_at)).total_seconds())
+
 
 def plan_round(
     settings: LearningSettings,

@@ -79,7 +79,7 @@ class Worker:
             Signals(
                 examples=examples,
                 new_failures=self._experience.failures(after=last.cursor if last else 0, model=model),
-                same_start=last is not None and last.release_id == active.manifest.digest,
+                same_start_age_s=last.age_s() if last and last.release_id == active.manifest.digest else None,
             ),
         )
         if decision.warm and self._warm is None:
