@@ -28,7 +28,7 @@ round on top of the release; A and B merged by the exact product mean, cut to ra
 | 80, 1e-2, 0.7, 16+4, 400+100 | 0 | 91/92/91/98 | 100/97/97/98 | |
 | | 1 | 79/72/75/98 | 98/98/99/98 | 98/98/99/98 |
 | | 2 | 96/86/83/97 | 84/99/88/97 | 98/86/87/98 |
-| **80, 1e-2, 0.7, 16+8, 400+100** (this recipe) | 1 | 78/89/80/98 | | |
+| **80, 1e-2, 0.7, 16+8, 400+100** (this recipe) | 1 | 78/89/80/98 | 97/99/99/98 | |
 | | 2 | 84/84/73/98 | 83/100/82/99 | |
 
 D alone in its cohort, D/anchor after rounds 1 and 2, seeds 0, 1, 2: four anchors a batch 98/93 85/90 95/89, then 98/94
