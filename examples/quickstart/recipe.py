@@ -35,8 +35,8 @@ D alone in its cohort, D/anchor after rounds 1 and 2, seeds 0, 1, 2: four anchor
 100/98 95/98; eight anchors (seeds 1, 2) 86/97 95/95, then 92/97 (seed 1). Hence eight: without averaging, four let
 the base skill fall by nine points in the first round.
 
-A server step above 1 and rates above 1e-2 swing between A and B; more steps and more own examples help most. Swings of
-14 points between A and B remain in some seeds (seed 2), so the driver goes on until a wave shows its targets, and does
+A server step above 1 and rates above 1e-2 swing between A and B; more steps and more own examples help most. Gaps of
+12-17 points between A and B remain (seed 2), so the driver goes on until a wave shows its targets, and does
 not stop after a fixed number of rounds. A round of 80 steps takes 6-8 s of one busy core. Rows with empty cells were
 not run that far.
 """
