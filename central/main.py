@@ -79,10 +79,11 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with ExitStack() as stack:
         rooms = await asyncio.to_thread(open_rooms, settings, stack)
-        run_cohort = await asyncio.to_thread(_load_federation, rooms, settings)
+        presence = Presence()
+        run_cohort = await asyncio.to_thread(_load_federation, rooms, settings, presence)
         cohorts = CohortThreads(rooms.journal, run_cohort)
         try:
-            async with Services(rooms, settings):
+            async with Services(rooms, settings, presence):
                 await asyncio.to_thread(cohorts.start)
                 listen = settings.listen
                 announce(
@@ -137,12 +138,14 @@ class DataLock:
 class Services:
     """The two gRPC servers with their services; an asynchronous context."""
 
-    def __init__(self, rooms: Rooms, settings: CentralSettings, heartbeat_s: float = HEARTBEAT_S) -> None:
+    def __init__(
+        self, rooms: Rooms, settings: CentralSettings, presence: Presence, heartbeat_s: float = HEARTBEAT_S
+    ) -> None:
         """Made on the event loop; listens on nothing yet."""
         self._rooms = rooms
         self._settings = settings
         self._authenticator = Authenticator(rooms.journal)
-        self._presence = Presence()
+        self._presence = presence
         self._fleet = FleetService(rooms.journal, self._authenticator, self._presence, heartbeat_s)
         self._servers: list[grpc.aio.Server] = []
 
@@ -219,7 +222,9 @@ class Services:
         return server
 
 
-def _load_federation(rooms: Rooms, settings: CentralSettings) -> Callable[[str, threading.Event], None]:
+def _load_federation(
+    rooms: Rooms, settings: CentralSettings, presence: Presence
+) -> Callable[[str, threading.Event], None]:
     """The loop of one cohort; raises SettingsError for a strategy that cannot work. Flower is imported here, not before."""
     # Flower reports its use to its makers unless told otherwise.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -230,7 +235,7 @@ def _load_federation(rooms: Rooms, settings: CentralSettings) -> Callable[[str, 
         check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
 
     def run(cohort: str, stop: threading.Event) -> None:
-        run_cohort(cohort, rooms.journal, rooms.registry, rooms.blobs, settings, stop)
+        run_cohort(cohort, rooms.journal, rooms.registry, rooms.blobs, settings, stop, presence.is_connected)
 
     return run
 

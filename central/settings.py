@@ -73,6 +73,8 @@ class GateSettings(Group):
     """Held-out tasks per environment and node."""
     deadline_s: float = Field(default=300, gt=0)
     """Reports after this are not waited for."""
+    absent_grace_s: float = Field(default=30, ge=0)
+    """A node that is not connected is waited for only this long, so that a dead site holds up nobody."""
     quorum: int = Field(default=1, ge=0)
     """Fewest reporting nodes for a verdict. 0: accept without evaluation (for tests)."""
     alpha: float = Field(default=0.05, gt=0, lt=1)

@@ -50,7 +50,11 @@ STOP_CHECK_S = 1.0
 
 
 class JournalGrid(Grid):  # type: ignore[misc]
-    """One per cohort, used by one thread. `stop` ends every wait; a pull that was stopped returns nothing."""
+    """One per cohort, used by one thread. `stop` ends every wait; a pull that was stopped returns nothing.
+
+    `is_connected` says of a node id whether the node can hear us now: reports of others are not waited for beyond
+    the gate's grace.
+    """
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
         journal: Journal,
         settings: CentralSettings,
         stop: threading.Event,
+        is_connected: Callable[[str], bool] = lambda node_id: True,
         clock: Callable[[], str] = utc_now,
     ) -> None:
         self._cohort = cohort
@@ -65,7 +70,9 @@ class JournalGrid(Grid):  # type: ignore[misc]
         self._policy = settings.merge.policy(cohort)
         self._gate = settings.gate
         self._stop = stop
+        self._is_connected = is_connected
         self._clock = clock
+        self._started = parse_time(clock())
         self._run: Any = None
 
     # Flower's seven methods.
@@ -215,7 +222,9 @@ class JournalGrid(Grid):  # type: ignore[misc]
         def complete(state: State) -> bool:
             offers = _offers(state, offer.candidate, offer.reference)
             missing = set(state.evaluations[offer_id].nodes) - set(_reports(state, offers))
-            everybody = not any(node in missing for node in _nodes(state, self._cohort))
+            everybody = not any(
+                self._worth_waiting(node, offer) for node in _nodes(state, self._cohort) if node in missing
+            )
             return self._expired(offer) or (everybody and self._enough(state, offers)) or _closed(state, offer)
 
         if self._wait(complete, timeout_s) is None:
@@ -224,6 +233,12 @@ class JournalGrid(Grid):  # type: ignore[misc]
             reports = _reports(state, _offers(state, offer.candidate, offer.reference))
             version = state.releases[offer.candidate].manifest.version
         return [self._reply(report, version) for report in reports.values()]
+
+    def _worth_waiting(self, node_id: str, offer: EvaluationRecord) -> bool:
+        """A node that is away gets the grace to come back, counted anew after a restart of central."""
+        offered = parse_time(offer.deadline_at) - timedelta(seconds=self._gate.deadline_s)
+        grace_over = max(offered, self._started) + timedelta(seconds=self._gate.absent_grace_s)
+        return self._is_connected(node_id) or parse_time(self._clock()) < grace_over
 
     def _reply(self, report: EvaluationReport, version: int) -> Message:
         request = self._request(MessageType.EVALUATE, report.node_id, version)

@@ -36,6 +36,7 @@ def run_cohort(
     blobs: BlobStore,
     settings: CentralSettings,
     stop: threading.Event,
+    is_connected: Callable[[str], bool] = lambda node_id: True,
     clock: Callable[[], str] = utc_now,
 ) -> None:
     """Run the cohort's loop in this thread until `stop` is set (seen within a second, or at the end of a merge).
@@ -45,7 +46,7 @@ def run_cohort(
     policy = settings.merge.policy(cohort)
     check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
     registry.ensure_cohort(cohort)
-    grid = JournalGrid(cohort, journal, settings, stop, clock)
+    grid = JournalGrid(cohort, journal, settings, stop, is_connected, clock)
     loop = CohortLoop(cohort, journal, registry, blobs, settings)
     app = ServerApp()
 

@@ -1,7 +1,7 @@
 """Which nodes are connected, and what they said of themselves last.
 
 In: opened and closed watches, status reports. Out: a snapshot per node. In memory only: a restarted central knows a
-node again as soon as it calls. Used on the event loop alone.
+node again as soon as it calls. Changed on the event loop alone.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Presence:
     def of(self, node_id: str) -> NodePresence:
         """What is known of the node; an empty record when it was never seen."""
         return self._nodes.get(node_id, NodePresence())
+
+    def is_connected(self, node_id: str) -> bool:
+        """Whether the node watches now; may be asked from any thread."""
+        return self.of(node_id).connected
 
     def opened(self, node_id: str) -> None:
         self._seen(node_id).watches += 1

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from safetensors.numpy import save_file
 
+from central.fleet.presence import Presence
 from central.fleet.tokens import PREFIX
 from central.main import Rooms, Services, open_rooms
 from central.settings import CentralSettings
@@ -197,7 +198,7 @@ def make_settings(folder: Path, **groups: Mapping[str, Any]) -> CentralSettings:
 async def running_central(settings: CentralSettings, heartbeat_s: float = 10.0) -> AsyncIterator[Central]:
     with ExitStack() as stores:
         rooms = await asyncio.to_thread(open_rooms, settings, stores)
-        async with Services(rooms, settings, heartbeat_s), AsyncExitStack() as stack:
+        async with Services(rooms, settings, Presence(), heartbeat_s), AsyncExitStack() as stack:
             yield Central(rooms, settings, stack)
 
 

@@ -98,9 +98,10 @@ def take_steps(
     until: Callable[[], bool],
     cohort: str = "shared",
     clock: Callable[[], str] = lambda: AT,
+    is_connected: Callable[[str], bool] = lambda node: True,
 ) -> None:
     """The loop in this thread; `until` is asked before every step."""
-    grid = JournalGrid(cohort, central.journal, settings, threading.Event(), clock)
+    grid = JournalGrid(cohort, central.journal, settings, threading.Event(), is_connected, clock)
     loop = CohortLoop(cohort, central.journal, central.registry, central.blobs, settings)
     for _ in range(10):
         if until():

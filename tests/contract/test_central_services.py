@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.errors import ListenError
+from central.fleet.presence import Presence
 from central.journal import EventKind, NewEvent
 from central.main import Services
 from protos.fleet.v1 import fleet_pb2
@@ -393,5 +394,5 @@ async def test_the_operator_sees_promotes_and_rolls_back(central: Central, node:
 
 async def test_a_taken_port_is_named(central: Central) -> None:
     with pytest.raises(ListenError, match=str(central.settings.listen.port)):
-        async with Services(central.rooms, central.settings):
+        async with Services(central.rooms, central.settings, Presence()):
             pass

@@ -155,7 +155,7 @@ def test_a_plan_keeps_its_terms_when_settings_change(central: Central) -> None:
     central.join("shared", "a-1", "b-2")
     for number, node in enumerate(("a-1", "b-2")):
         central.admit(node, make_increment(number))
-    grid = JournalGrid("shared", central.journal, make_settings(), threading.Event(), lambda: AT)
+    grid = JournalGrid("shared", central.journal, make_settings(), threading.Event(), clock=lambda: AT)
     loop = CohortLoop("shared", central.journal, central.registry, central.blobs, make_settings())
     loop._build = lambda *_: None  # type: ignore[method-assign]
     loop.step(grid)
@@ -219,6 +219,29 @@ def test_a_silent_node_holds_up_nothing_and_too_few_results_are_asked_again(cent
     assert central.head().verdict.environments["acme-a"]["nodes"] == 1  # type: ignore[union-attr]
 
 
+def test_a_node_that_is_away_is_waited_for_only_the_grace(central: Central) -> None:
+    central.join("shared", "a-1", "b-2")
+    for number, node in enumerate(("a-1", "b-2")):
+        central.admit(node, make_increment(number))
+    second = 0
+
+    def clock() -> str:
+        nonlocal second
+        second += 1
+        return f"2026-11-22T12:{second // 60:02}:{second % 60:02}.000000Z"
+
+    settings = make_settings(quorum=1)
+    with answering(central.journal, lambda node: ([result("acme-a")], "") if node == "a-1" else None):
+        take_steps(
+            central,
+            settings.model_copy(update={"gate": settings.gate.model_copy(update={"deadline_s": 3000})}),
+            lambda: central.head().manifest.version == 1,
+            clock=clock,
+            is_connected=lambda node: node == "a-1",
+        )
+    assert 30 <= second < 300, "after the grace, long before the deadline"
+
+
 def test_a_revoked_node_is_not_waited_for(central: Central) -> None:
     central.join("shared", "a-1", "b-2")
     for number, node in enumerate(("a-1", "b-2")):
@@ -260,7 +283,7 @@ def test_a_rollback_during_evaluation_cancels_and_requeues(central: Central) -> 
 
     take_steps(central, make_settings(quorum=1), lambda: len(_candidates(central)) == 2)
     with answering(central.journal, roll_back_once):
-        grid = JournalGrid("shared", central.journal, make_settings(quorum=1), threading.Event(), lambda: AT)
+        grid = JournalGrid("shared", central.journal, make_settings(quorum=1), threading.Event(), clock=lambda: AT)
         CohortLoop("shared", central.journal, central.registry, central.blobs, make_settings(quorum=1)).step(grid)
     assert central.head().manifest.version == 0
     assert {update.update_id for update in _waiting(central)} >= set(waiting)
