@@ -138,6 +138,8 @@ class Story:
             if self.learning_started_s is None:
                 self.learning_started_s = self.now_s()
             last_release = record.serving
+            if self.size.stop_at is None and _version(last_release) >= self.size.max_releases:
+                break  # nothing more is to be learnt in this run
             count = self.size.first_wave if wave == 0 else self.size.next_wave
             record.state = f"wave of {count}"
             await self._wave(record, self._environments[key].tasks("train", count=count, seed=1000 * self.seed + wave))
@@ -209,7 +211,7 @@ class Story:
             releases = len(self.snapshot.accepted("shared"))
             if self._targets_hold():
                 self.outcome = "the targets hold on the newest waves"
-            elif releases >= self.size.max_releases and self._waves_on_heads():
+            elif releases >= self.size.max_releases and (self._waves_on_heads() or self._all_driven()):
                 self.outcome = f"{releases} releases of the shared cohort were made"
             elif self.now_s() - self.learning_started_s > self.size.learning_limit_s:
                 self.outcome = f"{self.size.learning_limit_s:.0f} s of learning were over"
@@ -217,6 +219,9 @@ class Story:
                 continue
             self._say(f"learning ends: {self.outcome}")
             self._enough.set()
+
+    def _all_driven(self) -> bool:
+        return all(record.state == "done" for record in self.records.values())
 
     def _waves_on_heads(self) -> bool:
         """Whether every node has had a wave on the head of its cohort."""
@@ -300,6 +305,10 @@ async def serving_label(client: httpx.AsyncClient, url: str) -> str:
         if model["id"] == ALIAS:
             return str(model.get("root") or "").partition("@")[2]
     return ""
+
+
+def _version(label: str) -> int:
+    return int(label.removeprefix("v").partition("-")[0])
 
 
 def _label(counts: Counts) -> str:
