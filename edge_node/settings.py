@@ -107,7 +107,10 @@ class LearningSettings(Group):
     min_examples: int = Field(default=50, ge=1)
     """Fewest stored examples that a round trains on."""
     min_new_failures: int = Field(default=5, ge=0)
-    """New failed or corrected answers (by the serving release) before a round starts."""
+    """New failed or corrected answers (by the serving release) before a round starts. 0: a node rehearses its work on
+    every release that it got feedback on, which keeps the others' increments from wearing it away."""
+    min_new_feedback: int = Field(default=1, ge=1)
+    """New scores or corrections (of the serving release's answers) before a round starts."""
     supersede_after_s: float = Field(default=600, ge=0)
     """Another round from the same release waits this long after the last one started: a merge is probably under way."""
     max_examples: int = Field(default=4000, ge=1)

@@ -173,6 +173,14 @@ class ExperienceStore:
             {"after": after, "model": model},
         )
 
+    def judged(self, *, after: int, model: str) -> int:
+        """Feedbacks after the cursor `after` with a score or a correction on answers of the exact version `model`."""
+        return self._count(
+            "SELECT COUNT(*) FROM feedback f JOIN interactions i ON i.id = f.interaction_id "
+            "WHERE f.number > :after AND (f.correction IS NOT NULL OR f.score IS NOT NULL) AND i.model = :model",
+            {"after": after, "model": model},
+        )
+
     def counts(self) -> Counts:
         return Counts(
             interactions=self._count("SELECT COUNT(*) FROM interactions"),

@@ -74,11 +74,13 @@ class Worker:
         last = self._rounds.last()
         examples = self._experience.counts().examples
         model = f"{self._settings.serving.alias}@{active.label}"
+        cursor = last.cursor if last else 0
         decision = decide(
             learning,
             Signals(
                 examples=examples,
-                new_failures=self._experience.failures(after=last.cursor if last else 0, model=model),
+                new_failures=self._experience.failures(after=cursor, model=model),
+                new_feedback=self._experience.judged(after=cursor, model=model),
                 same_start_age_s=last.age_s() if last and last.release_id == active.manifest.digest else None,
             ),
         )

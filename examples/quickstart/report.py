@@ -58,7 +58,10 @@ def build_report(story: Story, seconds: Mapping[str, float], sent: int, restarts
             "size": story.size.name,
             "measured_tasks": story.size.measured_tasks,
             "seed_chooses": "the companies' code books, the tasks, and the nodes' sampling; the base model is the same",
-            "settings": {"central": dict(scale.CENTRAL), "edge": scale.edge_settings(story.size)},
+            "settings": {
+                "central": dict(scale.CENTRAL),
+                "edge": {cohort: scale.edge_settings(story.size, cohort) for cohort in ("shared", "zeta")},
+            },
             "updates_planned": counts["planned"],
             "process_restarts": dict(restarts),
             "nodes": {r.plan.key: _node_detail(r) for r in records},

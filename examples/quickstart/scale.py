@@ -52,8 +52,11 @@ SIZES: Mapping[str, Size] = {
 }
 
 WAVE_CONCURRENCY = 8
-MIN_FAILURES = 5
-"""Failures of the serving release's own answers that start another round."""
+FEEDBACK_SHARE = 0.8
+"""Share of a wave whose feedback a round waits for."""
+MIN_FAILURES_ALONE = 5
+"""Failures of the serving release's own answers that start another round at a node that is alone in its cohort. Nodes
+that share a cohort rehearse on every release instead (0): a merge of one node's increment wears the other's away."""
 
 CENTRAL: Mapping[str, str] = {
     # The shared cohort merges when both learning nodes have sent something; a slow one holds nobody up for long.
@@ -69,15 +72,21 @@ CENTRAL: Mapping[str, str] = {
 }
 
 
-def edge_settings(size: Size) -> dict[str, str]:
-    """What all nodes have in common."""
+def min_failures(cohort: str) -> int:
+    """New failures before another round of a node in `cohort`."""
+    return 0 if cohort == "shared" else MIN_FAILURES_ALONE
+
+
+def edge_settings(size: Size, cohort: str) -> dict[str, str]:
+    """What the nodes of one cohort have in common."""
     return {
         "EDGE_SERVING__DTYPE": "float32",
         "EDGE_SERVING__MAX_MODEL_LEN": "128",
         "EDGE_SERVING__MAX_LORA_RANK": "64",
         **recipe.LEARNING,
-        "EDGE_LEARNING__MIN_EXAMPLES": str(size.first_wave),
-        "EDGE_LEARNING__MIN_NEW_FAILURES": str(MIN_FAILURES),
+        "EDGE_LEARNING__MIN_EXAMPLES": str(round(FEEDBACK_SHARE * size.first_wave)),
+        "EDGE_LEARNING__MIN_NEW_FEEDBACK": str(round(FEEDBACK_SHARE * size.next_wave)),
+        "EDGE_LEARNING__MIN_NEW_FAILURES": str(min_failures(cohort)),
         # Every release stays loaded until the end, when each is asked what the base could do.
         "EDGE_RELEASES__KEEP": "16",
     }

@@ -245,7 +245,7 @@ class Story:
         if (
             not record.plan.learns
             or self.snapshot is None
-            or record.wave_models.get(record.serving, 0) < scale.MIN_FAILURES
+            or record.wave_models.get(record.serving, -1) < scale.min_failures(record.plan.cohort)
         ):
             return False
         node = self.snapshot.nodes.get(record.plan.name)

@@ -196,7 +196,7 @@ class System:
             "EDGE_ENVIRONMENTS": json.dumps(environments),
             "EDGE_LEARNING__ENABLED": str(plan.learns).lower(),
             "EDGE_LEARNING__SEED": str(self.seed),
-            **scale.edge_settings(self.size),
+            **scale.edge_settings(self.size, plan.cohort),
             **{key: value for key, value in self._overrides.items() if key.startswith("EDGE_")},
         }
         return child_environment(settings, REPOSITORY)
