@@ -37,8 +37,12 @@ class ListenError(CentralError, OSError):
     exit_code = 6
 
 
+REASON_KEY = "lorikeet-reason"
+"""Key of the trailing metadata that carries a Reason."""
+
+
 class Reason(StrEnum):
-    """Codes sent beside a refusal in the trailing metadata `lorikeet-reason`."""
+    """Codes sent beside a refusal."""
 
     BAD_TOKEN = "BAD_TOKEN"
     NAME_TAKEN = "NAME_TAKEN"
@@ -62,10 +66,12 @@ class Reason(StrEnum):
     MALFORMED_PAYLOAD = "MALFORMED_PAYLOAD"
     UNKNOWN_SECTION = "UNKNOWN_SECTION"
     WRONG_OFFSET = "WRONG_OFFSET"
+    UNKNOWN_COHORT = "UNKNOWN_COHORT"
     UNKNOWN_RELEASE = "UNKNOWN_RELEASE"
     UNKNOWN_OFFER = "UNKNOWN_OFFER"
     NOT_ACCEPTED = "NOT_ACCEPTED"
     BAD_ARGUMENT = "BAD_ARGUMENT"
+    STORAGE_FAILED = "STORAGE_FAILED"
 
 
 class Refused(CentralError, ValueError):

@@ -21,17 +21,21 @@ PREFIX = "lkt1."
 MIN_VALID_S = 60
 
 
-def create_token(journal: Journal, ca_pem: bytes, cohort: str, uses: int, valid_s: int) -> str:
-    """Record a new token of an existing cohort and return its string; raises Refused for bad numbers."""
+def expect_sensible(uses: int, valid_s: int) -> None:
+    """Raises Refused for numbers that no token should have."""
     if uses < 1 or valid_s < MIN_VALID_S:
         raise Refused(
             grpc.StatusCode.INVALID_ARGUMENT,
             Reason.BAD_ARGUMENT,
             f"A token for {uses} uses within {valid_s} s is of no use. Expected at least 1 use and {MIN_VALID_S} s.",
         )
+
+
+def create_token(journal: Journal, ca_pem: bytes, cohort: str, uses: int, valid_s: int, by: str) -> str:
+    """Record a new token of an existing cohort and return its string; `by` is the operator's name."""
     token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     expires_at = (datetime.now(UTC) + timedelta(seconds=valid_s)).isoformat(timespec="seconds").replace("+00:00", "Z")
-    body = {"secret_sha256": sha256_hex(secret.encode()), "uses": uses, "expires_at": expires_at}
+    body = {"secret_sha256": sha256_hex(secret.encode()), "uses": uses, "expires_at": expires_at, "by": by}
     journal.append(NewEvent(EventKind.TOKEN_CREATED, cohort, token_id, body))
     document = canonical_json({"id": token_id, "secret": secret, "ca": ca_pem.decode()})
     return PREFIX + base64.urlsafe_b64encode(document).decode().rstrip("=")

@@ -30,9 +30,9 @@ class JournalCorrupt(StorageError):
 class EventKind(StrEnum):
     """What can happen. The comment beside a kind gives its subject and the keys of its body."""
 
-    TOKEN_CREATED = "token_created"  # token id: secret_sha256, uses, expires_at
+    TOKEN_CREATED = "token_created"  # token id: secret_sha256, uses, expires_at, by
     NODE_ENROLLED = "node_enrolled"  # node id: name, token_id, public_key_pem, base, certificate_sha256
-    NODE_REVOKED = "node_revoked"  # node id
+    NODE_REVOKED = "node_revoked"  # node id: by
     COHORT_CREATED = "cohort_created"  # release id of version 0: manifest (canonical JSON), signature (base64)
     TRAIN_OFFERED = "train_offered"  # offer id: max_rank
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)

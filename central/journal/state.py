@@ -8,7 +8,7 @@ whole or not at all. Replaying the same events gives the same state.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,10 +27,13 @@ from central.journal.records import (
     UpdateStateName,
     VerdictRecord,
 )
+from central.journal.undo import Changes
 from protos.manifest import ReleaseManifest, UpdateManifest
 
-K = TypeVar("K")
 V = TypeVar("V")
+
+REVOKED = "its node was revoked"
+"""Why the updates of a revoked node are set aside."""
 
 
 class State:
@@ -50,7 +53,7 @@ class State:
         self._genesis: dict[str, str] = {}
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
         self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._changes = Changes()
 
     # What can be asked.
 
@@ -84,23 +87,22 @@ class State:
     def apply(self, event: Event) -> None:
         """Take over one event; raises JournalConflict (and may leave changes that `rollback` undoes)."""
         _APPLY[event.kind](self, event)
-        self._attribute("sequence", event.sequence)
-        self._attribute("last_hash", event.hash)
+        self._changes.assign(self, "sequence", event.sequence)
+        self._changes.assign(self, "last_hash", event.hash)
 
     def mark(self) -> None:
         """Forget how to undo what was done so far."""
-        self._undo.clear()
+        self._changes.forget()
 
     def rollback(self) -> None:
         """Undo everything since `mark`."""
-        while self._undo:
-            self._undo.pop()()
+        self._changes.undo()
 
     def _token_created(self, event: Event) -> None:
         self._expect_new(event, self.tokens)
         body = event.body
         token = TokenRecord(event.subject, event.cohort, body["secret_sha256"], body["uses"], 0, body["expires_at"])
-        self._put(self.tokens, event.subject, token)
+        self._changes.put(self.tokens, event.subject, token)
 
     def _node_enrolled(self, event: Event) -> None:
         self._expect_new(event, self.nodes)
@@ -110,8 +112,8 @@ class State:
             raise _conflict(
                 event, f"token {token.token_id} of cohort {token.cohort!r} was used {token.used} of {token.uses} times"
             )
-        self._put(self.tokens, token.token_id, replace(token, used=token.used + 1))
-        self._put(
+        self._changes.put(self.tokens, token.token_id, replace(token, used=token.used + 1))
+        self._changes.put(
             self.nodes,
             event.subject,
             NodeRecord(
@@ -128,18 +130,18 @@ class State:
 
     def _node_revoked(self, event: Event) -> None:
         node = _known(event, self.nodes, event.subject, "node")
-        self._put(self.nodes, node.node_id, replace(node, revoked=True))
+        self._changes.put(self.nodes, node.node_id, replace(node, revoked=True))
 
     def _cohort_created(self, event: Event) -> None:
         if event.cohort in self._genesis:
             raise _conflict(event, f"cohort {event.cohort!r} exists already")
         self._add_release(event, "accepted", None)
-        self._put(self._genesis, event.cohort, event.subject)
-        self._put(self.channels, (event.cohort, "stable"), event.subject)
+        self._changes.put(self._genesis, event.cohort, event.subject)
+        self._changes.put(self.channels, (event.cohort, "stable"), event.subject)
 
     def _train_offered(self, event: Event) -> None:
         _known(event, self._genesis, event.cohort, "cohort")
-        self._put(
+        self._changes.put(
             self.train_offers, event.cohort, TrainOfferRecord(event.subject, event.cohort, event.body["max_rank"])
         )
 
@@ -147,8 +149,11 @@ class State:
         self._expect_new(event, self.updates)
         manifest = UpdateManifest.from_bytes(event.body["manifest"].encode())
         node = _known(event, self.nodes, manifest.node_id, "node")
-        if node.cohort != event.cohort or manifest.digest != event.subject:
-            raise _conflict(event, f"node {node.node_id} is of cohort {node.cohort!r}, manifest {manifest.digest}")
+        if node.cohort != event.cohort or manifest.digest != event.subject or node.revoked:
+            raise _conflict(
+                event,
+                f"node {node.node_id} is of cohort {node.cohort!r}, revoked: {node.revoked}, manifest {manifest.digest}",
+            )
         record = UpdateRecord(
             update_id=event.subject,
             manifest=manifest,
@@ -160,7 +165,7 @@ class State:
         )
         self._put_update(record)
         key = (manifest.node_id, manifest.start.release)
-        self._put(self._by_start, key, (*self._by_start.get(key, ()), event.subject))
+        self._changes.put(self._by_start, key, (*self._by_start.get(key, ()), event.subject))
 
     def _update_superseded(self, event: Event) -> None:
         by = _known(event, self.updates, event.body["by"], "update")
@@ -171,6 +176,9 @@ class State:
         self._move(event, event.subject, "set_aside", ("waiting",), event.body["reason"])
 
     def _update_requeued(self, event: Event) -> None:
+        update = _known(event, self.updates, event.subject, "update")
+        if self.nodes[update.manifest.node_id].revoked:
+            raise _conflict(event, REVOKED)
         self._cancel_plan_of(event)
         self._move(event, event.subject, "waiting", ("waiting", "set_aside"))
 
@@ -191,7 +199,7 @@ class State:
                     event, f"update {update.update_id} of cohort {update.cohort!r} has another payload or cohort"
                 )
             self._move(event, planned.update_id, "planned", ("waiting",), plan_id=event.subject)
-        self._put(self.plans, event.subject, PlanRecord(event.subject, plan))
+        self._changes.put(self.plans, event.subject, PlanRecord(event.subject, plan))
 
     def _candidate_built(self, event: Event) -> None:
         record = _known(event, self.plans, event.body["plan_id"], "plan")
@@ -201,7 +209,7 @@ class State:
         planned = [update.update_id for update in record.plan.updates]
         if (release.manifest.plan, release.manifest.updates) != (record.plan_id, planned):
             raise _conflict(event, f"the manifest names plan {release.manifest.plan} or other updates than its plan")
-        self._put(self.plans, record.plan_id, replace(record, candidate=event.subject))
+        self._changes.put(self.plans, record.plan_id, replace(record, candidate=event.subject))
         for update_id in planned:
             self._put_update(replace(self.updates[update_id], release_id=event.subject))
 
@@ -211,7 +219,7 @@ class State:
         for release_id in (body["candidate"], body["reference"]):
             if _known(event, self.releases, release_id, "release").cohort != event.cohort:
                 raise _conflict(event, f"release {release_id} is of another cohort")
-        self._put(
+        self._changes.put(
             self.evaluations,
             event.subject,
             EvaluationRecord(
@@ -231,7 +239,7 @@ class State:
         if (node_id := body["node_id"]) in record.reports or node_id not in record.nodes:
             raise _conflict(event, f"node {node_id} has reported already or was not asked")
         report = EvaluationReport(node_id, tuple(body["results"]), body["abstain_reason"], event.at)
-        self._put(self.evaluations, event.subject, replace(record, reports={**record.reports, node_id: report}))
+        self._changes.put(self.evaluations, event.subject, replace(record, reports={**record.reports, node_id: report}))
 
     def _verdict(self, event: Event) -> None:
         release = _known(event, self.releases, event.subject, "release")
@@ -243,9 +251,9 @@ class State:
         accepted = bool(body["accepted"])
         verdict = VerdictRecord(accepted, body["text"], body["environments"], body["high_water"], event.at)
         state: ReleaseStateName = "accepted" if accepted else "rejected"
-        self._put(self.releases, release.release_id, replace(release, state=state, verdict=verdict))
+        self._changes.put(self.releases, release.release_id, replace(release, state=state, verdict=verdict))
         plan = self.plans[release.plan_id]
-        self._put(self.plans, plan.plan_id, replace(plan, decided=True))
+        self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
         for update_id in release.manifest.updates:
             if accepted:
                 self._move(event, update_id, "merged", ("planned",))
@@ -255,7 +263,7 @@ class State:
 
     def _promoted(self, event: Event) -> None:
         self._expect_accepted(event, event.subject)
-        self._put(self.channels, (event.cohort, event.body["channel"]), event.subject)
+        self._changes.put(self.channels, (event.cohort, event.body["channel"]), event.subject)
 
     def _rolled_back(self, event: Event) -> None:
         body = event.body
@@ -266,43 +274,42 @@ class State:
         requeue = body["updates"] == "requeue"
         for release_id in abandoned:
             release = self._expect_accepted(event, release_id)
-            self._put(self.releases, release_id, replace(release, state="abandoned"))
+            self._changes.put(self.releases, release_id, replace(release, state="abandoned"))
             self._release_updates(event, release.manifest.updates, ("merged",), requeue, release.manifest.label)
         for plan in self.open_plans(event.cohort):
             if plan.plan.parent in abandoned:
-                self._cancel(event, plan, requeue)
+                self._cancel(event, plan, "its parent was rolled back", requeue)
         for key in [key for key, head in self.channels.items() if head in abandoned]:
-            self._drop(self.channels, key)
-        self._put(self.channels, (event.cohort, "stable"), event.subject)
+            self._changes.drop(self.channels, key)
+        self._changes.put(self.channels, (event.cohort, "stable"), event.subject)
 
     def _cancel_plan_of(self, event: Event) -> None:
-        # A plan that loses an update can no longer make its candidate: its other updates wait again.
+        # A plan that loses an update stands for something else than its candidate: its other updates wait again.
         update = _known(event, self.updates, event.subject, "update")
-        if update.state != "planned" or update.plan_id is None:
-            return
-        plan = self.plans[update.plan_id]
-        if plan.candidate is not None:
-            raise _conflict(event, f"update {update.update_id} is part of candidate {plan.candidate}")
-        self._cancel(event, plan, requeue=True)
+        if update.state == "planned" and update.plan_id is not None:
+            why = f"update {update.update_id[:8]} was taken away"
+            self._cancel(event, self.plans[update.plan_id], why, requeue=True)
 
-    def _cancel(self, event: Event, plan: PlanRecord, requeue: bool) -> None:
-        self._put(self.plans, plan.plan_id, replace(plan, decided=True))
+    def _cancel(self, event: Event, plan: PlanRecord, why: str, requeue: bool) -> None:
+        self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
         label = f"plan {plan.plan_id[:8]}"
         if plan.candidate is not None:
             release = self.releases[plan.candidate]
             label = release.manifest.label
-            verdict = VerdictRecord(False, "cancelled: its parent was rolled back", {}, {}, event.at)
-            self._put(self.releases, plan.candidate, replace(release, state="rejected", verdict=verdict))
+            verdict = VerdictRecord(False, f"cancelled: {why}", {}, {}, event.at)
+            self._changes.put(self.releases, plan.candidate, replace(release, state="rejected", verdict=verdict))
         self._release_updates(event, [update.update_id for update in plan.plan.updates], ("planned",), requeue, label)
 
     def _release_updates(
         self, event: Event, update_ids: Iterable[str], origins: tuple[UpdateStateName, ...], requeue: bool, label: str
     ) -> None:
         for update_id in update_ids:
-            if requeue:
-                self._move(event, update_id, "waiting", origins)
-            else:
+            if not requeue:
                 self._move(event, update_id, "set_aside", origins, f"{label} was rolled back")
+            elif self.nodes[self.updates[update_id].manifest.node_id].revoked:
+                self._move(event, update_id, "set_aside", origins, REVOKED)
+            else:
+                self._move(event, update_id, "waiting", origins)
 
     def _move(
         self,
@@ -330,12 +337,12 @@ class State:
         )
 
     def _put_update(self, record: UpdateRecord) -> None:
-        self._put(self.updates, record.update_id, record)
+        self._changes.put(self.updates, record.update_id, record)
         waiting = self._waiting.setdefault(record.cohort, {})
         if record.state == "waiting":
-            self._put(waiting, record.update_id, record)
+            self._changes.put(waiting, record.update_id, record)
         elif record.update_id in waiting:
-            self._drop(waiting, record.update_id)
+            self._changes.drop(waiting, record.update_id)
 
     def _add_release(self, event: Event, state: ReleaseStateName, plan_id: str | None) -> ReleaseRecord:
         self._expect_new(event, self.releases)
@@ -353,7 +360,7 @@ class State:
             sequence=event.sequence,
             plan_id=plan_id,
         )
-        self._put(self.releases, event.subject, record)
+        self._changes.put(self.releases, event.subject, record)
         return record
 
     def _expect_new(self, event: Event, records: dict[str, Any]) -> None:
@@ -367,23 +374,6 @@ class State:
                 event, f"release {release_id} is {release.state} in cohort {release.cohort!r}, not accepted"
             )
         return release
-
-    def _put(self, records: MutableMapping[K, V], key: K, value: V) -> None:
-        if key in records:
-            old = records[key]
-            self._undo.append(lambda: records.__setitem__(key, old))
-        else:
-            self._undo.append(lambda: records.__delitem__(key))
-        records[key] = value
-
-    def _drop(self, records: MutableMapping[K, V], key: K) -> None:
-        old = records.pop(key)
-        self._undo.append(lambda: records.__setitem__(key, old))
-
-    def _attribute(self, name: str, value: Any) -> None:
-        old = getattr(self, name)
-        self._undo.append(lambda: setattr(self, name, old))
-        setattr(self, name, value)
 
 
 def _conflict(event: Event, text: str) -> JournalConflict:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from central.errors import CentralError, CentralUnreachable, StorageError
+from central.errors import REASON_KEY, CentralError, CentralUnreachable, StorageError
 from central.settings import CentralSettings
 from protos.operator.v1 import operator_pb2_grpc
 
@@ -43,7 +43,10 @@ class OperatorClient:
             ) from error
         host = "127.0.0.1" if settings.listen.host in WILDCARDS else settings.listen.host
         address = f"[{host}]:{settings.listen.port}" if ":" in host else f"{host}:{settings.listen.port}"
-        with grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate)) as channel:
+        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+        # Listings have no bound, and central is trusted.
+        options = [("grpc.max_receive_message_length", -1)]
+        with grpc.secure_channel(address, credentials, options) as channel:
             yield cls(channel, address)
 
     def ask(self, call: Callable[..., T], request: Message) -> T:
@@ -52,7 +55,8 @@ class OperatorClient:
             return call(request, timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as error:
             status: Any = error
-            if status.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            refused = any(key == REASON_KEY for key, _ in status.trailing_metadata() or ())
+            if not refused and status.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise CentralUnreachable(
                     f"Central does not answer at {self._address} ({status.code().name}). Start it with `central serve`, or "
                     "set CENTRAL_LISTEN__PORT and CENTRAL_DATA_DIR as it has them."

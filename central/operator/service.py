@@ -15,10 +15,12 @@ import grpc
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
-from central.fleet.tokens import create_token
-from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord
+from central.fleet.tokens import create_token, expect_sensible
+from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord, State
+from central.journal.state import REVOKED
 from central.operator.listing import event_message, node_message, release_message, update_message
 from central.registry import Registry
+from central.registry.registry import unknown_cohort
 from protos.operator.v1 import operator_pb2, operator_pb2_grpc
 
 T = TypeVar("T")
@@ -26,6 +28,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 DEFAULT_EVENTS = 1_000
 MAX_EVENTS = 10_000
+MAX_SEQUENCE = 2**63 - 1
+"""A database's largest integer."""
 _CHOICES: dict[int, Literal["requeue", "set_aside"]] = {
     operator_pb2.ABANDONED_UPDATES_REQUEUE: "requeue",
     operator_pb2.ABANDONED_UPDATES_SET_ASIDE: "set_aside",
@@ -56,15 +60,16 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self, request: operator_pb2.CreateTokenRequest, context: Context
     ) -> operator_pb2.CreateTokenResponse:
         def create(by: str) -> str:
+            expect_sensible(request.uses, request.valid_s)
             self._registry.ensure_cohort(request.cohort)
-            return create_token(self._journal, self._ca_pem, request.cohort, request.uses, request.valid_s)
+            return create_token(self._journal, self._ca_pem, request.cohort, request.uses, request.valid_s, by)
 
         return operator_pb2.CreateTokenResponse(token=await self._ask(context, create))
 
     async def RevokeNode(
         self, request: operator_pb2.RevokeNodeRequest, context: Context
     ) -> operator_pb2.RevokeNodeResponse:
-        await self._ask(context, lambda by: self._revoke(request.node_id))
+        await self._ask(context, lambda by: self._revoke(request.node_id, by))
         return operator_pb2.RevokeNodeResponse()
 
     async def ListReleases(
@@ -72,6 +77,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     ) -> operator_pb2.ListReleasesResponse:
         def list_releases(by: str) -> list[operator_pb2.Release]:
             with self._journal.read() as state:
+                _expect_cohort(state, request.cohort)
                 return [
                     release_message(state, release)
                     for release in state.releases.values()
@@ -105,6 +111,9 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     ) -> operator_pb2.ListUpdatesResponse:
         def list_updates(by: str) -> list[operator_pb2.Update]:
             with self._journal.read() as state:
+                _expect_cohort(state, request.cohort)
+                if request.node_id and request.node_id not in state.nodes:
+                    raise _unknown_node(request.node_id)
                 return [
                     update_message(update)
                     for update in state.updates.values()
@@ -117,10 +126,14 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self, request: operator_pb2.ListEventsRequest, context: Context
     ) -> operator_pb2.ListEventsResponse:
         limit = request.limit or DEFAULT_EVENTS
-        if limit > MAX_EVENTS:
-            raise _bad(f"{limit} events were asked for; one call gives at most {MAX_EVENTS}. Page with `after`.")
-        events = await self._ask(context, lambda by: self._journal.events(request.after, limit))
-        return operator_pb2.ListEventsResponse(events=[event_message(event) for event in events])
+
+        def list_events(by: str) -> list[operator_pb2.JournalEvent]:
+            if limit > MAX_EVENTS:
+                raise _bad(f"{limit} events were asked for; one call gives at most {MAX_EVENTS}. Page with `after`.")
+            after = min(request.after, MAX_SEQUENCE)
+            return [event_message(event) for event in self._journal.events(after, limit)]
+
+        return operator_pb2.ListEventsResponse(events=await self._ask(context, list_events))
 
     async def _ask(self, context: Context, work: Callable[[str], T]) -> T:
         """Run `work` with the operator's name off the event loop; raises Refused for anybody else."""
@@ -134,17 +147,20 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         with self._journal.read() as state:
             return release_message(state, state.releases[release.release_id])
 
-    def _revoke(self, node_id: str) -> None:
+    def _revoke(self, node_id: str, by: str) -> None:
         with self._journal.read() as state:
             node = state.nodes.get(node_id)
             if node is None:
-                raise Refused(
-                    grpc.StatusCode.NOT_FOUND,
-                    Reason.UNKNOWN_NODE,
-                    f"Node {node_id!r} is not known. Expected a full node id; `central nodes` shows them.",
-                )
-            if not node.revoked:
-                self._journal.append(NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id))
+                raise _unknown_node(node_id)
+            if node.revoked:
+                return
+            # Set aside first: a plan that loses one of them lets its other updates wait again.
+            unmerged = [
+                NewEvent(EventKind.UPDATE_SET_ASIDE, update.cohort, update.update_id, {"reason": REVOKED})
+                for update in state.updates.values()
+                if update.manifest.node_id == node_id and update.state in ("waiting", "planned")
+            ]
+            self._journal.append(*unmerged, NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id, {"by": by}))
 
     def _rollback(self, request: operator_pb2.RollbackReleaseRequest, by: str) -> operator_pb2.RollbackReleaseResponse:
         choice = _CHOICES.get(request.updates)
@@ -157,6 +173,19 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         return operator_pb2.RollbackReleaseResponse(
             release=self._message(done.release), abandoned_release_ids=done.abandoned
         )
+
+
+def _expect_cohort(state: State, cohort: str) -> None:
+    if cohort and cohort not in state.cohorts():
+        raise unknown_cohort(state, cohort)
+
+
+def _unknown_node(node_id: str) -> Refused:
+    return Refused(
+        grpc.StatusCode.NOT_FOUND,
+        Reason.UNKNOWN_NODE,
+        f"Node {node_id!r} is not known. Expected a full node id; `central nodes` shows them.",
+    )
 
 
 def _bad(message: str) -> Refused:

@@ -22,7 +22,7 @@ from protos.lora import LoraTensors, decode, encode
 from protos.manifest import Payload, ReleaseManifest, sign
 
 CHANNELS = ("stable", "canary")
-COHORT_NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+COHORT_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 MIN_PREFIX_DIGITS = 6
 
 
@@ -46,7 +46,7 @@ class Registry:
 
     def ensure_cohort(self, cohort: str) -> ReleaseRecord:
         """Version 0 of the cohort, made now when the cohort is new; raises Refused for a bad name."""
-        if not COHORT_NAME.match(cohort):
+        if not COHORT_NAME.fullmatch(cohort):
             raise Refused(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 Reason.BAD_ARGUMENT,
@@ -130,9 +130,7 @@ class Registry:
         with self._journal.read() as state:
             head = state.head(cohort)
             if head is None:
-                raise _unknown(
-                    f"Cohort {cohort!r} is not known. Expected one of {', '.join(state.cohorts()) or 'none yet'}."
-                )
+                raise unknown_cohort(state, cohort)
             goal = target or head.manifest.parent
             lineage = _ancestors(state, head)
             if goal is None or goal not in lineage:
@@ -174,6 +172,15 @@ class Registry:
         if release_id not in state.releases:
             raise _unknown(f"Release {release_id!r} is not known. `central releases list` shows them.")
         return state.releases[release_id]
+
+
+def unknown_cohort(state: State, cohort: str) -> Refused:
+    """What an operator is told who names a cohort that is not there."""
+    return Refused(
+        grpc.StatusCode.NOT_FOUND,
+        Reason.UNKNOWN_COHORT,
+        f"Cohort {cohort!r} is not known. Expected one of: {', '.join(state.cohorts()) or 'none yet'}.",
+    )
 
 
 def _ancestors(state: State, release: ReleaseRecord) -> list[str]:

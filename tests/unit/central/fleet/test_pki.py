@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from central.errors import Refused, StorageError
 from central.fleet.identity import Peer, parse_certificate
 from central.fleet.pki import Pki, public_pem
-from central.fleet.tokens import create_token, expect_usable, find_token
+from central.fleet.tokens import create_token, expect_sensible, expect_usable, find_token
 from central.journal import Journal
 from edge_node.identity import JoinToken
 from tests.unit.central import builders as make
@@ -72,7 +72,7 @@ def test_a_damaged_key_is_named(tmp_path: Path) -> None:
 def test_a_token_is_read_by_the_node_and_its_secret_is_not_in_the_journal(tmp_path: Path) -> None:
     journal = Journal(f"sqlite:///{tmp_path}/journal.db")
     ca = Pki.load_or_create(tmp_path, []).ca_pem
-    token = JoinToken.parse(create_token(journal, ca, "shared", 1, 60))
+    token = JoinToken.parse(create_token(journal, ca, "shared", 1, 60, "tests"))
     assert token.ca_pem == ca
     assert token.secret not in str(journal.events())
     now = datetime.now(UTC)
@@ -85,5 +85,5 @@ def test_a_token_is_read_by_the_node_and_its_secret_is_not_in_the_journal(tmp_pa
         expect_usable(record, now + timedelta(seconds=61))
     for uses, valid_s in ((0, 60), (1, 59)):
         with pytest.raises(Refused, match="of no use"):
-            create_token(journal, ca, "shared", uses, valid_s)
+            expect_sensible(uses, valid_s)
     assert make.digest_of(token.secret) == record.secret_sha256

@@ -125,6 +125,39 @@ def test_taking_an_update_away_cancels_a_plan_without_candidate(story: Story) ->
         story.journal.append(make.built(make.make_candidate(plan)))
 
 
+def test_a_revoked_nodes_updates_never_wait_again(story: Story) -> None:
+    first = story.release(story.genesis, story.updates[0])
+    story.release(first, story.updates[1])
+    story.journal.append(NewEvent(EventKind.NODE_REVOKED, "shared", NODES[0], {"by": "tests"}))
+    assert story.states() == ["merged", "merged"]
+    with story.journal.read() as state:
+        head = state.head("shared")
+        assert head is not None
+        second = head.manifest
+    story.journal.append(make.rolled_back(story.genesis, first, second))
+    assert story.states() == ["set_aside", "waiting"]
+    with story.journal.read() as state:
+        assert state.updates[story.updates[0].digest].reason == "its node was revoked"
+    with pytest.raises(JournalConflict, match="its node was revoked"):
+        story.journal.append(NewEvent(EventKind.UPDATE_REQUEUED, "shared", story.updates[0].digest))
+    with pytest.raises(JournalConflict, match="revoked: True"):
+        story.journal.append(make.admitted(make.make_update(story.genesis, NODES[0], 2)))
+
+
+def test_taking_an_update_of_a_candidate_away_rejects_the_candidate(story: Story) -> None:
+    candidate = story.candidate(story.genesis, *story.updates)
+    aside = NewEvent(EventKind.UPDATE_SET_ASIDE, "shared", story.updates[0].digest, {"reason": "broken"})
+    story.journal.append(aside)
+    assert story.states() == ["set_aside", "waiting"]
+    with story.journal.read() as state:
+        record = state.releases[candidate.digest]
+        assert record.verdict is not None
+        assert (record.state, state.open_plans("shared")) == ("rejected", [])
+        assert record.verdict.text == f"cancelled: update {story.updates[0].digest[:8]} was taken away"
+    with pytest.raises(JournalConflict, match="not a candidate"):
+        story.journal.append(make.decided(candidate, True), make.promoted(candidate))
+
+
 def test_a_node_reports_once_and_only_when_asked(story: Story) -> None:
     candidate = story.candidate(story.genesis, *story.updates)
     body = {
