@@ -1,0 +1,48 @@
+"""Changes of dictionaries and attributes that can be taken back.
+
+In: one change at a time. Out: nothing; `undo` restores what was there at the last `forget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Changes:
+    """Makes changes and remembers how to take them back."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def put(self, records: MutableMapping[K, V], key: K, value: V) -> None:
+        """`records[key] = value`."""
+        if key in records:
+            old = records[key]
+            self._undo.append(lambda: records.__setitem__(key, old))
+        else:
+            self._undo.append(lambda: records.__delitem__(key))
+        records[key] = value
+
+    def drop(self, records: MutableMapping[K, V], key: K) -> None:
+        """`del records[key]`."""
+        old = records.pop(key)
+        self._undo.append(lambda: records.__setitem__(key, old))
+
+    def assign(self, owner: object, name: str, value: Any) -> None:
+        """`owner.name = value`."""
+        old = getattr(owner, name)
+        self._undo.append(lambda: setattr(owner, name, old))
+        setattr(owner, name, value)
+
+    def forget(self) -> None:
+        """Forget how to take back what was done so far."""
+        self._undo.clear()
+
+    def undo(self) -> None:
+        """Take back everything since `forget`, the last change first."""
+        while self._undo:
+            self._undo.pop()()
