@@ -1,7 +1,8 @@
 """Paired counts per environment, pooled over the nodes that measured it.
 
 In: reported results (the fields of lorikeet.releases.v1.EnvironmentResult) per node. Out: one PairedCounts per
-environment, sorted by name. Guarantee: a node's result on the same tasks counts once, however often it was reported.
+environment, sorted by name. Guarantee: the same tasks count once, however often and by however many nodes they were
+measured: answers are greedy, so a second node repeats the first one's outcomes and is no further evidence.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class PairedCounts:
 def pool(reports: Iterable[tuple[str, Iterable[Mapping[str, Any]]]]) -> list[PairedCounts]:
     """Counts per environment from (node_id, results) pairs; results without tasks are left out.
 
-    An environment is anchor skill only when every node says so: the wider tolerance is not one node's choice.
+    Of nodes that measured the same tasks the one with the median fall speaks (of two the larger fall), so that of three
+    no single one decides. An environment is anchor skill only when every node says so: the wider tolerance is not one
+    node's choice.
     """
-    seen: set[tuple[str, str, str]] = set()
-    pooled: dict[str, PairedCounts] = {}
-    contributors: dict[str, set[str]] = {}
+    measured: dict[str, dict[str, dict[str, PairedCounts]]] = {}  # environment -> tasks digest -> node
     for node_id, results in reports:
         for result in results:
             counts = PairedCounts(
@@ -58,23 +59,25 @@ def pool(reports: Iterable[tuple[str, Iterable[Mapping[str, Any]]]]) -> list[Pai
                 only_candidate=int(result["only_candidate_passed"]),
                 neither=int(result["neither_passed"]),
             )
-            name = counts.environment
-            key = (node_id, name, str(result["tasks_digest"]))
-            if counts.total == 0 or key in seen:
-                continue
-            seen.add(key)
-            contributors.setdefault(name, set()).add(node_id)
-            pooled[name] = _add(pooled[name], counts, len(contributors[name])) if name in pooled else counts
-    return [pooled[name] for name in sorted(pooled)]
+            if counts.total > 0:
+                suites = measured.setdefault(counts.environment, {})
+                suites.setdefault(str(result["tasks_digest"]), {}).setdefault(node_id, counts)
+    return [_pool_suites(name, measured[name]) for name in sorted(measured)]
 
 
-def _add(left: PairedCounts, right: PairedCounts, nodes: int) -> PairedCounts:
+def _pool_suites(environment: str, suites: Mapping[str, Mapping[str, PairedCounts]]) -> PairedCounts:
+    spoken = [_median(list(by_node.values())) for by_node in suites.values()]
     return PairedCounts(
-        environment=left.environment,
-        anchor=left.anchor and right.anchor,
-        both=left.both + right.both,
-        only_reference=left.only_reference + right.only_reference,
-        only_candidate=left.only_candidate + right.only_candidate,
-        neither=left.neither + right.neither,
-        nodes=nodes,
+        environment=environment,
+        anchor=all(counts.anchor for by_node in suites.values() for counts in by_node.values()),
+        both=sum(counts.both for counts in spoken),
+        only_reference=sum(counts.only_reference for counts in spoken),
+        only_candidate=sum(counts.only_candidate for counts in spoken),
+        neither=sum(counts.neither for counts in spoken),
+        nodes=len({node_id for by_node in suites.values() for node_id in by_node}),
     )
+
+
+def _median(repeats: list[PairedCounts]) -> PairedCounts:
+    ordered = sorted(repeats, key=lambda c: (c.only_reference - c.only_candidate, c.only_reference, c.both))
+    return ordered[len(ordered) // 2]

@@ -115,6 +115,16 @@ def test_pool_counts_a_node_once_and_names_the_environment() -> None:
     assert pooled[0].total == 110
 
 
+def test_the_same_tasks_measured_by_several_nodes_count_once() -> None:
+    honest, liar = make_result("public", "d", 50, 4, 1, 5, True), make_result("public", "d", 0, 55, 0, 5, True)
+    alone = pool([("a", [honest])])[0]
+    assert pool([("a", [honest]), ("b", [honest]), ("c", [honest])]) == [replace(alone, nodes=3)]
+    assert pool([("a", [honest]), ("b", [liar]), ("c", [honest])]) == [replace(alone, nodes=3)]
+    # Three nodes that repeat one measurement are no stronger evidence than one.
+    fall = make_result("public", "d", 40, 4, 0, 6)
+    assert make_gate().decide(pool([(node, [fall]) for node in "abc"]), {}).accepted
+
+
 def test_one_node_cannot_declare_an_environment_an_anchor() -> None:
     pooled = pool([("a", [make_result("x", "1", 1, 0, 0, 0, anchor=True)]), ("b", [make_result("x", "2", 1, 0, 0, 0)])])
     assert pooled[0].anchor is False
