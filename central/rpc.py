@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 
-from central.errors import CentralError, Refused, StorageError
+from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError
 from central.journal import JournalConflict
 
 log = logging.getLogger(__name__)
 
-REASON_KEY = "lorikeet-reason"
+MAX_TEXT = 2000
+"""Longest status message: it may quote what a caller sent, and gRPC drops a call whose trailers are too large."""
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     Interceptor = grpc.aio.ServerInterceptor[Any, Any]
@@ -83,17 +84,22 @@ def _streaming(behaviour: Any, method: str) -> Callable[[Any, Context], AsyncIte
 async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    text = str(error)[:MAX_TEXT]
     if isinstance(error, Refused):
-        log.info("call refused", extra={"method": method, "reason": error.reason, "detail": str(error)})
-        await context.abort(error.status, str(error), ((REASON_KEY, error.reason.value),))
+        log.info("call refused", extra={"method": method, "reason": error.reason, "detail": text})
+        await context.abort(error.status, text, ((REASON_KEY, error.reason.value),))
     if isinstance(error, JournalConflict):
-        log.warning("call conflicts with the journal", extra={"method": method, "detail": str(error)})
-        await context.abort(grpc.StatusCode.ABORTED, f"{error} Look at the present state and try again.")
+        log.warning("call conflicts with the journal", extra={"method": method, "detail": text})
+        await context.abort(grpc.StatusCode.ABORTED, f"{text} Look at the present state and try again.")
     if isinstance(error, StorageError):
         log.error("storage failed", extra={"method": method, "detail": str(error)})
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "Central cannot use its disk at the moment; try again later.")
+        await context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            "Central cannot use its disk at the moment; its log says why. Try again later.",
+            ((REASON_KEY, Reason.STORAGE_FAILED.value),),
+        )
     if isinstance(error, CentralError):
-        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
     log.error("call failed", extra={"method": method}, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "Central failed at this call; its log says why.")
     raise AssertionError("abort always raises")

@@ -92,7 +92,7 @@ class UpdateManifest(Document):
 
     schema_version: Literal[1] = 1
     node_id: str = Field(min_length=1, max_length=64)
-    sequence: int = Field(ge=1)
+    sequence: int = Field(ge=1, lt=2**63)
     """Counts the node's updates; the newer supersedes the older from the same start."""
     base: Digest
     start: Start
@@ -103,7 +103,7 @@ class UpdateManifest(Document):
     """Names of further sections in the payload (for example activation statistics), sorted."""
     supersedes: Digest | None = None
     round_id: str = Field(min_length=1, max_length=64)
-    experiences: int = Field(ge=0)
+    experiences: int = Field(ge=0, lt=2**63)
     """For reports only: central never derives a weight from what a node claims."""
     metrics: dict[str, float] = Field(default_factory=dict)
     created_at: str

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.errors import Reason, Refused
@@ -29,7 +29,7 @@ from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.manifest import sha256_hex
 
 log = logging.getLogger(__name__)
-NODE_NAME = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,46}[A-Za-z0-9])?$")
+NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,46}[A-Za-z0-9])?")
 
 
 class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
@@ -91,7 +91,7 @@ class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
         )
 
     def _check(self, request: fleet_pb2.EnrollRequest) -> None:
-        if not NODE_NAME.match(request.node_name):
+        if not NODE_NAME.fullmatch(request.node_name):
             raise _bad(
                 f"Node name {request.node_name!r} is not usable. Expected 1 to 48 letters, digits, '.', '_' or '-'. "
                 "Set EDGE_NODE_NAME."
@@ -110,7 +110,7 @@ def _read_request(pem: bytes) -> ec.EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(pem)
         signed = request.is_signature_valid
         key = request.public_key()
-    except (ValueError, InvalidSignature) as error:
+    except (ValueError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise _bad("The certificate request is not readable. Expected PEM, as `edge-node enroll` makes it.") from error
     if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise _bad("The certificate request is not signed by an ECDSA P-256 key of its own. Use `edge-node enroll`.")
@@ -118,13 +118,13 @@ def _read_request(pem: bytes) -> ec.EllipticCurvePublicKey:
 
 
 def _expect_free_name(state: State, name: str) -> None:
-    owner = next((node for node in state.nodes.values() if node.name == name and not node.revoked), None)
-    if owner is not None:
+    # The owner may be of another cohort, so nothing more is said of it.
+    if any(node.name == name and not node.revoked for node in state.nodes.values()):
         raise Refused(
             grpc.StatusCode.ALREADY_EXISTS,
             Reason.NAME_TAKEN,
-            f"Node name {name!r} belongs to {owner.node_id}, which has another key. Choose another EDGE_NODE_NAME, or "
-            "have the operator revoke that node.",
+            f"Node name {name!r} belongs to a node with another key. Choose another EDGE_NODE_NAME, or have the operator "
+            "revoke that node.",
         )
 
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from central.journal import utc_now
 from protos.fleet.v1 import fleet_pb2
 
+MAX_TEXT = 500
+MAX_ENVIRONMENTS = 256
+
 
 @dataclass
 class NodePresence:
@@ -48,7 +51,15 @@ class Presence:
         self._seen(node_id).watches -= 1
 
     def report(self, node_id: str, status: fleet_pb2.NodeStatus) -> None:
-        self._seen(node_id).status = status
+        """Keep what the node says of itself, in bounded length: it is held in memory and shown to operators."""
+        kept = fleet_pb2.NodeStatus()
+        kept.CopyFrom(status)
+        kept.problem = kept.problem[:MAX_TEXT]
+        kept.serving_release_id = kept.serving_release_id[:MAX_TEXT]
+        kept.software_version = kept.software_version[:MAX_TEXT]
+        del kept.environments[:]
+        kept.environments.extend(name[:MAX_TEXT] for name in status.environments[:MAX_ENVIRONMENTS])
+        self._seen(node_id).status = kept
 
     def _seen(self, node_id: str) -> NodePresence:
         node = self._nodes.setdefault(node_id, NodePresence())

@@ -8,11 +8,13 @@ node and start. Blocks on disk and CPU: call it off the event loop.
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from central.durable import storage
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, Peer
 from central.intake.partial import PartialUploads
@@ -65,19 +67,21 @@ class Admission:
     def finish(self, peer: Peer, manifest: bytes, signature: bytes, resumed: bool) -> updates_pb2.Receipt:
         """Check the payload and admit the update; raises Refused, and then the payload is discarded."""
         document = self.begin(peer, manifest, signature)
-        known = self.find(document.node_id, document.digest)
-        if known is not None:
-            self._partial.discard(document.node_id, document.digest)
-            return self.receipt(known)
-        path = self._partial.path(document.node_id, document.digest)
-        try:
-            self._check_digest(document, resumed)
-            check_payload(path.read_bytes(), document, self._shapes, self._limits)
-        except Refused:
-            self._partial.discard(document.node_id, document.digest)
-            raise
-        self._blobs.put_file(path, document.payload.digest_sha256)
-        return self.receipt(self._admit(peer, document, signature))
+        # Another stream of the same update must not change the bytes between their check and their place among the blobs.
+        with self._partial.held(document.digest):
+            known = self.find(document.node_id, document.digest)
+            if known is not None:
+                self._partial.discard(document.node_id, document.digest)
+                return self.receipt(known)
+            path = self._partial.path(document.node_id, document.digest)
+            try:
+                self._check_digest(document, resumed)
+                check_payload(_read(path), document, self._shapes, self._limits)
+            except Refused:
+                self._partial.discard(document.node_id, document.digest)
+                raise
+            self._blobs.put_file(path, document.payload.digest_sha256)
+            return self.receipt(self._admit(peer, document, signature))
 
     def find(self, node_id: str, update_id: str) -> UpdateRecord | None:
         """The admitted update, if it is the node's own."""
@@ -143,6 +147,11 @@ class Admission:
                 f"would pass its quota of {self._limits.node_quota_bytes} (CENTRAL_LIMITS__NODE_QUOTA_BYTES). "
                 "Try again after the next merge.",
             )
+
+
+def _read(path: Path) -> bytes:
+    with storage(path):
+        return path.read_bytes()
 
 
 def _consequences(state: State, manifest: UpdateManifest, cohort: str) -> list[NewEvent]:

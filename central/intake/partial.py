@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -30,7 +32,7 @@ class PartialUploads:
     def __init__(self, root: Path) -> None:
         """Create `root` when absent and drop what no node has touched for a week; raises StorageError."""
         self._root = root
-        self._locks = [threading.Lock() for _ in range(LOCKS)]
+        self._locks = [threading.RLock() for _ in range(LOCKS)]
         make_directory(root)
         with storage(root):
             for path in root.glob(f"*/*{SUFFIX}"):
@@ -71,18 +73,25 @@ class PartialUploads:
 
     def held_bytes(self, node_id: str, besides: str) -> int:
         """Bytes of the node's unfinished updates other than `besides`."""
+        total = 0
         with storage(self._root):
-            return sum(
-                path.stat().st_size
-                for path in (self._root / node_id).glob(f"*{SUFFIX}")
-                if path.name != f"{besides}{SUFFIX}"
-            )
+            for path in (self._root / node_id).glob(f"*{SUFFIX}"):
+                if path.name != f"{besides}{SUFFIX}":
+                    with suppress(FileNotFoundError):  # it was admitted or discarded meanwhile
+                        total += path.stat().st_size
+        return total
 
     def path(self, node_id: str, update_id: str) -> Path:
         """Where the update's bytes lie, if any."""
         return self._root / node_id / f"{update_id}{SUFFIX}"
 
-    def _lock(self, update_id: str) -> threading.Lock:
+    @contextmanager
+    def held(self, update_id: str) -> Iterator[None]:
+        """Inside the block no other thread changes the update's bytes, so that what was checked is what is kept."""
+        with self._lock(update_id):
+            yield
+
+    def _lock(self, update_id: str) -> threading.RLock:
         return self._locks[int(update_id[:8], 16) % LOCKS]
 
 

@@ -22,11 +22,18 @@ from protos.manifest import ManifestError, UpdateManifest, verify
 
 KNOWN_SECTIONS: frozenset[str] = frozenset()
 """Named sections that a merge rule of this software reads. The exact product mean reads none."""
+MAX_MANIFEST_BYTES = 64 << 10
+MAX_HEADER_BYTES = 8 << 20
+"""Of a payload's safetensors header; parsed, it takes many times as much memory."""
 Shapes = Mapping[str, tuple[int, int]]
 
 
 def check_signature(node: NodeRecord, manifest: bytes, signature: bytes) -> UpdateManifest:
     """The manifest, if it is one and the node's key signed exactly these bytes."""
+    if len(manifest) > MAX_MANIFEST_BYTES:  # it stays in the journal and in memory for ever
+        raise _refused(
+            Reason.TOO_LARGE, f"The manifest has {len(manifest)} bytes; central reads at most {MAX_MANIFEST_BYTES}."
+        )
     try:
         verify(node.public_key_pem.encode(), manifest, signature)
     except ManifestError as error:
@@ -51,13 +58,10 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
     if manifest.base != base:
         raise _refused(Reason.OTHER_BASE, f"{name} was trained on base {manifest.base}; central's base is {base}.")
     start = state.releases.get(manifest.start.release)
-    if start is None:
+    if start is None or start.cohort != node.cohort:  # one answer: a node learns nothing of other cohorts' releases
         raise _refused(
-            Reason.UNKNOWN_START, f"{name} starts from release {manifest.start.release}, which central does not know."
-        )
-    if start.cohort != node.cohort:
-        raise _refused(
-            Reason.COHORT_MISMATCH, f"{name} starts from a release of another cohort than the node's, {node.cohort!r}."
+            Reason.UNKNOWN_START,
+            f"{name} starts from release {manifest.start.release}, which is not known in cohort {node.cohort!r}.",
         )
     expected = start.manifest.payload.digest_sha256
     if manifest.start.payload != expected or manifest.start.prefix_rank > start.manifest.rank:
@@ -131,8 +135,14 @@ def _check_header(data: bytes, manifest: UpdateManifest, shapes: Shapes) -> None
 def _lora_entries(data: bytes) -> dict[tuple[str, str], tuple[str, tuple[int, int]]]:
     """(module, A or B) -> dtype and shape, as the safetensors header says; other tensors are left to the codec."""
     found: dict[tuple[str, str], tuple[str, tuple[int, int]]] = {}
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER_BYTES:
+        raise _refused(
+            Reason.MALFORMED_PAYLOAD,
+            f"The payload's header has {size} bytes; central reads at most {MAX_HEADER_BYTES}.",
+        )
     try:
-        header: Any = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header: Any = json.loads(data[8 : 8 + size])
         for name, entry in header.items():
             kind, _, rest = name.partition("/")
             module, _, factor = rest.rpartition("/")
@@ -176,6 +186,4 @@ def _refused(reason: Reason, message: str) -> Refused:
     status = grpc.StatusCode.INVALID_ARGUMENT
     if reason in (Reason.OTHER_BASE, Reason.UNKNOWN_START):
         status = grpc.StatusCode.FAILED_PRECONDITION
-    if reason is Reason.COHORT_MISMATCH:
-        status = grpc.StatusCode.PERMISSION_DENIED
     return Refused(status, reason, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.errors import ListenError
 from central.fleet.presence import Presence
+from central.intake import admission
+from central.intake.validation import check_payload
 from central.journal import EventKind, NewEvent
 from central.main import Services
 from protos.fleet.v1 import fleet_pb2
@@ -77,6 +80,7 @@ async def test_a_retried_enrolment_gets_the_same_node_even_when_the_token_is_use
         ({"token_id": ""}, "BAD_TOKEN"),
         ({"base_digest": "0" * 64}, "OTHER_BASE"),
         ({"node_name": "../x"}, "BAD_ARGUMENT"),
+        ({"node_name": "x\n"}, "BAD_ARGUMENT"),
         ({"csr_pem": b"no"}, "BAD_ARGUMENT"),
         ({}, "NAME_TAKEN"),
     ],
@@ -136,6 +140,26 @@ async def test_two_uploads_of_one_update_admit_it_once(central: Central, node: N
     )
     kinds = [event.kind for event in central.rooms.journal.events()]
     assert kinds.count(EventKind.UPDATE_ADMITTED) == 1
+
+
+async def test_bytes_cannot_change_between_their_check_and_their_keeping(
+    central: Central, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = encode_factors()
+    update_id = node.manifest(payload).digest
+    threads: list[threading.Thread] = []
+
+    def check(*arguments: Any) -> None:
+        check_payload(*arguments)
+        # Another stream of the same update, just now.
+        threads.append(threading.Thread(target=central.rooms.partial.discard, args=(node.node_id, update_id)))
+        threads[0].start()
+        threads[0].join(0.2)
+
+    monkeypatch.setattr(admission, "check_payload", check)
+    assert await node.upload(payload)
+    threads[0].join(10)
+    assert central.rooms.blobs.read(sha256_hex(payload)) == payload
 
 
 async def test_a_node_sees_only_its_own_updates(central: Central, node: Node) -> None:
@@ -205,6 +229,7 @@ async def test_a_bad_payload_is_refused_and_leaves_nothing(central: Central, nod
         ({"payload": {"digest_sha256": "0" * 64, "size_bytes": 7000}}, "QUOTA_EXCEEDED"),
         ({"node_id": "b-00000000"}, "BAD_MANIFEST"),
         ({"sections": ["statistics"]}, "UNKNOWN_SECTION"),
+        ({"metrics": {f"loss-{i}": 0.5 for i in range(10_000)}}, "TOO_LARGE"),
     ],
 )
 async def test_a_bad_manifest_is_refused(central: Central, node: Node, fields: dict[str, Any], expected: str) -> None:
@@ -232,8 +257,12 @@ async def test_a_start_of_another_cohort_is_refused(central: Central, node: Node
     foreign = await central.enroll("d", await central.token("zeta"))
     payload = encode_factors()
     start = foreign.manifest(payload).start
-    code, why, _ = await refusal(node.upload(payload, node.manifest(payload, start=start)))
-    assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "COHORT_MISMATCH")
+    code, why, told = await refusal(node.upload(payload, node.manifest(payload, start=start)))
+    assert (code, why) == (grpc.StatusCode.FAILED_PRECONDITION, "UNKNOWN_START")
+    absent = start.model_copy(update={"release": "0" * 64})
+    _, _, same = await refusal(node.upload(payload, node.manifest(payload, start=absent)))
+    # A release of another cohort is answered like one that does not exist.
+    assert told.split("starts from")[1].replace(start.release, "") == same.split("starts from")[1].replace("0" * 64, "")
 
 
 async def test_the_newest_update_of_a_start_counts(central: Central, node: Node) -> None:
@@ -263,6 +292,27 @@ async def test_a_revoked_node_is_refused_and_its_watch_ends(central: Central, no
     assert (await refusal(node.query("0" * 64)))[1] == "REVOKED_NODE"
     listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
     assert (listed.revoked, listed.connected) == (True, False)
+
+
+async def test_a_revoked_nodes_updates_are_not_merged_any_more(central: Central, node: Node) -> None:
+    other = await central.enroll("b", await central.token())
+    payloads = [encode_factors(seed) for seed in range(3)]
+    for sender, payload in ((node, payloads[0]), (other, payloads[1])):
+        await sender.upload(payload)
+    plan = make.make_plan(node.genesis, node.manifest(payloads[0]), other.manifest(payloads[1]))
+    await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
+    merged = encode(LoraTensors({Q_PROJ: harness.make_factors(9).modules[Q_PROJ]}))
+    candidate = await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
+    for _ in range(2):  # the second time nothing more happens
+        await central.operator.RevokeNode(operator_pb2.RevokeNodeRequest(node_id=node.node_id), timeout=20)
+    with central.rooms.journal.read() as state:
+        assert [update.manifest.node_id for update in state.waiting("shared")] == [other.node_id]
+        aside = state.updates[node.manifest(payloads[0]).digest]
+        assert (aside.state, aside.reason) == ("set_aside", "its node was revoked")
+        assert (state.releases[candidate.digest].state, state.open_plans("shared")) == ("rejected", [])
+    events = central.rooms.journal.events()[-2:]
+    assert [event.kind for event in events] == [EventKind.UPDATE_SET_ASIDE, EventKind.NODE_REVOKED]
+    assert events[1].body == {"by": "operator"}
 
 
 # Releases and the watch.
@@ -330,7 +380,7 @@ async def test_a_watch_brings_what_is_there_and_every_change(central: Central, n
     assert (offer.offer_id, offer.tasks, offer.reference) == ("offer-1", 8, node.answer.genesis)
     report = releases_pb2.ReportEvaluationRequest(
         offer_id="offer-1",
-        results=[releases_pb2.EnvironmentResult(environment="e", tasks_digest="t", both_passed=8)],
+        results=[releases_pb2.EnvironmentResult(environment="e", tasks_digest="0" * 64, both_passed=8)],
     )
     for _ in range(2):  # the second one changes nothing
         await node.releases.ReportEvaluation(report, timeout=20)
@@ -344,6 +394,54 @@ async def test_a_watch_brings_what_is_there_and_every_change(central: Central, n
     assert {sha256_hex(event.head.head.manifest) for event in heads} == {release_id}
     stranger = await central.enroll("d", await central.token("zeta"))
     assert (await refusal(stranger.releases.ReportEvaluation(report, timeout=20)))[1] == "UNKNOWN_OFFER"
+
+
+@pytest.mark.parametrize(
+    ("results", "text"),
+    [
+        ([{"both_passed": 9}], "counts 9 tasks of environment 'e'. Expected at most 8"),
+        ([{"both_passed": 2**32 - 1, "neither_passed": 2**32 - 1}], "Expected at most 8"),
+        ([{}], "without any task"),
+        ([{"both_passed": 8}, {"both_passed": 8, "tasks_digest": "1" * 64}], "twice"),
+        ([{"both_passed": 8, "environment": ""}], "not at all"),
+        ([{"both_passed": 8, "environment": "x" * 129}], "128 characters"),
+        ([{"both_passed": 8, "tasks_digest": "t"}], "64 hex digits"),
+        ([{"both_passed": 8, "environment": f"e{i}"} for i in range(257)], "at most 256"),
+        ([], "either results or a reason"),
+    ],
+)
+async def test_a_report_that_no_evaluation_can_make_is_refused(
+    central: Central, node: Node, results: list[dict[str, Any]], text: str
+) -> None:
+    release_id, _ = await make_candidate(central, node, encode_factors())
+    body = {
+        "candidate": release_id,
+        "reference": node.genesis.digest,
+        "tasks": 8,
+        "deadline_at": "2999-01-01T00:00:00Z",
+        "nodes": [node.node_id],
+    }
+    offered = NewEvent(EventKind.EVALUATION_OFFERED, "shared", "offer-1", body)
+    await asyncio.to_thread(central.rooms.journal.append, offered)
+    fields = {"environment": "e", "tasks_digest": "0" * 64}
+    report = releases_pb2.ReportEvaluationRequest(
+        offer_id="offer-1", results=[releases_pb2.EnvironmentResult(**{**fields, **result}) for result in results]
+    )
+    _, why, told = await refusal(node.releases.ReportEvaluation(report, timeout=20))
+    assert (why, text in told) == ("BAD_ARGUMENT", True), told
+    with central.rooms.journal.read() as state:
+        assert not state.evaluations["offer-1"].reports
+
+
+async def test_texts_of_callers_are_kept_short(central: Central, node: Node) -> None:
+    long = "x" * 1_000_000
+    status = fleet_pb2.NodeStatus(problem=long, environments=[long, *("e" for _ in range(1000))], experiences=3)
+    await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=20)
+    listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
+    assert (len(listed.status.problem), len(listed.status.environments), listed.status.experiences) == (500, 256, 3)
+    code, why, told = await refusal(node.releases.GetHead(releases_pb2.GetHeadRequest(channel=long), timeout=20))
+    assert (code, why) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT")
+    assert len(told) == 2000
 
 
 async def test_a_watch_beats(tmp_path: Path) -> None:
@@ -388,8 +486,23 @@ async def test_the_operator_sees_promotes_and_rolls_back(central: Central, node:
     assert [event.sequence for event in events] == [3, 4]
     unknown = operator_pb2.GetReleaseRequest(release="v9-00000000")
     assert (await refusal(operator.GetRelease(unknown, timeout=20)))[1] == "UNKNOWN_RELEASE"
-    bad = operator_pb2.CreateTokenRequest(cohort="No Name", uses=1, valid_s=60)
-    assert (await refusal(operator.CreateToken(bad, timeout=20)))[1] == "BAD_ARGUMENT"
+    for cohort, uses in (("No Name", 1), ("new\n", 1), ("new", 0)):
+        bad = operator_pb2.CreateTokenRequest(cohort=cohort, uses=uses, valid_s=60)
+        assert (await refusal(operator.CreateToken(bad, timeout=20)))[1] == "BAD_ARGUMENT"
+    with central.rooms.journal.read() as state:
+        assert state.cohorts() == ["shared"]
+    typo = operator_pb2.ListUpdatesRequest(cohort="shred")
+    assert (await refusal(operator.ListUpdates(typo, timeout=20)))[1:] == (
+        "UNKNOWN_COHORT",
+        "Cohort 'shred' is not known. Expected one of: shared.",
+    )
+    unknown_node = operator_pb2.ListUpdatesRequest(node_id="nobody")
+    assert (await refusal(operator.ListUpdates(unknown_node, timeout=20)))[1] == "UNKNOWN_NODE"
+    assert (await refusal(operator.ListReleases(operator_pb2.ListReleasesRequest(cohort="x"), timeout=20)))[
+        1
+    ] == "UNKNOWN_COHORT"
+    beyond = operator_pb2.ListEventsRequest(after=2**64 - 1)
+    assert not (await operator.ListEvents(beyond, timeout=20)).events
 
 
 async def test_a_taken_port_is_named(central: Central) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from central.errors import Reason, Refused
-from central.intake.validation import check_payload, increment_norm
+from central.intake.validation import MAX_HEADER_BYTES, check_payload, increment_norm
 from central.settings import LimitSettings
 from protos.lora import LoraModule, LoraTensors, encode
 from tests.unit.central import builders as make
@@ -45,6 +45,12 @@ def test_a_smaller_rank_than_the_manifest_says_is_refused() -> None:
     with pytest.raises(Refused, match="the manifest says 4") as caught:
         check(encode(LoraTensors({"m": make_module(rank=2)})))
     assert caught.value.reason is Reason.BAD_SHAPE
+
+
+def test_a_huge_header_is_refused_before_it_is_parsed() -> None:
+    size = MAX_HEADER_BYTES + 1
+    with pytest.raises(Refused, match=f"header has {size} bytes"):
+        check(size.to_bytes(8, "little") + b" " * size)
 
 
 def test_no_factors_at_all_are_refused() -> None:
