@@ -15,15 +15,18 @@ from examples.quickstart.environments import Node
 
 @dataclass(frozen=True)
 class StopAt:
-    """Rates in percent on the newest waves at which the driver stops; above the bars, because a wave is a sample."""
+    """Rates in percent on the newest waves at which a cohort has learnt enough; above the bars, because a wave is a
+    sample."""
 
     mean_a_b: float
     c: float
     d: float
 
     def holds(self, rates: Mapping[str, float]) -> bool:
-        mean = (rates.get("A", 0.0) + rates.get("B", 0.0)) / 2
-        return mean >= self.mean_a_b and rates.get("C", 0.0) >= self.c and rates.get("D", 0.0) >= self.d
+        """`rates`: those of one cohort's nodes."""
+        if "A" in rates and (rates["A"] + rates["B"]) / 2 < self.mean_a_b:
+            return False
+        return rates.get("C", 100.0) >= self.c and rates.get("D", 100.0) >= self.d
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
     "full": Size(
-        "full", ("A", "B", "C", "D"), recipe.FIRST_WAVE, recipe.NEXT_WAVE, 100, 7, 480, 120, StopAt(93, 63, 93)
+        "full", ("A", "B", "C", "D"), recipe.FIRST_WAVE, recipe.NEXT_WAVE, 100, 7, 600, 120, StopAt(93, 66, 94)
     ),
     "small": Size("small", ("A", "B"), 150, 60, 50, 2, 240, 60, None),
 }
 
-WAVE_CONCURRENCY = 8
-FEEDBACK_SHARE = 0.8
+WAVE_CONCURRENCY = 32
+FEEDBACK_SHARE = 0.95
 """Share of a wave whose feedback a round waits for."""
 MIN_FAILURES_ALONE = 5
 """Failures of the serving release's own answers that start another round at a node that is alone in its cohort. Nodes
@@ -82,11 +85,13 @@ def edge_settings(size: Size, cohort: str) -> dict[str, str]:
     return {
         "EDGE_SERVING__DTYPE": "float32",
         "EDGE_SERVING__MAX_MODEL_LEN": "128",
-        "EDGE_SERVING__MAX_LORA_RANK": "64",
+        "EDGE_SERVING__MAX_LORA_RANK": "32",
         **recipe.LEARNING,
         "EDGE_LEARNING__MIN_EXAMPLES": str(round(FEEDBACK_SHARE * size.first_wave)),
         "EDGE_LEARNING__MIN_NEW_FEEDBACK": str(round(FEEDBACK_SHARE * size.next_wave)),
         "EDGE_LEARNING__MIN_NEW_FAILURES": str(min_failures(cohort)),
+        # After a rejected candidate the next round starts from the same release.
+        "EDGE_LEARNING__SUPERSEDE_AFTER_S": "60",
         # Every release stays loaded until the end, when each is asked what the base could do.
         "EDGE_RELEASES__KEEP": "16",
     }

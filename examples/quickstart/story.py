@@ -10,21 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grpc
 import httpx
 
-from edge_node.environments import Environment, Task
+from edge_node.environments import Environment
 from examples.quickstart import scale
 from examples.quickstart.environments import CompanyApi, PublicTenants
 from examples.quickstart.operator_view import OperatorView, Snapshot
 from examples.quickstart.scale import Size
 from examples.quickstart.system import ALIAS, NodePlan, System
-from examples.quickstart.traffic import Counts, Measurement, measure, send_wave
+from examples.quickstart.traffic import Counts, Measurement, ask_wave, give_feedback, measure
 
 POLL_S = 0.5
+STANDSTILL_S = 15.0
+PEERS_LIMIT_S = 30.0
+"""How long a node's wave waits for those of its cohort on the same release before feedback is given anyway."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class NodeRecord:
     failed: int = 0
     inexact: int = 0
     errors: list[str] = field(default_factory=list)
-    wave_models: dict[str, int] = field(default_factory=dict)
-    """Failed answers of the newest wave on each exact release."""
+    taught: dict[str, int] = field(default_factory=dict)
+    """How often the node was told of enough failures of each release to start a round."""
 
     def count(self, counts: Counts) -> None:
         self.requests += counts.total
@@ -84,8 +87,8 @@ class Story:
         self.records = {plan.key: NodeRecord(plan) for plan in system.plans}
         self.snapshot: Snapshot | None = None
         self.phase = "starting"
-        self.outcome = ""
-        """Why the learning ended, in words."""
+        self.outcome: dict[str, str] = {}
+        """Why each cohort stopped learning, in words."""
         self.learning_started_s: float | None = None
         self.settled_s: float | None = None
         self._say = say
@@ -93,7 +96,7 @@ class Story:
             plan.key: CompanyApi(plan.key, seed=self.seed) for plan in system.plans
         }
         self._anchor: Environment = PublicTenants(seed=self.seed)
-        self._enough = asyncio.Event()
+        self._enough = {plan.cohort: asyncio.Event() for plan in system.plans}
 
     def now_s(self) -> float:
         return time.monotonic() - self.started
@@ -105,9 +108,8 @@ class Story:
             try:
                 async with asyncio.TaskGroup() as group:
                     drives = [group.create_task(self._drive(record)) for record in self.records.values()]
-                    group.create_task(self._decide())
                     group.create_task(self._guard(drives))
-                self.phase = "settling"
+                self.phase = "coming to rest"
                 await self._settle()
                 self.settled_s = self.now_s()
                 self.phase = "measuring"
@@ -128,32 +130,45 @@ class Story:
         record.state = "measuring"
         await self._measure_own(record, "before")
         await self._measure_anchor(record, ALIAS)
-        wave = 0
-        last_release = ""
-        while not self._enough.is_set():
+        cohort, number = record.plan.cohort, 0
+        while not self._enough[cohort].is_set():
             record.state = "idle"
-            if not record.serving or record.serving == last_release:
+            if not record.serving or not self._is_due(record):
                 await asyncio.sleep(POLL_S)
-                continue
-            if self.learning_started_s is None:
-                self.learning_started_s = self.now_s()
-            last_release = record.serving
-            if self.size.stop_at is None and _version(last_release) >= self.size.max_releases:
-                break  # nothing more is to be learnt in this run
-            count = self.size.first_wave if wave == 0 else self.size.next_wave
-            record.state = f"wave of {count}"
-            await self._wave(record, self._environments[key].tasks("train", count=count, seed=1000 * self.seed + wave))
-            wave += 1
+            elif self.size.stop_at is None and _version(record.serving) >= self.size.max_releases:
+                self._finish(cohort, f"{self.size.max_releases} releases were made")
+            else:
+                await self._wave(record, number)
+                number += 1
+            if self.now_s() - (self.learning_started_s or self.now_s()) > self.size.learning_limit_s:
+                self._finish(cohort, f"{self.size.learning_limit_s:.0f} s of learning were over")
         record.state = "done"
 
-    async def _wave(self, record: NodeRecord, tasks: Sequence[Task]) -> None:
-        key = record.plan.key
-        wave = await send_wave(self.system.url(key), ALIAS, self._environments[key], tasks, scale.WAVE_CONCURRENCY)
-        record.count(wave)
+    def _is_due(self, record: NodeRecord) -> bool:
+        """Whether the node has had no wave on what it serves, or needs another because its cohort stands still: a
+        rejected candidate, for example, leaves the release as it is."""
+        point = record.last("wave")
+        if point is None or point.release != record.serving:
+            return True
+        return self.now_s() - point.at_s > STANDSTILL_S and not self.on_its_way(record.plan.cohort)
+
+    async def _wave(self, record: NodeRecord, number: int) -> None:
+        """Ask; say what was wrong, unless the cohort is good enough. Without feedback a node has nothing to learn."""
+        key, url = record.plan.key, self.system.url(record.plan.key)
+        count = self.size.next_wave if number else self.size.first_wave
+        record.state = f"asks {count}"
+        tasks = self._environments[key].tasks("train", count=count, seed=1000 * self.seed + number)
+        wave = await ask_wave(url, ALIAS, self._environments[key], tasks, scale.WAVE_CONCURRENCY)
         point = Point(self.now_s(), "wave", _label(wave), wave.passed, len(tasks))
         record.points.append(point)
-        record.wave_models[point.release] = point.total - point.passed
         self._say(f"node {key} on {point.release}: {point.passed}/{point.total} of its own work is right")
+        record.state = "compares"
+        if number == 0 or not await self._is_enough(record, point.release):
+            record.state = "gives feedback"
+            enough = point.total - point.passed >= scale.min_failures(record.plan.cohort)
+            record.taught[point.release] = record.taught.get(point.release, 0) + enough
+            await give_feedback(url, wave, scale.WAVE_CONCURRENCY)
+        record.count(wave)
 
     async def _measure_own(self, record: NodeRecord, kind: str) -> None:
         key = record.plan.key
@@ -200,69 +215,57 @@ class Story:
             self.system.check()
             await asyncio.sleep(POLL_S)
 
-    async def _decide(self) -> None:
-        """Set `_enough` when the targets hold on the newest waves, or at a limit."""
-        self.phase = "starting"
-        while not self._enough.is_set():
-            await asyncio.sleep(POLL_S)
-            if self.learning_started_s is None or self.snapshot is None:
-                continue
-            self.phase = "learning"
-            releases = len(self.snapshot.accepted("shared"))
-            if self._targets_hold():
-                self.outcome = "the targets hold on the newest waves"
-            elif releases >= self.size.max_releases and (self._waves_on_heads() or self._all_driven()):
-                self.outcome = f"{releases} releases of the shared cohort were made"
-            elif self.now_s() - self.learning_started_s > self.size.learning_limit_s:
-                self.outcome = f"{self.size.learning_limit_s:.0f} s of learning were over"
-            else:
-                continue
-            self._say(f"learning ends: {self.outcome}")
-            self._enough.set()
+    async def _is_enough(self, record: NodeRecord, release: str) -> bool:
+        """Whether the record's cohort meets its targets on `release`; waits a little for the others' waves on it."""
+        cohort = record.plan.cohort
+        others = [other for other in self.records.values() if other.plan.cohort == cohort]
+        limit_s = self.now_s() + PEERS_LIMIT_S
+        while self.now_s() < limit_s and not self._enough[cohort].is_set():
+            points = {other.plan.key: other.last("wave") for other in others}
+            rates: dict[str, float] = {k: p.percent for k, p in points.items() if p and p.release == release}
+            if len(rates) == len(others):
+                self._decide(cohort, release, rates)
+                break
+            await asyncio.sleep(POLL_S / 5)
+        return self._enough[cohort].is_set()
 
-    def _all_driven(self) -> bool:
-        return all(record.state == "done" for record in self.records.values())
+    def _decide(self, cohort: str, release: str, rates: Mapping[str, float]) -> None:
+        if self.size.stop_at is not None and self.size.stop_at.holds(rates):
+            reason = f"the targets hold on {release}"
+        elif _version(release) >= self.size.max_releases:
+            reason = f"{self.size.max_releases} releases were made"
+        else:
+            return
+        self._finish(cohort, reason)
 
-    def _waves_on_heads(self) -> bool:
-        """Whether every node has had a wave on the head of its cohort."""
-        for record in self.records.values():
-            head = self.snapshot.head(record.plan.cohort) if self.snapshot else None
-            point = record.last("wave")
-            if head is None or point is None or point.release != head.label:
-                return False
-        return True
-
-    def _targets_hold(self) -> bool:
-        if self.size.stop_at is None or not self._waves_on_heads():
-            return False
-        rates: dict[str, float] = {
-            key: point.percent for key, record in self.records.items() if (point := record.last("wave"))
-        }
-        return self.size.stop_at.holds(rates)
+    def _finish(self, cohort: str, reason: str) -> None:
+        if not self._enough[cohort].is_set():
+            self.outcome[cohort] = reason
+            self._say(f"cohort {cohort} stops learning: {reason}")
+            self._enough[cohort].set()
 
     def expects_update(self, record: NodeRecord) -> bool:
-        """Whether the node has seen enough failures of its release to be training, and its update is not here yet."""
-        if (
-            not record.plan.learns
-            or self.snapshot is None
-            or record.wave_models.get(record.serving, -1) < scale.min_failures(record.plan.cohort)
-        ):
+        """Whether the node was taught enough on its release to be training, and its update is not here yet."""
+        if not record.plan.learns or self.snapshot is None:
             return False
         node = self.snapshot.nodes.get(record.plan.name)
         release = next((r for r in self.snapshot.releases if r.label == record.serving), None)
-        return not any(
-            node and release and update.node_id == node.node_id and update.start_release_id == release.release_id
+        here = sum(
+            node is not None and release is not None
+            and update.node_id == node.node_id and update.start_release_id == release.release_id
             for update in self.snapshot.updates
-        )
+        )  # fmt: skip
+        return record.taught.get(record.serving, 0) > here
 
-    def on_its_way(self) -> list[str]:
-        """What still moves, in words; empty when the system is at rest."""
+    def on_its_way(self, cohort: str | None = None) -> list[str]:
+        """What still moves (in `cohort`), in words; empty when it is at rest."""
         if self.snapshot is None:
             return ["central has not been seen"]
-        counts = self.snapshot.update_counts()
+        counts = self.snapshot.update_counts(cohort)
+        records = {key: record for key, record in self.records.items() if cohort in (None, record.plan.cohort)}
         moving = [f"{counts[state]} updates {state}" for state in ("waiting", "planned") if counts[state]]
-        moving += [f"node {key} trains" for key, record in self.records.items() if self.expects_update(record)]
-        for key, record in self.records.items():
+        moving += [f"node {key} trains" for key, record in records.items() if self.expects_update(record)]
+        for key, record in records.items():
             head = self.snapshot.head(record.plan.cohort)
             if head is not None and record.serving != head.label:
                 moving.append(f"node {key} does not serve {head.label} yet")
@@ -277,7 +280,7 @@ class Story:
             moving = self.on_its_way()
             rested = 0 if moving else rested + 1
             if self.now_s() > limit_s:
-                self.outcome += "; still on its way at the end: " + ", ".join(moving)
+                self.outcome["still on its way"] = ", ".join(moving)
                 self._say(f"not at rest after {self.size.settle_limit_s:.0f} s: {', '.join(moving)}")
                 return
             await asyncio.sleep(POLL_S)

@@ -10,14 +10,14 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from openai import AsyncOpenAI, OpenAIError
 
 from edge_node.environments import Environment, Task
 
-_One = Callable[[AsyncOpenAI, httpx.AsyncClient, Task], Awaitable[None]]
+T = TypeVar("T")
 
 MAX_ANSWER_TOKENS = 64
 TIMEOUT_S = 60.0
@@ -46,6 +46,8 @@ class Wave(Counts):
     passed: int = 0
     corrected: int = 0
     """Feedback accepted with a correction."""
+    pending: list[dict[str, str | float]] = field(default_factory=list)
+    """Feedback that is not posted yet."""
 
 
 @dataclass
@@ -84,9 +86,23 @@ async def send_wave(
         concurrency: requests in flight at a time.
         transport: how httpx reaches the address; tests answer here.
     """
+    wave = await ask_wave(url, alias, environment, tasks, concurrency, transport)
+    await give_feedback(url, wave, concurrency, transport)
+    return wave
+
+
+async def ask_wave(
+    url: str,
+    alias: str,
+    environment: Environment,
+    tasks: Sequence[Task],
+    concurrency: int = 8,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> Wave:
+    """The first half of `send_wave`: ask and verify. What there is to say of the answers waits in `wave.pending`."""
     wave = Wave()
 
-    async def one(client: AsyncOpenAI, http: httpx.AsyncClient, task: Task) -> None:
+    async def one(client: AsyncOpenAI, _: httpx.AsyncClient, task: Task) -> None:
         answer = await _ask(client, alias, alias, task, wave)
         if answer is None:
             return
@@ -95,11 +111,23 @@ async def send_wave(
         feedback: dict[str, str | float] = {"id": answer.id, "score": outcome.score}
         if outcome.correction is not None:
             feedback["correction"] = outcome.correction
-        if await _post_feedback(http, feedback, wave) and outcome.correction is not None:
-            wave.corrected += 1
+        wave.pending.append(feedback)
 
     await _for_each(url, tasks, concurrency, one, transport)
     return wave
+
+
+async def give_feedback(
+    url: str, wave: Wave, concurrency: int = 8, transport: httpx.AsyncBaseTransport | None = None
+) -> None:
+    """The second half of `send_wave`: post what waits in `wave.pending`."""
+    waiting, wave.pending = wave.pending, []
+
+    async def one(_: AsyncOpenAI, http: httpx.AsyncClient, feedback: dict[str, str | float]) -> None:
+        if await _post_feedback(http, feedback, wave) and "correction" in feedback:
+            wave.corrected += 1
+
+    await _for_each(url, waiting, concurrency, one, transport)
 
 
 async def measure(
@@ -107,7 +135,7 @@ async def measure(
     model: str,
     environment: Environment,
     tasks: Sequence[Task],
-    concurrency: int = 16,
+    concurrency: int = 32,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> Measurement:
     """Ask every held-out task once, greedily, and count the verified answers.
@@ -173,18 +201,22 @@ def _fail(counts: Counts, message: str) -> None:
 
 
 async def _for_each(
-    url: str, tasks: Sequence[Task], concurrency: int, one: _One, transport: httpx.AsyncBaseTransport | None
+    url: str,
+    items: Sequence[T],
+    concurrency: int,
+    one: Callable[[AsyncOpenAI, httpx.AsyncClient, T], Awaitable[None]],
+    transport: httpx.AsyncBaseTransport | None,
 ) -> None:
     http = httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, transport=transport)
     # The openai client types its own copy of httpx, and takes a client of the original as well.
     shared: Any = None if transport is None else http
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S, http_client=shared)
     async with http, client:
-        pending = iter(tasks)
+        pending = iter(items)
 
         async def work() -> None:
-            for task in pending:
-                await one(client, http, task)
+            for item in pending:
+                await one(client, http, item)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
