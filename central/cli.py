@@ -1,7 +1,7 @@
-"""`central`: serve | nodes | tokens | releases | updates | events.
+"""`central`: serve | nodes | tokens | releases | updates | events | journal.
 
 In: arguments and CENTRAL_* variables. Out: text or JSON, and one clear line with an exit code for every error. All
-commands but `serve` ask the running central as its operator. Heavy imports happen inside the commands, so that
+commands but `serve` and `journal` ask the running central as its operator. Heavy imports happen inside the commands, so that
 `--help` answers at once.
 """
 
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     nodes = _command(commands, "nodes", _asking(_nodes), "enrolled nodes and what they report")
     _json(nodes)
     node_actions = nodes.add_subparsers(metavar="ACTION")
-    _json(_command(node_actions, "list", _asking(_nodes), "every node (the default)"))
+    _json(_command(node_actions, "list", _asking(_nodes), "every node (the default)"), nested=True)
     revoke = _command(node_actions, "revoke", _asking(_revoke), "refuse a node from now on")
     revoke.add_argument("node_id")
     _add_tokens(commands)
@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     events.add_argument("--after", type=int, default=0, help="events after this number (default 0)")
     events.add_argument("--limit", type=int, default=1000, help="at most this many (default 1000)")
     _json(events)
+    journal = commands.add_parser("journal", help="check the journal's hash chain", description="the journal on disk")
+    journal_actions = journal.add_subparsers(required=True, metavar="ACTION")
+    text = "re-read every event, check the hash chain and replay it; writes nothing, central may run or not"
+    _json(_command(journal_actions, "verify", _verify, text))
     return parser
 
 
@@ -103,7 +107,7 @@ def _add_releases(commands: Any) -> None:
         help="what happens to the abandoned releases' updates",
     )
     for parser in (listing, show, promote, rollback):
-        _json(parser)
+        _json(parser, nested=True)
 
 
 def _command(commands: Any, name: str, run: Callable[[CentralSettings, Options], None], text: str) -> Any:
@@ -112,8 +116,10 @@ def _command(commands: Any, name: str, run: Callable[[CentralSettings, Options],
     return parser
 
 
-def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="for machines")
+def _json(parser: argparse.ArgumentParser, nested: bool = False) -> None:
+    # Below a command that has --json too, the default is that command's, or `nodes --json list` would print a table.
+    default = argparse.SUPPRESS if nested else False
+    parser.add_argument("--json", action="store_true", default=default, help="for machines")
 
 
 def _serve(settings: CentralSettings, options: Options) -> None:
@@ -158,10 +164,13 @@ def _revoke(client: OperatorClient, options: Options) -> None:
 def _create_token(client: OperatorClient, options: Options) -> None:
     from protos.operator.v1 import operator_pb2
 
-    valid_s = int(options.valid_hours * 3600)
-    if not (0 < options.uses < 2**32 and 0 < valid_s < 2**32):
-        raise CentralError(f"--uses {options.uses} and --valid-hours {options.valid_hours:g} must both be positive.")
-    request = operator_pb2.CreateTokenRequest(cohort=options.cohort, uses=options.uses, valid_s=valid_s)
+    valid_s = options.valid_hours * 3600
+    if not (0 < options.uses < 2**32 and 0 < valid_s < 2**32):  # also false for nan
+        raise CentralError(
+            f"--uses {options.uses} with --valid-hours {options.valid_hours:g} is not possible. Expected both above 0, "
+            f"below {2**32} uses and {2**32 // 3600} hours."
+        )
+    request = operator_pb2.CreateTokenRequest(cohort=options.cohort, uses=options.uses, valid_s=int(valid_s))
     answer = client.ask(client.stub.CreateToken, request)
     print(json.dumps({"token": answer.token}) if options.json else answer.token)
 
@@ -227,9 +236,10 @@ def _updates(client: OperatorClient, options: Options) -> None:
 def _events(client: OperatorClient, options: Options) -> None:
     from protos.operator.v1 import operator_pb2
 
-    if options.after < 0 or not 0 < options.limit < 2**32:
+    if not 0 <= options.after < 2**63 or not 0 < options.limit < 2**32:
         raise CentralError(
-            f"--after {options.after} and --limit {options.limit} must not be negative; --limit at least 1."
+            f"--after {options.after} with --limit {options.limit} is not possible. Expected --after 0 to {2**63 - 1} and "
+            "--limit at least 1."
         )
     request = operator_pb2.ListEventsRequest(after=options.after, limit=options.limit)
     rows = _rows(client.ask(client.stub.ListEvents, request).events)
@@ -237,6 +247,18 @@ def _events(client: OperatorClient, options: Options) -> None:
         for row in rows:
             row["body"] = json.loads(row["body"])
     _print(options, rows, ("sequence", "at", "cohort", "kind", "subject"))
+
+
+def _verify(settings: CentralSettings, options: Options) -> None:
+    from central.journal import verify_journal
+
+    last = verify_journal(settings.journal_url)
+    count, digest = (last.sequence, last.hash) if last else (0, "")
+    if options.json:
+        print(json.dumps({"events": count, "hash": digest}))
+    else:
+        # A cut-off tail cannot be seen from the chain itself, only against what somebody else wrote down.
+        print(f"The journal is whole: {count} events, the last one with hash {digest or 'none'}.")
 
 
 def _rows(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -249,7 +271,7 @@ def _print(options: Options, rows: list[dict[str, Any]], columns: Sequence[str])
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    table = [list(columns), *([str(row[column]) for column in columns] for row in rows)]
+    table = [list(columns), *([_printable(row[column]) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -261,7 +283,12 @@ def _print_one(options: Options, message: Any) -> None:
         print(json.dumps(row, indent=2))
         return
     for key, value in row.items():
-        print(f"{key}: {json.dumps(value) if isinstance(value, Mapping | list) else value}")
+        print(f"{key}: {json.dumps(value) if isinstance(value, Mapping | list) else _printable(value)}")
+
+
+def _printable(value: object) -> str:
+    """Text may come from a node: it must neither break a table nor steer the operator's terminal."""
+    return "".join(character if character.isprintable() else " " for character in str(value))
 
 
 if __name__ == "__main__":

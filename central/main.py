@@ -104,7 +104,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
     blobs = BlobStore(settings.data_dir / "blobs")
     partial = PartialUploads(settings.data_dir / "uploads")
-    journal = Journal(settings.journal.url or f"sqlite:///{(settings.data_dir / 'journal.db').absolute()}")
+    journal = Journal(settings.journal_url)
     stack.callback(journal.close)
     _expect_same_base(journal, base)
     registry = Registry(journal, blobs, pki.release_key, base.digest)

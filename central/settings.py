@@ -114,6 +114,11 @@ class CentralSettings(BaseSettings):
     gate: GateSettings = GateSettings()
     limits: LimitSettings = LimitSettings()
 
+    @property
+    def journal_url(self) -> str:
+        """Where the journal is: the URL of the settings, or the file in the data directory."""
+        return self.journal.url or f"sqlite:///{(self.data_dir / 'journal.db').absolute()}"
+
 
 def load_settings() -> CentralSettings:
     """Settings from the environment; raises SettingsError with one line per mistake."""

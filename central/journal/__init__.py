@@ -1,7 +1,7 @@
 """The journal: events enter, a durable hash-chained record and the state it implies leave."""
 
 from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
-from central.journal.journal import Journal
+from central.journal.journal import Journal, verify_journal
 from central.journal.plan import MergePlan, PlannedUpdate
 from central.journal.records import (
     EvaluationRecord,
@@ -36,4 +36,5 @@ __all__ = [
     "UpdateRecord",
     "VerdictRecord",
     "utc_now",
+    "verify_journal",
 ]

@@ -12,9 +12,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -64,12 +66,13 @@ class Journal:
         self._changed = threading.Condition(threading.RLock())
         self._listeners: list[Callable[[Event], None]] = []
         self._state = State()
+        self._closed = False
         try:
             self._engine = _open(url)
             _METADATA.create_all(self._engine)
-            for event in self._chain():
-                self._replay(event)
-        except SQLAlchemyError as error:
+            for event in _chain(self._engine):
+                _replay(self._state, event)
+        except (SQLAlchemyError, ImportError) as error:  # ImportError: the database's driver is not installed
             raise StorageError(
                 f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
             ) from error
@@ -78,10 +81,12 @@ class Journal:
     def append(self, *events: NewEvent) -> list[Event]:
         """Record `events` in one durable transaction.
 
-        Raises JournalConflict when one of them does not fit the state, StorageError when the disk refuses; in both
-        cases nothing was recorded.
+        Raises JournalConflict when one of them does not fit the state, StorageError when the disk refuses or the journal
+        is closed; in all cases nothing was recorded.
         """
         with self._changed:
+            if self._closed:  # a merge that outlives central's stop must not write beside the next central
+                raise StorageError("The journal is closed because central stops. The next start goes on from here.")
             self._state.mark()
             try:
                 recorded = [self._apply(new) for new in events]
@@ -149,19 +154,16 @@ class Journal:
 
     def events(self, after: int = 0, limit: int = _PAGE) -> list[Event]:
         """At most `limit` events with a sequence above `after`, in order."""
-        query = sa.select(_EVENTS).where(_EVENTS.c.sequence > after).order_by(_EVENTS.c.sequence).limit(limit)
-        try:
-            with self._engine.connect() as connection:
-                return [_event(row) for row in connection.execute(query)]
-        except SQLAlchemyError as error:
-            raise StorageError(f"The journal cannot be read: {_cause(error)}.") from error
+        return [_event(row) for row in _rows(self._engine, after, limit)]
 
     def verify(self) -> int:
         """Re-read the whole chain; returns the number of events, raises JournalCorrupt naming the first bad one."""
-        return sum(1 for _ in self._chain())
+        return sum(1 for _ in _chain(self._engine))
 
     def close(self) -> None:
-        """Close the database; idempotent."""
+        """Close the database; idempotent. Nothing can be appended afterwards."""
+        with self._changed:
+            self._closed = True
         self._engine.dispose()
 
     def _apply(self, new: NewEvent) -> Event:
@@ -185,34 +187,74 @@ class Journal:
                 f"The journal cannot be written: {_cause(error)}. Check the disk of the data directory."
             ) from error
 
-    def _chain(self) -> Iterator[Event]:
-        previous_hash, sequence = FIRST_HASH, 0
-        while page := self.events(sequence):
-            for event in page:
-                sequence += 1
-                if (event.sequence, event.previous_hash, event.hash) != (sequence, previous_hash, event.expected_hash):
-                    raise JournalCorrupt(
-                        f"Journal event {event.sequence} ({event.kind} of {event.subject}) does not fit the chain: "
-                        f"expected number {sequence} after hash {previous_hash[:8]}. Restore the journal from a backup."
-                    )
-                previous_hash = event.hash
-                yield event
 
-    def _replay(self, event: Event) -> None:
-        try:
-            self._state.apply(event)
-            self._state.mark()
-        except (JournalConflict, KeyError, ValueError) as error:
-            raise JournalCorrupt(
-                f"Journal event {event.sequence} ({event.kind}) cannot be replayed: {error}. "
-                "It was written by other software, or altered; restore the journal from a backup."
-            ) from error
+def verify_journal(url: str) -> Event | None:
+    """Re-read the whole chain of an existing journal and replay it; returns its last event.
+
+    Writes nothing and needs no running central, but may run beside one. Raises StorageError when the journal cannot be
+    read, JournalCorrupt naming the first bad event.
+    """
+    last = None
+    state = State()
+    try:
+        engine = _open(url, read_only=True)
+    except (SQLAlchemyError, ImportError) as error:
+        raise StorageError(f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL.") from error
+    try:
+        for last in _chain(engine):
+            _replay(state, last)
+    finally:
+        engine.dispose()
+    return last
 
 
-def _open(url: str) -> sa.Engine:
+def _chain(engine: sa.Engine) -> Iterator[Event]:
+    previous_hash, sequence = FIRST_HASH, 0
+    while page := _rows(engine, sequence, _PAGE):
+        for event in map(_event, page):  # one by one, so that the first bad event is the one that is named
+            sequence += 1
+            if (event.sequence, event.previous_hash, event.hash) != (sequence, previous_hash, event.expected_hash):
+                raise JournalCorrupt(
+                    f"Journal event {event.sequence} ({event.kind} of {event.subject}) does not fit the chain: "
+                    f"expected number {sequence} after hash {previous_hash[:8]}. Restore the journal from a backup."
+                )
+            previous_hash = event.hash
+            yield event
+
+
+def _replay(state: State, event: Event) -> None:
+    try:
+        state.apply(event)
+        state.mark()
+    except (JournalConflict, KeyError, ValueError) as error:
+        raise JournalCorrupt(
+            f"Journal event {event.sequence} ({event.kind}) cannot be replayed: {error}. "
+            "It was written by other software, or altered; restore the journal from a backup."
+        ) from error
+
+
+def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
+    query = sa.select(_EVENTS).where(_EVENTS.c.sequence > after).order_by(_EVENTS.c.sequence).limit(limit)
+    try:
+        with engine.connect() as connection:
+            return connection.execute(query).all()
+    except SQLAlchemyError as error:
+        raise StorageError(
+            f"The journal cannot be read: {_cause(error)}. Check CENTRAL_JOURNAL__URL and CENTRAL_DATA_DIR."
+        ) from error
+
+
+def _open(url: str, read_only: bool = False) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
         return sa.create_engine(parsed)
+    if parsed.database in (None, "", ":memory:"):
+        raise StorageError(
+            "CENTRAL_JOURNAL__URL names a database in memory. Expected a file, which survives a restart."
+        )
+    if read_only:
+        file = f"file:{quote(str(Path(str(parsed.database)).absolute()))}"
+        return sa.create_engine(parsed.set(database=file, query={"mode": "ro", "uri": "true"}))
     engine = sa.create_engine(parsed)
 
     @sa.event.listens_for(engine, "connect")
@@ -242,10 +284,12 @@ def _row(event: Event) -> dict[str, Any]:
 def _event(row: sa.Row[Any]) -> Event:
     try:
         kind, body = EventKind(row.kind), json.loads(row.body)
+        if not isinstance(body, dict):
+            raise ValueError(f"its body is {row.body[:40]!r}, not an object")
     except ValueError as error:
         raise JournalCorrupt(f"Journal event {row.sequence} of kind {row.kind!r} cannot be read: {error}.") from error
     return Event(row.sequence, row.at, kind, row.cohort, row.subject, body, row.previous_hash, row.hash)
 
 
-def _cause(error: SQLAlchemyError) -> str:
+def _cause(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).splitlines()[0]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from central.errors import ListenError
+from central.errors import ListenError, StorageError
 from central.fleet.presence import Presence
 from central.intake import admission
 from central.intake.validation import check_payload
@@ -503,6 +503,17 @@ async def test_the_operator_sees_promotes_and_rolls_back(central: Central, node:
     ] == "UNKNOWN_COHORT"
     beyond = operator_pb2.ListEventsRequest(after=2**64 - 1)
     assert not (await operator.ListEvents(beyond, timeout=20)).events
+
+
+async def test_a_failing_disk_is_said_to_be_one(central: Central, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("/secret/path is full")
+
+    monkeypatch.setattr(central.rooms.journal, "events", fail)
+    request = operator_pb2.ListEventsRequest()
+    code, why, told = await refusal(central.operator.ListEvents(request, timeout=20))
+    assert (code, why) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED")
+    assert "secret" not in told
 
 
 async def test_a_taken_port_is_named(central: Central) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 
-from central.cli import main
-from central.operator.client import plain
+from central.cli import _parser, _print, main
+from central.errors import REASON_KEY, CentralError
+from central.fleet.pki import Pki
+from central.journal import Journal
+from central.operator.client import OperatorClient, plain
 from protos.operator.v1 import operator_pb2
 from protos.updates.v1 import updates_pb2
+from tests.unit.central import builders as make
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -24,7 +32,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("serve", "nodes", "tokens", "releases", "updates", "events"):
+    for command in ("serve", "nodes", "tokens", "releases", "updates", "events", "journal"):
         assert command in done.stdout
 
 
@@ -46,6 +54,10 @@ def test_messages_become_plain_values() -> None:
         (["serve"], {}, 2, "CENTRAL_BASE__PATH is not set"),
         (["serve"], {"CENTRAL_BASE__PATH": "/nowhere"}, 2, "does not exist"),
         (["nodes"], {"CENTRAL_PORT": "1"}, 2, "CENTRAL_PORT: unknown setting"),
+        (["journal", "verify"], {}, 5, "unable to open database file"),
+        (["journal", "verify"], {"CENTRAL_JOURNAL__URL": "sqlite://"}, 5, "in memory"),
+        (["journal", "verify"], {"CENTRAL_JOURNAL__URL": "no url"}, 5, "Could not parse"),
+        (["journal", "verify"], {"CENTRAL_JOURNAL__URL": "mysql+nodriver://x/y"}, 5, "nodriver"),
     ],
 )
 def test_an_error_is_one_line_with_its_exit_code(
@@ -59,10 +71,94 @@ def test_an_error_is_one_line_with_its_exit_code(
 ) -> None:
     for key, value in {"CENTRAL_DATA_DIR": str(tmp_path), **environment}.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
+    assert run(*arguments) == code
     printed = capsys.readouterr()
-    assert caught.value.code == code
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert text in printed.err
+    assert not list(tmp_path.glob("*.db"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tokens", "create", "--valid-hours", "nan"],
+        ["tokens", "create", "--valid-hours", "inf"],
+        ["tokens", "create", "--uses", str(2**40)],
+        ["events", "--after", str(2**64)],
+    ],
+)
+def test_a_number_that_cannot_be_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Pki.load_or_create(tmp_path, [])
+    monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
+    assert run(*arguments) == 1
+    assert "is not possible. Expected" in capsys.readouterr().err
+
+
+def test_the_journal_is_verified_beside_a_running_central(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
+    journal = Journal(f"sqlite:///{tmp_path}/journal.db")
+    make.start_cohort(journal)
+    digest = journal.events()[-1].hash
+    assert run("journal", "verify") == 0
+    assert capsys.readouterr().out == f"The journal is whole: 3 events, the last one with hash {digest}.\n"
+    journal.close()
+    assert run("journal", "verify", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"events": 3, "hash": digest}
+    for change, number in (("body = 'null'", 3), ("subject = 'x'", 2)):
+        with sqlite3.connect(tmp_path / "journal.db") as other:
+            other.execute(f"update events set {change} where sequence = {number}")
+        assert run("journal", "verify") == 5
+        assert f"Journal event {number} " in capsys.readouterr().err
+
+
+class Failed(grpc.RpcError):
+    """How a call ends that central could not answer; `metadata` says whether central itself spoke."""
+
+    def __init__(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self.metadata = metadata
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "the disk is full"
+
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self.metadata
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code", "text"),
+    [((), 4, "does not answer at host:1"), (((REASON_KEY, "STORAGE_FAILED"),), 1, "the disk is full")],
+)
+def test_a_central_that_refuses_is_not_one_that_is_away(
+    metadata: tuple[tuple[str, str], ...], code: int, text: str
+) -> None:
+    def call(request: object, timeout: float) -> None:
+        raise Failed(metadata)
+
+    with grpc.insecure_channel("host:1") as channel, pytest.raises(CentralError, match=text) as caught:
+        OperatorClient(channel, "host:1").ask(call, operator_pb2.ListNodesRequest())
+    assert caught.value.exit_code == code
+
+
+def test_json_may_stand_before_or_after_the_action() -> None:
+    for arguments in (["nodes", "--json", "list"], ["nodes", "list", "--json"], ["releases", "--json", "list"]):
+        assert _parser().parse_args(arguments).json is True
+    assert _parser().parse_args(["releases", "show", "v1"]).json is False
+
+
+def test_a_nodes_words_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    _print(argparse.Namespace(json=False), [{"problem": "disk\n\x1b[2Jfull"}], ("problem",))
+    assert capsys.readouterr().out == "problem\ndisk  [2Jfull\n"
+
+
+def run(*arguments: str) -> object:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    return caught.value.code

@@ -121,3 +121,16 @@ def test_listeners_hear_committed_events_in_order_until_unsubscribed(journal: Jo
     unsubscribe()
     journal.append(make.admitted(make.make_update(genesis)))
     assert heard == journal.events(limit=3)
+
+
+def test_a_closed_journal_takes_nothing(journal: Journal, path: Path) -> None:
+    journal.close()
+    with pytest.raises(StorageError, match="closed because central stops"):
+        make.start_cohort(journal)
+    assert Journal(f"sqlite:///{path}").verify() == 0
+
+
+@pytest.mark.parametrize(("url", "text"), [("sqlite://", "in memory"), ("postgresql+nodriver://x/y", "nodriver")])
+def test_a_database_that_cannot_keep_a_journal_is_refused(url: str, text: str) -> None:
+    with pytest.raises(StorageError, match=text):
+        Journal(url)
