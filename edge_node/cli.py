@@ -10,12 +10,16 @@ import argparse
 import asyncio
 import json
 import logging
+import sqlite3
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_node import __version__
-from edge_node.errors import EdgeError
+from edge_node.errors import EdgeError, StorageError
 from edge_node.settings import EdgeSettings, load_settings
+
+if TYPE_CHECKING:
+    from edge_node.outbox import Outbox
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,6 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     except EdgeError as error:
         print(f"edge-node: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (OSError, sqlite3.Error) as error:
+        print(
+            f"edge-node: {type(error).__name__}: {error}. Check EDGE_DATA_DIR: its permissions, space and files.",
+            file=sys.stderr,
+        )
+        sys.exit(StorageError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -121,9 +131,7 @@ def _doctor(settings: EdgeSettings, options: argparse.Namespace) -> int:
 def _outbox_list(settings: EdgeSettings, options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from edge_node.outbox import Outbox
-
-    entries = [asdict(entry) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
+    entries = [asdict(entry) for entry in _open_outbox(settings).list()]
     if options.json:
         print(json.dumps(entries, indent=1, default=str))
     else:
@@ -135,20 +143,26 @@ def _outbox_list(settings: EdgeSettings, options: argparse.Namespace) -> int:
 
 
 def _outbox_decide(settings: EdgeSettings, options: argparse.Namespace) -> int:
-    from edge_node.outbox import Outbox
-
-    outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval)
+    outbox = _open_outbox(settings)
     matches = [entry.update_id for entry in outbox.list() if entry.update_id.startswith(options.update_id)]
     if len(matches) != 1:
         raise EdgeError(
             f"{len(matches)} updates match {options.update_id!r}; expected exactly one. See `edge-node outbox list`."
         )
-    if options.decision == "approve":
-        outbox.approve(matches[0])
-    else:
-        outbox.reject(matches[0])
+    try:
+        (outbox.approve if options.decision == "approve" else outbox.reject)(matches[0])
+    except (ValueError, LookupError) as error:
+        raise EdgeError(str(error)) from error
     print(f"{matches[0]} {options.decision}{'d' if options.decision.endswith('e') else 'ed'}.")
     return 0
+
+
+def _open_outbox(settings: EdgeSettings) -> Outbox:
+    from edge_node.identity import Identity
+    from edge_node.outbox import Outbox
+
+    Identity.load(settings.data_dir)  # a mistyped EDGE_DATA_DIR must not look like an empty outbox
+    return Outbox(settings.data_dir / "outbox", settings.outbox.approval)
 
 
 def _fields(record: logging.LogRecord) -> bool:

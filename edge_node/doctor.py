@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 import socket
+import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,7 +46,7 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     identity = Identity.load(settings.data_dir)
     store = ReleaseStore(settings.data_dir, identity, await asyncio.to_thread(read_base, settings))
     active = store.active()
-    outbox = [entry.state for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
+    outbox = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
     counts = ExperienceStore(settings.data_dir / "experience.db").counts()
     status: dict[str, Any] = {
         "node_id": identity.node_id,
@@ -87,6 +88,8 @@ async def run_checks(settings: EdgeSettings) -> list[Check]:
             results.append(Check(name, True, await check(settings)))
         except EdgeError as error:
             results.append(Check(name, False, str(error)))
+        except (OSError, sqlite3.Error) as error:
+            results.append(Check(name, False, f"{type(error).__name__}: {error}. Check EDGE_DATA_DIR."))
     return results
 
 
@@ -172,9 +175,8 @@ async def _check_endpoint(settings: EdgeSettings) -> str:
 
 
 async def _is_ready(settings: EdgeSettings) -> bool:
-    host = "127.0.0.1" if settings.serving.host in ("0.0.0.0", "::") else settings.serving.host
-    async with httpx.AsyncClient(timeout=5) as client:
+    async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
         try:
-            return (await client.get(f"http://{host}:{settings.serving.port}/ready")).status_code == httpx.codes.OK
+            return (await client.get(f"{settings.serving.url}/ready")).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False

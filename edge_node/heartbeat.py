@@ -7,10 +7,13 @@ Imports nothing heavy, because a probe runs often.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 
 from edge_node.errors import EdgeError
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "supervisor.alive"
 INTERVAL_S = 5.0
@@ -21,7 +24,10 @@ SILENCE_S = 60.0
 async def beat(data_dir: Path) -> None:
     """Touch the file until cancelled."""
     while True:
-        (data_dir / FILE_NAME).touch()
+        try:
+            (data_dir / FILE_NAME).touch()
+        except OSError as error:  # a full disk must not make a supervisor look dead that later recovers
+            log.warning("sign of life not written", extra={"why": str(error)})
         await asyncio.sleep(INTERVAL_S)
 
 

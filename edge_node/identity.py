@@ -81,15 +81,18 @@ class Identity:
     def load(cls, data_dir: Path) -> Identity:
         """Raises EnrollmentError when the node is not enrolled, StorageError when its files cannot be read."""
         folder = data_dir / "identity"
-        if not (folder / "identity.json").is_file():
+        try:
+            document = json.loads((folder / "identity.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
             raise EnrollmentError(
                 f"This node is not enrolled: {folder / 'identity.json'} does not exist. Run `edge-node enroll` with "
                 "EDGE_CENTRAL__JOIN_TOKEN set to a token from `central tokens create`."
-            )
+            ) from None
+        except (OSError, ValueError) as error:
+            raise _damaged(folder, error) from error
         try:
-            document = json.loads((folder / "identity.json").read_bytes())
-            key = load_pem_private_key((folder / "node.key").read_bytes(), password=None)
-            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            key = _read_key(folder / "node.key")
+            x509.load_pem_x509_certificate((folder / "node.pem").read_bytes())
             return cls(
                 node_id=document["node_id"],
                 cohort=document["cohort"],
@@ -99,10 +102,8 @@ class Identity:
                 ca_pem=(folder / "ca.pem").read_bytes(),
                 release_key_pem=(folder / "release.pub.pem").read_bytes(),
             )
-        except (OSError, ValueError, KeyError, AssertionError) as error:
-            raise StorageError(
-                f"The identity in {folder} cannot be read: {error}. Restore it, or enrol anew."
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(folder, error) from error
 
     def channel(self, settings: EdgeSettings) -> grpc.aio.Channel:
         """A mutual-TLS channel to central; reconnects by itself."""
@@ -212,7 +213,21 @@ def _own_key(folder: Path) -> ec.EllipticCurvePrivateKey:
         key = ec.generate_private_key(ec.SECP256R1())
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         write_durably(path, pem, mode=0o600)
+    try:
+        return _read_key(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     loaded = load_pem_private_key(path.read_bytes(), password=None)
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-        raise StorageError(f"{path} holds a {type(loaded).__name__}; expected an ECDSA P-256 key.")
+        raise ValueError(f"{path} holds a {type(loaded).__name__}; expected an ECDSA P-256 key")
     return loaded
+
+
+def _damaged(folder: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"The identity in {folder} cannot be read ({type(error).__name__}: {error}). Restore it, or move {folder} away "
+        "and enrol anew with a new token."
+    )

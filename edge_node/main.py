@@ -59,6 +59,7 @@ async def enroll(settings: EdgeSettings) -> Identity:
     if not (settings.data_dir / "identity" / "identity.json").is_file():
         answer = await request_enrollment(settings, base.digest)
         store = ReleaseStore(settings.data_dir, answer.identity, base)
+        store.clear_leftovers()
         genesis = store.install(answer.genesis, answer.genesis_payload)
         if store.active() is None:
             store.activate(genesis)
@@ -106,6 +107,7 @@ async def serve(settings: EdgeSettings) -> None:
         base = await asyncio.to_thread(read_base, settings)
         environments = {spec.name: (spec, load_environment(spec)) for spec in settings.environments}
         store = ReleaseStore(settings.data_dir, identity, base)
+        store.clear_leftovers()
         experience = ExperienceStore(settings.data_dir / "experience.db")
         outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval)
         socket = control_socket(settings.data_dir)
@@ -118,13 +120,13 @@ async def serve(settings: EdgeSettings) -> None:
                 outbox_waiting=states.count("waiting"),
                 outbox_held=states.count("held"),
                 experiences=experience.counts().examples,
+                problem=uploader.problem,
             )
 
-        host = "127.0.0.1" if settings.serving.host in ("0.0.0.0", "::") else settings.serving.host
-        evaluator = Evaluator(f"http://{host}:{settings.serving.port}", environments, settings.central.call_timeout_s)
         async with identity.channel(settings) as channel:
             control = ControlClient(socket)
             uploader = Uploader(outbox, channel, identity, settings)
+            evaluator = Evaluator(settings.serving.url, environments)
             watcher = ReleaseWatcher(
                 settings, channel, store, vllm, control, evaluator, counts, lambda: open_starts(settings.data_dir)
             )

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from edge_node.errors import SettingsError
@@ -58,11 +58,17 @@ class ServingSettings(Group):
     max_loras: int = Field(default=4, ge=3)
     """Adapters in one batch: stable, the previous one still in flight, and a candidate under evaluation."""
     max_cpu_loras: int = Field(default=32, ge=4)
-    """Adapters kept in memory; above the number of retained versions."""
+    """Adapters kept in memory; at least EDGE_RELEASES__KEEP + 2."""
     extra_args: list[str] = Field(default_factory=list)
     """Further vLLM arguments, as a JSON list."""
     startup_timeout_s: float = Field(default=600, gt=0)
     """A vLLM that is not ready by then is stopped and started again."""
+
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the endpoint."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 class CaptureSettings(Group):
@@ -162,6 +168,17 @@ class EdgeSettings(BaseSettings):
     outbox: OutboxSettings = OutboxSettings()
     releases: ReleasesSettings = ReleasesSettings()
 
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> EdgeSettings:
+        # Kept ones, a candidate under evaluation, and an old version that a rollback made active again.
+        needed = self.releases.keep + 2
+        if self.serving.max_cpu_loras < needed:
+            raise ValueError(
+                f"EDGE_SERVING__MAX_CPU_LORAS is {self.serving.max_cpu_loras}; EDGE_RELEASES__KEEP="
+                f"{self.releases.keep} needs at least {needed}. Raise the first or lower the second"
+            )
+        return self
+
 
 def load_settings() -> EdgeSettings:
     """Settings from the environment; raises SettingsError with one line per mistake."""
@@ -175,6 +192,9 @@ def load_settings() -> EdgeSettings:
         settings = EdgeSettings()
     except ValidationError as error:
         for item in error.errors():
+            if not item["loc"]:  # of several settings together; the input holds the join token too
+                mistakes.append(item["msg"].removeprefix("Value error, "))
+                continue
             variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
             value = "" if item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
             text = "unknown setting" if item["type"] == "extra_forbidden" else item["msg"]

@@ -53,9 +53,7 @@ class LearnerProcess:
         pause_s = self._first_pause_s
         while self._enabled and not self._closed.is_set():
             began = time.monotonic()
-            self._child = await asyncio.create_subprocess_exec(*self.command(), env=os.environ | QUIET)
-            self.starts += 1
-            code = await self._child.wait()
+            code = await self._run_once()
             if self._closed.is_set():
                 return
             if time.monotonic() - began > STEADY_S:
@@ -66,6 +64,15 @@ class LearnerProcess:
             except TimeoutError:
                 pause_s = min(pause_s * 2, MAX_PAUSE_S)
         await self._closed.wait()
+
+    async def _run_once(self) -> int:
+        try:
+            self._child = await asyncio.create_subprocess_exec(*self.command(), env=os.environ | QUIET)
+        except OSError as error:  # no memory or no process left: serving goes on, and the learner is tried again
+            log.warning("learner not started", extra={"why": str(error)})
+            return error.errno or 1
+        self.starts += 1
+        return await self._child.wait()
 
     async def aclose(self) -> None:
         """Stop the learner; idempotent. A round in progress goes on from its checkpoint at the next start."""

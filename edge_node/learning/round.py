@@ -41,6 +41,9 @@ def run_round(
         LookupError: the start release is not on disk any more.
         RoundObsolete: see `active`.
     """
+    known = outbox.of_round(plan.round_id)
+    if known is not None:  # killed after the hand-over, before it was recorded
+        return known.update_id
     identity = Identity.load(settings.data_dir)
     superseded = outbox.last_for_start(plan.release_id)
     trained = train_on_experience(

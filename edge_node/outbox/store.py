@@ -97,7 +97,7 @@ class Outbox:
                 f"Update {update_id[:12]} of round {document.round_id!r} was added for round {round_id!r} with payload "
                 f"{sha256_hex(payload)[:12]}; its manifest names payload {document.payload.digest_sha256[:12]}."
             )
-        known = self._one("round_id = ?", round_id)
+        known = self.of_round(round_id)
         if known is not None:
             return known.update_id
         self._write_payload(round_id, payload)
@@ -111,7 +111,7 @@ class Outbox:
                     manifest, signature, document.created_at, now,
                 ),
             )  # fmt: skip
-        entry = self._one("round_id = ?", round_id)
+        entry = self.of_round(round_id)
         if entry is None:
             raise ValueError(f"Sequence {document.sequence} is taken by another round; use next_sequence().")
         return entry.update_id
@@ -128,6 +128,10 @@ class Outbox:
 
     def get(self, update_id: str) -> OutboxEntry | None:
         return self._one("update_id = ?", update_id)
+
+    def of_round(self, round_id: str) -> OutboxEntry | None:
+        """The update that a round left here, if it did."""
+        return self._one("round_id = ?", round_id)
 
     def last_for_start(self, release_id: str) -> OutboxEntry | None:
         """The newest update from that start that central has or may still get: the one that a new round supersedes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -68,7 +69,15 @@ class Uploader:
     async def run(self) -> None:
         """Upload until `aclose`. The outbox is polled, because other processes add to it and approve."""
         while not self._closed.is_set():
-            await self.upload_waiting()
+            try:
+                await self.upload_waiting()
+            except (
+                OSError,
+                sqlite3.Error,
+                EdgeError,
+            ) as error:  # of the outbox itself: a full disk, a lock held too long
+                self.problem = f"The outbox cannot be read ({error}); tried again."
+                log.warning("outbox not readable", extra={"why": str(error)})
             try:
                 await asyncio.wait_for(self._closed.wait(), self._first_pause_s)
             except TimeoutError:
@@ -97,7 +106,7 @@ class Uploader:
         except UpdateRefused as error:
             await asyncio.to_thread(self._outbox.mark_refused, entry.update_id, f"{error.reason}: {error}")
             log.error("update refused by central", extra=fields | {"reason": error.reason, "detail": str(error)})
-        except (grpc.aio.AioRpcError, TimeoutError, EdgeError, OSError) as error:
+        except (grpc.aio.AioRpcError, TimeoutError, EdgeError, OSError, sqlite3.Error) as error:
             self._postpone(entry, error, fields)
             return
         self.problem = ""

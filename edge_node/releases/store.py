@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from protos.base import BaseModelInfo
 from protos.lora import LoraCodecError, decode
 from protos.manifest import ManifestError, ReleaseManifest, verify
 from protos.releases.v1 import releases_pb2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class ReleaseStore:
             raise StorageError(
                 f"Cannot create {self._root}: {error.strerror}. EDGE_DATA_DIR must be writable."
             ) from error
+
+    def clear_leftovers(self) -> None:
+        """Delete what a crash left half made; only for the holder of the data directory, as it may be in the making."""
         for leftover in (self._root / "partial").glob("*.directory"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -67,11 +73,14 @@ class ReleaseStore:
         return manifest
 
     def get(self, release_id: str) -> StoredRelease | None:
-        """The version on disk, or None."""
+        """The version on disk, or None; a damaged one counts as not there, so that it is downloaded again."""
         path = self._root / "versions" / release_id
         try:
             manifest = ReleaseManifest.from_bytes((path / "manifest.json").read_bytes())
         except FileNotFoundError:
+            return None
+        except (ManifestError, OSError) as error:
+            log.warning("damaged release directory", extra={"path": path, "why": type(error).__name__})
             return None
         return StoredRelease(release_id, manifest, path)
 
@@ -109,9 +118,16 @@ class ReleaseStore:
         final = self._root / "versions" / manifest.digest
         for name, content in files.items():
             write_durably(folder / name, content)
-        folder.rename(final)
-        sync_directory(final.parent)
-        self.partial(manifest.digest).unlink(missing_ok=True)
+        try:
+            if final.exists():  # damaged, or `get` would have found it
+                shutil.rmtree(final)
+            folder.rename(final)
+            sync_directory(final.parent)
+            self.partial(manifest.digest).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot install release {manifest.label} in {final}: {error.strerror}. Check EDGE_DATA_DIR."
+            ) from error
         return StoredRelease(manifest.digest, manifest, final)
 
     def activate(self, release: StoredRelease) -> None:
@@ -120,12 +136,18 @@ class ReleaseStore:
         write_durably(self._root / "active.json", json.dumps(document).encode())
 
     def active(self) -> StoredRelease | None:
-        """The release that the alias points at, or None before the first."""
+        """The release that the alias points at, or None before the first. Raises StorageError when it is damaged."""
+        path = self._root / "active.json"
         try:
-            document = json.loads((self._root / "active.json").read_bytes())
+            release_id = str(json.loads(path.read_bytes())["release_id"])
         except FileNotFoundError:
             return None
-        return self.get(document["release_id"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{path} cannot be read: {error}. Expected the release that the node serves. It is written anew as soon "
+                "as central can be reached: check EDGE_CENTRAL__ADDRESS."
+            ) from error
+        return self.get(release_id)
 
     def keep_offer(self, offer_id: str, max_rank: int) -> None:
         """Remember central's standing training offer for the learner."""

@@ -2,20 +2,23 @@
 
 In: events of FleetService.Watch. Out: the alias on the newest release; evaluation and status reports. A node without
 central keeps serving the active release and catches up by itself. vLLM that was started anew gets every kept version
-again. A failed step is logged once, shown in the status, and tried again with the next watch.
+again. A failed step is logged once, shown in the status, and tried again: no trouble of the disk, the link, vLLM or an
+environment ends the supervisor.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import EdgeError, ServingError
+from edge_node.errors import AdapterError, EdgeError, ServingError, StorageError
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.store import ReleaseStore, StoredRelease
@@ -27,9 +30,21 @@ from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 log = logging.getLogger(__name__)
 
 STATUS_PERIOD_S = 5.0
+LOOK_PERIOD_S = 1.0
+"""A vLLM that was started anew is noticed within this period, a new head at once."""
 RETRY_FIRST_S = 0.5
 RETRY_LAST_S = 5.0
+HEAD_RETRY_LAST_S = 30.0
+"""A head that fails again and again, each time perhaps after its download."""
 EVALUATION_TRIES = 3
+KNOWN_OFFERS = 1000
+_REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.NOT_FOUND,
+)
 
 
 class Serving(Protocol):
@@ -41,7 +56,7 @@ class Serving(Protocol):
 
 
 class ReleaseWatcher:
-    """Long-lived: `run()` until cancelled or `aclose()`."""
+    """Long-lived: `run()` until cancelled."""
 
     def __init__(
         self,
@@ -67,31 +82,42 @@ class ReleaseWatcher:
         self._releases = releases_pb2_grpc.ReleaseServiceStub(channel)
         self._head: releases_pb2.SignedManifest | None = None
         self._head_changed = asyncio.Event()
+        self._loaded_generation = 0
+        self._pointed = ""
+        """Release that the alias of the loaded generation points at."""
         self._evaluations: asyncio.Queue[fleet_pb2.EvaluationOffer] = asyncio.Queue()
-        self._known_offers: set[str] = set()
+        self._known_offers: deque[str] = deque(maxlen=KNOWN_OFFERS)
         self._evaluating: tuple[str, ...] = ()
-        self._problem = ""
+        self._spare = asyncio.Event()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._problems: dict[str, str] = {}
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for step in (self._watch, self._follow, self._evaluate, self._report):
+            for step in (self._watch, self._follow, self._evaluate, self._collect, self._report):
                 group.create_task(step(), name=step.__name__)
 
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
         while True:
+            call = None
             try:
-                call = self._fleet.Watch(fleet_pb2.WatchRequest(status=self._status()))
+                status = await asyncio.to_thread(self._status)
+                call = self._fleet.Watch(fleet_pb2.WatchRequest(status=status))
                 while True:
                     event = await asyncio.wait_for(call.read(), self._settings.central.call_timeout_s)
                     if not isinstance(event, fleet_pb2.WatchResponse):  # end of the stream
                         break
-                    pause = RETRY_FIRST_S
                     self._take(event)
+                    pause = RETRY_FIRST_S
+                    self._note("central", "")
             except TimeoutError:
-                self._note("central: silent")
-            except grpc.aio.AioRpcError as error:
-                self._note(_words(error, "central: "))
+                self._note("central", "silent")
+            except Exception as error:  # supervision: the link is made again, whatever broke it
+                self._note("central", _words(error))
+            finally:
+                if call is not None:
+                    call.cancel()
             await asyncio.sleep(pause)
             pause = min(2 * pause, RETRY_LAST_S)
 
@@ -104,145 +130,199 @@ class ReleaseWatcher:
             self._store.keep_offer(event.train.offer_id, event.train.max_rank)
         elif kind == "evaluation" and self._settings.releases.evaluate:
             self._enqueue(event.evaluation)
-        if self._problem.startswith("central: "):
-            self._note("")
 
     def _enqueue(self, offer: fleet_pb2.EvaluationOffer) -> None:
         """A new watch brings every open offer again; each is evaluated once."""
         if offer.offer_id not in self._known_offers:
-            self._known_offers.add(offer.offer_id)
+            self._known_offers.append(offer.offer_id)
             self._evaluations.put_nowait(offer)
 
     async def _follow(self) -> None:
         """Keep the alias on the head; load everything again into a vLLM that was started anew."""
-        loaded_generation = 0
+        pause, failed = RETRY_FIRST_S, None
         while True:
-            generation = await self._vllm.wait_ready()
-            try:
-                if generation != loaded_generation:
-                    await self._load_kept()
-                    loaded_generation = generation
-                if self._head is not None:
-                    await self._switch(self._head)
-            except (EdgeError, grpc.aio.AioRpcError, TimeoutError) as error:
-                self._note(_words(error, "release: "))
-                await asyncio.sleep(RETRY_FIRST_S)
-                continue
             self._head_changed.clear()
+            head = self._head
             try:
-                # A new vLLM is noticed within this period, a new head at once.
-                await asyncio.wait_for(self._head_changed.wait(), 1.0)
+                await self._settle(head)
+            except Exception as error:  # supervision: the active release goes on being served
+                self._note("release", _words(error))
+                pause = min(2 * pause, HEAD_RETRY_LAST_S) if head == failed else RETRY_FIRST_S
+                period, failed = pause, head
+            else:
+                self._note("release", "")
+                period, pause = LOOK_PERIOD_S, RETRY_FIRST_S
+            try:
+                await asyncio.wait_for(self._head_changed.wait(), period)
             except TimeoutError:
                 pass
 
-    async def _switch(self, head: releases_pb2.SignedManifest) -> None:
-        manifest = self._store.check(head)
-        active = self._store.active()
-        if active is not None and active.release_id == manifest.digest:
+    async def _settle(self, head: releases_pb2.SignedManifest | None) -> None:
+        generation = await self._vllm.wait_ready()
+        if generation != self._loaded_generation:
+            self._pointed = await self._load_kept(damage_matters=head is None)
+            self._loaded_generation = generation
+        if head is None or self._store.check(head).digest == self._pointed:
             return
-        release = await fetch_release(self._channel, self._store, head, self._settings.central.call_timeout_s)
-        await self._control.load(self.served_name(release), release.path)
+        release = await self._obtain(head)
         # Named first, pointed second: a vLLM that starts in between serves what the alias is about to serve.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
+        self._pointed = release.release_id
         log.info("serving release", extra={"release": release.label})
-        if self._problem.startswith("release: "):
-            self._note("")
-        await self._collect(release)
+        self._spare.set()
 
     def served_name(self, release: StoredRelease) -> str:
         """The exact version's model name."""
         return f"{self._settings.serving.alias}@{release.label}"
 
-    async def _load_kept(self) -> None:
-        for release in self._store.newest()[: self._settings.releases.keep]:
+    async def _obtain(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
+        """The release on disk and in vLLM. Head and evaluation may want the same one at once: one after the other."""
+        manifest = self._store.check(signed)
+        if manifest.rank > self._settings.serving.max_lora_rank:
+            raise AdapterError(
+                f"Release {manifest.label} has rank {manifest.rank}; this node accepts at most "
+                f"{self._settings.serving.max_lora_rank}. Raise EDGE_SERVING__MAX_LORA_RANK and restart the node."
+            )
+        async with self._lock(manifest.digest):
+            release = await fetch_release(self._channel, self._store, signed, self._settings.central.call_timeout_s)
             await self._control.load(self.served_name(release), release.path)
-        active = self._store.active()
-        if active is not None:
-            await self._control.point(self.served_name(active))
+        return release
 
-    async def _collect(self, active: StoredRelease) -> None:
-        needed = {active.release_id, *self._evaluating, *self._pinned()}
-        for release in self._store.newest()[self._settings.releases.keep :]:
-            if release.release_id not in needed:
-                await self._control.unload(self.served_name(release))
-                await asyncio.to_thread(self._store.remove, release)
+    async def _load_kept(self, *, damage_matters: bool) -> str:
+        """Id of the active release, which the alias points at now; empty without one."""
+        active = None
+        try:
+            active = self._store.active()
+            if active is not None:
+                await self._control.load(self.served_name(active), active.path)
+                await self._control.point(self.served_name(active))
+        except (ServingError, StorageError) as error:
+            if damage_matters:
+                raise
+            log.warning("active release not loaded; the head takes its place", extra={"why": str(error)})
+            active = None
+        for release in self._store.newest()[: self._settings.releases.keep]:
+            try:
+                await self._control.load(self.served_name(release), release.path)
+            except ServingError as error:  # an old version must not keep the node from the new one
+                log.warning("kept release not loaded", extra={"release": release.label, "why": str(error)})
+        return active.release_id if active else ""
+
+    async def _collect(self) -> None:
+        """Unload and delete old versions: apart from `_follow`, because a long answer on one may hold this up."""
+        while True:
+            await self._spare.wait()
+            self._spare.clear()
+            try:
+                for release in self._store.newest()[self._settings.releases.keep :]:
+                    async with self._lock(release.release_id):
+                        if release.release_id not in await asyncio.to_thread(self._needed):
+                            await self._control.unload(self.served_name(release))
+                            await asyncio.to_thread(self._store.remove, release)
+            except Exception as error:  # supervision: it is still there at the next chance
+                log.warning("old releases not removed", extra={"why": _words(error)})
+
+    def _needed(self) -> set[str]:
+        active = self._store.active()
+        return {self._pointed, *([active.release_id] if active else []), *self._evaluating, *self._pinned()}
+
+    def _lock(self, release_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(release_id, asyncio.Lock())
 
     async def _evaluate(self) -> None:
         while True:
             offer = await self._evaluations.get()
+            ends = asyncio.get_running_loop().time() + offer.deadline_s
             try:
-                report = await asyncio.wait_for(self._compare_with_retries(offer), offer.deadline_s)
-            except (EdgeError, grpc.aio.AioRpcError, TimeoutError) as error:
+                async with asyncio.timeout_at(ends):
+                    report = await self._compare_with_retries(offer)
+            except Exception as error:  # supervision: an environment may raise anything; then this node abstains
                 log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": _words(error)})
                 report = releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, abstain_reason=_words(error))
             finally:
                 self._evaluating = ()
-            await self._send_report(report)
+            await self._send_report(report, ends)
+            self._spare.set()
 
     async def _compare_with_retries(self, offer: fleet_pb2.EvaluationOffer) -> releases_pb2.ReportEvaluationRequest:
         """A vLLM that died or a link that broke in the middle costs a new start, not a result."""
         for _ in range(EVALUATION_TRIES - 1):
             try:
                 return await self._compare(offer)
-            except (ServingError, grpc.aio.AioRpcError) as error:
+            except (ServingError, grpc.aio.AioRpcError, OSError) as error:
                 log.warning("evaluation starts again", extra={"offer": offer.offer_id, "why": _words(error)})
                 await asyncio.sleep(RETRY_FIRST_S)
         return await self._compare(offer)
 
-    async def _send_report(self, report: releases_pb2.ReportEvaluationRequest) -> None:
+    async def _send_report(self, report: releases_pb2.ReportEvaluationRequest, ends: float) -> None:
         pause = RETRY_FIRST_S
         while True:
             try:
                 await self._releases.ReportEvaluation(report, timeout=self._settings.central.call_timeout_s)
                 return
             except grpc.aio.AioRpcError as error:
-                self._note(_words(error, "central: "))
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                    return  # refused, for example because the verdict is there already
+                # Refused, for example because the verdict is there already; or nobody waits for it any more.
+                if error.code() in _REFUSALS or asyncio.get_running_loop().time() > ends:
+                    log.warning("evaluation not reported", extra={"offer": report.offer_id, "why": _words(error)})
+                    return
             await asyncio.sleep(pause)
             pause = min(2 * pause, RETRY_LAST_S)
 
     async def _compare(self, offer: fleet_pb2.EvaluationOffer) -> releases_pb2.ReportEvaluationRequest:
-        names = []
         self._evaluating = tuple(self._store.check(signed).digest for signed in (offer.candidate, offer.reference))
         await self._vllm.wait_ready()
-        for signed in (offer.candidate, offer.reference):
-            release = await fetch_release(self._channel, self._store, signed, self._settings.central.call_timeout_s)
-            await self._control.load(self.served_name(release), release.path)
-            names.append(self.served_name(release))
+        names = [self.served_name(await self._obtain(signed)) for signed in (offer.candidate, offer.reference)]
         results = await self._evaluator.compare(names[0], names[1], offer.tasks)
         return releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, results=results)
 
     async def _report(self) -> None:
         while True:
             try:
+                status = await asyncio.to_thread(self._status)
                 await self._fleet.ReportStatus(
-                    fleet_pb2.ReportStatusRequest(status=self._status()), timeout=self._settings.central.call_timeout_s
+                    fleet_pb2.ReportStatusRequest(status=status), timeout=self._settings.central.call_timeout_s
                 )
+                self._note("status", "")
             except grpc.aio.AioRpcError:
                 pass  # the watch shows and logs the same trouble
+            except Exception as error:  # supervision: a full disk must not end serving
+                self._note("status", _words(error))
             await asyncio.sleep(STATUS_PERIOD_S)
 
     def _status(self) -> fleet_pb2.NodeStatus:
+        """Reads the stores: not for the event loop."""
         status = self._counts()
-        active = self._store.active()
+        try:
+            active = self._store.active()
+        except StorageError:  # `_follow` says so
+            active = None
         status.serving_release_id = active.release_id if active else ""
         status.software_version = __version__
         status.environments.extend(sorted(self._evaluator.environments))
-        status.problem = self._problem
+        problems = [f"{source}: {text}" for source, text in sorted(self._problems.items())]
+        status.problem = "; ".join([*problems, status.problem] if status.problem else problems)
         return status
 
-    def _note(self, problem: str) -> None:
-        if problem != self._problem:
-            self._problem = problem
-            if problem:
-                log.warning("trouble", extra={"problem": problem})
-            else:
-                log.info("recovered")
+    def _note(self, source: str, problem: str) -> None:
+        """Remember and log what `source` suffers from; empty: nothing any more."""
+        if problem == self._problems.get(source, ""):
+            return
+        if problem:
+            # A new dict each time: `_status` reads it in another thread.
+            self._problems = {**self._problems, source: problem}
+            log.warning("trouble", extra={"source": source, "problem": problem})
+        else:
+            self._problems = {key: text for key, text in self._problems.items() if key != source}
+            log.info("recovered", extra={"source": source})
 
 
-def _words(error: Exception, prefix: str = "") -> str:
+def _words(error: Exception) -> str:
+    """What may be logged and sent to central: of an error that is not ours only its kind, as it might quote a task."""
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{prefix}{error.code().name}: {error.details()}"
-    return prefix + (str(error) or type(error).__name__)
+        return f"{error.code().name}: {error.details()}"
+    if isinstance(error, EdgeError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"
+    return type(error).__name__

@@ -75,10 +75,18 @@ class AliasTable:
         self.target = name
 
     def retire(self, name: str) -> bool:
-        """Refuses new requests for `name`; False when it is not loaded. Raises ServingError for the alias's target."""
+        """Refuses new requests for `name`; False when it is not loaded.
+
+        Raises ServingError for the alias's target, and while an earlier retirement waits: who is told that a version is
+        gone deletes its directory.
+        """
+        if name in self._retiring:
+            raise ServingError(
+                f"{name} is being unloaded already, and {self.in_flight[name]} requests are still on it."
+            )
         if name == self.target:
             raise ServingError(f"{self.alias} points at {name}. Point it at another version before unloading this one.")
-        if name not in self.loaded:
+        if name not in self._loaded:
             return False
         self._retiring.add(name)
         return True

@@ -107,7 +107,7 @@ def serving_environment(
         if not name.upper().startswith("EDGE_") and name not in NEVER_PASSED
     }
     # The join token is a setting too, so only these groups go to vLLM.
-    for group in ("base", "serving", "capture"):
+    for group in ("base", "serving", "capture", "releases"):
         environment[f"EDGE_{group.upper()}"] = getattr(settings, group).model_dump_json()
     plugins = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name and name != "lorikeet"]
     environment |= {
@@ -118,6 +118,9 @@ def serving_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
+        # Longer than clients keep an idle connection (httpx: 5 s, vLLM's default too): a request on a connection that
+        # the server is just closing fails at the client.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": inherited.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75"),
         "PYTHONSAFEPATH": "1",  # the working directory must not shadow installed packages and their entry points
     }
     if on_cpu:

@@ -86,17 +86,18 @@ class Gateway:
 
     async def unload(self, name: str) -> None:
         """Frees `name` once nothing is in flight on it; idempotent; raises ServingError for the alias's target."""
-        async with self._changing:
-            if not self.aliases.retire(name):
-                return
-            try:
-                await self.aliases.idle(name)
+        if not self.aliases.retire(name):
+            return
+        try:
+            # Without the lock: a long answer on an old version must not keep a new one from being loaded.
+            await self.aliases.idle(name)
+            async with self._changing:
                 await self.engine.unload(name)
-            except BaseException:
-                self.aliases.reinstate(name)
-                raise
-            self.aliases.remove(name)
-            logger.info("Adapter unloaded", extra={"release": name})
+        except BaseException:
+            self.aliases.reinstate(name)
+            raise
+        self.aliases.remove(name)
+        logger.info("Adapter unloaded", extra={"release": name})
 
     async def drain(self) -> None:
         """Refuses new requests and returns when the last answer has gone out."""

@@ -25,6 +25,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 COMPLETIONS = frozenset({"/v1/chat/completions", "/v1/completions"})
 ALWAYS = frozenset({"/health", "/ready", "/metrics", "/version"})
 ALLOWED = COMPLETIONS | ALWAYS | {"/v1/models", "/v1/feedback"}
+WITH_BODY = COMPLETIONS | {"/v1/feedback"}
+MAX_BODY_BYTES = 64 << 20
 RETRY_AFTER_S = 5
 MODEL_HEADER = b"x-lorikeet-model"
 CAPTURE_HEADER = b"x-lorikeet-capture"
@@ -56,8 +58,17 @@ class LorikeetMiddleware:
             await _refuse(
                 send, 503, "ServiceUnavailableError", "The node is draining; send the request to another node."
             )
-        elif path in COMPLETIONS and scope["method"] == "POST":
-            await _Completion(gateway, self._app, scope, receive, send).run()
+        elif path in WITH_BODY and scope["method"] == "POST":
+            body = await _read_body(receive)
+            if body is None:
+                return
+            if len(body) > MAX_BODY_BYTES:
+                text = f"The body is larger than {MAX_BODY_BYTES >> 20} MiB, which is the most this node reads."
+                await _refuse(send, 413, "BadRequestError", text)
+            elif path in COMPLETIONS:
+                await _Completion(gateway, self._app, scope, receive, send).run(body)
+            else:
+                await self._app(scope, _replay(body, receive), send)
         else:
             await self._app(scope, receive, send)
 
@@ -73,12 +84,13 @@ class _Completion:
         self._capturing = False
         self._streamed = False
 
-    async def run(self) -> None:
-        body = await _read_body(self._receive)
-        if body is None:
-            return
+    async def run(self, body: bytes) -> None:
         try:
             request = json.loads(body)
+        except RecursionError:
+            # vLLM would fail on it with a 500 and a traceback in its log.
+            await _refuse(self._send, 400, "BadRequestError", "The body's JSON is nested too deeply to be read.")
+            return
         except ValueError:
             request = None
         if not isinstance(request, dict):
@@ -149,13 +161,15 @@ class _Completion:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    pieces = []
+    """The body, or its beginning when it is too large; None when the client went away."""
+    pieces, size = [], 0
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return None
         pieces.append(message.get("body", b""))
-        if not message.get("more_body", False):
+        size += len(pieces[-1])
+        if size > MAX_BODY_BYTES or not message.get("more_body", False):
             return b"".join(pieces)
 
 

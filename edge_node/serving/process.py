@@ -180,13 +180,10 @@ class VllmProcess:
     async def _serves(self) -> bool:
         if not self._socket.exists():
             return False
-        host = self._settings.serving.host
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        url = f"http://[{host}]" if ":" in host else f"http://{host}"
         try:
             await self._control.state()
             async with httpx.AsyncClient(timeout=self._probe_deadline_s, trust_env=False) as client:
-                return (await client.get(f"{url}:{self._settings.serving.port}/health")).status_code == 200
+                return (await client.get(f"{self._settings.serving.url}/health")).status_code == 200
         except (ServingError, httpx.HTTPError):
             return False
 

@@ -29,7 +29,8 @@ from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors, decode, encode
 from protos.manifest import UpdateManifest, sha256_hex, verify
-from tests.fakes.node_data import NODE_ID, activate, as_environment, make_node, meet
+from tests.fakes.identity import NODE_ID
+from tests.fakes.node_data import activate, as_environment, make_node, meet
 from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
 
 ROOT = Path(__file__).resolve().parents[2]

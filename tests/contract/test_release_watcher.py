@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from edge_node.errors import AdapterError
+from edge_node.errors import AdapterError, ServingError, StorageError
 from edge_node.identity import Identity
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
-from edge_node.settings import EdgeSettings
+from edge_node.settings import EdgeSettings, EnvironmentSpec, ReleasesSettings, ServingSettings
 from protos.base import BaseModelInfo
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
@@ -169,7 +173,7 @@ async def test_the_alias_follows_the_head_and_an_offer_is_answered_once(
         store,
         Vllm(),
         control,  # type: ignore[arg-type]
-        Evaluator("http://127.0.0.1:9", {}, 1.0),
+        Evaluator("http://127.0.0.1:9", {}),
         fleet_pb2.NodeStatus,
         tuple,
     )
@@ -186,3 +190,142 @@ async def test_the_alias_follows_the_head_and_an_offer_is_answered_once(
     assert [report.offer_id for report in central.reports] == ["o1"]
     assert (tmp_path / "releases" / "offer.json").is_file()
     assert not any("zeta" in name for _, name in control.calls)
+
+
+def head_event(signed: releases_pb2.SignedManifest) -> fleet_pb2.WatchResponse:
+    return fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="stable", head=signed))
+
+
+def evaluation_event(signed: releases_pb2.SignedManifest, reference: releases_pb2.SignedManifest) -> Any:
+    offer = fleet_pb2.EvaluationOffer(offer_id="o1", candidate=signed, reference=reference, tasks=3, deadline_s=20)
+    return fleet_pb2.WatchResponse(evaluation=offer)
+
+
+class Broken:
+    """An environment whose tasks quote what no log and no central may see."""
+
+    def tasks(self, split: str, *, count: int, seed: int) -> list[Any]:
+        raise RuntimeError("the secret recipe of a customer")
+
+
+@asynccontextmanager
+async def watching(
+    store: ReleaseStore, channel: grpc.aio.Channel, control: Control, environments: Any = (), **settings: Any
+) -> AsyncIterator[asyncio.Task[None]]:
+    watcher = ReleaseWatcher(
+        EdgeSettings(data_dir=store.partial("x").parents[2], **settings),
+        channel,
+        store,
+        Vllm(),
+        control,  # type: ignore[arg-type]
+        Evaluator("http://127.0.0.1:9", dict(environments)),
+        fleet_pb2.NodeStatus,
+        tuple,
+    )
+    task = asyncio.create_task(watcher.run())
+    try:
+        yield task
+        assert not task.done(), task.result()
+    finally:
+        task.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_broken_environment_abstains_without_its_words(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    central = Central(payload, [head_event(signed), evaluation_event(signed, signed)], cuts=0)
+    broken = {"acme": (EnvironmentSpec(name="acme", factory="x:Y"), Broken())}
+    async with watching(store, await connect(central), Control(), broken):
+        await until(lambda: bool(central.reports))
+    assert central.reports[0].abstain_reason == "RuntimeError"
+    assert "secret recipe" not in caplog.text + repr([vars(record) for record in caplog.records])
+
+
+async def test_trouble_of_the_disk_does_not_end_the_watcher(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    train = fleet_pb2.WatchResponse(train=fleet_pb2.TrainOffer(offer_id="t1", max_rank=4))
+    central = Central(payload, [train, head_event(signed)], cuts=0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    real, failures = store.install, [full, StorageError("no space"), sqlite3.OperationalError("disk I/O error")]
+
+    def install(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return real(*arguments)
+
+    offers = [full]
+    monkeypatch.setattr(store, "install", install)
+    monkeypatch.setattr(store, "keep_offer", lambda *_: offers and (_ for _ in ()).throw(offers.pop()))
+    control = Control()
+    async with watching(store, await connect(central), control):
+        await until(lambda: ("point", f"lorikeet@{store.check(signed).label}") in control.calls)
+    assert not failures
+    assert not offers
+
+
+async def test_a_release_that_was_named_but_not_pointed_at_is_pointed_at_later(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    control, real = Control(), Control.point
+    failures = [ServingError("vLLM's control socket did not answer")]
+
+    async def point(name: str) -> None:
+        if failures:
+            raise failures.pop()
+        await real(control, name)
+
+    monkeypatch.setattr(control, "point", point)
+    async with watching(store, await connect(Central(payload, [head_event(signed)], cuts=0)), control):
+        await until(lambda: ("point", f"lorikeet@{store.check(signed).label}") in control.calls)
+    assert not failures
+
+
+async def test_a_release_of_too_high_a_rank_is_named_and_not_downloaded(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    central = Central(make_payload(), [head_event(make_signed(key, make_payload(), rank=9))])
+    async with watching(store, await connect(central), Control(), serving=ServingSettings(max_lora_rank=8)):
+        await until(lambda: any("EDGE_SERVING__MAX_LORA_RANK" in repr(vars(record)) for record in caplog.records))
+    assert central.offsets == []
+
+
+async def test_a_release_that_head_and_evaluation_want_at_once_is_downloaded_once(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    central = Central(payload, [evaluation_event(signed, signed), head_event(signed)], cuts=0)
+    control = Control()
+    async with watching(store, await connect(central), control):
+        await until(lambda: bool(central.reports) and any(call == "point" for call, _ in control.calls))
+    assert central.offsets == [0]
+    assert not central.reports[0].abstain_reason
+
+
+async def test_rejected_candidates_do_not_pile_up(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    payload = make_payload()
+    active, *others = [make_signed(key, payload, version=number) for number in range(1, 5)]
+    store.activate(store.install(active, payload))
+    for signed in others:
+        store.install(signed, payload)
+    central = Central(payload, [head_event(active), evaluation_event(others[-1], active)], cuts=0)
+    control = Control()
+    async with watching(store, await connect(central), control, releases=ReleasesSettings(keep=2)):
+        await until(lambda: len(store.newest()) == 3)
+    assert {release.manifest.version for release in store.newest()} == {1, 3, 4}, "the active one and the newest two"
+    assert ("unload", f"lorikeet@{store.check(others[0]).label}") in control.calls

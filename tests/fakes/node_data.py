@@ -11,35 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-
 from edge_node.experience import ExperienceStore
 from edge_node.experience.store import Feedback, Interaction
 from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, sha256_hex
+from tests.fakes.identity import make_identity
 from tests.fakes.tiny_model import tiny_model, write_peft
 
-NODE_ID = "node-a-0badcafe"
 ANCHOR = {"name": "words", "factory": "tests.fakes.word_environment:NextWord", "anchor": True}
 
 
 def make_node(data_dir: Path, **learning: Any) -> EdgeSettings:
     """An enrolled node on the tiny model with a NextWord anchor; `learning` overrides those settings."""
     base = tiny_model()
-    folder = data_dir / "identity"
-    folder.mkdir(parents=True)
-    key, release_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / "node.key").write_bytes(pem)
-    for name in ("node.pem", "ca.pem"):
-        (folder / name).write_bytes(b"not used here")
-    public = release_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    (folder / "release.pub.pem").write_bytes(public)
-    identity = {"node_id": NODE_ID, "cohort": "shared", "base": read_base_model(base).digest}
-    (folder / "identity.json").write_text(json.dumps(identity))
+    make_identity(data_dir, read_base_model(base).digest)
     defaults: dict[str, Any] = {
         "min_examples": 4,
         "min_new_failures": 2,

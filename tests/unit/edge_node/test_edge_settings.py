@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_node.errors import SettingsError
-from edge_node.settings import load_settings
+from edge_node.settings import ServingSettings, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +50,19 @@ def test_every_mistake_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_CENTRAL__JOIN_TOKEN", "lkt1.secret")
     assert "secret" not in repr(load_settings())
+
+
+def test_kept_releases_must_fit_and_nothing_else_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_CENTRAL__JOIN_TOKEN", "lkt1.secret")
+    monkeypatch.setenv("EDGE_RELEASES__KEEP", "40")
+    with pytest.raises(SettingsError, match=r"MAX_CPU_LORAS is 32.* needs at least 42") as caught:
+        load_settings()
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:8000"), ("::", "http://[::1]:8000"), ("10.0.0.1", "http://10.0.0.1:8000")],
+)
+def test_the_endpoint_is_reached_on_this_machine(host: str, url: str) -> None:
+    assert ServingSettings(host=host).url == url

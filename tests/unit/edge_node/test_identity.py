@@ -10,6 +10,7 @@ import pytest
 
 from edge_node.errors import EnrollmentError, StorageError
 from edge_node.identity import Identity, JoinToken, _own_key, write_durably
+from tests.fakes.identity import make_identity
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,27 @@ def test_a_replaced_file_is_whole(tmp_path: Path) -> None:
     write_durably(tmp_path / "x", b"two")
     assert (tmp_path / "x").read_bytes() == b"two"
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("identity.json", "garbage"),
+        ("identity.json", "[]"),
+        ("identity.json", "{}"),
+        ("node.key", "x"),
+        ("node.pem", "x"),
+    ],
+)
+def test_a_damaged_identity_is_named(tmp_path: Path, file: str, content: str) -> None:
+    made = make_identity(tmp_path)
+    assert Identity.load(tmp_path).node_id == made.node_id
+    (tmp_path / "identity" / file).write_text(content)
+    with pytest.raises(StorageError, match="The identity in"):
+        Identity.load(tmp_path)
+
+
+def test_a_damaged_key_is_named_before_central_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "node.key").write_text("garbage")
+    with pytest.raises(StorageError, match="cannot be read"):
+        _own_key(tmp_path)

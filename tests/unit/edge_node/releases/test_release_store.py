@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from safetensors.numpy import load_file
 
-from edge_node.errors import AdapterError
+from edge_node.errors import AdapterError, StorageError
 from edge_node.identity import Identity
 from edge_node.releases.store import ReleaseStore
 from protos.base import BaseModelInfo
@@ -132,3 +132,37 @@ def test_active_survives_a_new_store(store: ReleaseStore, release_key: ec.Ellipt
     assert again.active() == release
     again.remove(release)
     assert again.active() is None
+
+
+def test_a_second_handle_leaves_alone_what_is_being_installed(store: ReleaseStore) -> None:
+    """`edge-node status` and `doctor` open the store of a running node."""
+    half = store.partial("x").with_name("x.directory")
+    half.mkdir()
+    again = ReleaseStore(half.parents[2], store._identity, store._base)
+    assert half.is_dir()
+    again.clear_leftovers()
+    assert not half.exists()
+
+
+def test_a_damaged_directory_is_installed_again(store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey) -> None:
+    payload = make_payload()
+    signed = make_signed(release_key, payload)
+    release = store.install(signed, payload)
+    (release.path / "manifest.json").write_text("{}")
+    assert store.get(release.release_id) is None
+    assert store.newest() == []
+    assert store.install(signed, payload) == release
+    assert store.get(release.release_id) == release
+
+
+@pytest.mark.parametrize("content", ["garbage", "[]", "{}", "3", ""])
+def test_a_damaged_active_release_is_named_and_can_be_replaced(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey, content: str
+) -> None:
+    payload = make_payload()
+    release = store.install(make_signed(release_key, payload), payload)
+    (release.path.parents[1] / "active.json").write_text(content)
+    with pytest.raises(StorageError, match=r"active\.json cannot be read"):
+        store.active()
+    store.activate(release)
+    assert store.active() == release

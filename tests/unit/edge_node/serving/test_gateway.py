@@ -93,6 +93,19 @@ async def test_unloading_waits_for_requests_in_flight(gateway: Gateway) -> None:
     assert V2 not in gateway.engine.loaded  # type: ignore[attr-defined]
 
 
+async def test_a_long_answer_on_an_old_version_does_not_hold_up_a_new_one(gateway: Gateway, tmp_path: Path) -> None:
+    gateway.point(V1)
+    gateway.aliases.enter(V2)
+    unloading = asyncio.create_task(gateway.unload(V2))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await gateway.load("lorikeet@v3-cccccccc", make_version(tmp_path, "v3"))
+    with pytest.raises(ServingError, match="1 requests are still on it"):  # not "gone": its directory is in use
+        await gateway.unload(V2)
+    gateway.aliases.leave(V2)
+    await unloading
+
+
 async def test_an_unload_that_is_cancelled_leaves_the_version_usable(gateway: Gateway) -> None:
     gateway.aliases.enter(V2)
     unloading = asyncio.create_task(gateway.unload(V2))

@@ -184,3 +184,16 @@ async def test_draining_and_no_release_are_503_with_retry_after(gateway: Gateway
         client = Client(App(), gateway)
         await client.request(path, QUESTION)
         assert client.status == status, path
+
+
+async def test_bodies_that_cannot_be_read_are_refused_here(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App()
+    client = Client(app, gateway)
+    assert "nested too deeply" in (await client.request(CHAT, b"[" * 200_000))["error"]["message"]
+    assert client.status == 400
+    monkeypatch.setattr("edge_node.serving.middleware.MAX_BODY_BYTES", 100)
+    for path in (CHAT, "/v1/feedback"):
+        client = Client(app, gateway)
+        await client.request(path, b'"' + b"x" * 200 + b'"')
+        assert client.status == 413
+    assert app.requests == []

@@ -128,11 +128,21 @@ def test_a_socket_path_that_the_kernel_would_cut_off_is_refused(tmp_path: Path) 
         (b'{"id": "a", "correction": ""}', "correction is ''"),
         (b'{"id": "a", "comment": 3}', "comment is 3"),
         (b'{"id": "a", "scores": 1}', "Unknown field 'scores'"),
+        (b"[" * 200_000, "not JSON"),
+        (b'\xff\xfe{"id": 1}', "not JSON"),
+        (b'{"id": "a", "correction": "\\ud800"}', "correction holds half a surrogate pair"),
+        (b'{"id": "\\udfff", "score": 1}', "id holds half a surrogate pair"),
     ],
 )
 def test_bad_feedback_is_told_what_is_wrong(body: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         read_feedback(body)
+
+
+def test_a_mistake_is_not_echoed_at_length() -> None:
+    with pytest.raises(ValueError, match="comment is") as caught:
+        read_feedback(json.dumps({"id": "a", "comment": ["x" * 1000] * 1000}).encode())
+    assert len(str(caught.value)) < 300
 
 
 def test_good_feedback_is_read() -> None:

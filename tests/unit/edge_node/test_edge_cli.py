@@ -1,0 +1,71 @@
+"""The command line on a node that is broken: one line, the exit code of the error, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from edge_node.cli import main
+from edge_node.outbox import Outbox
+from edge_node.settings import EdgeSettings
+from tests.fakes.identity import make_identity
+from tests.unit.edge_node.outbox.test_outbox_store import add
+
+
+@pytest.fixture(autouse=True)
+def data_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for key in [key for key in os.environ if key.startswith("EDGE_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("EDGE_DATA_DIR", str(tmp_path / "node"))
+    return tmp_path / "node"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) <= 1, captured.err
+    return int(ended.value.code or 0), lines[0] if lines else captured.out
+
+
+@pytest.mark.parametrize("arguments", [("status",), ("outbox",), ("outbox", "list"), ("outbox", "approve", "ab")])
+def test_a_mistyped_data_directory_is_not_made(
+    capsys: pytest.CaptureFixture[str], data_dir: Path, arguments: tuple[str, ...]
+) -> None:
+    code, line = run(capsys, *arguments)
+    assert (code, "not enrolled" in line) == (3, True)
+    assert not data_dir.exists()
+
+
+def test_only_a_held_update_is_approved(capsys: pytest.CaptureFixture[str], data_dir: Path) -> None:
+    make_identity(data_dir)
+    update_id = add(Outbox(data_dir / "outbox", "auto"))
+    code, line = run(capsys, "outbox", "approve", update_id[:8])
+    assert code == 1
+    assert "is waiting; only an update that is held" in line
+
+
+def test_a_file_that_is_no_database_is_named(capsys: pytest.CaptureFixture[str], data_dir: Path) -> None:
+    make_identity(data_dir)
+    (data_dir / "outbox" / "payloads").mkdir(parents=True)
+    (data_dir / "outbox" / "outbox.db").write_text("garbage" * 1000)
+    code, line = run(capsys, "outbox", "list")
+    assert (code, "not a database" in line) == (5, True)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "x"), sqlite3.OperationalError("disk I/O error")]
+)
+def test_unexpected_trouble_of_the_disk_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(settings: EdgeSettings) -> None:
+        raise error
+
+    monkeypatch.setattr("edge_node.doctor.node_status", fail)
+    code, line = run(capsys, "status")
+    assert (code, "Check EDGE_DATA_DIR" in line) == (5, True)
