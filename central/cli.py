@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     except CentralError as error:
         print(f"central: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except UnicodeEncodeError:
+        print("central: An argument is not UTF-8 text. Expected text that this terminal can show.", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # the reader of a listing went away
         sys.stderr.close()
         sys.exit(0)

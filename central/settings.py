@@ -131,14 +131,9 @@ def load_settings() -> CentralSettings:
     settings: CentralSettings | None = None
     try:
         settings = CentralSettings()
-        for cohort in settings.merge.cohorts:
-            settings.merge.policy(cohort)
+        mistakes += _cohort_mistakes(settings.merge)
     except ValidationError as error:
-        for item in error.errors():
-            variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
-            value = "" if item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
-            text = "unknown setting" if item["type"] == "extra_forbidden" else item["msg"]
-            mistakes.append(f"{variable}: {text}{value}")
+        mistakes += [f"{PREFIX}{'__'.join(place).upper()}: {text}" for place, text in _mistakes(error)]
     except ValueError as error:  # pydantic-settings: a list or object that is not JSON
         mistakes.append(f"{error}; expected JSON")
     if mistakes or settings is None:
@@ -146,3 +141,23 @@ def load_settings() -> CentralSettings:
             "Settings are not usable. " + "; ".join(mistakes) + ". See central/settings.py for every setting."
         )
     return settings
+
+
+def _cohort_mistakes(merge: MergeSettings) -> list[str]:
+    found = []
+    for cohort in merge.cohorts:
+        try:
+            merge.policy(cohort)
+        except ValidationError as error:
+            found += [f"{PREFIX}MERGE__COHORTS {cohort}.{'.'.join(place)}: {text}" for place, text in _mistakes(error)]
+    return found
+
+
+def _mistakes(error: ValidationError) -> list[tuple[list[str], str]]:
+    """Where pydantic found each mistake, and what it is."""
+    found = []
+    for item in error.errors():
+        unknown = item["type"] == "extra_forbidden"
+        text = "unknown setting" if unknown else f"{item['msg']} (value {item['input']!r})"
+        found.append(([str(part) for part in item["loc"]], text))
+    return found

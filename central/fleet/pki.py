@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from central.durable import make_directory, remove_temporary_files, storage, write_file
-from central.errors import StorageError
+from central.errors import SettingsError, StorageError
 from central.fleet.identity import node_uri, operator_uri
 
 CA_LIFE = timedelta(days=3650)
@@ -215,7 +215,14 @@ def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(name)
+    except ValueError as error:
+        raise SettingsError(
+            f"CENTRAL_LISTEN__NAMES: {name!r} is not a DNS name or address. Expected ASCII; write a name of another script "
+            "in its xn-- form."
+        ) from error
 
 
 def _name(common_name: str) -> x509.Name:

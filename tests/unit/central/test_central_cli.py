@@ -54,6 +54,13 @@ def test_messages_become_plain_values() -> None:
         (["serve"], {}, 2, "CENTRAL_BASE__PATH is not set"),
         (["serve"], {"CENTRAL_BASE__PATH": "/nowhere"}, 2, "does not exist"),
         (["nodes"], {"CENTRAL_PORT": "1"}, 2, "CENTRAL_PORT: unknown setting"),
+        (
+            ["nodes"],
+            {"CENTRAL_MERGE__COHORTS": '{"zeta": {"rank": "x", "nope": 1}}'},
+            2,
+            "CENTRAL_MERGE__COHORTS zeta.rank: Input should be a valid integer, unable to parse string as an integer "
+            "(value 'x'); CENTRAL_MERGE__COHORTS zeta.nope: unknown setting",
+        ),
         (["journal", "verify"], {}, 5, "unable to open database file"),
         (["journal", "verify"], {"CENTRAL_JOURNAL__URL": "sqlite://"}, 5, "in memory"),
         (["journal", "verify"], {"CENTRAL_JOURNAL__URL": "no url"}, 5, "Could not parse"),
@@ -95,6 +102,15 @@ def test_a_number_that_cannot_be_is_one_line(
     monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
     assert run(*arguments) == 1
     assert "is not possible. Expected" in capsys.readouterr().err
+
+
+def test_an_argument_that_is_no_text_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Pki.load_or_create(tmp_path, [])
+    monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
+    assert run("releases", "show", "\udcff") == 2
+    assert "not UTF-8 text" in capsys.readouterr().err
 
 
 def test_the_journal_is_verified_beside_a_running_central(

@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from central.errors import Refused, StorageError
+from central.errors import Refused, SettingsError, StorageError
 from central.fleet.identity import Peer, parse_certificate
 from central.fleet.pki import Pki, public_pem
 from central.fleet.tokens import create_token, expect_sensible, expect_usable, find_token
@@ -60,6 +60,11 @@ def test_certificates_name_node_cohort_and_operator(tmp_path: Path) -> None:
     assert (operator.kind, operator.name) == ("operator", "operator")
     with pytest.raises(ValueError, match="not enough values"):
         parse_certificate(pki.server_certificate_pem)
+
+
+def test_a_name_that_no_certificate_can_carry_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="CENTRAL_LISTEN__NAMES: 'é' is not a DNS name"):
+        Pki.load_or_create(tmp_path, ["é"])
 
 
 def test_a_damaged_key_is_named(tmp_path: Path) -> None:
