@@ -15,9 +15,9 @@ import grpc
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
+from central.fleet.revocation import revoke_node, unknown_node
 from central.fleet.tokens import create_token, expect_sensible
-from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord, State
-from central.journal.state import REVOKED
+from central.journal import Journal, NodeRecord, ReleaseRecord, State
 from central.operator.listing import event_message, node_message, release_message, update_message
 from central.registry import Registry
 from central.registry.registry import unknown_cohort
@@ -69,7 +69,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     async def RevokeNode(
         self, request: operator_pb2.RevokeNodeRequest, context: Context
     ) -> operator_pb2.RevokeNodeResponse:
-        await self._ask(context, lambda by: self._revoke(request.node_id, by))
+        await self._ask(context, lambda by: revoke_node(self._journal, request.node_id, by))
         return operator_pb2.RevokeNodeResponse()
 
     async def ListReleases(
@@ -113,7 +113,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             with self._journal.read() as state:
                 _expect_cohort(state, request.cohort)
                 if request.node_id and request.node_id not in state.nodes:
-                    raise _unknown_node(request.node_id)
+                    raise unknown_node(request.node_id)
                 return [
                     update_message(update)
                     for update in state.updates.values()
@@ -147,21 +147,6 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         with self._journal.read() as state:
             return release_message(state, state.releases[release.release_id])
 
-    def _revoke(self, node_id: str, by: str) -> None:
-        with self._journal.read() as state:
-            node = state.nodes.get(node_id)
-            if node is None:
-                raise _unknown_node(node_id)
-            if node.revoked:
-                return
-            # Set aside first: a plan that loses one of them lets its other updates wait again.
-            unmerged = [
-                NewEvent(EventKind.UPDATE_SET_ASIDE, update.cohort, update.update_id, {"reason": REVOKED})
-                for update in state.updates.values()
-                if update.manifest.node_id == node_id and update.state in ("waiting", "planned")
-            ]
-            self._journal.append(*unmerged, NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id, {"by": by}))
-
     def _rollback(self, request: operator_pb2.RollbackReleaseRequest, by: str) -> operator_pb2.RollbackReleaseResponse:
         choice = _CHOICES.get(request.updates)
         if choice is None:
@@ -178,14 +163,6 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
 def _expect_cohort(state: State, cohort: str) -> None:
     if cohort and cohort not in state.cohorts():
         raise unknown_cohort(state, cohort)
-
-
-def _unknown_node(node_id: str) -> Refused:
-    return Refused(
-        grpc.StatusCode.NOT_FOUND,
-        Reason.UNKNOWN_NODE,
-        f"Node {node_id!r} is not known. Expected a full node id; `central nodes` shows them.",
-    )
 
 
 def _bad(message: str) -> Refused:

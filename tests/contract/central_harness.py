@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -34,6 +35,7 @@ from protos.manifest import Payload, ReleaseManifest, Start, UpdateManifest, sha
 from protos.operator.v1 import operator_pb2, operator_pb2_grpc
 from protos.releases.v1 import releases_pb2_grpc
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
+from tests.unit.central import builders as make
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 DOWN_PROJ = "model.layers.0.mlp.down_proj"
@@ -200,6 +202,32 @@ async def running_central(settings: CentralSettings, heartbeat_s: float = 10.0) 
         rooms = await asyncio.to_thread(open_rooms, settings, stores)
         async with Services(rooms, settings, Presence(), heartbeat_s), AsyncExitStack() as stack:
             yield Central(rooms, settings, stack)
+
+
+@asynccontextmanager
+async def limited_central(folder: Path) -> AsyncIterator[Central]:
+    """With limits that small payloads can pass."""
+    settings = make_settings(folder, limits={"max_rank": 4, "node_quota_bytes": 6000})
+    async with running_central(settings) as running:
+        yield running
+
+
+async def refusal(call: Any) -> tuple[grpc.StatusCode, str | None, str]:
+    """Status, reason and text of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), reason(caught.value), caught.value.details() or ""
+
+
+async def make_candidate(central: Central, node: Node, payload: bytes) -> tuple[str, bytes]:
+    """Id and payload of a candidate made of one uploaded update."""
+    await node.upload(payload)
+    plan = make.make_plan(node.genesis, node.manifest(payload))
+    await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
+    merged = encode(LoraTensors({Q_PROJ: make_factors(9).modules[Q_PROJ]}))
+    manifest = await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
+    assert manifest == await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
+    return manifest.digest, merged
 
 
 def encode_factors(seed: int = 0, rank: int = 2) -> bytes:

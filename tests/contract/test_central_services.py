@@ -1,4 +1,4 @@
-"""Central's services on real grpc.aio servers with mutual TLS."""
+"""Central's services on real grpc.aio servers with mutual TLS: who may call, and what may be uploaded."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from central.errors import ListenError, StorageError
+from central.errors import ListenError
 from central.fleet.presence import Presence
 from central.intake import admission
 from central.intake.validation import check_payload
-from central.journal import EventKind, NewEvent
+from central.journal import EventKind
 from central.main import Services
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import ReceiptBody, sha256_hex, sign, verify
 from protos.operator.v1 import operator_pb2
-from protos.releases.v1 import releases_pb2
 from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
-from tests.contract.central_harness import DOWN_PROJ, Q_PROJ, Central, Node, encode_factors, reason
+from tests.contract.central_harness import (
+    DOWN_PROJ,
+    Q_PROJ,
+    Central,
+    Node,
+    encode_factors,
+    reason,
+    refusal,
+)
 from tests.unit.central import builders as make
 
 
 @pytest.fixture
 async def central(tmp_path: Path) -> AsyncIterator[Central]:
-    settings = harness.make_settings(tmp_path, limits={"max_rank": 4, "node_quota_bytes": 6000})
-    async with harness.running_central(settings) as running:
+    async with harness.limited_central(tmp_path) as running:
         yield running
 
 
 @pytest.fixture
 async def node(central: Central) -> Node:
     return await central.enroll("a", await central.token())
-
-
-async def refusal(call: Any) -> tuple[grpc.StatusCode, str | None, str]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value.code(), reason(caught.value), caught.value.details() or ""
 
 
 # Enrolment.
@@ -313,207 +313,6 @@ async def test_a_revoked_nodes_updates_are_not_merged_any_more(central: Central,
     events = central.rooms.journal.events()[-2:]
     assert [event.kind for event in events] == [EventKind.UPDATE_SET_ASIDE, EventKind.NODE_REVOKED]
     assert events[1].body == {"by": "operator"}
-
-
-# Releases and the watch.
-
-
-async def make_candidate(central: Central, node: Node, payload: bytes) -> tuple[str, bytes]:
-    await node.upload(payload)
-    plan = make.make_plan(node.genesis, node.manifest(payload))
-    await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
-    merged = encode(LoraTensors({Q_PROJ: harness.make_factors(9).modules[Q_PROJ]}))
-    manifest = await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
-    assert manifest == await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
-    return manifest.digest, merged
-
-
-async def accept(central: Central, release_id: str) -> None:
-    body = {"accepted": True, "text": "fine", "environments": {}, "high_water": {}}
-    await asyncio.to_thread(
-        central.rooms.journal.append,
-        NewEvent(EventKind.VERDICT, "shared", release_id, body),
-        NewEvent(EventKind.PROMOTED, "shared", release_id, {"channel": "stable", "by": "gate"}),
-    )
-
-
-async def download(node: Node, release_id: str, offset: int = 0) -> bytes:
-    request = releases_pb2.DownloadRequest(release_id=release_id, offset=offset)
-    return b"".join([part.chunk async for part in node.releases.Download(request, timeout=20)])
-
-
-async def test_download_from_any_offset_and_only_of_the_own_cohort(central: Central, node: Node) -> None:
-    release_id, payload = await make_candidate(central, node, encode_factors())
-    assert await download(node, release_id) == payload
-    assert await download(node, release_id, 100) == payload[100:]
-    assert await download(node, release_id, len(payload)) == b""
-    assert (await refusal(download(node, release_id, len(payload) + 1)))[1] == "WRONG_OFFSET"
-    foreign = await central.enroll("d", await central.token("zeta"))
-    assert (await refusal(download(foreign, release_id)))[1] == "UNKNOWN_RELEASE"
-    answer = await node.releases.GetRelease(releases_pb2.GetReleaseRequest(release_id=release_id), timeout=20)
-    verify(node.answer.release_key_pem, answer.release.manifest, answer.release.signature)
-    head = await node.releases.GetHead(releases_pb2.GetHeadRequest(channel="stable"), timeout=20)
-    assert head.head == node.answer.genesis
-
-
-async def test_a_watch_brings_what_is_there_and_every_change(central: Central, node: Node) -> None:
-    journal = central.rooms.journal
-    await asyncio.to_thread(journal.append, NewEvent(EventKind.TRAIN_OFFERED, "shared", "train-1", {"max_rank": 4}))
-    watch = node.fleet.Watch(fleet_pb2.WatchRequest(status=fleet_pb2.NodeStatus(experiences=3)), timeout=20)
-    first = [await watch.read() for _ in range(3)]
-    assert [event.WhichOneof("event") for event in first] == ["head", "head", "train"]
-    assert {event.head.channel for event in first[:2]} == {"stable", "canary"}
-    assert first[2].train.max_rank == 4
-    listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
-    assert (listed.connected, listed.status.experiences) == (True, 3)
-
-    release_id, _ = await make_candidate(central, node, encode_factors())
-    body = {
-        "candidate": release_id,
-        "reference": node.genesis.digest,
-        "tasks": 8,
-        "deadline_at": "2999-01-01T00:00:00Z",
-        "nodes": [node.node_id],
-    }
-    await asyncio.to_thread(journal.append, NewEvent(EventKind.EVALUATION_OFFERED, "shared", "offer-1", body))
-    offer = (await watch.read()).evaluation
-    assert (offer.offer_id, offer.tasks, offer.reference) == ("offer-1", 8, node.answer.genesis)
-    report = releases_pb2.ReportEvaluationRequest(
-        offer_id="offer-1",
-        results=[releases_pb2.EnvironmentResult(environment="e", tasks_digest="0" * 64, both_passed=8)],
-    )
-    for _ in range(2):  # the second one changes nothing
-        await node.releases.ReportEvaluation(report, timeout=20)
-    with journal.read() as state:
-        assert state.evaluations["offer-1"].reports[node.node_id].results[0]["both_passed"] == 8
-    again = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
-    assert [(await again.read()).WhichOneof("event") for _ in range(3)] == ["head", "head", "train"]
-
-    await accept(central, release_id)
-    heads = [await watch.read() for _ in range(2)]
-    assert {sha256_hex(event.head.head.manifest) for event in heads} == {release_id}
-    stranger = await central.enroll("d", await central.token("zeta"))
-    assert (await refusal(stranger.releases.ReportEvaluation(report, timeout=20)))[1] == "UNKNOWN_OFFER"
-
-
-@pytest.mark.parametrize(
-    ("results", "text"),
-    [
-        ([{"both_passed": 9}], "counts 9 tasks of environment 'e'. Expected at most 8"),
-        ([{"both_passed": 2**32 - 1, "neither_passed": 2**32 - 1}], "Expected at most 8"),
-        ([{}], "without any task"),
-        ([{"both_passed": 8}, {"both_passed": 8, "tasks_digest": "1" * 64}], "twice"),
-        ([{"both_passed": 8, "environment": ""}], "not at all"),
-        ([{"both_passed": 8, "environment": "x" * 129}], "128 characters"),
-        ([{"both_passed": 8, "tasks_digest": "t"}], "64 hex digits"),
-        ([{"both_passed": 8, "environment": f"e{i}"} for i in range(257)], "at most 256"),
-        ([], "either results or a reason"),
-    ],
-)
-async def test_a_report_that_no_evaluation_can_make_is_refused(
-    central: Central, node: Node, results: list[dict[str, Any]], text: str
-) -> None:
-    release_id, _ = await make_candidate(central, node, encode_factors())
-    body = {
-        "candidate": release_id,
-        "reference": node.genesis.digest,
-        "tasks": 8,
-        "deadline_at": "2999-01-01T00:00:00Z",
-        "nodes": [node.node_id],
-    }
-    offered = NewEvent(EventKind.EVALUATION_OFFERED, "shared", "offer-1", body)
-    await asyncio.to_thread(central.rooms.journal.append, offered)
-    fields = {"environment": "e", "tasks_digest": "0" * 64}
-    report = releases_pb2.ReportEvaluationRequest(
-        offer_id="offer-1", results=[releases_pb2.EnvironmentResult(**{**fields, **result}) for result in results]
-    )
-    _, why, told = await refusal(node.releases.ReportEvaluation(report, timeout=20))
-    assert (why, text in told) == ("BAD_ARGUMENT", True), told
-    with central.rooms.journal.read() as state:
-        assert not state.evaluations["offer-1"].reports
-
-
-async def test_texts_of_callers_are_kept_short(central: Central, node: Node) -> None:
-    long = "x" * 1_000_000
-    status = fleet_pb2.NodeStatus(problem=long, environments=[long, *("e" for _ in range(1000))], experiences=3)
-    await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=20)
-    listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
-    assert (len(listed.status.problem), len(listed.status.environments), listed.status.experiences) == (500, 256, 3)
-    code, why, told = await refusal(node.releases.GetHead(releases_pb2.GetHeadRequest(channel=long), timeout=20))
-    assert (code, why) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT")
-    assert len(told) == 2000
-
-
-async def test_a_watch_beats(tmp_path: Path) -> None:
-    async with harness.running_central(harness.make_settings(tmp_path), heartbeat_s=0.02) as central:
-        node = await central.enroll("a", await central.token())
-        watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
-        kinds = [(await watch.read()).WhichOneof("event") for _ in range(4)]
-    assert kinds == ["head", "head", "heartbeat", "heartbeat"]
-
-
-# The operator.
-
-
-async def test_the_operator_sees_promotes_and_rolls_back(central: Central, node: Node) -> None:
-    release_id, _ = await make_candidate(central, node, encode_factors())
-    operator = central.operator
-    promote = operator_pb2.PromoteReleaseRequest(release=release_id[:8], channel="canary")
-    assert (await refusal(operator.PromoteRelease(promote, timeout=20)))[1] == "NOT_ACCEPTED"
-    await accept(central, release_id)
-    shown = (await operator.PromoteRelease(promote, timeout=20)).release
-    assert (list(shown.channels), shown.verdict, shown.truncation_error) == (["canary", "stable"], "fine", 0.25)
-    update_id = node.manifest(encode_factors()).digest
-    assert dict(shown.update_weights) == {update_id: 1.0}
-    back = operator_pb2.PromoteReleaseRequest(release=node.genesis.digest, channel="stable")
-    assert (await refusal(operator.PromoteRelease(back, timeout=20)))[1] == "BAD_ARGUMENT"
-
-    rollback = operator_pb2.RollbackReleaseRequest(cohort="shared", updates=operator_pb2.ABANDONED_UPDATES_REQUEUE)
-    done = await operator.RollbackRelease(rollback, timeout=20)
-    assert (done.release.release_id, list(done.abandoned_release_ids)) == (node.genesis.digest, [release_id])
-    updates = (await operator.ListUpdates(operator_pb2.ListUpdatesRequest(cohort="shared"), timeout=20)).updates
-    assert [(update.update_id, update.state) for update in updates] == [(update_id, updates_pb2.UPDATE_STATE_WAITING)]
-    assert (await refusal(operator.RollbackRelease(rollback, timeout=20)))[1] == "BAD_ARGUMENT"
-    unspecified = operator_pb2.RollbackReleaseRequest(cohort="shared")
-    assert (await refusal(operator.RollbackRelease(unspecified, timeout=20)))[1] == "BAD_ARGUMENT"
-
-    listed = (await operator.ListReleases(operator_pb2.ListReleasesRequest(), timeout=20)).releases
-    assert [release.state for release in listed] == [
-        operator_pb2.RELEASE_STATE_ACCEPTED,
-        operator_pb2.RELEASE_STATE_ABANDONED,
-    ]
-    events = (await operator.ListEvents(operator_pb2.ListEventsRequest(after=2, limit=2), timeout=20)).events
-    assert [event.sequence for event in events] == [3, 4]
-    unknown = operator_pb2.GetReleaseRequest(release="v9-00000000")
-    assert (await refusal(operator.GetRelease(unknown, timeout=20)))[1] == "UNKNOWN_RELEASE"
-    for cohort, uses in (("No Name", 1), ("new\n", 1), ("new", 0)):
-        bad = operator_pb2.CreateTokenRequest(cohort=cohort, uses=uses, valid_s=60)
-        assert (await refusal(operator.CreateToken(bad, timeout=20)))[1] == "BAD_ARGUMENT"
-    with central.rooms.journal.read() as state:
-        assert state.cohorts() == ["shared"]
-    typo = operator_pb2.ListUpdatesRequest(cohort="shred")
-    assert (await refusal(operator.ListUpdates(typo, timeout=20)))[1:] == (
-        "UNKNOWN_COHORT",
-        "Cohort 'shred' is not known. Expected one of: shared.",
-    )
-    unknown_node = operator_pb2.ListUpdatesRequest(node_id="nobody")
-    assert (await refusal(operator.ListUpdates(unknown_node, timeout=20)))[1] == "UNKNOWN_NODE"
-    assert (await refusal(operator.ListReleases(operator_pb2.ListReleasesRequest(cohort="x"), timeout=20)))[
-        1
-    ] == "UNKNOWN_COHORT"
-    beyond = operator_pb2.ListEventsRequest(after=2**64 - 1)
-    assert not (await operator.ListEvents(beyond, timeout=20)).events
-
-
-async def test_a_failing_disk_is_said_to_be_one(central: Central, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise StorageError("/secret/path is full")
-
-    monkeypatch.setattr(central.rooms.journal, "events", fail)
-    request = operator_pb2.ListEventsRequest()
-    code, why, told = await refusal(central.operator.ListEvents(request, timeout=20))
-    assert (code, why) == (grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED")
-    assert "secret" not in told
 
 
 async def test_a_taken_port_is_named(central: Central) -> None:

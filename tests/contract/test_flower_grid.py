@@ -16,6 +16,7 @@ from central.federation import JournalGrid, run_cohort
 from central.federation.errors import FederationError
 from central.federation.grid import flower_id
 from central.federation.server_app import CohortLoop
+from central.fleet.revocation import revoke_node
 from central.journal import Event, EventKind, NewEvent
 from central.settings import CentralSettings
 from protos.lora import LoraModule, LoraTensors
@@ -266,6 +267,25 @@ def test_a_revoked_node_is_not_waited_for(central: Central) -> None:
     thread.join()
     unsubscribe()
     assert central.head().manifest.version == 1
+
+
+def test_a_node_revoked_during_evaluation_is_left_out_of_the_release(central: Central) -> None:
+    central.join("shared", "a-1", "b-2")
+    kept, _ = [central.admit(node, make_increment(number)) for number, node in enumerate(("a-1", "b-2"))]
+    settings = make_settings(quorum=1, min_updates=1)
+    asked: list[str] = []
+
+    def answer(node: str) -> tuple[list[dict[str, object]], str]:
+        asked.append(node)
+        if len(asked) == 1:
+            revoke_node(central.journal, "b-2", "operator")
+        return [result("acme-a")], ""
+
+    with answering(central.journal, answer):
+        take_steps(central, settings, lambda: central.head().manifest.version == 1)
+    assert central.head().manifest.updates == [kept]
+    with central.journal.read() as state:
+        assert sorted(update.state for update in state.updates.values()) == ["merged", "set_aside"]
 
 
 def test_a_rollback_during_evaluation_cancels_and_requeues(central: Central) -> None:
