@@ -33,6 +33,7 @@ def make_node(data_dir: Path, **learning: Any) -> EdgeSettings:
         "batch_own": 3,
         "batch_anchor": 2,
         "poll_s": 0.05,
+        "supersede_after_s": 0,
     }
     return EdgeSettings.model_validate(
         {

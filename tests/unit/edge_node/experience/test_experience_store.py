@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import sqlite3
 from pathlib import Path
 
@@ -120,3 +121,16 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version=7")
     with pytest.raises(StorageError, match="schema 7"):
         ExperienceStore(tmp_path / "experience.db")
+
+
+def test_counting_what_is_new_equals_counting_everything(tmp_path: Path) -> None:
+    store = ExperienceStore(tmp_path / "experience.db")
+    store.add_interactions([make_interaction(number, answer="a" if number else "") for number in range(6)])
+    drawn = random.Random(0)
+    for _ in range(60):
+        score, correction = drawn.choice([(None, "b"), (1.0, None), (0.0, None), (0.0, "c"), (None, None)])
+        remark = str(drawn.random())
+        store.add_feedback(Feedback(f"chatcmpl-{drawn.randrange(6)}", score, correction, remark))
+        expected = len(store.examples(up_to=store.cursor(), limit=100))
+        assert store.counts().examples == expected
+        assert ExperienceStore(tmp_path / "experience.db").counts().examples == expected
