@@ -49,7 +49,7 @@ class Size:
 
 SIZES: Mapping[str, Size] = {
     "full": Size(
-        "full", ("A", "B", "C", "D"), recipe.FIRST_WAVE, recipe.NEXT_WAVE, 100, 7, 600, 120, StopAt(93, 66, 94)
+        "full", ("A", "B", "C", "D"), recipe.FIRST_WAVE, recipe.NEXT_WAVE, 100, 7, 600, 120, StopAt(96, 70, 95)
     ),
     "small": Size("small", ("A", "B"), 150, 60, 50, 2, 240, 60, None),
 }
