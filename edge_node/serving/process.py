@@ -76,9 +76,13 @@ class VllmProcess:
             while not self._closing.is_set():
                 started = time.monotonic()
                 await self._free_port()
-                await self._start()
                 try:
+                    await self._start()
                     cause = await self._watch()
+                except OSError as error:  # a full disk or no process left: a node that has served waits for it to pass
+                    if not self._served_once:
+                        raise
+                    cause = str(error)
                 finally:
                     self._ready.clear()
                     await self._kill_group()
@@ -142,6 +146,7 @@ class VllmProcess:
             log = self._log.open("wb")
         except OSError as error:
             raise StorageError(f"Log {self._log} cannot be written: {error}. Check EDGE_DATA_DIR.") from error
+        self._process = None
         self._socket.unlink(missing_ok=True)
         with log:
             # A session of its own: Ctrl-C is for the supervisor, which drains first; and the group can be killed whole.

@@ -32,6 +32,23 @@ async def pid_other_than(learner: LearnerProcess, old: int | None) -> int:
     return learner.pid
 
 
+class Unstartable(LearnerProcess):
+    tries = 0
+
+    def command(self) -> list[str]:
+        self.tries += 1
+        return ["sleep", "600"] if self.tries > 2 else ["/no/such/program"]
+
+
+async def test_a_learner_that_cannot_be_started_is_tried_again() -> None:
+    learner = Unstartable(EdgeSettings(), first_pause_s=0.01)
+    running = asyncio.create_task(learner.run())
+    await pid_other_than(learner, None)
+    assert (learner.tries, learner.starts) == (3, 1)
+    await learner.aclose()
+    await running
+
+
 async def test_killed_learner_is_started_again_and_aclose_ends_it() -> None:
     learner = Sleeper(EdgeSettings(), first_pause_s=0.01)
     running = asyncio.create_task(learner.run())

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from edge_node.outbox import Outbox
 from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors, decode, encode
-from protos.manifest import UpdateManifest, sha256_hex, verify
+from protos.manifest import Payload, Start, UpdateManifest, sha256_hex, verify
 from tests.fakes.identity import NODE_ID
 from tests.fakes.node_data import activate, as_environment, make_node, meet
 from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
@@ -144,6 +145,35 @@ def test_first_round_from_a_start_is_finished_although_the_node_moved_on(tmp_pat
     activate(settings, tiny_adapter(1), version=1)
     assert worker.step()
     assert [entry.start_release for entry in outbox_of(settings).list()] == [old.digest]
+
+
+def test_round_that_was_handed_over_but_not_recorded_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_node(tmp_path, steps=2)
+    meet(settings, activate(settings, LoraTensors(), version=0).label, 6)
+    worker = Worker(settings, NODE_ID)
+    plan = worker._next_round()
+    assert plan is not None
+    payload = encode(tiny_adapter(1))
+    manifest = UpdateManifest(
+        node_id=NODE_ID,
+        sequence=1,
+        base="b" * 64,
+        start=Start(release=plan.release_id, payload="c" * 64, prefix_rank=0, dtype="float32"),
+        rank=1,
+        payload=Payload(digest_sha256=sha256_hex(payload), size_bytes=len(payload)),
+        round_id=plan.round_id,
+        experiences=6,
+        created_at=plan.created_at,
+        software="test",
+    ).to_bytes()
+    update_id = outbox_of(settings).add(plan.round_id, manifest, b"signature", payload)
+    monkeypatch.delattr("edge_node.learning.round.train_on_experience")
+    assert worker.step()
+    assert RoundStore(settings.data_dir / "learning").unfinished() is None
+    with sqlite3.connect(settings.data_dir / "learning" / "rounds.db") as rounds:
+        assert rounds.execute("SELECT state, result FROM rounds").fetchall() == [("finished", update_id)]
 
 
 def test_round_that_cannot_be_trained_is_abandoned_and_the_next_one_starts(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edge_node.identity import Identity
-from edge_node.outbox import Outbox, OutboxState, Uploader
+from edge_node.outbox import Outbox, OutboxEntry, OutboxState, Uploader
 from edge_node.settings import EdgeSettings
 from protos.manifest import (
     CHUNK_BYTES,
@@ -316,3 +317,26 @@ async def test_run_uploads_what_another_process_adds_and_ends_with_aclose(outbox
         await uploader.aclose()
         await uploader.aclose()
         await asyncio.wait_for(running, 5)
+
+
+async def test_an_outbox_that_cannot_be_read_for_a_while_ends_nothing(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    central, real = ScriptedCentral(), outbox.list
+    failures = [sqlite3.OperationalError("database is locked"), OSError("disk")]
+
+    def listing(*states: OutboxState) -> Sequence[OutboxEntry]:
+        if failures:
+            raise failures.pop()
+        return real(*states)
+
+    monkeypatch.setattr(outbox, "list", listing)
+    update_id = add_update(outbox, 1, b"payload")
+    async with serving(central) as port, node(outbox, port, Clock()) as uploader:
+        running = asyncio.create_task(uploader.run())
+        async with asyncio.timeout(20):
+            while update_id not in central.admitted:
+                assert not running.done(), running.result()
+                await asyncio.sleep(0.02)
+        await uploader.aclose()
+        await running
