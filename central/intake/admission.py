@@ -27,9 +27,7 @@ from protos.base import BaseModelInfo
 from protos.manifest import ReceiptBody, UpdateManifest
 from protos.updates.v1 import updates_pb2
 
-ALREADY_MERGED = (
-    "the node's earlier update from this start is already merged; the next round starts from a newer release"
-)
+ALREADY_MERGED = "the node's earlier update from this start is already merged or in a merge; the next round starts from a newer release"
 
 
 class Admission:

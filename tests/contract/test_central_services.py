@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import grpc
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from central.errors import ListenError
+from central.fleet import pki
 from central.fleet.presence import Presence
 from central.intake import admission
 from central.intake.validation import check_payload
@@ -97,6 +100,40 @@ async def test_without_a_certificate_nothing_is_answered(central: Central) -> No
     stub = harness.updates_pb2_grpc.UpdateServiceStub(central.channel())
     code, _, _ = await refusal(stub.QueryUpload(updates_pb2.QueryUploadRequest(update_id="0" * 64), timeout=20))
     assert code is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "expected"),
+    [
+        ("foreign", grpc.StatusCode.UNAVAILABLE, None),  # refused by TLS
+        ("expired", grpc.StatusCode.UNAVAILABLE, None),
+        ("other key", grpc.StatusCode.UNAUTHENTICATED, "UNKNOWN_NODE"),
+        ("other cohort", grpc.StatusCode.PERMISSION_DENIED, "COHORT_MISMATCH"),
+        ("server", grpc.StatusCode.UNAVAILABLE, None),  # not made for clients
+    ],
+)
+async def test_a_certificate_that_is_not_the_nodes_own_is_refused(
+    central: Central,
+    node: Node,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    code: grpc.StatusCode,
+    expected: str | None,
+) -> None:
+    rooms = central.rooms
+    key = ec.generate_private_key(ec.SECP256R1()) if case == "other key" else node.key
+    issuer = pki.Pki.load_or_create(tmp_path / "foreign", []) if case == "foreign" else rooms.pki
+    if case == "expired":
+        monkeypatch.setattr(pki, "CERTIFICATE_LIFE", -timedelta(minutes=5))
+    cohort = "zeta" if case == "other cohort" else "shared"
+    certificate = issuer.issue_node_certificate(node.node_id, cohort, key.public_key())
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    if case == "server":
+        pem, certificate = rooms.pki.server_key_pem, rooms.pki.server_certificate_pem
+    stub = harness.updates_pb2_grpc.UpdateServiceStub(central.channel(pem, certificate))
+    query = stub.QueryUpload(updates_pb2.QueryUploadRequest(update_id="0" * 64), timeout=20)
+    assert (await refusal(query))[:2] == (code, expected)
 
 
 async def test_a_node_is_no_operator(node: Node) -> None:
