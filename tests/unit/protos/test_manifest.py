@@ -184,3 +184,11 @@ def test_signatures_fit_one_key_and_one_text() -> None:
 def test_another_kind_of_key_is_refused(pem: bytes, said: str) -> None:
     with pytest.raises(ManifestError, match=said):
         verify(pem, b"text", b"signature")
+
+
+@pytest.mark.parametrize("field", ["sequence", "experiences"])
+def test_numbers_that_no_listing_can_carry_are_refused(field: str) -> None:
+    document = json.loads(make_update().to_bytes())
+    UpdateManifest.from_bytes(canonical_json({**document, field: 2**63 - 1}))
+    with pytest.raises(ManifestError, match=f"malformed at {field}"):
+        UpdateManifest.from_bytes(canonical_json({**document, field: 2**63}))
