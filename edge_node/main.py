@@ -141,7 +141,7 @@ async def serve(settings: EdgeSettings) -> None:
             stopped = asyncio.create_task(stop.wait())
             try:
                 done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
-                for task in done - {stopped}:
+                for task in [task for task in tasks if task in done]:  # vLLM's own error before what follows from it
                     task.result()  # a room that ends by itself ended with an error
             finally:
                 stopped.cancel()

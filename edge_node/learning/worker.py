@@ -18,6 +18,7 @@ import sqlite3
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,10 @@ class Worker:
         except (EdgeError, OSError, sqlite3.Error):
             raise  # the node's surroundings, not the round: it goes on once they are right
         except Exception as error:  # supervision: the same round would fail again, and no other could start
-            log.exception("round abandoned", extra={"round_id": plan.round_id})
+            # Not its words, which may quote what a customer wrote: they are in rounds.db.
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            fields = {"round_id": plan.round_id, "why": type(error).__name__, "at": f"{at.filename}:{at.lineno}"}
+            log.error("round abandoned", extra=fields)
             self._rounds.abandon(plan.round_id, repr(error))
             return
         self._rounds.finish(plan.round_id, update_id)

@@ -141,10 +141,11 @@ class ReleaseWatcher:
         """Keep the alias on the head; load everything again into a vLLM that was started anew."""
         pause, failed = RETRY_FIRST_S, None
         while True:
+            generation = await self._vllm.wait_ready()  # raises when there will be none: then the node ends anyway
             self._head_changed.clear()
             head = self._head
             try:
-                await self._settle(head)
+                await self._settle(head, generation)
             except Exception as error:  # supervision: the active release goes on being served
                 self._note("release", _words(error))
                 pause = min(2 * pause, HEAD_RETRY_LAST_S) if head == failed else RETRY_FIRST_S
@@ -157,8 +158,7 @@ class ReleaseWatcher:
             except TimeoutError:
                 pass
 
-    async def _settle(self, head: releases_pb2.SignedManifest | None) -> None:
-        generation = await self._vllm.wait_ready()
+    async def _settle(self, head: releases_pb2.SignedManifest | None, generation: int) -> None:
         if generation != self._loaded_generation:
             self._pointed = await self._load_kept(damage_matters=head is None)
             self._loaded_generation = generation
