@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 RESTART_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+POLL_S = 0.2
 STOP_TIMEOUT_S = 40.0
 EARLY_DEATHS = 4
 """A child that ended this often before it was ever ready will not get better by itself."""
@@ -58,7 +59,7 @@ class Child:
             self.start(table)
             assert self.process is not None
             while (code := self.process.poll()) is None:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(POLL_S)
             if self._stopping:
                 return
             self.exit_codes.append(code)
