@@ -6,9 +6,10 @@ In: a Story. Out: on a terminal, a table that is drawn again twice a second; els
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -48,24 +49,12 @@ def picture(story: Story) -> Group:
 
 
 def _nodes(story: Story) -> Table:
-    table = Table(expand=False)
-    for column in (
-        "node",
-        "cohort",
-        "serves",
-        "requests",
-        "own work: before",
-        "last wave",
-        "base skill",
-        "driver",
-        "learner",
-        "outbox",
-    ):
-        table.add_column(column, justify="right" if column in ("requests", "outbox") else "left")
+    columns = ("node", "cohort", "serves", "requests", "before", "last wave", "base", "driver", "learner", "outbox")
+    table = _table(columns, right=("requests", "before", "base", "outbox"))
     for key, record in story.records.items():
         before, wave, anchor = record.last("before"), record.last("wave"), record.last("anchor")
         table.add_row(
-            f"{key} ({record.plan.environment})",
+            key,
             record.plan.cohort,
             record.serving or "-",
             f"{record.requests}" + (f" [red]({record.failed} failed)[/]" if record.failed else ""),
@@ -91,9 +80,8 @@ def _outbox(story: Story, record: NodeRecord) -> str:
 
 
 def _cohorts(story: Story) -> Table:
-    table = Table(expand=False)
-    for column in ("cohort", "stable", "waiting", "planned", "merged", "superseded", "set aside", "last verdict"):
-        table.add_column(column, justify="left" if column in ("cohort", "stable", "last verdict") else "right")
+    counted = ("waiting", "planned", "merged", "superseded", "set aside")
+    table = _table(("cohort", "stable", *counted, "last verdict"), right=counted)
     snapshot = story.snapshot
     if snapshot is None:
         return table
@@ -102,7 +90,15 @@ def _cohorts(story: Story) -> Table:
         head = snapshot.head(cohort)
         decided = [r for r in snapshot.releases if r.cohort == cohort and r.verdict]
         last = max(decided, key=lambda r: r.created_at, default=None)
-        numbers = (counts[state] for state in ("waiting", "planned", "merged", "superseded", "set_aside"))
-        verdict = f"{last.label} {last.state}: {last.verdict.splitlines()[0]}" if last else "-"
-        table.add_row(cohort, head.label if head else "-", *map(str, numbers), verdict[:60])
+        numbers = (str(counts[state.replace(" ", "_")]) for state in counted)
+        verdict = f"{last.label.partition('-')[0]} {last.verdict.partition('. ')[0]}" if last else "-"
+        table.add_row(cohort, head.label if head else "-", *numbers, verdict)
+    return table
+
+
+def _table(columns: Sequence[str], right: Sequence[str]) -> Table:
+    """Numbers to the right; a row is always one line."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     return table
