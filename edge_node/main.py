@@ -28,7 +28,7 @@ from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
 from edge_node.learning import LearnerProcess, open_starts
 from edge_node.outbox import Outbox, Uploader
-from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.evaluation import Evaluator, evaluation_seed
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.serving import ControlClient, VllmProcess
@@ -126,7 +126,7 @@ async def serve(settings: EdgeSettings) -> None:
         async with identity.channel(settings) as channel:
             control = ControlClient(socket)
             uploader = Uploader(outbox, channel, identity, settings)
-            evaluator = Evaluator(settings.serving.url, environments)
+            evaluator = Evaluator(settings.serving.url, environments, evaluation_seed(identity.node_id))
             watcher = ReleaseWatcher(
                 settings, channel, store, vllm, control, evaluator, counts, lambda: open_starts(settings.data_dir)
             )

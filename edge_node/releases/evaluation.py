@@ -8,6 +8,7 @@ that fails for a reason of infrastructure makes the node abstain, never look lik
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,16 +20,22 @@ from edge_node.settings import EnvironmentSpec
 from protos.manifest import canonical_json, sha256_hex
 from protos.releases.v1 import releases_pb2
 
-EVALUATION_SEED = 20_260_101
 CONCURRENCY = 32
+
+
+def evaluation_seed(node_id: str) -> int:
+    """A node's own held-out tasks, always the same: where several nodes measure one environment (the anchor above all),
+    their tasks differ, so that together they are more evidence."""
+    return int.from_bytes(hashlib.sha256(f"evaluation/{node_id}".encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Asks the node's own endpoint at `url`; `environments` are this node's, by name."""
+    """Asks the node's own endpoint at `url`; `environments` are this node's, by name; `seed` chooses the held-out tasks."""
 
     url: str
     environments: Mapping[str, tuple[EnvironmentSpec, Environment]]
+    seed: int = 0
 
     async def compare(self, candidate: str, reference: str, tasks: int) -> list[releases_pb2.EnvironmentResult]:
         """Paired outcomes of the served versions `candidate` and `reference` on `tasks` held-out tasks an environment.
@@ -42,7 +49,7 @@ class Evaluator:
         # environment: tasks do not leave this machine.
         async with httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False) as client:
             for name, (spec, environment) in sorted(self.environments.items()):
-                suite = await asyncio.to_thread(environment.tasks, "held_out", count=tasks, seed=EVALUATION_SEED)
+                suite = await asyncio.to_thread(environment.tasks, "held_out", count=tasks, seed=self.seed)
                 passed_candidate, passed_reference = await asyncio.gather(
                     self._passed(client, candidate, environment, suite),
                     self._passed(client, reference, environment, suite),
