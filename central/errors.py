@@ -11,8 +11,10 @@ CentralError
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-import grpc
+if TYPE_CHECKING:  # central.merging is importable without gRPC
+    import grpc
 
 
 class CentralError(Exception):

@@ -3,6 +3,22 @@
 Pure functions of arrays: no I/O, no Flower, no gRPC, no database.
 """
 
+from central.merging.filters import clip_norms, keep_near, multi_krum, product_gram
+from central.merging.kernels import Kernel, choose_kernel
+from central.merging.prefix import prefix
 from central.merging.product import Merged, ProductSum, merge
+from central.merging.regmean import regmean
 
-__all__ = ["Merged", "ProductSum", "merge"]
+__all__ = [
+    "Kernel",
+    "Merged",
+    "ProductSum",
+    "choose_kernel",
+    "clip_norms",
+    "keep_near",
+    "merge",
+    "multi_krum",
+    "prefix",
+    "product_gram",
+    "regmean",
+]

@@ -3,32 +3,25 @@
 In: the parent's factors and any number of increments, one at a time, each with a weight (also negative: a removal).
 Out: factors at scale 1.0 of rank at most R, and the relative truncation error ||M - M_hat||_F / ||M||_F over all modules.
 
-Guarantees: up to a summed rank of EXACT_RANK per module the result is the optimal truncation (gram.py). Above it the terms
-are folded in blocks into a state of rank 4R, so memory does not grow with the number of updates (measured: at most
-1.3 % over the optimum; a state of rank R loses up to 30 % when environments arrive in order), and the error is
-estimated with Gaussian probes `M @ Omega` (within about 20 %). Ranks may differ, modules may be missing, inputs may be
-rank-deficient or zero. The same inputs in the same order give the same bytes.
+Guarantees: up to a summed rank of EXACT_RANK per module the result is the optimal truncation (gram.py). Above it terms that
+come one at a time are folded in bounded memory (module_sum.py), and terms that are held anyway go through the range
+finder; the error is then estimated (within about 20 %). kernels.py states the rule. Ranks may differ, modules may be missing,
+inputs may be rank-deficient or zero. The same inputs in the same order give the same bytes.
+
+Scale: an increment's scale (alpha/r, or alpha/sqrt(r) for rsLoRA, arXiv:2312.03732) is one number per module, written by the
+node that knows how it trained and multiplied in here, once; a result has scale 1.0, so nothing downstream folds it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from central.merging.errors import MergeError
-from central.merging.gram import Matrix, truncate
-from protos.lora import Array, LoraModule, LoraTensors
-
-EXACT_RANK = 512
-"""Largest summed rank of one module that is combined in one exact step."""
-STATE_FACTOR = 4
-"""Rank of the folding state over the rank of the result."""
-PROBES = 16
-"""Gaussian probes per module for the error of a folded sum."""
+from central.merging.kernels import EXACT_RANK
+from central.merging.module_sum import ModuleSum
+from protos.lora import LoraModule, LoraTensors
 
 
 @dataclass(frozen=True)
@@ -54,14 +47,20 @@ def merge(
 
 
 class ProductSum:
-    """A running weighted sum of low-rank increments, module by module."""
+    """A running weighted sum of low-rank increments, module by module.
 
-    def __init__(self, *, rank: int, seed: int) -> None:
+    streamed: fold above the exact limit in bounded memory; False holds every term and uses the range finder there.
+    exact_rank: the limit, and so the rank that a streamed module holds at most; both are part of what a result depends on.
+    """
+
+    def __init__(self, *, rank: int, seed: int, streamed: bool = True, exact_rank: int = EXACT_RANK) -> None:
         if rank < 1:
             raise MergeError(f"Rank of the result is {rank}; expected at least 1.")
         self._rank = rank
         self._seed = seed
-        self._modules: dict[str, _ModuleSum] = {}
+        self._streamed = streamed
+        self._exact_rank = exact_rank
+        self._modules: dict[str, ModuleSum] = {}
 
     def add(self, tensors: LoraTensors, weight: float) -> None:
         """Add `weight * scale * B @ A` of every module; raises MergeError and adds nothing of a module that does not fit."""
@@ -69,7 +68,9 @@ class ProductSum:
             raise MergeError(f"Weight of an increment is {weight}; expected a finite number.")
         for name in sorted(tensors.modules):
             if name not in self._modules:
-                self._modules[name] = _ModuleSum(name, self._rank, self._seed)
+                self._modules[name] = ModuleSum(
+                    name, self._rank, self._seed, streamed=self._streamed, exact_rank=self._exact_rank
+                )
             self._modules[name].add(tensors.modules[name], weight)
 
     def result(self) -> Merged:
@@ -84,81 +85,3 @@ class ProductSum:
         error = math.sqrt(cut / total) if total > 0 else 0.0
         # The error becomes part of the release's digest, and its last digits depend on how BLAS splits a sum.
         return Merged(LoraTensors(modules), float(f"{error:.6g}"))
-
-
-class _ModuleSum:
-    """Terms of one module, held as concatenated factors until they must be folded."""
-
-    def __init__(self, name: str, rank: int, seed: int) -> None:
-        self._name = name
-        self._rank = rank
-        self._seed = seed
-        self._capacity = max(EXACT_RANK, 2 * STATE_FACTOR * rank)
-        self._a: list[Array] = []
-        self._b: list[Array] = []
-        self._d: list[Matrix] = []
-        self._held = 0
-        self._probe: _Probe | None = None
-
-    def add(self, module: LoraModule, weight: float) -> None:
-        self._check(module)
-        if self._held and self._held + module.rank > self._capacity:
-            self._fold()
-        self._a.append(module.A)
-        self._b.append(module.B)
-        self._d.append(np.full(module.rank, weight * module.scale))
-        self._held += module.rank
-        if self._probe is not None:
-            self._probe.add(module.A, module.B, self._d[-1])
-
-    def result(self) -> tuple[LoraModule | None, float, float]:
-        """The module (None when zero), and the squared norms of the sum and of what was cut."""
-        best = truncate(*self._terms(), self._rank)
-        total, cut = best.kept + best.cut, best.cut
-        if self._probe is not None:
-            total = self._probe.square()
-            self._probe.add(best.A, best.B, -np.ones(best.A.shape[0]))
-            cut = self._probe.square()
-        return (LoraModule(best.A, best.B) if best.A.shape[0] else None), total, cut
-
-    def _fold(self) -> None:
-        A, B, d = self._terms()
-        if self._probe is None:
-            self._probe = _Probe(self._name, self._seed, A.shape[1], B.shape[0])
-            self._probe.add(A, B, d)
-        state = truncate(A, B, d, STATE_FACTOR * self._rank)
-        self._a, self._b, self._d = [state.A], [state.B], [np.ones(state.A.shape[0])]
-        self._held = state.A.shape[0]
-
-    def _terms(self) -> tuple[Array, Array, Matrix]:
-        return np.concatenate(self._a), np.concatenate(self._b, axis=1), np.concatenate(self._d)
-
-    def _check(self, module: LoraModule) -> None:
-        features = (module.B.shape[0], module.A.shape[1])
-        if module.B.shape[1] != module.A.shape[0] or (
-            self._a and features != (self._b[0].shape[0], self._a[0].shape[1])
-        ):
-            expected = f"[rank, {self._a[0].shape[1]}] and [{self._b[0].shape[0]}, rank]" if self._a else "one rank"
-            raise MergeError(
-                f"Module {self._name!r} has shapes A {module.A.shape}, B {module.B.shape}; expected {expected}.",
-                self._name,
-            )
-        if not (np.isfinite(module.A).all() and np.isfinite(module.B).all() and math.isfinite(module.scale)):
-            raise MergeError(f"Module {self._name!r} holds NaN or infinity; expected finite factors.", self._name)
-
-
-class _Probe:
-    """`M @ Omega` of a sum M with Gaussian Omega [in_features, PROBES]: E ||M Omega||^2 = PROBES * ||M||^2."""
-
-    def __init__(self, module: str, seed: int, in_features: int, out_features: int) -> None:
-        name = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little")
-        generator = np.random.default_rng([seed & (2**64 - 1), name])
-        self._omega = generator.standard_normal((in_features, PROBES))
-        self._image: Matrix = np.zeros((out_features, PROBES))
-
-    def add(self, A: Array, B: Array, d: Matrix) -> None:
-        self._image += B @ (d[:, None] * (A @ self._omega))
-
-    def square(self) -> float:
-        """Estimate of ||M||_F^2."""
-        return float(np.sum(self._image**2)) / PROBES

@@ -10,30 +10,7 @@ from hypothesis import strategies as st
 from central.merging import Merged, merge
 from central.merging.errors import MergeError
 from protos.lora import LoraModule, LoraTensors, encode
-
-OUT, IN = 24, 20
-NAMES = ("layers.0.q", "layers.0.v", "layers.1.up")
-
-
-def make_update(seed: int, rank: int = 4, names: tuple[str, ...] = NAMES, scale: float = 2.0) -> LoraTensors:
-    rng = np.random.default_rng(seed)
-    return LoraTensors(
-        {
-            name: LoraModule(
-                rng.standard_normal((rank, IN)).astype(np.float32),
-                (0.05 * rng.standard_normal((OUT, rank))).astype(np.float32),
-                scale,
-            )
-            for name in names
-        }
-    )
-
-
-def dense(tensors: LoraTensors, name: str) -> np.ndarray:
-    if name not in tensors.modules:
-        return np.zeros((OUT, IN))
-    module = tensors.modules[name]
-    return module.scale * (module.B.astype(np.float64) @ module.A.astype(np.float64))
+from tests.unit.central.merging.lora_factors import IN, NAMES, OUT, best_of_rank, dense, make_update, rotate
 
 
 def oracle(parent: LoraTensors, updates: list[tuple[LoraTensors, float]], rank: int, step: float):
@@ -41,9 +18,8 @@ def oracle(parent: LoraTensors, updates: list[tuple[LoraTensors, float]], rank: 
     best, total, cut = {}, 0.0, 0.0
     for name in NAMES:
         m = dense(parent, name) + step * sum((w * dense(u, name) for u, w in updates), np.zeros((OUT, IN)))
-        u, s, vt = np.linalg.svd(m, full_matrices=False)
-        best[name] = (u[:, :rank] * s[:rank]) @ vt[:rank]
-        total, cut = total + float(np.sum(s**2)), cut + float(np.sum(s[rank:] ** 2))
+        best[name], tail = best_of_rank(m, rank)
+        total, cut = total + float(np.sum(m**2)), cut + tail**2
     return best, np.sqrt(cut / total) if total else 0.0
 
 
@@ -99,17 +75,8 @@ def test_order_never_matters(order):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_rotation_of_factors_changes_nothing(seed):
-    rng = np.random.default_rng(seed)
     update = make_update(seed)
-    T = np.eye(4) + 0.3 * rng.standard_normal((4, 4))
-    if np.linalg.cond(T) > 50:
-        T = np.eye(4) * 3
-    rotated = LoraTensors(
-        {
-            name: LoraModule((T @ m.A).astype(np.float32), (m.B @ np.linalg.inv(T)).astype(np.float32), m.scale)
-            for name, m in update.modules.items()
-        }
-    )
+    rotated = rotate(update, seed)
     other = (make_update(seed + 1), 0.5)
     straight = run(LoraTensors(), [(update, 0.5), other])
     assert_same_product(run(LoraTensors(), [(rotated, 0.5), other]).tensors, straight.tensors, tolerance=2e-5)
@@ -134,13 +101,7 @@ def test_signed_weight_removes_a_contribution():
 def test_removing_a_large_update_leaves_a_small_one_intact():
     # With float32 Grams, phantom directions of 3e-4 of the cancelled norm outrank the true increment of 1e-3: error 0.99.
     big, small = make_update(1, rank=8), make_update(2, rank=2, scale=2e-3)
-    T = np.eye(8) + 0.1 * np.random.default_rng(0).standard_normal((8, 8))
-    same = LoraTensors(
-        {
-            name: LoraModule((T @ m.A).astype(np.float32), (m.B @ np.linalg.inv(T)).astype(np.float32), m.scale)
-            for name, m in big.modules.items()
-        }
-    )
+    same = rotate(big, 0, spread=0.1)
     merged = run(LoraTensors(), [(big, 1.0), (small, 1.0), (same, -1.0)], rank=4)
     expected, _ = oracle(LoraTensors(), [(small, 1.0)], 4, 1.0)
     for name in NAMES:
@@ -172,34 +133,6 @@ def test_an_update_minus_itself_is_nothing():
     merged = run(LoraTensors(), [(make_update(1), 1.0), (make_update(1), -1.0)])
     assert merged.tensors.modules == {}
     assert merged.truncation_error == 0.0
-
-
-def test_equals_peft_cat_and_its_svd():
-    import peft
-    import torch
-
-    class Tiny(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q = torch.nn.Linear(IN, OUT, bias=False)
-
-        def forward(self, x):
-            return self.q(x)
-
-    weights, ranks = (0.7, -0.4), (3, 5)
-    model = peft.PeftModel(Tiny(), peft.LoraConfig(r=ranks[0], lora_alpha=6, target_modules=["q"]), adapter_name="u0")
-    model.add_adapter("u1", peft.LoraConfig(r=ranks[1], lora_alpha=20, target_modules=["q"]))
-    updates = []
-    layer = model.base_model.model.q
-    for index, weight in enumerate(weights):
-        tensors = make_update(index, ranks[index], ("q",), scale=2.0 + 2 * index)
-        layer.lora_A[f"u{index}"].weight.data = torch.from_numpy(tensors.modules["q"].A)
-        layer.lora_B[f"u{index}"].weight.data = torch.from_numpy(tensors.modules["q"].B)
-        updates.append((tensors, weight))
-    model.add_weighted_adapter(["u0", "u1"], list(weights), adapter_name="merged", combination_type="cat")
-    expected = layer.get_delta_weight("merged").detach().double().numpy()
-    module = run(LoraTensors(), updates, rank=8).tensors.modules["q"]
-    assert np.linalg.norm(module.B.astype(np.float64) @ module.A - expected) < 1e-6 * np.linalg.norm(expected)
 
 
 def test_many_updates_fold_in_bounded_memory_and_estimate_their_error():
