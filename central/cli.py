@@ -1,7 +1,7 @@
 """`central`: serve | nodes | tokens | releases | updates | events | journal.
 
 In: arguments and CENTRAL_* variables. Out: text or JSON, and one clear line with an exit code for every error. All
-commands but `serve` and `journal` ask the running central as its operator. Heavy imports happen inside the commands, so that
+commands but `serve`, `journal` and `releases verify` ask the running central as its operator. Heavy imports happen inside the commands, so that
 `--help` answers at once.
 """
 
@@ -109,7 +109,12 @@ def _add_releases(commands: Any) -> None:
         choices=("requeue", "set-aside"),
         help="what happens to the abandoned releases' updates",
     )
-    for parser in (listing, show, promote, rollback):
+    text = "rebuild releases from their updates and compare the bytes; reads the data directory, central may run or not"
+    check = _command(actions, "verify", _verify_releases, text)
+    check.add_argument("release", nargs="?", default="", help="one release (default: every release and candidate)")
+    check.add_argument("--cohort", default="", help="only this cohort")
+    check.add_argument("--deep", action="store_true", help="with a release: its whole line, from version 0 on")
+    for parser in (listing, show, promote, rollback, check):
         _json(parser, nested=True)
 
 
@@ -255,13 +260,27 @@ def _events(client: OperatorClient, options: Options) -> None:
 def _verify(settings: CentralSettings, options: Options) -> None:
     from central.journal import verify_journal
 
-    last = verify_journal(settings.journal_url)
-    count, digest = (last.sequence, last.hash) if last else (0, "")
+    state = verify_journal(settings.journal_url)
+    digest = state.last_hash if state.sequence else ""
     if options.json:
-        print(json.dumps({"events": count, "hash": digest}))
+        print(json.dumps({"events": state.sequence, "hash": digest}))
     else:
         # A cut-off tail cannot be seen from the chain itself, only against what somebody else wrote down.
-        print(f"The journal is whole: {count} events, the last one with hash {digest or 'none'}.")
+        print(f"The journal is whole: {state.sequence} events, the last one with hash {digest or 'none'}.")
+
+
+def _verify_releases(settings: CentralSettings, options: Options) -> None:
+    from central.lineage import verify_on_disk
+
+    findings = verify_on_disk(settings, options.release, options.cohort, options.deep)
+    rows = [dict(vars(finding)) for finding in findings]
+    _print(options, rows, ("version", "cohort", "state", "updates", "outcome", "problem"))
+    bad = [row["version"] for row in rows if row["outcome"] != "identical"]
+    if bad:
+        raise CentralError(
+            f"{len(bad)} of {len(rows)} releases could not be rebuilt to the same bytes: {', '.join(bad)}. Expected all "
+            "identical on the machine that merged them; run `central journal verify`, and restore missing blobs from a backup."
+        )
 
 
 def _rows(messages: Sequence[Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ pulls the same replies again until that plan is decided; a grid sees one cohort 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import uuid
@@ -25,13 +24,13 @@ from flwr.serverapp import Grid
 
 from central.federation.errors import FederationError
 from central.federation.planning import parse_time, plan_merge
-from central.federation.strategy import COHORT, CONFIG, MERGE, REPORT, UPDATE, MergeTerms
+from central.federation.replies import flower_id, request, train_replies
+from central.federation.strategy import CONFIG, REPORT
 from central.journal import (
     EvaluationRecord,
     EvaluationReport,
     EventKind,
     Journal,
-    MergePlan,
     NewEvent,
     PlanRecord,
     State,
@@ -161,16 +160,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
         if planned is None or planned.candidate is not None:
             return []
         with self._journal.read() as state:
-            parent = state.releases[planned.plan.parent].manifest.payload.digest_sha256
-            senders = {update.update_id: state.updates[update.update_id].manifest for update in planned.plan.updates}
-        terms = _terms(planned.plan_id, planned.plan, parent)
-        replies = []
-        for update in planned.plan.updates:
-            fields = {"update_id": update.update_id, "payload": update.payload, "weight": update.weight}
-            content = RecordDict({UPDATE: ConfigRecord(fields), MERGE: terms.to_record()})
-            request = self._request(MessageType.TRAIN, senders[update.update_id].node_id, planned.plan.version)
-            replies.append(Message(content, reply_to=request))
-        return replies
+            return train_replies(state, planned)
 
     def _resume_or_plan(self, state: State) -> PlanRecord | None:
         # Runs under the journal's lock: nothing can change between the decision to merge and its record.
@@ -241,11 +231,11 @@ class JournalGrid(Grid):  # type: ignore[misc]
         return self._is_connected(node_id) or parse_time(self._clock()) < grace_over
 
     def _reply(self, report: EvaluationReport, version: int) -> Message:
-        request = self._request(MessageType.EVALUATE, report.node_id, version)
+        asked = request(MessageType.EVALUATE, report.node_id, version)
         if not _is_result(report):
-            return Message(Error(ABSTAINED, report.abstain_reason or "no results"), reply_to=request)
+            return Message(Error(ABSTAINED, report.abstain_reason or "no results"), reply_to=asked)
         fields = {"node_id": report.node_id, "results": canonical_json([dict(result) for result in report.results])}
-        return Message(RecordDict({REPORT: ConfigRecord(fields)}), reply_to=request)
+        return Message(RecordDict({REPORT: ConfigRecord(fields)}), reply_to=asked)
 
     def _enough(self, state: State, offers: list[EvaluationRecord]) -> bool:
         return sum(map(_is_result, _reports(state, offers).values())) >= self._gate.quorum
@@ -269,11 +259,6 @@ class JournalGrid(Grid):  # type: ignore[misc]
                 raise FederationError(f"Offer {message_id!r} is not one of cohort {self._cohort!r}; push it first.")
         return replies
 
-    def _request(self, message_type: str, node_id: str, version: int) -> Message:
-        return Message(
-            content=RecordDict(), dst_node_id=flower_id(node_id), message_type=message_type, group_id=str(version)
-        )
-
     def _wait(self, predicate: Callable[[State], T | None], timeout_s: float | None) -> T | None:
         """`predicate`'s value once it has one; None when stopped or after `timeout_s` seconds."""
         until = None if timeout_s is None else parse_time(self._clock()) + timedelta(seconds=timeout_s)
@@ -283,16 +268,6 @@ class JournalGrid(Grid):  # type: ignore[misc]
             if value is not None:
                 return value
         return None
-
-
-def flower_id(node_id: str) -> int:
-    """Flower numbers its nodes: 63 bits of the SHA-256 of our id, never COHORT."""
-    number = int.from_bytes(hashlib.sha256(node_id.encode()).digest()[:8], "big") >> 1
-    return number or COHORT + 1
-
-
-def _terms(plan_id: str, plan: MergePlan, parent_payload: str) -> MergeTerms:
-    return MergeTerms(plan_id, parent_payload, plan.rank, plan.server_step, plan.seed)
 
 
 def _nodes(state: State, cohort: str) -> list[str]:

@@ -19,12 +19,12 @@ from flwr.serverapp import Grid, ServerApp
 from central.evaluation import Gate, Mark, Verdict, high_water, pool
 from central.federation.errors import UnusableUpdate
 from central.federation.grid import JournalGrid
+from central.federation.replies import merge_replies
 from central.federation.stock import check_strategy, make_strategy
-from central.federation.strategy import ProductMean, reports_of, to_tensors
+from central.federation.strategy import ProductMean, reports_of
 from central.journal import EventKind, Journal, JournalConflict, NewEvent, PlanRecord, State, utc_now
 from central.registry import BlobStore, Registry
 from central.settings import CentralSettings
-from protos.lora import encode
 
 log = logging.getLogger(__name__)
 
@@ -99,21 +99,20 @@ class CohortLoop:
 
     def _build(self, strategy: ProductMean, planned: PlanRecord, replies: Iterable[Message]) -> None:
         try:
-            arrays, metrics = strategy.aggregate_train(planned.plan.version, replies)
+            merged = merge_replies(strategy, planned.plan.version, replies)
         except UnusableUpdate as error:
             self._set_aside(error)
             return
-        if arrays is None or metrics is None:
+        if merged is None:
             return
-        truncation_error = float(metrics["truncation-error"])
-        candidate = self._registry.add_candidate(planned.plan_id, encode(to_tensors(arrays)), truncation_error)
+        candidate = self._registry.add_candidate(planned.plan_id, merged.data, merged.truncation_error)
         log.info(
             "candidate built",
             extra={
                 "cohort": self._cohort,
                 "release": candidate.digest,
                 "updates": len(candidate.updates),
-                "truncation_error": truncation_error,
+                "truncation_error": merged.truncation_error,
             },
         )
 

@@ -188,24 +188,23 @@ class Journal:
             ) from error
 
 
-def verify_journal(url: str) -> Event | None:
-    """Re-read the whole chain of an existing journal and replay it; returns its last event.
+def verify_journal(url: str) -> State:
+    """Re-read the whole chain of an existing journal and replay it; returns the state that its events imply.
 
     Writes nothing and needs no running central, but may run beside one. Raises StorageError when the journal cannot be
     read, JournalCorrupt naming the first bad event.
     """
-    last = None
     state = State()
     try:
         engine = _open(url, read_only=True)
     except (SQLAlchemyError, ImportError) as error:
         raise StorageError(f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL.") from error
     try:
-        for last in _chain(engine):
-            _replay(state, last)
+        for event in _chain(engine):
+            _replay(state, event)
     finally:
         engine.dispose()
-    return last
+    return state
 
 
 def _chain(engine: sa.Engine) -> Iterator[Event]:

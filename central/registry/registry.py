@@ -147,22 +147,7 @@ class Registry:
     def resolve(self, text: str, cohort: str | None = None) -> ReleaseRecord:
         """The release with this id, unique id prefix (6 digits or more) or version; raises Refused."""
         with self._journal.read() as state:
-            found = [
-                release
-                for release in state.releases.values()
-                if cohort in (None, "", release.cohort)
-                and (
-                    release.manifest.label == text
-                    or (len(text) >= MIN_PREFIX_DIGITS and release.release_id.startswith(text))
-                )
-            ]
-        if len(found) != 1:
-            problem = "is not known" if not found else f"fits {len(found)} releases"
-            raise _unknown(
-                f"Release {text!r} {problem}. Expected an id, {MIN_PREFIX_DIGITS} or more of its first digits, or a "
-                "version such as v3-7f3a9c01; `central releases list` shows them."
-            )
-        return found[0]
+            return find_release(state, text, cohort)
 
     def _signed(self, manifest: ReleaseManifest) -> dict[str, str]:
         data = manifest.to_bytes()
@@ -172,6 +157,23 @@ class Registry:
         if release_id not in state.releases:
             raise _unknown(f"Release {release_id!r} is not known. `central releases list` shows them.")
         return state.releases[release_id]
+
+
+def find_release(state: State, text: str, cohort: str | None = None) -> ReleaseRecord:
+    """The release with this id, unique id prefix (6 digits or more) or version; raises Refused."""
+    found = [
+        release
+        for release in state.releases.values()
+        if cohort in (None, "", release.cohort)
+        and (release.manifest.label == text or (len(text) >= MIN_PREFIX_DIGITS and release.release_id.startswith(text)))
+    ]
+    if len(found) != 1:
+        problem = "is not known" if not found else f"fits {len(found)} releases"
+        raise _unknown(
+            f"Release {text!r} {problem}. Expected an id, {MIN_PREFIX_DIGITS} or more of its first digits, or a "
+            "version such as v3-7f3a9c01; `central releases list` shows them."
+        )
+    return found[0]
 
 
 def unknown_cohort(state: State, cohort: str) -> Refused:

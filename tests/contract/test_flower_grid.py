@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, RecordDict
 import central.federation.grid as grid_module
 from central.federation import JournalGrid, run_cohort
 from central.federation.errors import FederationError
-from central.federation.grid import flower_id
+from central.federation.replies import flower_id
 from central.federation.server_app import CohortLoop
 from central.fleet.revocation import revoke_node
 from central.journal import Event, EventKind, NewEvent

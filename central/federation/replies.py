@@ -1,0 +1,61 @@
+"""Train replies of a merge plan, and what merging them makes.
+
+In: a plan and the state it stands in. Out: Flower messages that name updates by digest, then the payload of the candidate.
+Guarantee: the loop and `central releases verify` both merge through here, so a plan that is merged again, now or years later,
+goes the same way from the same blobs to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from central.federation.strategy import COHORT, MERGE, UPDATE, MergeTerms, ProductMean, to_tensors
+from central.journal import PlanRecord, State
+from protos.lora import encode
+
+
+@dataclass(frozen=True)
+class MergedPayload:
+    """A candidate's payload (protos.lora) and the merge's relative truncation error."""
+
+    data: bytes
+    truncation_error: float
+
+
+def train_replies(state: State, planned: PlanRecord) -> list[Message]:
+    """One reply per update of the plan, in its order, with the plan's terms."""
+    plan = planned.plan
+    parent = state.releases[plan.parent].manifest.payload.digest_sha256
+    terms = MergeTerms(planned.plan_id, parent, plan.rank, plan.server_step, plan.seed)
+    replies = []
+    for update in plan.updates:
+        fields = {"update_id": update.update_id, "payload": update.payload, "weight": update.weight}
+        content = RecordDict({UPDATE: ConfigRecord(fields), MERGE: terms.to_record()})
+        sender = state.updates[update.update_id].manifest.node_id
+        replies.append(Message(content, reply_to=request(MessageType.TRAIN, sender, plan.version)))
+    return replies
+
+
+def merge_replies(strategy: ProductMean, version: int, replies: Iterable[Message]) -> MergedPayload | None:
+    """What the strategy makes of the replies; None without replies. Raises UnusableUpdate."""
+    arrays, metrics = strategy.aggregate_train(version, replies)
+    if arrays is None or metrics is None:
+        return None
+    return MergedPayload(encode(to_tensors(arrays)), float(metrics["truncation-error"]))
+
+
+def request(message_type: str, node_id: str, version: int) -> Message:
+    """The message that a reply of `node_id` answers."""
+    return Message(
+        content=RecordDict(), dst_node_id=flower_id(node_id), message_type=message_type, group_id=str(version)
+    )
+
+
+def flower_id(node_id: str) -> int:
+    """Flower numbers its nodes: 63 bits of the SHA-256 of our id, never COHORT."""
+    number = int.from_bytes(hashlib.sha256(node_id.encode()).digest()[:8], "big") >> 1
+    return number or COHORT + 1

@@ -1,0 +1,130 @@
+"""Rebuilds releases from their plans and compares them with what was released.
+
+In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload and the updates' payloads go
+through the merge that made the release (replies.py), and the digest must come out again.
+
+Guarantee: `identical` means that the release holds its parent and the updates of its plan with the plan's weights, and nothing
+else. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
+release is rebuilt on is a parent that was rebuilt, or has the digest of one that was.
+
+Bit for bit holds on one kind of machine: the same numpy, the same BLAS and as many BLAS threads as central had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from central.errors import StorageError
+from central.federation.errors import FederationError
+from central.federation.replies import MergedPayload, merge_replies, train_replies
+from central.federation.stock import make_strategy
+from central.federation.strategy import Blobs
+from central.journal import ReleaseRecord, State
+from protos.lora import LoraTensors, encode
+from protos.manifest import ManifestError, sha256_hex, verify
+
+Outcome = Literal["identical", "differs", "failed"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out for one release; `expected` and `rebuilt` are digests of payloads, `problem` is empty when identical."""
+
+    release_id: str
+    version: str
+    cohort: str
+    state: str
+    outcome: Outcome
+    updates: int
+    expected: str
+    rebuilt: str
+    problem: str
+
+
+def verify_releases(
+    state: State, releases: Iterable[ReleaseRecord], blobs: Blobs, release_key_pem: bytes, deep: bool
+) -> Iterator[Finding]:
+    """Findings in the order of the journal; `deep` adds the ancestors of every release."""
+    chosen = {release.release_id for release in releases}
+    if deep:
+        chosen |= {ancestor for release_id in tuple(chosen) for ancestor in _line(state, release_id)}
+    rebuilder = _Rebuilder(state, blobs)
+    for release in state.releases.values():  # a parent is recorded before its children
+        if release.release_id in chosen:
+            yield _verify(state, release, rebuilder, release_key_pem)
+
+
+class _Rebuilder:
+    """Rebuilds payloads; the one made last is kept, because the next release mostly builds on it."""
+
+    def __init__(self, state: State, blobs: Blobs) -> None:
+        self._state = state
+        self._blobs = blobs
+        self._last: tuple[str, bytes] = ("", b"")
+
+    def rebuild(self, release: ReleaseRecord) -> MergedPayload:
+        """Raises FederationError or StorageError when it cannot be rebuilt."""
+        merged = self._merge(release)
+        self._last = (sha256_hex(merged.data), merged.data)
+        return merged
+
+    def read(self, digest: str) -> bytes:
+        """What the merge reads: its parent, and the updates of its plan."""
+        return self._last[1] if digest == self._last[0] else self._blobs.read(digest)
+
+    def _merge(self, release: ReleaseRecord) -> MergedPayload:
+        if release.plan_id is None:
+            return MergedPayload(encode(LoraTensors()), 0.0)
+        planned = self._state.plans[release.plan_id]
+        plan = planned.plan
+        strategy = make_strategy(plan.strategy, plan.strategy_options, self)
+        merged = merge_replies(strategy, plan.version, train_replies(self._state, planned))
+        if merged is None:
+            raise FederationError(f"{plan.strategy} made nothing of the plan's {len(plan.updates)} updates.")
+        return merged
+
+
+def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release_key_pem: bytes) -> Finding:
+    expected, rebuilt = release.manifest.payload.digest_sha256, ""
+    outcome: Outcome = "failed"
+    problem = ""
+    try:
+        verify(release_key_pem, release.manifest_bytes, release.signature)
+        merged = rebuilder.rebuild(release)
+        rebuilt = sha256_hex(merged.data)
+        problem = _difference(release, merged, rebuilt)
+        outcome = "differs" if problem else "identical"
+    except (FederationError, StorageError, ManifestError) as error:
+        problem = str(error)
+    manifest = release.manifest
+    return Finding(
+        release_id=release.release_id,
+        version=manifest.label,
+        cohort=release.cohort,
+        state=release.state,
+        outcome=outcome,
+        updates=len(manifest.updates),
+        expected=expected,
+        rebuilt=rebuilt,
+        problem=problem,
+    )
+
+
+def _difference(release: ReleaseRecord, merged: MergedPayload, rebuilt: str) -> str:
+    manifest = release.manifest
+    if rebuilt != manifest.payload.digest_sha256:
+        return f"the rebuilt payload has digest {rebuilt}, the release {manifest.payload.digest_sha256}"
+    if merged.truncation_error != manifest.truncation_error:
+        return (
+            f"the rebuilt truncation error is {merged.truncation_error}, the release says {manifest.truncation_error}"
+        )
+    return ""
+
+
+def _line(state: State, release_id: str) -> Iterator[str]:
+    parent = state.releases[release_id].manifest.parent
+    while parent is not None:
+        yield parent
+        parent = state.releases[parent].manifest.parent

@@ -1,0 +1,134 @@
+"""`central releases verify` against a data directory that the loop wrote: identical, altered, missing, deep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+import central.federation.grid as grid_module
+from central.cli import main
+from central.journal import Journal
+from central.registry import BlobStore
+from protos.lora import encode
+from tests.contract.cohort_loop import KEY, Central, make_increment, make_settings, opened, take_steps
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+    monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
+    write_key(tmp_path, KEY)
+    with opened(tmp_path) as central:
+        central.join("shared", "a-1", "b-2")
+        central.join("zeta", "d-4")
+        for version, strategy in ((1, "product-mean"), (2, "FedAvg"), (3, "product-mean")):
+            for number, node in enumerate(("a-1", "b-2")):
+                central.admit(node, make_increment(10 * version + number), sequence=version)
+            take_steps(central, make_settings(strategy=strategy), lambda v=version: head(central) == v)  # type: ignore[misc]
+    return tmp_path
+
+
+def head(central: Central) -> int:
+    return central.head().manifest.version
+
+
+def write_key(root: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (root / "pki").mkdir(exist_ok=True)
+    (root / "pki" / "release.pub.pem").write_bytes(pem)
+
+
+def run(*arguments: str) -> object:
+    with pytest.raises(SystemExit) as caught:
+        main(["releases", "verify", *arguments])
+    return caught.value.code
+
+
+def releases(root: Path) -> list:
+    journal = Journal(f"sqlite:///{root}/journal.db")
+    with journal.read() as state:
+        found = [release for release in state.releases.values() if release.cohort == "shared"]
+    journal.close()
+    return found
+
+
+def test_every_release_is_rebuilt_to_the_same_bytes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unfinished = data / "blobs" / "of-a-running-central.tmp"
+    unfinished.write_bytes(b"half")
+    before = sorted(data.rglob("*"))
+    assert run("--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["cohort"], row["version"][:2], row["outcome"]) for row in rows] == [
+        ("shared", "v0", "identical"),
+        ("zeta", "v0", "identical"),
+        ("shared", "v1", "identical"),
+        ("shared", "v2", "identical"),
+        ("shared", "v3", "identical"),
+    ]
+    assert all(row["rebuilt"] == row["expected"] for row in rows)
+    assert run("--cohort", "zeta") == 0
+    assert capsys.readouterr().out.count("identical") == 1
+    assert sorted(path for path in data.rglob("*") if "journal.db-" not in path.name) == before, "it writes nothing"
+
+
+def test_deep_needs_the_updates_alone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = releases(data)[-1]
+    for release in releases(data)[1:]:
+        BlobStore(data / "blobs").path(release.manifest.payload.digest_sha256).unlink()
+    assert run(last.manifest.label) == 1, "its parent is not there"
+    assert "Restore" in capsys.readouterr().out
+    assert run(last.release_id[:8], "--deep", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["version"][:2] for row in rows] == ["v0", "v1", "v2", "v3"]
+
+
+def test_another_update_or_another_key_is_found(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blobs = BlobStore(data / "blobs")
+    first = releases(data)[1]
+    journal = Journal(f"sqlite:///{data}/journal.db")
+    with journal.read() as state:
+        update = state.updates[first.manifest.updates[0]].manifest.payload.digest_sha256
+    journal.close()
+    kept = blobs.path(update).read_bytes()
+    blobs.path(update).write_bytes(encode(make_increment(99)))
+    assert run(first.manifest.label) == 1
+    captured = capsys.readouterr()
+    assert "was altered" in captured.out
+    assert f"1 of 1 releases could not be rebuilt to the same bytes: {first.manifest.label}" in captured.err
+    blobs.path(update).write_bytes(kept)
+    assert run(first.manifest.label) == 0
+    write_key(data, ec.generate_private_key(ec.SECP256R1()))
+    capsys.readouterr()
+    assert run(first.manifest.label) == 1
+    assert "Signature" in capsys.readouterr().out
+
+
+def test_a_merge_that_makes_other_bytes_is_found(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from central.federation.strategy import ProductMean
+
+    honest = ProductMean._parent
+    monkeypatch.setattr(
+        ProductMean, "_parent", lambda self, terms: honest(self, type(terms)(**{**vars(terms), "rank": 1}))
+    )
+    assert run("--cohort", "shared", "--json") == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["outcome"] for row in rows] == ["identical", "differs", "differs", "differs"]
+    assert rows[1]["rebuilt"] != rows[1]["expected"]
+
+
+def test_what_is_not_there_is_one_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("v9-00000000") == 1
+    assert "is not known" in capsys.readouterr().err
+    assert run("--cohort", "none") == 1
+    assert "Cohort 'none' is not known" in capsys.readouterr().err
+    shutil.rmtree(data / "pki")
+    assert run() == 5
+    assert "CENTRAL_DATA_DIR" in capsys.readouterr().err
