@@ -45,11 +45,29 @@ class Size:
     settle_limit_s: float
     stop_at: StopAt | None
     """None: always go on to max_releases, and check no bars."""
+    stop_late_at: StopAt | None = None
+    """What is enough once `patience_s` of learning are over: more rounds of a swinging cohort may well be no better."""
+    patience_s: float = 0.0
+
+    def is_enough(self, rates: Mapping[str, float], learning_s: float) -> bool:
+        """Whether one cohort's newest waves are good enough after `learning_s` seconds."""
+        late = self.stop_late_at if learning_s > self.patience_s else None
+        return any(stop.holds(rates) for stop in (self.stop_at, late) if stop is not None)
 
 
 SIZES: Mapping[str, Size] = {
     "full": Size(
-        "full", ("A", "B", "C", "D"), recipe.FIRST_WAVE, recipe.NEXT_WAVE, 100, 7, 600, 120, StopAt(96, 70, 95)
+        name="full",
+        nodes=("A", "B", "C", "D"),
+        first_wave=recipe.FIRST_WAVE,
+        next_wave=recipe.NEXT_WAVE,
+        measured_tasks=100,
+        max_releases=7,
+        learning_limit_s=360,
+        settle_limit_s=60,
+        stop_at=StopAt(94.5, 70, 94),
+        stop_late_at=StopAt(92, 66, 92),
+        patience_s=200,
     ),
     "small": Size("small", ("A", "B"), 150, 60, 50, 2, 240, 60, None),
 }

@@ -230,7 +230,7 @@ class Story:
         return self._enough[cohort].is_set()
 
     def _decide(self, cohort: str, release: str, rates: Mapping[str, float]) -> None:
-        if self.size.stop_at is not None and self.size.stop_at.holds(rates):
+        if self.size.is_enough(rates, self.now_s() - (self.learning_started_s or self.now_s())):
             reason = f"the targets hold on {release}"
         elif _version(release) >= self.size.max_releases:
             reason = f"{self.size.max_releases} releases were made"

@@ -10,7 +10,7 @@ import pytest
 from examples.quickstart.operator_view import Release, Snapshot, Update
 from examples.quickstart.plot import write_plot
 from examples.quickstart.report import check_bars
-from examples.quickstart.scale import StopAt
+from examples.quickstart.scale import SIZES, StopAt
 from protos.operator.v1 import operator_pb2
 
 
@@ -140,3 +140,10 @@ def test_only_accepted_merges_count_as_releases() -> None:
         make_release("v2-cccccccc", "shared", "rejected", ("u1",)),
     )
     assert [release.label for release in snapshot.accepted()] == ["v1-bbbbbbbb"]
+
+
+@pytest.mark.parametrize(("learning_s", "enough"), [(10, False), (199, False), (201, True)])
+def test_less_is_enough_once_patience_is_over(learning_s: float, enough: bool) -> None:
+    rates = {"A": 86.0, "B": 99.0, "C": 87.0}
+    assert SIZES["full"].is_enough(rates, learning_s) is enough
+    assert not SIZES["small"].is_enough(rates, learning_s), "a small run has no targets"
