@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from central import __version__
@@ -92,9 +92,15 @@ def _add_releases(commands: Any) -> None:
     listing = _command(actions, "list", _asking(_releases), "every candidate and release (the default)")
     listing.add_argument("--cohort", default="", help="only this cohort")
     show = _command(actions, "show", _asking(_show), "one release with its updates, evaluations and verdict")
+    explain = _command(
+        actions, "explain", _asking(_explain), "where a release comes from, why it was accepted, where it serves"
+    )
+    diff = _command(actions, "diff", _asking(_diff), "what the second release has that the first has not")
+    diff.add_argument("release_a", help="as for show")
+    diff.add_argument("release_b")
     promote = _command(actions, "promote", _asking(_promote), "point a channel at an accepted release")
     promote.add_argument("--channel", required=True, choices=("stable", "canary"))
-    for parser in (show, promote):
+    for parser in (show, explain, promote):
         parser.add_argument("release", help="id, its first 6 or more digits, or version (v3-7f3a9c01)")
     rollback = _command(
         actions, "rollback", _asking(_rollback), "return a cohort's stable channel to an earlier release"
@@ -114,7 +120,7 @@ def _add_releases(commands: Any) -> None:
     check.add_argument("release", nargs="?", default="", help="one release (default: every release and candidate)")
     check.add_argument("--cohort", default="", help="only this cohort")
     check.add_argument("--deep", action="store_true", help="with a release: its whole line, from version 0 on")
-    for parser in (listing, show, promote, rollback, check):
+    for parser in (listing, show, explain, diff, promote, rollback, check):
         _json(parser, nested=True)
 
 
@@ -200,6 +206,22 @@ def _show(client: OperatorClient, options: Options) -> None:
 
     answer = client.ask(client.stub.GetRelease, operator_pb2.GetReleaseRequest(release=options.release))
     _print_one(options, answer.release)
+
+
+def _explain(client: OperatorClient, options: Options) -> None:
+    from central.operator.texts import explanation
+    from protos.operator.v1 import operator_pb2
+
+    request = operator_pb2.ExplainReleaseRequest(release=options.release)
+    _print_text(options, client.ask(client.stub.ExplainRelease, request), explanation)
+
+
+def _diff(client: OperatorClient, options: Options) -> None:
+    from central.operator.texts import difference
+    from protos.operator.v1 import operator_pb2
+
+    request = operator_pb2.DiffReleasesRequest(release_a=options.release_a, release_b=options.release_b)
+    _print_text(options, client.ask(client.stub.DiffReleases, request), difference)
 
 
 def _promote(client: OperatorClient, options: Options) -> None:
@@ -306,6 +328,14 @@ def _print_one(options: Options, message: Any) -> None:
         return
     for key, value in row.items():
         print(f"{key}: {json.dumps(value) if isinstance(value, Mapping | list) else _printable(value)}")
+
+
+def _print_text(options: Options, message: Any, lines: Callable[[Any], Iterable[str]]) -> None:
+    if options.json:
+        _print_one(options, message)
+        return
+    for line in lines(message):
+        print(_printable(line))
 
 
 def _printable(value: object) -> str:

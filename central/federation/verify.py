@@ -49,7 +49,7 @@ def verify_releases(
     """Findings in the order of the journal; `deep` adds the ancestors of every release."""
     chosen = {release.release_id for release in releases}
     if deep:
-        chosen |= {ancestor for release_id in tuple(chosen) for ancestor in _line(state, release_id)}
+        chosen |= {ancestor.release_id for release_id in tuple(chosen) for ancestor in state.lineage(release_id)}
     rebuilder = _Rebuilder(state, blobs)
     for release in state.releases.values():  # a parent is recorded before its children
         if release.release_id in chosen:
@@ -121,10 +121,3 @@ def _difference(release: ReleaseRecord, merged: MergedPayload, rebuilt: str) -> 
             f"the rebuilt truncation error is {merged.truncation_error}, the release says {manifest.truncation_error}"
         )
     return ""
-
-
-def _line(state: State, release_id: str) -> Iterator[str]:
-    parent = state.releases[release_id].manifest.parent
-    while parent is not None:
-        yield parent
-        parent = state.releases[parent].manifest.parent

@@ -4,6 +4,7 @@ from central.journal.events import Event, EventKind, JournalConflict, JournalCor
 from central.journal.journal import Journal, verify_journal
 from central.journal.plan import MergePlan, PlannedUpdate
 from central.journal.records import (
+    ChannelChange,
     EvaluationRecord,
     EvaluationReport,
     NodeRecord,
@@ -17,6 +18,7 @@ from central.journal.records import (
 from central.journal.state import State
 
 __all__ = [
+    "ChannelChange",
     "EvaluationRecord",
     "EvaluationReport",
     "Event",

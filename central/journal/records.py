@@ -106,6 +106,18 @@ class ReleaseRecord:
 
 
 @dataclass(frozen=True)
+class ChannelChange:
+    """A channel began to point at a release, or at none when `release_id` is None."""
+
+    channel: str
+    release_id: str | None
+    by: str
+    """Operator's name, `gate`, or `central` for version 0."""
+    at: str
+    sequence: int
+
+
+@dataclass(frozen=True)
 class TrainOfferRecord:
     """A cohort's standing invitation to train."""
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from central.journal.events import FIRST_HASH, Event, EventKind, JournalConflict
+from central.journal.events import Event, EventKind, JournalConflict
 from central.journal.plan import MergePlan
+from central.journal.queries import Records
 from central.journal.records import (
+    ChannelChange,
     EvaluationRecord,
     EvaluationReport,
     NodeRecord,
@@ -36,53 +38,12 @@ REVOKED = "its node was revoked"
 """Why the updates of a revoked node are set aside."""
 
 
-class State:
-    """Records by id; treat the dictionaries as read-only, they change through `apply` alone."""
+class State(Records):
+    """Records that change through `apply` alone."""
 
     def __init__(self) -> None:
-        self.sequence = 0
-        self.last_hash = FIRST_HASH
-        self.tokens: dict[str, TokenRecord] = {}
-        self.nodes: dict[str, NodeRecord] = {}
-        self.updates: dict[str, UpdateRecord] = {}
-        self.plans: dict[str, PlanRecord] = {}
-        self.releases: dict[str, ReleaseRecord] = {}
-        self.channels: dict[tuple[str, str], str] = {}
-        self.train_offers: dict[str, TrainOfferRecord] = {}
-        self.evaluations: dict[str, EvaluationRecord] = {}
-        self._genesis: dict[str, str] = {}
-        self._waiting: dict[str, dict[str, UpdateRecord]] = {}
-        self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
+        super().__init__()
         self._changes = Changes()
-
-    # What can be asked.
-
-    def cohorts(self) -> list[str]:
-        """Cohorts in the order of their creation."""
-        return list(self._genesis)
-
-    def genesis(self, cohort: str) -> ReleaseRecord:
-        """Version 0 of the cohort; KeyError when there is no such cohort."""
-        return self.releases[self._genesis[cohort]]
-
-    def head(self, cohort: str, channel: str = "stable") -> ReleaseRecord | None:
-        """Release that the channel points at, if any."""
-        release_id = self.channels.get((cohort, channel))
-        return None if release_id is None else self.releases[release_id]
-
-    def waiting(self, cohort: str) -> list[UpdateRecord]:
-        """The cohort's waiting updates in admission order."""
-        return sorted(self._waiting.get(cohort, {}).values(), key=lambda update: update.admitted_sequence)
-
-    def updates_from(self, node_id: str, start: str) -> list[UpdateRecord]:
-        """The node's admitted updates that were trained on release `start`, in admission order."""
-        return [self.updates[update_id] for update_id in self._by_start.get((node_id, start), ())]
-
-    def open_plans(self, cohort: str) -> list[PlanRecord]:
-        """Plans of the cohort without a verdict, oldest first."""
-        return [record for record in self.plans.values() if record.plan.cohort == cohort and not record.decided]
-
-    # How it changes.
 
     def apply(self, event: Event) -> None:
         """Take over one event; raises JournalConflict (and may leave changes that `rollback` undoes)."""
@@ -137,7 +98,7 @@ class State:
             raise _conflict(event, f"cohort {event.cohort!r} exists already")
         self._add_release(event, "accepted", None)
         self._changes.put(self._genesis, event.cohort, event.subject)
-        self._changes.put(self.channels, (event.cohort, "stable"), event.subject)
+        self._point(event, "stable", event.subject, "central")
 
     def _train_offered(self, event: Event) -> None:
         _known(event, self._genesis, event.cohort, "cohort")
@@ -263,7 +224,7 @@ class State:
 
     def _promoted(self, event: Event) -> None:
         self._expect_accepted(event, event.subject)
-        self._changes.put(self.channels, (event.cohort, event.body["channel"]), event.subject)
+        self._point(event, event.body["channel"], event.subject, event.body["by"])
 
     def _rolled_back(self, event: Event) -> None:
         body = event.body
@@ -279,9 +240,18 @@ class State:
         for plan in self.open_plans(event.cohort):
             if plan.plan.parent in abandoned:
                 self._cancel(event, plan, "its parent was rolled back", requeue)
-        for key in [key for key, head in self.channels.items() if head in abandoned]:
+        for _, channel in [key for key, head in self.channels.items() if head in abandoned and key[1] != "stable"]:
+            self._point(event, channel, None, body["by"])
+        self._point(event, "stable", event.subject, body["by"])
+
+    def _point(self, event: Event, channel: str, release_id: str | None, by: str) -> None:
+        key = (event.cohort, channel)
+        if release_id is None:
             self._changes.drop(self.channels, key)
-        self._changes.put(self.channels, (event.cohort, "stable"), event.subject)
+        else:
+            self._changes.put(self.channels, key, release_id)
+        change = ChannelChange(channel, release_id, by, event.at, event.sequence)
+        self._changes.put(self.channel_changes, key, (*self.channel_changes.get(key, ()), change))
 
     def _cancel_plan_of(self, event: Event) -> None:
         # A plan that loses an update stands for something else than its candidate: its other updates wait again.

@@ -18,6 +18,7 @@ from central.fleet.presence import Presence
 from central.fleet.revocation import revoke_node, unknown_node
 from central.fleet.tokens import create_token, expect_sensible
 from central.journal import Journal, NodeRecord, ReleaseRecord, State
+from central.operator.lineage import diff_releases, explain_release
 from central.operator.listing import event_message, node_message, release_message, update_message
 from central.registry import Registry
 from central.registry.registry import unknown_cohort
@@ -91,6 +92,26 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     ) -> operator_pb2.GetReleaseResponse:
         release = await self._ask(context, lambda by: self._message(self._registry.resolve(request.release)))
         return operator_pb2.GetReleaseResponse(release=release)
+
+    async def ExplainRelease(
+        self, request: operator_pb2.ExplainReleaseRequest, context: Context
+    ) -> operator_pb2.ExplainReleaseResponse:
+        def explain(by: str) -> operator_pb2.ExplainReleaseResponse:
+            with self._journal.read() as state:
+                return explain_release(state, self._registry.resolve(request.release), self._presence.of)
+
+        return await self._ask(context, explain)
+
+    async def DiffReleases(
+        self, request: operator_pb2.DiffReleasesRequest, context: Context
+    ) -> operator_pb2.DiffReleasesResponse:
+        def diff(by: str) -> operator_pb2.DiffReleasesResponse:
+            a, b = self._registry.resolve(request.release_a), self._registry.resolve(request.release_b)
+            modules = self._registry.difference(a, b)  # reads blobs: not under the journal's lock
+            with self._journal.read() as state:
+                return diff_releases(state, a, b, modules)
+
+        return await self._ask(context, diff)
 
     async def PromoteRelease(
         self, request: operator_pb2.PromoteReleaseRequest, context: Context

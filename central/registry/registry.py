@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from central.errors import Reason, Refused
 from central.journal import EventKind, Journal, NewEvent, ReleaseRecord, State, utc_now
 from central.registry.blobs import BlobStore
+from central.registry.difference import ModuleDifference, module_differences
 from protos.lora import LoraTensors, decode, encode
 from protos.manifest import Payload, ReleaseManifest, sign
 
@@ -144,6 +145,11 @@ class Registry:
             self._journal.append(NewEvent(EventKind.ROLLED_BACK, cohort, goal, body))
             return Rollback(state.releases[goal], tuple(abandoned))
 
+    def difference(self, a: ReleaseRecord, b: ReleaseRecord) -> list[ModuleDifference]:
+        """How the products of `b` differ from those of `a`, module by module; raises StorageError."""
+        first, second = (decode(self._blobs.read(release.manifest.payload.digest_sha256)) for release in (a, b))
+        return module_differences(first, second)
+
     def resolve(self, text: str, cohort: str | None = None) -> ReleaseRecord:
         """The release with this id, unique id prefix (6 digits or more) or version; raises Refused."""
         with self._journal.read() as state:
@@ -187,12 +193,7 @@ def unknown_cohort(state: State, cohort: str) -> Refused:
 
 def _ancestors(state: State, release: ReleaseRecord) -> list[str]:
     """Ids from the release's parent down to version 0."""
-    found = []
-    parent = release.manifest.parent
-    while parent is not None:
-        found.append(parent)
-        parent = state.releases[parent].manifest.parent
-    return found
+    return [ancestor.release_id for ancestor in state.lineage(release.release_id)[1:]]
 
 
 def _built_since(state: State, head: ReleaseRecord, goal: str, lineage: list[str]) -> list[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from central.errors import StorageError
 from central.journal import EventKind, NewEvent
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import sha256_hex, verify
-from protos.operator.v1 import operator_pb2
+from protos.operator.v1 import operator_pb2, operator_pb2_grpc
 from protos.releases.v1 import releases_pb2
 from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
@@ -216,6 +217,32 @@ async def test_the_operator_sees_promotes_and_rolls_back(central: Central, node:
     ] == "UNKNOWN_COHORT"
     beyond = operator_pb2.ListEventsRequest(after=2**64 - 1)
     assert not (await operator.ListEvents(beyond, timeout=20)).events
+
+
+async def test_the_operator_asks_where_a_release_comes_from_and_what_it_changed(central: Central, node: Node) -> None:
+    release_id, _ = await make_candidate(central, node, encode_factors())
+    await accept(central, release_id)
+    status = fleet_pb2.NodeStatus(serving_release_id=release_id)
+    await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=20)
+    explain = operator_pb2.ExplainReleaseRequest(release=release_id[:8])
+    told = await central.operator.ExplainRelease(explain, timeout=20)
+    assert [(part.node_id, part.weight) for part in told.contributions] == [(node.node_id, 1.0)]
+    assert [(period.channel, period.by, period.until) for period in told.periods] == [("stable", "gate", "")]
+    assert [serving.node_id for serving in told.serving] == [node.node_id]
+    diff = operator_pb2.DiffReleasesRequest(release_a=node.genesis.label, release_b=release_id)
+    change = await central.operator.DiffReleases(diff, timeout=20)
+    assert [update.update_id for update in change.added] == list(told.release.update_weights)
+    factors = harness.make_factors(9).modules[harness.Q_PROJ]
+    assert [module.module for module in change.modules] == [harness.Q_PROJ]
+    assert change.all_modules.norm_b == pytest.approx(factors.scale * np.linalg.norm(factors.B @ factors.A), rel=1e-5)
+    unknown = operator_pb2.DiffReleasesRequest(release_a="v9-00000000", release_b=release_id)
+    assert (await refusal(central.operator.DiffReleases(unknown, timeout=20)))[1] == "UNKNOWN_RELEASE"
+    assert (await refusal(operator_stub(node).ExplainRelease(explain, timeout=20)))[1] == "NOT_OPERATOR"
+
+
+def operator_stub(node: Node) -> operator_pb2_grpc.OperatorServiceStub:
+    """The operator's service, asked with a node's certificate."""
+    return operator_pb2_grpc.OperatorServiceStub(node.channel)
 
 
 async def test_a_failing_disk_is_said_to_be_one(central: Central, monkeypatch: pytest.MonkeyPatch) -> None:

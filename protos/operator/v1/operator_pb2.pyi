@@ -123,6 +123,98 @@ class Release(_message.Message):
     verdict: str
     def __init__(self, release_id: _Optional[str] = ..., version: _Optional[str] = ..., cohort: _Optional[str] = ..., parent_id: _Optional[str] = ..., state: _Optional[_Union[ReleaseState, str]] = ..., channels: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., truncation_error: _Optional[float] = ..., update_weights: _Optional[_Mapping[str, float]] = ..., evaluations: _Optional[_Iterable[_Union[NodeVerdict, _Mapping]]] = ..., verdict: _Optional[str] = ...) -> None: ...
 
+class Contribution(_message.Message):
+    __slots__ = ("update_id", "node_id", "weight", "sequence", "start_release_id", "admitted_at")
+    UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    START_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_AT_FIELD_NUMBER: _ClassVar[int]
+    update_id: str
+    node_id: str
+    weight: float
+    sequence: int
+    start_release_id: str
+    admitted_at: str
+    def __init__(self, update_id: _Optional[str] = ..., node_id: _Optional[str] = ..., weight: _Optional[float] = ..., sequence: _Optional[int] = ..., start_release_id: _Optional[str] = ..., admitted_at: _Optional[str] = ...) -> None: ...
+
+class EnvironmentFinding(_message.Message):
+    __slots__ = ("environment", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed", "nodes", "fall_points", "tolerance_points", "p_reference", "p_mark", "fell")
+    ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    ANCHOR_FIELD_NUMBER: _ClassVar[int]
+    BOTH_PASSED_FIELD_NUMBER: _ClassVar[int]
+    ONLY_REFERENCE_PASSED_FIELD_NUMBER: _ClassVar[int]
+    ONLY_CANDIDATE_PASSED_FIELD_NUMBER: _ClassVar[int]
+    NEITHER_PASSED_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    FALL_POINTS_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_POINTS_FIELD_NUMBER: _ClassVar[int]
+    P_REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    P_MARK_FIELD_NUMBER: _ClassVar[int]
+    FELL_FIELD_NUMBER: _ClassVar[int]
+    environment: str
+    anchor: bool
+    both_passed: int
+    only_reference_passed: int
+    only_candidate_passed: int
+    neither_passed: int
+    nodes: int
+    fall_points: float
+    tolerance_points: float
+    p_reference: float
+    p_mark: float
+    fell: bool
+    def __init__(self, environment: _Optional[str] = ..., anchor: _Optional[bool] = ..., both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ..., nodes: _Optional[int] = ..., fall_points: _Optional[float] = ..., tolerance_points: _Optional[float] = ..., p_reference: _Optional[float] = ..., p_mark: _Optional[float] = ..., fell: _Optional[bool] = ...) -> None: ...
+
+class ChannelPeriod(_message.Message):
+    __slots__ = ("channel", "since", "until", "by")
+    CHANNEL_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    channel: str
+    since: str
+    until: str
+    by: str
+    def __init__(self, channel: _Optional[str] = ..., since: _Optional[str] = ..., until: _Optional[str] = ..., by: _Optional[str] = ...) -> None: ...
+
+class ServingNode(_message.Message):
+    __slots__ = ("node_id", "connected", "last_seen")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    connected: bool
+    last_seen: str
+    def __init__(self, node_id: _Optional[str] = ..., connected: _Optional[bool] = ..., last_seen: _Optional[str] = ...) -> None: ...
+
+class ModuleChange(_message.Message):
+    __slots__ = ("module", "norm_a", "norm_b", "relative_change")
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    NORM_A_FIELD_NUMBER: _ClassVar[int]
+    NORM_B_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    module: str
+    norm_a: float
+    norm_b: float
+    relative_change: float
+    def __init__(self, module: _Optional[str] = ..., norm_a: _Optional[float] = ..., norm_b: _Optional[float] = ..., relative_change: _Optional[float] = ...) -> None: ...
+
+class EnvironmentChange(_message.Message):
+    __slots__ = ("environment", "passed_a", "total_a", "passed_b", "total_b")
+    ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    PASSED_A_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_A_FIELD_NUMBER: _ClassVar[int]
+    PASSED_B_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_B_FIELD_NUMBER: _ClassVar[int]
+    environment: str
+    passed_a: int
+    total_a: int
+    passed_b: int
+    total_b: int
+    def __init__(self, environment: _Optional[str] = ..., passed_a: _Optional[int] = ..., total_a: _Optional[int] = ..., passed_b: _Optional[int] = ..., total_b: _Optional[int] = ...) -> None: ...
+
 class JournalEvent(_message.Message):
     __slots__ = ("sequence", "at", "kind", "cohort", "subject", "body", "hash")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +292,69 @@ class GetReleaseResponse(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     release: Release
     def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+
+class ExplainReleaseRequest(_message.Message):
+    __slots__ = ("release",)
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    release: str
+    def __init__(self, release: _Optional[str] = ...) -> None: ...
+
+class ExplainReleaseResponse(_message.Message):
+    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage")
+    class UpdatesInLineageEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENTS_FIELD_NUMBER: _ClassVar[int]
+    PERIODS_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_AT_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    SERVER_STEP_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_IN_LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    release: Release
+    contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
+    environments: _containers.RepeatedCompositeFieldContainer[EnvironmentFinding]
+    periods: _containers.RepeatedCompositeFieldContainer[ChannelPeriod]
+    serving: _containers.RepeatedCompositeFieldContainer[ServingNode]
+    decided_at: str
+    strategy: str
+    server_step: float
+    software: str
+    updates_in_lineage: _containers.ScalarMap[str, int]
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class DiffReleasesRequest(_message.Message):
+    __slots__ = ("release_a", "release_b")
+    RELEASE_A_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_B_FIELD_NUMBER: _ClassVar[int]
+    release_a: str
+    release_b: str
+    def __init__(self, release_a: _Optional[str] = ..., release_b: _Optional[str] = ...) -> None: ...
+
+class DiffReleasesResponse(_message.Message):
+    __slots__ = ("version_a", "version_b", "added", "removed", "modules", "all_modules", "environments")
+    VERSION_A_FIELD_NUMBER: _ClassVar[int]
+    VERSION_B_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    ALL_MODULES_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENTS_FIELD_NUMBER: _ClassVar[int]
+    version_a: str
+    version_b: str
+    added: _containers.RepeatedCompositeFieldContainer[Update]
+    removed: _containers.RepeatedCompositeFieldContainer[Update]
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleChange]
+    all_modules: ModuleChange
+    environments: _containers.RepeatedCompositeFieldContainer[EnvironmentChange]
+    def __init__(self, version_a: _Optional[str] = ..., version_b: _Optional[str] = ..., added: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[ModuleChange, _Mapping]]] = ..., all_modules: _Optional[_Union[ModuleChange, _Mapping]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentChange, _Mapping]]] = ...) -> None: ...
 
 class PromoteReleaseRequest(_message.Message):
     __slots__ = ("release", "channel")

@@ -60,6 +60,16 @@ class OperatorServiceStub:
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.GetReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.GetReleaseResponse.FromString,
                 _registered_method=True)
+        self.ExplainRelease = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/ExplainRelease',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ExplainReleaseRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ExplainReleaseResponse.FromString,
+                _registered_method=True)
+        self.DiffReleases = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/DiffReleases',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.DiffReleasesRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.DiffReleasesResponse.FromString,
+                _registered_method=True)
         self.PromoteRelease = channel.unary_unary(
                 '/lorikeet.operator.v1.OperatorService/PromoteRelease',
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.PromoteReleaseRequest.SerializeToString,
@@ -116,6 +126,19 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRelease(self, request, context):
+        """Where it comes from, why it was accepted or not, and where it serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffReleases(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PromoteRelease(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -167,6 +190,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.GetRelease,
                     request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.GetReleaseRequest.FromString,
                     response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.GetReleaseResponse.SerializeToString,
+            ),
+            'ExplainRelease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRelease,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ExplainReleaseRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ExplainReleaseResponse.SerializeToString,
+            ),
+            'DiffReleases': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffReleases,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.DiffReleasesRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.DiffReleasesResponse.SerializeToString,
             ),
             'PromoteRelease': grpc.unary_unary_rpc_method_handler(
                     servicer.PromoteRelease,
@@ -325,6 +358,60 @@ class OperatorService:
             '/lorikeet.operator.v1.OperatorService/GetRelease',
             protos_dot_operator_dot_v1_dot_operator__pb2.GetReleaseRequest.SerializeToString,
             protos_dot_operator_dot_v1_dot_operator__pb2.GetReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRelease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/ExplainRelease',
+            protos_dot_operator_dot_v1_dot_operator__pb2.ExplainReleaseRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.ExplainReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffReleases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/DiffReleases',
+            protos_dot_operator_dot_v1_dot_operator__pb2.DiffReleasesRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.DiffReleasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,70 @@
+"""What the state holds and what can be asked of it.
+
+In: nothing; `State` (state.py) fills it from events. Out: records by id, and what follows from them.
+"""
+
+from __future__ import annotations
+
+from central.journal.events import FIRST_HASH
+from central.journal.records import (
+    ChannelChange,
+    EvaluationRecord,
+    NodeRecord,
+    PlanRecord,
+    ReleaseRecord,
+    TokenRecord,
+    TrainOfferRecord,
+    UpdateRecord,
+)
+
+
+class Records:
+    """Records by id; treat the dictionaries as read-only."""
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        self.last_hash = FIRST_HASH
+        self.tokens: dict[str, TokenRecord] = {}
+        self.nodes: dict[str, NodeRecord] = {}
+        self.updates: dict[str, UpdateRecord] = {}
+        self.plans: dict[str, PlanRecord] = {}
+        self.releases: dict[str, ReleaseRecord] = {}
+        self.channels: dict[tuple[str, str], str] = {}
+        self.channel_changes: dict[tuple[str, str], tuple[ChannelChange, ...]] = {}
+        self.train_offers: dict[str, TrainOfferRecord] = {}
+        self.evaluations: dict[str, EvaluationRecord] = {}
+        self._genesis: dict[str, str] = {}
+        self._waiting: dict[str, dict[str, UpdateRecord]] = {}
+        self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def cohorts(self) -> list[str]:
+        """Cohorts in the order of their creation."""
+        return list(self._genesis)
+
+    def genesis(self, cohort: str) -> ReleaseRecord:
+        """Version 0 of the cohort; KeyError when there is no such cohort."""
+        return self.releases[self._genesis[cohort]]
+
+    def head(self, cohort: str, channel: str = "stable") -> ReleaseRecord | None:
+        """Release that the channel points at, if any."""
+        release_id = self.channels.get((cohort, channel))
+        return None if release_id is None else self.releases[release_id]
+
+    def waiting(self, cohort: str) -> list[UpdateRecord]:
+        """The cohort's waiting updates in admission order."""
+        return sorted(self._waiting.get(cohort, {}).values(), key=lambda update: update.admitted_sequence)
+
+    def updates_from(self, node_id: str, start: str) -> list[UpdateRecord]:
+        """The node's admitted updates that were trained on release `start`, in admission order."""
+        return [self.updates[update_id] for update_id in self._by_start.get((node_id, start), ())]
+
+    def open_plans(self, cohort: str) -> list[PlanRecord]:
+        """Plans of the cohort without a verdict, oldest first."""
+        return [record for record in self.plans.values() if record.plan.cohort == cohort and not record.decided]
+
+    def lineage(self, release_id: str) -> list[ReleaseRecord]:
+        """The release and its ancestors down to version 0."""
+        found = [self.releases[release_id]]
+        while (parent := found[-1].manifest.parent) is not None:
+            found.append(self.releases[parent])
+        return found

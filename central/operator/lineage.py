@@ -1,0 +1,141 @@
+"""Where a release comes from, why it was accepted, where it serves, and how two releases differ.
+
+In: the state, what nodes said last, differences of payloads. Out: messages. Everything is looked up in the state, which is
+in memory: the journal is not read again, so an answer does not grow slower with its length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from central.fleet.presence import NodePresence
+from central.journal import ReleaseRecord, State
+from central.operator.listing import release_message, update_message
+from central.registry.difference import ModuleDifference
+from protos.operator.v1 import operator_pb2
+
+
+def explain_release(
+    state: State, release: ReleaseRecord, presence: Callable[[str], NodePresence]
+) -> operator_pb2.ExplainReleaseResponse:
+    """Everything that the journal and the nodes say of one release or candidate."""
+    plan = state.plans[release.plan_id].plan if release.plan_id else None
+    verdict = release.verdict
+    return operator_pb2.ExplainReleaseResponse(
+        release=release_message(state, release),
+        contributions=_contributions(state, release),
+        environments=[_finding(name, figures) for name, figures in _environments(release).items()],
+        periods=_periods(state, release),
+        serving=[
+            operator_pb2.ServingNode(
+                node_id=node.node_id, connected=said.connected and not node.revoked, last_seen=said.last_seen
+            )
+            for node in state.nodes.values()
+            if (said := presence(node.node_id)).status.serving_release_id == release.release_id
+        ],
+        decided_at=verdict.at if verdict else "",
+        strategy=plan.strategy if plan else "",
+        server_step=plan.server_step if plan else 0.0,
+        software=plan.software if plan else "",
+        updates_in_lineage=Counter(state.updates[u].manifest.node_id for u in _updates_in_lineage(state, release)),
+    )
+
+
+def diff_releases(
+    state: State, a: ReleaseRecord, b: ReleaseRecord, modules: Sequence[ModuleDifference]
+) -> operator_pb2.DiffReleasesResponse:
+    """What `b` has that `a` has not, and the other way round."""
+    in_a, in_b = (set(_updates_in_lineage(state, release)) for release in (a, b))
+    in_order = [update for update in state.updates.values() if update.update_id in in_a ^ in_b]
+    first, second = _environments(a), _environments(b)
+    total = ModuleDifference(
+        "", *(math.hypot(*(getattr(module, key) for module in modules)) for key in ("norm_a", "norm_b", "change"))
+    )
+    return operator_pb2.DiffReleasesResponse(
+        version_a=a.manifest.label,
+        version_b=b.manifest.label,
+        added=[update_message(update) for update in in_order if update.update_id in in_b],
+        removed=[update_message(update) for update in in_order if update.update_id in in_a],
+        modules=[_module(module) for module in modules],
+        all_modules=_module(total),
+        environments=[_environment(name, first, second) for name in sorted(first.keys() | second.keys())],
+    )
+
+
+def _contributions(state: State, release: ReleaseRecord) -> Iterator[operator_pb2.Contribution]:
+    if release.plan_id is None:
+        return
+    for planned in state.plans[release.plan_id].plan.updates:
+        update = state.updates[planned.update_id]
+        yield operator_pb2.Contribution(
+            update_id=update.update_id,
+            node_id=update.manifest.node_id,
+            weight=planned.weight,
+            sequence=update.manifest.sequence,
+            start_release_id=update.manifest.start.release,
+            admitted_at=update.admitted_at,
+        )
+
+
+def _updates_in_lineage(state: State, release: ReleaseRecord) -> list[str]:
+    return [update for ancestor in state.lineage(release.release_id) for update in ancestor.manifest.updates]
+
+
+def _periods(state: State, release: ReleaseRecord) -> list[operator_pb2.ChannelPeriod]:
+    found = []
+    for (cohort, channel), changes in state.channel_changes.items():
+        if cohort == release.cohort:
+            ends = [change.at for change in changes[1:]] + [""]
+            found += [
+                operator_pb2.ChannelPeriod(channel=channel, since=change.at, until=until, by=change.by)
+                for change, until in zip(changes, ends, strict=True)
+                if change.release_id == release.release_id
+            ]
+    return sorted(found, key=lambda period: period.since)
+
+
+def _environments(release: ReleaseRecord) -> Mapping[str, Mapping[str, Any]]:
+    return release.verdict.environments if release.verdict else {}
+
+
+def _finding(name: str, figures: Mapping[str, Any]) -> operator_pb2.EnvironmentFinding:
+    p_mark = figures["p_mark"]
+    return operator_pb2.EnvironmentFinding(
+        environment=name,
+        anchor=figures["anchor"],
+        both_passed=figures["both"],
+        only_reference_passed=figures["only_reference"],
+        only_candidate_passed=figures["only_candidate"],
+        neither_passed=figures["neither"],
+        nodes=figures["nodes"],
+        fall_points=figures["fall_points"],
+        tolerance_points=figures["tolerance_points"],
+        p_reference=figures["p_reference"],
+        p_mark=1.0 if p_mark is None else p_mark,
+        fell=figures["below_reference"] or figures["below_mark"],
+    )
+
+
+def _module(module: ModuleDifference) -> operator_pb2.ModuleChange:
+    return operator_pb2.ModuleChange(
+        module=module.module,
+        norm_a=module.norm_a,
+        norm_b=module.norm_b,
+        relative_change=module.change / module.norm_a if module.norm_a > 0 else 0.0,
+    )
+
+
+def _environment(
+    name: str, first: Mapping[str, Mapping[str, Any]], second: Mapping[str, Mapping[str, Any]]
+) -> operator_pb2.EnvironmentChange:
+    (passed_a, total_a), (passed_b, total_b) = (_passes(found.get(name)) for found in (first, second))
+    return operator_pb2.EnvironmentChange(
+        environment=name, passed_a=passed_a, total_a=total_a, passed_b=passed_b, total_b=total_b
+    )
+
+
+def _passes(figures: Mapping[str, Any] | None) -> tuple[int, int]:
+    return (figures["both"] + figures["only_candidate"], figures["total"]) if figures else (0, 0)

@@ -1,0 +1,77 @@
+"""Answers of the operator service as lines for people.
+
+In: messages. Out: lines without line breaks; the caller removes control characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from central.operator.client import plain
+from protos.operator.v1 import operator_pb2
+
+
+def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
+    """`central releases explain`."""
+    release = answer.release
+    state = plain(release)["state"]
+    yield f"{release.version} of {release.cohort}: {state}, made {release.created_at}, id {release.release_id}"
+    if answer.strategy:
+        yield (
+            f"built on {release.parent_id[:8]} by {answer.strategy}, server step {answer.server_step:g}, rank {release.rank}, "
+            f"truncation error {release.truncation_error:g} ({answer.software})"
+        )
+    yield f"updates: {len(answer.contributions) or 'none, this is the base model'}"
+    for part in answer.contributions:
+        yield (
+            f"  {part.update_id[:12]} from {part.node_id}, weight {part.weight:.6g}, its number {part.sequence}, trained on "
+            f"{part.start_release_id[:8]}, admitted {part.admitted_at}"
+        )
+    if answer.updates_in_lineage:
+        nodes = ", ".join(f"{node} {count}" for node, count in sorted(answer.updates_in_lineage.items()))
+        yield f"with its ancestors it holds updates from: {nodes}"
+    yield f"verdict{' ' + answer.decided_at if answer.decided_at else ''}: {release.verdict or 'none'}"
+    for found in answer.environments:
+        yield _finding(found)
+    for report in release.evaluations:
+        if report.abstain_reason:
+            yield f"  {report.node_id} did not evaluate: {report.abstain_reason}"
+    for period in answer.periods:
+        yield f"{period.channel} from {period.since} until {period.until or 'now'}, by {period.by}"
+    if not answer.periods:
+        yield "no channel ever pointed here"
+    serving = ", ".join(f"{n.node_id}{'' if n.connected else f' (last seen {n.last_seen})'}" for n in answer.serving)
+    yield f"serves now on: {serving or 'no node that has called since central started'}"
+
+
+def difference(answer: operator_pb2.DiffReleasesResponse) -> Iterator[str]:
+    """`central releases diff`."""
+    yield f"from {answer.version_a} to {answer.version_b}"
+    for word, updates in (("added", answer.added), ("removed", answer.removed)):
+        yield f"updates {word}: {len(updates) or 'none'}"
+        for update in updates:
+            yield f"  {update.update_id[:12]} from {update.node_id}, its number {update.sequence}"
+    yield f"change of the product, relative to {answer.version_a}: all modules {_change(answer.all_modules)}"
+    for module in sorted(answer.modules, key=lambda module: -module.relative_change):
+        yield f"  {module.module} {_change(module)}"
+    for found in answer.environments:
+        rates = (_rate(found.passed_a, found.total_a), _rate(found.passed_b, found.total_b))
+        yield f"{found.environment}: {' -> '.join(rates)}"
+
+
+def _finding(found: operator_pb2.EnvironmentFinding) -> str:
+    total = found.both_passed + found.only_reference_passed + found.only_candidate_passed + found.neither_passed
+    return (
+        f"  {'anchor ' if found.anchor else ''}{found.environment}: "
+        f"{_rate(found.both_passed + found.only_reference_passed, total)} -> "
+        f"{_rate(found.both_passed + found.only_candidate_passed, total)}, {found.nodes} nodes"
+        f"{', fell' if found.fell else ''}"
+    )
+
+
+def _change(module: operator_pb2.ModuleChange) -> str:
+    return f"{100 * module.relative_change:.3g} %" if module.norm_a > 0 else f"new, norm {module.norm_b:.3g}"
+
+
+def _rate(passed: int, total: int) -> str:
+    return f"{100 * passed / total:.1f} % ({passed} of {total})" if total else "not measured"

@@ -1,0 +1,145 @@
+"""What explain and diff say, from a journal alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from central.evaluation import Gate, PairedCounts
+from central.fleet.presence import NodePresence, Presence
+from central.journal import EventKind, Journal, NewEvent
+from central.operator.client import plain
+from central.operator.lineage import diff_releases, explain_release
+from central.operator.texts import difference, explanation
+from central.registry.difference import ModuleDifference
+from protos.fleet.v1 import fleet_pb2
+from protos.manifest import ReleaseManifest
+from tests.unit.central import builders as make
+
+GATE = Gate(0.05, 5.0, 10.0, {})
+
+
+class World:
+    """One cohort with two nodes; its clock counts minutes."""
+
+    def __init__(self, path: Path) -> None:
+        self.minute = 0
+        self.journal = Journal(f"sqlite:///{path}/journal.db", clock=self.clock)
+        self.genesis = make.start_cohort(self.journal, nodes=("a-1", "b-2"))
+
+    def clock(self) -> str:
+        self.minute += 1
+        return f"2026-11-{1 + self.minute // 1440:02}T{self.minute // 60 % 24:02}:{self.minute % 60:02}:00.000000Z"
+
+    def release(self, parent: ReleaseManifest, *nodes: str, passes: int = 30) -> ReleaseManifest:
+        updates = [make.make_update(parent, node, 10 * self.minute + n) for n, node in enumerate(nodes)]
+        plan = make.make_plan(parent, *updates)
+        candidate = make.make_candidate(plan)
+        verdict = GATE.decide([PairedCounts("acme", False, passes, 1, 2, 10)], {})
+        body = dict(vars(verdict))
+        self.journal.append(
+            *map(make.admitted, updates),
+            make.planned(plan),
+            make.built(candidate),
+            NewEvent(EventKind.VERDICT, "shared", candidate.digest, body),
+            make.promoted(candidate),
+        )
+        return candidate
+
+    def explain(self, release: ReleaseManifest, presence: Presence | None = None) -> dict:
+        with self.journal.read() as state:
+            of = presence.of if presence else lambda node_id: NodePresence()
+            return plain(explain_release(state, state.releases[release.digest], of))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_explain_names_updates_verdict_channels_and_nodes(world: World) -> None:
+    first = world.release(world.genesis, "a-1", "b-2")
+    second = world.release(first, "a-1")
+    presence = Presence(lambda: "now")
+    presence.opened("b-2")
+    presence.report("b-2", fleet_pb2.NodeStatus(serving_release_id=first.digest))
+    told = world.explain(first, presence)
+    assert [(part["node_id"], part["weight"]) for part in told["contributions"]] == [("a-1", 0.5), ("b-2", 0.5)]
+    (found,) = told["environments"]
+    assert (found["environment"], found["both_passed"], found["only_candidate_passed"]) == ("acme", 30, 2)
+    assert (found["fell"], found["p_mark"], found["tolerance_points"]) == (False, 1.0, 5.0)
+    (period,) = told["periods"]
+    (next_period,) = world.explain(second)["periods"]
+    assert (period["channel"], period["by"]) == ("stable", "tests")
+    assert period["since"] < period["until"] == next_period["since"]
+    assert next_period["until"] == ""
+    assert told["serving"] == [{"node_id": "b-2", "connected": True, "last_seen": "now"}]
+    assert (told["strategy"], told["server_step"], told["decided_at"] < period["since"]) == ("product-mean", 1.0, True)
+    assert world.explain(second)["updates_in_lineage"] == {"a-1": 2, "b-2": 1}
+
+
+def test_explain_survives_a_rollback_and_says_until_when(world: World) -> None:
+    first = world.release(world.genesis, "a-1")
+    world.journal.append(make.promoted(first, "canary"), make.rolled_back(world.genesis, first))
+    told = world.explain(first)
+    assert told["release"]["state"] == "abandoned"
+    assert [(period["channel"], bool(period["until"])) for period in told["periods"]] == [
+        ("stable", True),
+        ("canary", True),
+    ]
+    assert [period["by"] for period in world.explain(world.genesis)["periods"]] == ["central", "tests"]
+    journal = Journal(str(world.journal._engine.url))
+    with journal.read() as replayed, world.journal.read() as state:
+        assert replayed.channel_changes == state.channel_changes
+    journal.close()
+
+
+def test_version_0_is_explained_too(world: World) -> None:
+    with world.journal.read() as state:
+        answer = explain_release(state, state.genesis("shared"), lambda node_id: NodePresence())
+    lines = list(explanation(answer))
+    assert "updates: none, this is the base model" in lines
+    assert any(line.startswith("stable from 2026-11-01T00:01") and line.endswith("by central") for line in lines)
+
+
+def test_explain_reads_no_journal_and_is_quick_at_ten_thousand_events(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = world.genesis
+    for _ in range(1000):
+        head = world.release(head, *["a-1", "b-2"] * 3)
+    with world.journal.read() as state:
+        assert state.sequence > 10_000
+    monkeypatch.setattr(world.journal, "events", None)
+    begin = time.process_time()
+    told = world.explain(head)
+    assert time.process_time() - begin < 1
+    assert sum(told["updates_in_lineage"].values()) == 6000
+
+
+def test_diff_names_updates_modules_and_pass_rates(world: World) -> None:
+    first = world.release(world.genesis, "a-1")
+    world.journal.append(make.rolled_back(world.genesis, first, updates="set_aside"))
+    second = world.release(world.genesis, "b-2", passes=20)
+    modules = [
+        ModuleDifference("k", 3.0, 5.0, 1.5),
+        ModuleDifference("q", 4.0, 0.0, 4.0),
+        ModuleDifference("v", 0.0, 2.0, 2.0),
+    ]
+    with world.journal.read() as state:
+        answer = diff_releases(state, state.releases[first.digest], state.releases[second.digest], modules)
+        genesis = diff_releases(state, state.genesis("shared"), state.releases[second.digest], [])
+    told = plain(answer)
+    assert [update["node_id"] for update in told["added"]] == ["b-2"]
+    assert [update["node_id"] for update in told["removed"]] == ["a-1"]
+    assert [module["relative_change"] for module in told["modules"]] == [0.5, 1.0, 0.0]
+    assert told["all_modules"]["norm_a"] == 5.0
+    assert told["environments"] == [
+        {"environment": "acme", "passed_a": 32, "total_a": 43, "passed_b": 22, "total_b": 33}
+    ]
+    lines = list(difference(answer))
+    assert "  v new, norm 2" in lines
+    assert "acme: 74.4 % (32 of 43) -> 66.7 % (22 of 33)" in lines
+    assert list(difference(genesis))[-1] == "acme: not measured -> 66.7 % (22 of 33)"
