@@ -83,6 +83,9 @@ class GateSettings(Group):
     """An environment may fall by this many points below its high-water mark before the test counts."""
     anchor_tolerance_points: float = Field(default=10, ge=0)
     """The same for anchor skill."""
+    isolation_tries: int = Field(default=16, ge=0)
+    """After a rejected candidate of several updates, parts of it are tried to find the one that hurts; after this many tries no
+    part is cut any further, and a rejected part is set aside whole. 0: a rejected candidate's updates are set aside at once."""
     environments: dict[str, float] = Field(default_factory=dict)
     """Tolerance in points for single environments by name; wins over both above."""
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from datetime import datetime
 
 import central
-from central.journal import MergePlan, PlannedUpdate, State, UpdateRecord
+from central.journal import MergePlan, PlannedUpdate, ReleaseRecord, State, UpdateRecord
 from central.settings import MergePolicy
 
 PRODUCT_MEAN = "product-mean"
+SOFTWARE = f"lorikeet-central {central.__version__}"
 
 
 def parse_time(text: str) -> datetime:
@@ -22,32 +23,56 @@ def parse_time(text: str) -> datetime:
 
 
 def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> MergePlan | None:
-    """The next plan on the cohort's stable head, or None. `now` is RFC 3339 and becomes the plan's `created_at`."""
+    """The next plan on the cohort's stable head, or None. `now` is RFC 3339 and becomes the plan's `created_at`.
+
+    While a rejected candidate's updates are searched for the one that hurts, parts of it are planned, and nothing else.
+    """
     head = state.head(cohort)
+    if head is None:
+        return None
+    if suspects := state.suspects(cohort):
+        rejected = state.plans[state.isolations[cohort].plan_id].plan
+        return _plan_part(rejected, head, suspects, now)
     updates = _due(state.waiting(cohort), policy, parse_time(now))
-    if head is None or not updates:
+    if not updates:
         return None
     return MergePlan(
         cohort=cohort,
         parent=head.release_id,
         version=head.manifest.version + 1,
         base=head.manifest.base,
-        updates=[
-            PlannedUpdate(
-                update_id=update.update_id,
-                payload=update.manifest.payload.digest_sha256,
-                weight=1 / len(updates),
-            )
-            for update in updates
-        ],
+        updates=[_planned(update, 1 / len(updates)) for update in updates],
         strategy=policy.strategy,
         strategy_options=policy.strategy_options,
         rank=policy.rank,
         server_step=policy.server_step,
         seed=policy.seed,
-        software=f"lorikeet-central {central.__version__}",
+        software=SOFTWARE,
         created_at=now,
     )
+
+
+def _plan_part(rejected: MergePlan, head: ReleaseRecord, suspects: Sequence[UpdateRecord], now: str) -> MergePlan:
+    """A part of a rejected plan on today's head, as strong as it was in the whole: what hurt there hurts as much here."""
+    weights = {update.update_id: update.weight for update in rejected.updates}
+    part = [_planned(update, weights[update.update_id]) for update in suspects]
+    # Other strategies divide by the sum of the weights, so there the step carries the share.
+    share = sum(update.weight for update in part) / sum(weights.values())
+    step = rejected.server_step if rejected.strategy == PRODUCT_MEAN else rejected.server_step * share
+    changed = {
+        "parent": head.release_id,
+        "version": head.manifest.version + 1,
+        "updates": part,
+        "server_step": step,
+        "software": SOFTWARE,
+        "created_at": now,
+    }
+    return rejected.model_copy(update=changed)
+
+
+def _planned(update: UpdateRecord, weight: float) -> PlannedUpdate:
+    payload = update.manifest.payload.digest_sha256
+    return PlannedUpdate(update_id=update.update_id, payload=payload, weight=weight)
 
 
 def _due(waiting: Sequence[UpdateRecord], policy: MergePolicy, now: datetime) -> Sequence[UpdateRecord]:

@@ -145,14 +145,28 @@ class CohortLoop:
 
     def _record(self, candidate: str, verdict: Verdict) -> None:
         # One transaction. A rollback meanwhile has cancelled the plan, and the journal then refuses the verdict.
-        events = [self._event(EventKind.VERDICT, candidate, dict(vars(verdict)))]
-        if verdict.accepted:
-            events.append(self._event(EventKind.PROMOTED, candidate, {"channel": "stable", "by": "gate"}))
-        self._journal.append(*events)
+        with self._journal.read() as state:
+            isolate = not verdict.accepted and self._can_isolate(state, candidate)
+            events = [self._event(EventKind.VERDICT, candidate, {**vars(verdict), "isolate": isolate})]
+            if verdict.accepted:
+                events.append(self._event(EventKind.PROMOTED, candidate, {"channel": "stable", "by": "gate"}))
+            self._journal.append(*events)
         log.info(
             "verdict",
-            extra={"cohort": self._cohort, "release": candidate, "accepted": verdict.accepted, "text": verdict.text},
+            extra={
+                "cohort": self._cohort,
+                "release": candidate,
+                "accepted": verdict.accepted,
+                "isolate": isolate,
+                "text": verdict.text,
+            },
         )
+
+    def _can_isolate(self, state: State, candidate: str) -> bool:
+        """Whether parts of the rejected candidate are tried next; otherwise its updates are set aside."""
+        isolation = state.isolations.get(self._cohort)
+        tries = isolation.tries if isolation else 0
+        return len(state.releases[candidate].manifest.updates) > 1 and tries < self._settings.isolation_tries
 
     def _set_aside(self, error: UnusableUpdate) -> None:
         # The journal cancels the plan that loses an update; the plan's other updates wait again.

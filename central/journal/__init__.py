@@ -1,6 +1,7 @@
 """The journal: events enter, a durable hash-chained record and the state it implies leave."""
 
 from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
+from central.journal.isolation import Isolation
 from central.journal.journal import Journal, verify_journal
 from central.journal.plan import MergePlan, PlannedUpdate
 from central.journal.records import (
@@ -23,6 +24,7 @@ __all__ = [
     "EvaluationReport",
     "Event",
     "EventKind",
+    "Isolation",
     "Journal",
     "JournalConflict",
     "JournalCorrupt",

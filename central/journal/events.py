@@ -43,7 +43,9 @@ class EventKind(StrEnum):
     CANDIDATE_BUILT = "candidate_built"  # release id: plan_id, manifest (canonical JSON), signature (base64)
     EVALUATION_OFFERED = "evaluation_offered"  # offer id: candidate, reference, tasks, deadline_at, nodes
     EVALUATION_REPORTED = "evaluation_reported"  # offer id: node_id, results, abstain_reason
-    VERDICT = "verdict"  # release id: accepted, text, environments, high_water
+    VERDICT = (
+        "verdict"  # release id: accepted, text, environments, high_water, isolate (true: updates wait, tried in parts)
+    )
     PROMOTED = "promoted"  # release id: channel, by
     ROLLED_BACK = "rolled_back"  # release id returned to: from_release, abandoned, updates (requeue|set_aside), by
 

@@ -6,6 +6,7 @@ In: nothing; `State` (state.py) fills it from events. Out: records by id, and wh
 from __future__ import annotations
 
 from central.journal.events import FIRST_HASH
+from central.journal.isolation import Isolation
 from central.journal.records import (
     ChannelChange,
     EvaluationRecord,
@@ -33,6 +34,7 @@ class Records:
         self.channel_changes: dict[tuple[str, str], tuple[ChannelChange, ...]] = {}
         self.train_offers: dict[str, TrainOfferRecord] = {}
         self.evaluations: dict[str, EvaluationRecord] = {}
+        self.isolations: dict[str, Isolation] = {}
         self._genesis: dict[str, str] = {}
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
         self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -61,6 +63,19 @@ class Records:
     def open_plans(self, cohort: str) -> list[PlanRecord]:
         """Plans of the cohort without a verdict, oldest first."""
         return [record for record in self.plans.values() if record.plan.cohort == cohort and not record.decided]
+
+    def suspects(self, cohort: str) -> list[UpdateRecord]:
+        """The updates to be tried next, without others, in admission order; empty when no search goes on (isolation.py).
+
+        Updates that were superseded, revoked or set aside meanwhile are no longer suspects.
+        """
+        isolation = self.isolations.get(cohort)
+        for group in isolation.groups if isolation else ():
+            if waiting := [
+                self.updates[update_id] for update_id in group if self.updates[update_id].state == "waiting"
+            ]:
+                return sorted(waiting, key=lambda update: update.admitted_sequence)
+        return []
 
     def lineage(self, release_id: str) -> list[ReleaseRecord]:
         """The release and its ancestors down to version 0."""

@@ -74,6 +74,8 @@ class PlanRecord:
     plan: MergePlan
     candidate: str | None = None
     decided: bool = False
+    isolates: str | None = None
+    """The rejected plan that it tries a part of (isolation.py)."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from central.journal.events import Event, EventKind, JournalConflict
+from central.journal.isolation import after_verdict, bisect
 from central.journal.plan import MergePlan
 from central.journal.queries import Records
 from central.journal.records import (
@@ -153,6 +154,7 @@ class State(Records):
             raise _conflict(
                 event, f"parent {parent.release_id} is {parent.state} and {len(plan.updates)} updates are planned"
             )
+        suspected, planned_ids = self.suspects(event.cohort), {planned.update_id for planned in plan.updates}
         for planned in plan.updates:
             update = _known(event, self.updates, planned.update_id, "update")
             if update.cohort != event.cohort or update.manifest.payload.digest_sha256 != planned.payload:
@@ -160,7 +162,9 @@ class State(Records):
                     event, f"update {update.update_id} of cohort {update.cohort!r} has another payload or cohort"
                 )
             self._move(event, planned.update_id, "planned", ("waiting",), plan_id=event.subject)
-        self._changes.put(self.plans, event.subject, PlanRecord(event.subject, plan))
+        suspects = {update.update_id for update in suspected}
+        isolates = self.isolations[event.cohort].plan_id if suspects.issuperset(planned_ids) and suspects else None
+        self._changes.put(self.plans, event.subject, PlanRecord(event.subject, plan, isolates=isolates))
 
     def _candidate_built(self, event: Event) -> None:
         record = _known(event, self.plans, event.body["plan_id"], "plan")
@@ -215,12 +219,29 @@ class State(Records):
         self._changes.put(self.releases, release.release_id, replace(release, state=state, verdict=verdict))
         plan = self.plans[release.plan_id]
         self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
-        for update_id in release.manifest.updates:
+        updates, isolate = release.manifest.updates, not accepted and bool(body.get("isolate", False))
+        if isolate and len(updates) < 2:
+            raise _conflict(event, "a candidate of one update cannot be isolated any further")
+        for update_id in () if isolate else updates:
             if accepted:
                 self._move(event, update_id, "merged", ("planned",))
             else:
-                reason = f"candidate {release.manifest.label} was rejected: {verdict.text}"
-                self._move(event, update_id, "set_aside", ("planned",), reason)
+                self._move(event, update_id, "set_aside", ("planned",), _why_rejected(plan, release, verdict))
+        if isolate:
+            self._release_updates(event, updates, ("planned",), True, release.manifest.label)
+        self._isolate(event, plan, isolate)
+
+    def _isolate(self, event: Event, plan: PlanRecord, isolate: bool) -> None:
+        updates = [update.update_id for update in plan.plan.updates]
+        halves = bisect((self.updates[u].manifest.node_id, u) for u in updates) if isolate else ()
+        current = self.isolations.get(event.cohort)
+        ours = current if plan.isolates or not isolate else None  # another rejection begins another search
+        waiting = {update.update_id for update in self.waiting(event.cohort)}
+        after = after_verdict(ours, plan.plan_id, waiting.difference(updates), halves)
+        if after is not None:
+            self._changes.put(self.isolations, event.cohort, after)
+        elif current is not None:
+            self._changes.drop(self.isolations, event.cohort)
 
     def _promoted(self, event: Event) -> None:
         self._expect_accepted(event, event.subject)
@@ -344,6 +365,17 @@ class State(Records):
                 event, f"release {release_id} is {release.state} in cohort {release.cohort!r}, not accepted"
             )
         return release
+
+
+def _why_rejected(plan: PlanRecord, release: ReleaseRecord, verdict: VerdictRecord) -> str:
+    number = len(release.manifest.updates)
+    what = "of this update alone" if number == 1 else f"of {number} updates"
+    found = (
+        f"isolated: candidate {release.manifest.label} {what}"
+        if plan.isolates
+        else f"candidate {release.manifest.label}"
+    )
+    return f"{found} was rejected: {verdict.text}"
 
 
 def _conflict(event: Event, text: str) -> JournalConflict:

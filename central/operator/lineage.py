@@ -40,6 +40,7 @@ def explain_release(
         strategy=plan.strategy if plan else "",
         server_step=plan.server_step if plan else 0.0,
         software=plan.software if plan else "",
+        part_of=_part_of(state, release),
         updates_in_lineage=Counter(state.updates[u].manifest.node_id for u in _updates_in_lineage(state, release)),
     )
 
@@ -78,6 +79,12 @@ def _contributions(state: State, release: ReleaseRecord) -> Iterator[operator_pb
             start_release_id=update.manifest.start.release,
             admitted_at=update.admitted_at,
         )
+
+
+def _part_of(state: State, release: ReleaseRecord) -> str:
+    rejected = state.plans[release.plan_id].isolates if release.plan_id else None
+    candidate = state.plans[rejected].candidate if rejected else None
+    return state.releases[candidate].manifest.label if candidate else ""
 
 
 def _updates_in_lineage(state: State, release: ReleaseRecord) -> list[str]:

@@ -21,6 +21,8 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
             f"built on {release.parent_id[:8]} by {answer.strategy}, server step {answer.server_step:g}, rank {release.rank}, "
             f"truncation error {release.truncation_error:g} ({answer.software})"
         )
+    if answer.part_of:
+        yield f"a part of the rejected {answer.part_of}, tried to find the update that hurts"
     yield f"updates: {len(answer.contributions) or 'none, this is the base model'}"
     for part in answer.contributions:
         yield (

@@ -300,7 +300,7 @@ class ExplainReleaseRequest(_message.Message):
     def __init__(self, release: _Optional[str] = ...) -> None: ...
 
 class ExplainReleaseResponse(_message.Message):
-    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage")
+    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of")
     class UpdatesInLineageEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +318,7 @@ class ExplainReleaseResponse(_message.Message):
     SERVER_STEP_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     UPDATES_IN_LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    PART_OF_FIELD_NUMBER: _ClassVar[int]
     release: Release
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     environments: _containers.RepeatedCompositeFieldContainer[EnvironmentFinding]
@@ -328,7 +329,8 @@ class ExplainReleaseResponse(_message.Message):
     server_step: float
     software: str
     updates_in_lineage: _containers.ScalarMap[str, int]
-    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    part_of: str
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ...) -> None: ...
 
 class DiffReleasesRequest(_message.Message):
     __slots__ = ("release_a", "release_b")

@@ -25,7 +25,7 @@ class World:
     """One cohort with two nodes; its clock counts minutes."""
 
     def __init__(self, path: Path) -> None:
-        self.minute = 0
+        self.minute = self.sequence = 0
         self.journal = Journal(f"sqlite:///{path}/journal.db", clock=self.clock)
         self.genesis = make.start_cohort(self.journal, nodes=("a-1", "b-2"))
 
@@ -34,19 +34,20 @@ class World:
         return f"2026-11-{1 + self.minute // 1440:02}T{self.minute // 60 % 24:02}:{self.minute % 60:02}:00.000000Z"
 
     def release(self, parent: ReleaseManifest, *nodes: str, passes: int = 30) -> ReleaseManifest:
-        updates = [make.make_update(parent, node, 10 * self.minute + n) for n, node in enumerate(nodes)]
+        candidate, events = self.planned(parent, *nodes, passes=passes)
+        self.journal.append(*events)
+        return candidate
+
+    def planned(self, parent: ReleaseManifest, *nodes: str, passes: int = 30) -> tuple[ReleaseManifest, list[NewEvent]]:
+        """A release and the events that make it."""
+        self.sequence += 1
+        updates = [make.make_update(parent, node, 10 * self.sequence + n) for n, node in enumerate(nodes)]
         plan = make.make_plan(parent, *updates)
         candidate = make.make_candidate(plan)
         verdict = GATE.decide([PairedCounts("acme", False, passes, 1, 2, 10)], {})
-        body = dict(vars(verdict))
-        self.journal.append(
-            *map(make.admitted, updates),
-            make.planned(plan),
-            make.built(candidate),
-            NewEvent(EventKind.VERDICT, "shared", candidate.digest, body),
-            make.promoted(candidate),
-        )
-        return candidate
+        decided = NewEvent(EventKind.VERDICT, "shared", candidate.digest, dict(vars(verdict)))
+        made = [make.planned(plan), make.built(candidate), decided, make.promoted(candidate)]
+        return candidate, [*map(make.admitted, updates), *made]
 
     def explain(self, release: ReleaseManifest, presence: Presence | None = None) -> dict:
         with self.journal.read() as state:
@@ -107,9 +108,11 @@ def test_version_0_is_explained_too(world: World) -> None:
 def test_explain_reads_no_journal_and_is_quick_at_ten_thousand_events(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = world.genesis
+    head, events = world.genesis, []
     for _ in range(1000):
-        head = world.release(head, *["a-1", "b-2"] * 3)
+        head, more = world.planned(head, *["a-1", "b-2"] * 3)
+        events += more
+    world.journal.append(*events)
     with world.journal.read() as state:
         assert state.sequence > 10_000
     monkeypatch.setattr(world.journal, "events", None)
