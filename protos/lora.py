@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -82,18 +83,23 @@ def encode(tensors: LoraTensors) -> bytes:
 
 def decode(data: bytes) -> LoraTensors:
     """Factors and sections in `data`; raises LoraCodecError. Values are not checked for NaN here."""
-    scales = _read_scales(data)
+    scales = read_scales(data)
     try:
         arrays = load(data)
     except (SafetensorError, KeyError, ValueError) as error:
         raise LoraCodecError(f"Payload is not a readable safetensors file: {error}.") from error
+    return assemble(scales, arrays)
+
+
+def assemble(scales: Mapping[str, float], arrays: Mapping[str, npt.NDArray[np.generic]]) -> LoraTensors:
+    """Factors and sections from the arrays by their names in a payload; raises LoraCodecError. Reads no values."""
     factors: dict[str, dict[str, Array]] = {}
     sections: dict[str, dict[str, npt.NDArray[np.generic]]] = {}
     for name, array in sorted(arrays.items()):  # safetensors gives them in a random order
         kind, _, rest = name.partition("/")
         middle, _, last = rest.rpartition("/")
         if kind == "lora" and middle and last in ("A", "B"):
-            factors.setdefault(middle, {})[last] = array
+            factors.setdefault(middle, {})[last] = cast(Array, array)
         elif kind == "section" and middle and last:
             sections.setdefault(middle, {})[last] = array
         else:
@@ -113,7 +119,8 @@ def decode(data: bytes) -> LoraTensors:
     return LoraTensors(modules, sections)
 
 
-def _read_scales(data: bytes) -> dict[str, float]:
+def read_scales(data: bytes) -> dict[str, float]:
+    """Scale of each module; `data` is a payload, or its beginning up to the end of the header. Raises LoraCodecError."""
     try:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])

@@ -8,20 +8,19 @@ node and start. Blocks on disk and CPU: call it off the event loop.
 from __future__ import annotations
 
 import base64
-from pathlib import Path
+from concurrent.futures import Future
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from central.durable import storage
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, Peer
-from central.intake.partial import PartialUploads
+from central.intake.group_commit import GroupCommit
+from central.intake.partial import Incoming, PartialUploads
 from central.intake.validation import Shapes, check_manifest, check_payload, check_signature
 from central.journal import EventKind, Journal, NewEvent, State, UpdateRecord
 from central.registry import BlobStore
-from central.registry.blobs import file_digest
 from central.settings import LimitSettings
 from protos.base import BaseModelInfo
 from protos.manifest import ReceiptBody, UpdateManifest
@@ -51,35 +50,52 @@ class Admission:
         self._base = base.digest
         self._shapes: Shapes = base.module_shapes
         self._limits = limits
+        self._commits = GroupCommit(journal)
 
-    def begin(self, peer: Peer, manifest: bytes, signature: bytes) -> UpdateManifest:
-        """Check everything that needs no payload; raises Refused."""
+    def begin(self, peer: Peer, header: updates_pb2.UploadHeader) -> tuple[UpdateManifest, Incoming | None]:
+        """Check everything that needs no payload, and open the place for it; None when the update is admitted already.
+
+        Raises Refused.
+        """
         node = self._authenticator.enrolled(peer)
-        document = check_signature(node, manifest, signature)
+        document = check_signature(node, header.manifest, header.signature)
+        update_id = document.digest
         with self._journal.read() as state:
-            if document.digest not in state.updates:
-                check_manifest(state, node, document, self._base, self._limits)
-                self._check_quota(state, node.cohort, document)
-        return document
+            if update_id in state.updates:
+                return document, None
+            check_manifest(state, node, document, self._base, self._limits)
+            self._check_quota(state, node.cohort, document)
+        return document, self._partial.open(node.node_id, update_id, header.offset)
 
-    def finish(self, peer: Peer, manifest: bytes, signature: bytes, resumed: bool) -> updates_pb2.Receipt:
-        """Check the payload and admit the update; raises Refused, and then the payload is discarded."""
-        document = self.begin(peer, manifest, signature)
+    def keep(self, manifest: UpdateManifest, header: updates_pb2.UploadHeader, incoming: Incoming) -> None:
+        """Check the complete payload and put it among the blobs; raises Refused, and then the payload is discarded."""
         # Another stream of the same update must not change the bytes between their check and their place among the blobs.
-        with self._partial.held(document.digest):
-            known = self.find(document.node_id, document.digest)
-            if known is not None:
-                self._partial.discard(document.node_id, document.digest)
-                return self.receipt(known)
-            path = self._partial.path(document.node_id, document.digest)
+        with incoming.held():
+            incoming.expect_unchanged()
             try:
-                self._check_digest(document, resumed)
-                check_payload(_read(path), document, self._shapes, self._limits)
+                _check_digest(manifest, incoming.digest, resumed=header.offset > 0)
+                check_payload(incoming.path, manifest, self._shapes, self._limits)
             except Refused:
-                self._partial.discard(document.node_id, document.digest)
+                self._partial.discard(manifest.node_id, incoming.update_id)
                 raise
-            self._blobs.put_file(path, document.payload.digest_sha256)
-            return self.receipt(self._admit(peer, document, signature))
+            self._blobs.put_file(incoming.path, manifest.payload.digest_sha256)
+
+    def admit(self, peer: Peer, manifest: UpdateManifest, header: updates_pb2.UploadHeader) -> Future[UpdateRecord]:
+        """Record the update whose payload is kept; the future raises Refused when it may not be admitted any more."""
+        update_id = manifest.digest
+        signature = base64.b64encode(header.signature).decode()
+
+        def events(state: State) -> list[NewEvent]:
+            node = self._authenticator.enrolled(peer)  # it may have been revoked while the payload came
+            if update_id in state.updates:
+                return []
+            check_manifest(state, node, manifest, self._base, self._limits)
+            self._check_quota(state, node.cohort, manifest)
+            body = {"manifest": header.manifest.decode(), "signature": signature}
+            admitted = NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body)
+            return [admitted, *_consequences(state, manifest, node.cohort)]
+
+        return self._commits.admit(manifest.node_id, update_id, events)
 
     def find(self, node_id: str, update_id: str) -> UpdateRecord | None:
         """The admitted update, if it is the node's own."""
@@ -101,35 +117,6 @@ class Admission:
         signature = self._key.sign(body, ec.ECDSA(SHA256(), deterministic_signing=True))
         return updates_pb2.Receipt(body=body, signature=signature)
 
-    def _admit(self, peer: Peer, manifest: UpdateManifest, signature: bytes) -> UpdateRecord:
-        update_id = manifest.digest
-        with self._journal.read() as state:
-            node = self._authenticator.enrolled(peer)  # it may have been revoked while the payload came
-            if update_id not in state.updates:
-                body = {"manifest": manifest.to_bytes().decode(), "signature": base64.b64encode(signature).decode()}
-                self._journal.append(
-                    NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body),
-                    *_consequences(state, manifest, node.cohort),
-                )
-            return state.updates[update_id]
-
-    def _check_digest(self, manifest: UpdateManifest, resumed: bool) -> None:
-        digest = file_digest(self._partial.path(manifest.node_id, manifest.digest))
-        if digest == manifest.payload.digest_sha256:
-            return
-        if resumed:  # bytes of an earlier attempt may be at fault, so this is not the node's last word
-            raise Refused(
-                grpc.StatusCode.ABORTED,
-                Reason.WRONG_OFFSET,
-                f"The resumed upload of update {manifest.digest} has digest {digest}; the manifest says "
-                f"{manifest.payload.digest_sha256}. Central dropped its part: start again at byte 0.",
-            )
-        raise Refused(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            Reason.DIGEST_MISMATCH,
-            f"The payload has digest {digest}; the manifest says {manifest.payload.digest_sha256}.",
-        )
-
     def _check_quota(self, state: State, cohort: str, manifest: UpdateManifest) -> None:
         waiting = sum(
             update.manifest.payload.size_bytes
@@ -147,9 +134,21 @@ class Admission:
             )
 
 
-def _read(path: Path) -> bytes:
-    with storage(path):
-        return path.read_bytes()
+def _check_digest(manifest: UpdateManifest, digest: str, resumed: bool) -> None:
+    if digest == manifest.payload.digest_sha256:
+        return
+    if resumed:  # bytes of an earlier attempt may be at fault, so this is not the node's last word
+        raise Refused(
+            grpc.StatusCode.ABORTED,
+            Reason.WRONG_OFFSET,
+            f"The resumed upload of update {manifest.digest} has digest {digest}; the manifest says "
+            f"{manifest.payload.digest_sha256}. Central dropped its part: start again at byte 0.",
+        )
+    raise Refused(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        Reason.DIGEST_MISMATCH,
+        f"The payload has digest {digest}; the manifest says {manifest.payload.digest_sha256}.",
+    )
 
 
 def _consequences(state: State, manifest: UpdateManifest, cohort: str) -> list[NewEvent]:

@@ -2,26 +2,30 @@
 
 In: pieces of a payload, each with its offset. Out: a file on disk that a later call goes on with. Guarantees: a piece
 is written only where the bytes on disk end, so two streams of one update can never mix; what `committed` counted is
-synced. Files lie at `<root>/<node id>/<update id>.part`.
+synced; bytes are hashed as they come and never read again. Files lie at `<root>/<node id>/<update id>.part`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 import grpc
 
 from central.durable import make_directory, storage, sync_directory, sync_file
 from central.errors import Reason, Refused
+from protos.manifest import CHUNK_BYTES
 
 SUFFIX = ".part"
 SYNC_BYTES = 8 << 20
 """A crash of the machine costs at most this much of an upload."""
-LOCKS = 64
+LOCKS = 1024
 """Updates share locks; two of one lock only wait for each other."""
 STALE_S = 7 * 24 * 3600.0
 
@@ -46,24 +50,26 @@ class PartialUploads:
             if not path.is_file():
                 return 0
             sync_file(path)
+            sync_directory(path.parent)
             return path.stat().st_size
 
-    def write(self, node_id: str, update_id: str, offset: int, data: bytes) -> None:
-        """Append `data`, which begins at `offset` of the payload; raises Refused when the bytes on disk end elsewhere."""
+    def open(self, node_id: str, update_id: str, offset: int) -> Incoming:
+        """Go on with the update at `offset`; raises Refused when the bytes on disk end elsewhere. Close it again."""
         path = self.path(node_id, update_id)
         with self._lock(update_id), storage(path):
             if not path.parent.is_dir():
                 make_directory(path.parent)
                 sync_directory(self._root)
-            is_new = not path.is_file()
-            size = 0 if is_new else path.stat().st_size
-            expect_offset(update_id, offset, size)
-            with path.open("ab") as stream:
-                stream.write(data)
-            if is_new:
-                sync_directory(path.parent)
-            if (size + len(data)) // SYNC_BYTES != size // SYNC_BYTES:
-                sync_file(path)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            file = FileIO(os.open(path, flags, 0o600), "a+")
+        incoming = Incoming(path, update_id, file, self._lock(update_id))
+        try:
+            expect_offset(update_id, offset, incoming.size)
+            incoming.read_digest()
+        except BaseException:
+            incoming.close()
+            raise
+        return incoming
 
     def discard(self, node_id: str, update_id: str) -> None:
         """Forget the bytes; idempotent."""
@@ -85,14 +91,72 @@ class PartialUploads:
         """Where the update's bytes lie, if any."""
         return self._root / node_id / f"{update_id}{SUFFIX}"
 
-    @contextmanager
-    def held(self, update_id: str) -> Iterator[None]:
-        """Inside the block no other thread changes the update's bytes, so that what was checked is what is kept."""
-        with self._lock(update_id):
-            yield
-
     def _lock(self, update_id: str) -> threading.RLock:
         return self._locks[int(update_id[:8], 16) % LOCKS]
+
+
+class Incoming:
+    """One stream's hold of an unfinished update: it appends, and knows the digest of everything before.
+
+    Its file stays open, so that a file that another stream put in the place of this one is told from it.
+    """
+
+    def __init__(self, path: Path, update_id: str, file: FileIO, lock: threading.RLock) -> None:
+        self._path = path
+        self.update_id = update_id
+        self._file = file
+        self._lock = lock
+        self._digest = hashlib.sha256()
+        self.size = os.fstat(file.fileno()).st_size
+        """Bytes so far; only this stream's own count after the first write."""
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the bytes so far."""
+        return self._digest.hexdigest()
+
+    def read_digest(self) -> None:
+        """Take in the bytes of earlier attempts."""
+        with storage(self._path):
+            for begin in range(0, self.size, CHUNK_BYTES):
+                self._digest.update(os.pread(self._file.fileno(), min(CHUNK_BYTES, self.size - begin), begin))
+
+    def write(self, data: bytes) -> None:
+        """Append; raises Refused when another stream of the same update has changed the file."""
+        with self._lock, storage(self._path):
+            self.expect_unchanged()
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
+            if (self.size + len(data)) // SYNC_BYTES != self.size // SYNC_BYTES:
+                os.fdatasync(self._file.fileno())
+            self.size += len(data)
+        self._digest.update(data)  # frees the interpreter for other streams
+
+    def expect_unchanged(self) -> None:
+        """Raises Refused unless the update's file is this one with exactly the bytes that this stream knows."""
+        own = os.fstat(self._file.fileno())
+        try:
+            there = self._path.stat()
+        except FileNotFoundError:
+            there = None
+        is_own = there is not None and (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+        expect_offset(self.update_id, self.size, own.st_size if is_own else -1)
+
+    def close(self) -> None:
+        """Let go of the file; idempotent. Waits for a write of a cancelled call: its descriptor must not be reused."""
+        with self._lock:
+            self._file.close()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block no other stream changes the update's bytes."""
+        with self._lock:
+            yield
 
 
 def expect_offset(update_id: str, offset: int, committed: int) -> None:
@@ -101,6 +165,7 @@ def expect_offset(update_id: str, offset: int, committed: int) -> None:
         raise Refused(
             grpc.StatusCode.ABORTED,
             Reason.WRONG_OFFSET,
-            f"Upload of update {update_id} goes on at byte {offset}, but central has {committed}. "
+            f"Upload of update {update_id} goes on at byte {offset}, but central has "
+            f"{'dropped it' if committed < 0 else committed}. "
             "Ask QueryUpload and go on from there.",
         )

@@ -7,20 +7,26 @@ in the journal; a cut upload goes on at the byte that QueryUpload names; a node 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
 from central.errors import Reason, Refused
-from central.fleet.identity import Authenticator, Peer, read_peer
+from central.fleet.identity import Authenticator, read_peer
 from central.intake.admission import Admission
-from central.intake.partial import PartialUploads, expect_offset
+from central.intake.partial import Incoming, PartialUploads
 from central.journal import UpdateRecord
 from central.journal.records import UpdateStateName
 from protos.manifest import CHUNK_BYTES, UpdateManifest
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
 
+P = ParamSpec("P")
+T = TypeVar("T")
+THREADS = 8
+"""They wait for the disk most of the time; with many more they would wait for Python's lock."""
 Context = grpc.aio.ServicerContext[Any, Any]
 _STATES: dict[UpdateStateName, updates_pb2.UpdateState] = {
     "waiting": updates_pb2.UPDATE_STATE_WAITING,
@@ -34,74 +40,80 @@ _STATES: dict[UpdateStateName, updates_pb2.UpdateState] = {
 class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
     """Served on the mutual-TLS port."""
 
-    def __init__(self, admission: Admission, partial: PartialUploads, authenticator: Authenticator) -> None:
+    def __init__(self, admission: Admission, unfinished: PartialUploads, authenticator: Authenticator) -> None:
         self._admission = admission
-        self._partial = partial
+        self._partial = unfinished
         self._authenticator = authenticator
+        self._threads = ThreadPoolExecutor(THREADS, "intake")
+
+    async def _blocking(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))
 
     async def QueryUpload(
         self, request: updates_pb2.QueryUploadRequest, context: Context
     ) -> updates_pb2.QueryUploadResponse:
         node = await self._authenticator.node(context)
         update_id = _expect_update_id(request.update_id)
-        update = await asyncio.to_thread(self._admission.find, node.node_id, update_id)
+        update = await self._blocking(self._admission.find, node.node_id, update_id)
         if update is None:
-            committed = await asyncio.to_thread(self._partial.committed, node.node_id, update_id)
+            committed = await self._blocking(self._partial.committed, node.node_id, update_id)
             return updates_pb2.QueryUploadResponse(committed_bytes=committed)
         return updates_pb2.QueryUploadResponse(
             committed_bytes=update.manifest.payload.size_bytes,
-            receipt=await asyncio.to_thread(self._admission.receipt, update),
+            receipt=await self._blocking(self._admission.receipt, update),
             state=update_state(update),
         )
 
     async def Upload(
         self, request_iterator: AsyncIterator[updates_pb2.UploadRequest], context: Context
     ) -> updates_pb2.UploadResponse:
-        await self._authenticator.node(context)
         peer = read_peer(context)
         header = await _read_header(request_iterator)
-        manifest = await asyncio.to_thread(self._admission.begin, peer, header.manifest, header.signature)
-        known = await asyncio.to_thread(self._admission.find, manifest.node_id, manifest.digest)
-        if known is None:
-            await self._receive(request_iterator, peer, header, manifest)
-        receipt = await asyncio.to_thread(
-            self._admission.finish, peer, header.manifest, header.signature, header.offset > 0
-        )
-        return updates_pb2.UploadResponse(receipt=receipt)
+        manifest, incoming = await self._blocking(self._admission.begin, peer, header)
+        if incoming is None:
+            return updates_pb2.UploadResponse(receipt=await self._blocking(self._receipt, manifest))
+        try:
+            await self._receive(request_iterator, incoming, manifest)
+            await self._blocking(self._admission.keep, manifest, header, incoming)
+        finally:
+            self._threads.submit(incoming.close)  # not awaited: the call may be cancelled
+        # Shielded: who hangs up now changes nothing, the update will be admitted.
+        update = await asyncio.shield(asyncio.wrap_future(self._admission.admit(peer, manifest, header)))
+        return updates_pb2.UploadResponse(receipt=await self._blocking(self._admission.receipt, update))
+
+    def _receipt(self, manifest: UpdateManifest) -> updates_pb2.Receipt:
+        known = self._admission.find(manifest.node_id, manifest.digest)
+        assert known is not None, "an admitted update stays admitted"
+        return self._admission.receipt(known)
 
     async def _receive(
-        self,
-        requests: AsyncIterator[updates_pb2.UploadRequest],
-        peer: Peer,
-        header: updates_pb2.UploadHeader,
-        manifest: UpdateManifest,
+        self, requests: AsyncIterator[updates_pb2.UploadRequest], incoming: Incoming, manifest: UpdateManifest
     ) -> None:
-        offset, update_id, size = header.offset, manifest.digest, manifest.payload.size_bytes
-        expect_offset(update_id, offset, await asyncio.to_thread(self._partial.committed, peer.name, update_id))
+        update_id, size = manifest.digest, manifest.payload.size_bytes
         async for request in requests:
             chunk = request.chunk
+            del request  # it holds a second copy, and many streams wait for the disk at once
             if not 0 < len(chunk) <= CHUNK_BYTES:
                 raise Refused(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     Reason.BAD_ARGUMENT,
                     f"A chunk of update {update_id} has {len(chunk)} bytes; expected 1 to {CHUNK_BYTES}.",
                 )
-            if offset + len(chunk) > size:
-                await asyncio.to_thread(self._partial.discard, peer.name, update_id)
+            if incoming.size + len(chunk) > size:
+                await self._blocking(self._partial.discard, manifest.node_id, update_id)
                 raise Refused(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     Reason.TOO_LARGE,
                     f"Update {update_id} goes on after the {size} bytes that its manifest names.",
                 )
-            await asyncio.to_thread(self._partial.write, peer.name, update_id, offset, chunk)
-            offset += len(chunk)
-        if offset < size:
+            await self._blocking(incoming.write, chunk)
+        if incoming.size < size:
             # The bytes stay: the next attempt goes on from here.
-            await asyncio.to_thread(self._partial.committed, peer.name, update_id)
+            await self._blocking(self._partial.committed, manifest.node_id, update_id)
             raise Refused(
                 grpc.StatusCode.ABORTED,
                 Reason.WRONG_OFFSET,
-                f"The upload of update {update_id} ended after {offset} of {size} bytes. Go on from there.",
+                f"The upload of update {update_id} ended after {incoming.size} of {size} bytes. Go on from there.",
             )
 
 

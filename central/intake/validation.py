@@ -1,23 +1,27 @@
 """What an update must be before it is admitted: its manifest first, then its payload.
 
-In: a manifest as sent with its signature; later the payload's bytes. Out: nothing, or `Refused` that names what was
-wrong and what was expected. Guarantee: nothing is changed here. Headers are checked before tensors are loaded, so that
-a bad shape costs no memory.
+In: a manifest as sent with its signature; later the payload's file. Out: nothing, or `Refused` that names what was
+wrong and what was expected. Guarantee: nothing is changed here. Headers are checked before tensors are read, so that a
+bad shape costs no memory; values are read one module at a time, so that memory does not grow with the update.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import grpc
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from central.durable import storage
 from central.errors import Reason, Refused
 from central.journal import NodeRecord, State
 from central.settings import LimitSettings
-from protos.lora import LoraCodecError, LoraModule, decode
+from protos.lora import Array, LoraCodecError, LoraModule, LoraTensors, assemble, read_scales
 from protos.manifest import ManifestError, UpdateManifest, verify
 
 KNOWN_SECTIONS: frozenset[str] = frozenset()
@@ -26,6 +30,18 @@ MAX_MANIFEST_BYTES = 64 << 10
 MAX_HEADER_BYTES = 8 << 20
 """Of a payload's safetensors header; parsed, it takes many times as much memory."""
 Shapes = Mapping[str, tuple[int, int]]
+
+
+class Entry(NamedTuple):
+    """One factor in a payload's header; `begin` counts from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, int]
+    begin: int
+
+
+Entries = dict[tuple[str, str], Entry]
+"""By module and factor (A or B)."""
 
 
 def check_signature(node: NodeRecord, manifest: bytes, signature: bytes) -> UpdateManifest:
@@ -90,28 +106,65 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
         )
 
 
-def check_payload(data: bytes, manifest: UpdateManifest, shapes: Shapes, limits: LimitSettings) -> None:
-    """The payload's structure, then its values. Uses CPU: call it off the event loop."""
-    _check_header(data, manifest, shapes)
-    try:
-        tensors = decode(data)
-    except LoraCodecError as error:
-        raise _refused(Reason.MALFORMED_PAYLOAD, str(error)) from error
-    if tensors.rank != manifest.rank:
-        raise _refused(Reason.BAD_SHAPE, f"Largest rank is {tensors.rank}; the manifest says {manifest.rank}.")
-    if sorted(tensors.sections) != manifest.sections:
+def check_payload(path: Path, manifest: UpdateManifest, shapes: Shapes, limits: LimitSettings) -> None:
+    """The structure of the payload at `path`, then its values, one module in memory at a time.
+
+    Uses CPU and disk: call it off the event loop. Raises Refused, and StorageError when the file cannot be read.
+    """
+    with storage(path), path.open("rb") as stream:
+        header = _read_header(stream)
+        entries = _lora_entries(header)
+        _check_shapes(entries, manifest, shapes)
+        tensors = _decode_layout(path, header)
+        if tensors.rank != manifest.rank:
+            raise _refused(Reason.BAD_SHAPE, f"Largest rank is {tensors.rank}; the manifest says {manifest.rank}.")
+        if sorted(tensors.sections) != manifest.sections:
+            raise _refused(
+                Reason.UNKNOWN_SECTION,
+                f"Sections are {sorted(tensors.sections)}; the manifest says {manifest.sections}.",
+            )
+        for name, layout in tensors.modules.items():
+            a, b = (_read_factor(stream, len(header), entries[name, factor]) for factor in ("A", "B"))
+            _check_values(name, LoraModule(a, b, layout.scale), limits.max_norm)
+
+
+def _read_header(stream: BinaryIO) -> bytes:
+    """The header with the eight bytes that give its length."""
+    length = stream.read(8)
+    size = int.from_bytes(length, "little")
+    if size > MAX_HEADER_BYTES:
         raise _refused(
-            Reason.UNKNOWN_SECTION, f"Sections are {sorted(tensors.sections)}; the manifest says {manifest.sections}."
+            Reason.MALFORMED_PAYLOAD,
+            f"The payload's header has {size} bytes; central reads at most {MAX_HEADER_BYTES}.",
         )
-    for name, module in tensors.modules.items():
-        _check_values(name, module, limits.max_norm)
+    return length + stream.read(size)
 
 
-def _check_header(data: bytes, manifest: UpdateManifest, shapes: Shapes) -> None:
-    entries = _lora_entries(data)
+def _decode_layout(path: Path, header: bytes) -> LoraTensors:
+    """What `protos.lora.decode` would return, with stand-ins that take no memory for the values."""
+    try:
+        with safe_open(
+            path, framework="numpy"
+        ) as payload:  # the same parser as decode's; it maps, and reads the header
+            standins = {
+                name: np.broadcast_to(np.float32(0), payload.get_slice(name).get_shape())
+                for name in payload.keys()  # noqa: SIM118
+            }
+        return assemble(read_scales(header), standins)
+    except (SafetensorError, LoraCodecError, ValueError) as error:
+        raise _refused(Reason.MALFORMED_PAYLOAD, f"The payload is not a LoRA safetensors file: {error}.") from error
+
+
+def _read_factor(stream: BinaryIO, start: int, entry: Entry) -> Array:
+    """One factor, float32 as its header says; `start` is where the tensors begin."""
+    stream.seek(start + entry.begin)
+    return np.fromfile(stream, np.float32, entry.shape[0] * entry.shape[1]).reshape(entry.shape)
+
+
+def _check_shapes(entries: Entries, manifest: UpdateManifest, shapes: Shapes) -> None:
     if not entries:
         raise _refused(Reason.MALFORMED_PAYLOAD, "The payload has no LoRA factors; expected at least one module.")
-    for (module, factor), (dtype, shape) in entries.items():
+    for (module, factor), (dtype, shape, _) in entries.items():
         if module not in shapes:
             raise _refused(
                 Reason.UNKNOWN_MODULE,
@@ -132,18 +185,12 @@ def _check_header(data: bytes, manifest: UpdateManifest, shapes: Shapes) -> None
             )
 
 
-def _lora_entries(data: bytes) -> dict[tuple[str, str], tuple[str, tuple[int, int]]]:
-    """(module, A or B) -> dtype and shape, as the safetensors header says; other tensors are left to the codec."""
-    found: dict[tuple[str, str], tuple[str, tuple[int, int]]] = {}
-    size = int.from_bytes(data[:8], "little")
-    if size > MAX_HEADER_BYTES:
-        raise _refused(
-            Reason.MALFORMED_PAYLOAD,
-            f"The payload's header has {size} bytes; central reads at most {MAX_HEADER_BYTES}.",
-        )
+def _lora_entries(header: bytes) -> Entries:
+    """What the safetensors header says of each factor; other tensors are left to the codec."""
+    found: Entries = {}
     try:
-        header: Any = json.loads(data[8 : 8 + size])
-        for name, entry in header.items():
+        document: Any = json.loads(header[8:])
+        for name, entry in document.items():
             kind, _, rest = name.partition("/")
             module, _, factor = rest.rpartition("/")
             if kind == "lora" and factor in ("A", "B"):
@@ -152,7 +199,8 @@ def _lora_entries(data: bytes) -> dict[tuple[str, str], tuple[str, tuple[int, in
                     raise _refused(
                         Reason.BAD_SHAPE, f"Module {module!r} has {factor} of shape {shape}; expected two dimensions."
                     )
-                found[module, factor] = (str(entry["dtype"]), (int(shape[0]), int(shape[1])))
+                begin = int(entry["data_offsets"][0])
+                found[module, factor] = Entry(str(entry["dtype"]), (int(shape[0]), int(shape[1])), begin)
     except Refused:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
@@ -163,9 +211,10 @@ def _lora_entries(data: bytes) -> dict[tuple[str, str], tuple[str, tuple[int, in
 
 
 def _check_values(name: str, module: LoraModule, max_norm: float) -> None:
-    if not (np.isfinite(module.A).all() and np.isfinite(module.B).all()):
-        raise _refused(Reason.NOT_FINITE, f"Module {name!r} has NaN or infinite values; expected finite numbers.")
     norm = increment_norm(module)
+    # A value that is not finite makes the norm so (0 * inf is NaN): the values are looked at again only then.
+    if not np.isfinite(norm) and not (np.isfinite(module.A).all() and np.isfinite(module.B).all()):
+        raise _refused(Reason.NOT_FINITE, f"Module {name!r} has NaN or infinite values; expected finite numbers.")
     if not norm <= max_norm:
         raise _refused(
             Reason.NORM_OUT_OF_BOUNDS,
@@ -176,10 +225,11 @@ def _check_values(name: str, module: LoraModule, max_norm: float) -> None:
 
 def increment_norm(module: LoraModule) -> float:
     """||scale * B @ A||_F from the rank x rank Grams (float64), never from the dense product."""
-    a = module.A.astype(np.float64)
-    b = module.B.astype(np.float64)
-    squared = float(np.sum((b.T @ b) * (a @ a.T)))
-    return abs(module.scale) * float(np.sqrt(max(squared, 0.0)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        a = module.A.astype(np.float64)
+        b = module.B.astype(np.float64)
+        squared = float(np.sum((b.T @ b) * (a @ a.T)))
+    return abs(module.scale) * math.sqrt(squared if not squared < 0 else 0.0)  # max() would lose a NaN
 
 
 def _refused(reason: Reason, message: str) -> Refused:

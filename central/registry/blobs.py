@@ -6,7 +6,6 @@ never changes; `read` checks the digest. Blobs lie at `<root>/<first two digits>
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from central.durable import (
@@ -77,9 +76,3 @@ class BlobStore:
             with storage(folder):
                 sync_directory(self._root)
         return folder / digest
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits, read in pieces; raises StorageError."""
-    with storage(path), path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

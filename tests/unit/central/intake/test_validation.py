@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from central.errors import Reason, Refused
 from central.intake.validation import MAX_HEADER_BYTES, check_payload, increment_norm
 from central.settings import LimitSettings
-from protos.lora import LoraModule, LoraTensors, encode
+from protos.lora import LoraModule, LoraTensors, decode, encode
 from tests.unit.central import builders as make
 
 SHAPES = {"m": (6, 5)}
@@ -28,7 +30,10 @@ def make_module(seed: int = 0, rank: int = 4, scale: float = 0.5) -> LoraModule:
 
 
 def check(data: bytes) -> None:
-    check_payload(data, make.make_update(make.make_release()), SHAPES, LimitSettings())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "payload"
+        path.write_bytes(data)
+        check_payload(path, make.make_update(make.make_release()), SHAPES, LimitSettings())
 
 
 def test_the_norm_is_that_of_the_dense_increment() -> None:
@@ -45,6 +50,41 @@ def test_a_smaller_rank_than_the_manifest_says_is_refused() -> None:
     with pytest.raises(Refused, match="the manifest says 4") as caught:
         check(encode(LoraTensors({"m": make_module(rank=2)})))
     assert caught.value.reason is Reason.BAD_SHAPE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("other", [0.0, 1.0])
+def test_a_value_that_is_not_finite_is_refused_even_beside_zeros(value: float, factor: str, other: float) -> None:
+    arrays = {"A": np.full((4, 5), other, np.float32), "B": np.full((6, 4), other, np.float32)}
+    arrays[factor][1, 1] = value
+    with pytest.raises(Refused) as caught:
+        check(encode(LoraTensors({"m": LoraModule(**arrays)})))
+    assert caught.value.reason is Reason.NOT_FINITE
+
+
+def test_the_largest_finite_values_are_out_of_bounds_and_not_non_finite() -> None:
+    largest = np.finfo(np.float32).max
+    with pytest.raises(Refused) as caught:
+        check(encode(LoraTensors({"m": LoraModule(np.full((4, 5), largest), np.full((6, 4), largest))})))
+    assert caught.value.reason is Reason.NORM_OUT_OF_BOUNDS
+
+
+def test_a_payload_longer_than_its_header_says_is_refused() -> None:
+    with pytest.raises(Refused) as caught:
+        check(encode(LoraTensors({"m": make_module()})) + b"more")
+    assert caught.value.reason is Reason.MALFORMED_PAYLOAD
+
+
+def test_what_is_admitted_can_be_decoded() -> None:
+    """Whatever passes the check that streams passes the codec of the merge."""
+    good = encode(LoraTensors({"m": make_module()}))
+    for position in range(0, 300):
+        for byte in b'0"{x':
+            data = good[:position] + bytes([byte]) + good[position + 1 :]
+            with contextlib.suppress(Refused):
+                check(data)
+                decode(data)
 
 
 def test_a_huge_header_is_refused_before_it_is_parsed() -> None:
