@@ -9,7 +9,8 @@ In: the summed rank of one module, the rank of the result, and whether the terms
 | RANDOMIZED | above it, all terms are in memory anyway        | the terms         | <= 0.6 %                              |
 
 The fold is the default above the limit because central streams updates from disk: its memory does not grow with their
-number. The range finder is for rules that hold every update by nature (RegMean), where a fold would gain no memory.
+number. The range finder is for rules that hold every update by nature (RegMean), where a fold would gain no memory, and for
+removals, which a fold that has cut the tail of what is removed cannot undo.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ Out: factors of rank at most R in the same form as the exact kernel's. Cost O((i
 pays O((in + out) K^2 + K^3). The same generator state gives the same bytes.
 
 Halko, Martinsson, Tropp (arXiv:0909.4061), algorithm 4.4 (subspace iteration, q = 2) and 5.1 (SVD of Q^T M), with products
-taken through the factors. Products are accumulated in float64 over slices of features, as in gram.py: terms that cancel
-(a removal) would otherwise leave float32 noise in the range.
+taken through the factors. The products that search the range are float32: terms that cancel (a removal) leave noise of 1e-7
+of the cancelled norm in it, which no Gram squares, and which costs the result its square beside what is found. The core, from
+which the result is read, is float64 over slices of features, as in gram.py.
 """
 
 from __future__ import annotations
@@ -32,12 +33,10 @@ def truncate_randomized(A: Array, B: Array, d: Matrix, rank: int, generator: np.
     """
     left, right = B, A.T  # M = left diag(d) right^T
     columns = min(rank + OVERSAMPLING, *A.shape, B.shape[0])
-    basis = _multiply(left, d, right, generator.standard_normal((A.shape[1], columns)))
+    basis = _search(left, d, right, generator.standard_normal((A.shape[1], columns)))
     for _ in range(POWER_STEPS):
         # A QR between any two products keeps the small directions from drowning in the large ones.
-        basis = _multiply(right, d, left, np.linalg.qr(basis)[0])
-        basis = _multiply(left, d, right, np.linalg.qr(basis)[0])
-    basis = np.linalg.qr(basis)[0]
+        basis = _search(left, d, right, _search(right, d, left, basis))
     core = _multiply(right, d, left, basis).T
     u, sigma, vt = np.linalg.svd(core, full_matrices=False)
     size = np.abs(d) * _norms(A, axis=1) * _norms(B, axis=0)
@@ -49,6 +48,12 @@ def truncate_randomized(A: Array, B: Array, d: Matrix, rank: int, generator: np.
     squares = sigma[:real] ** 2
     new_a, new_b = fix_signs(half[:, None] * vt[:keep], basis @ (u[:, :keep] * half))
     return Truncated(new_a, new_b, float(squares[:keep].sum()), float(squares[keep:].sum()))
+
+
+def _search(left: Array, d: Matrix, right: Array, x: Matrix) -> Matrix:
+    """An orthonormal basis, float64, of `left diag(d) right^T x` in float32."""
+    inner = right.T @ x.astype(np.float32)
+    return np.linalg.qr((left @ (d[:, None] * inner).astype(np.float32)).astype(np.float64))[0]
 
 
 def _multiply(left: Array, d: Matrix, right: Array, x: Matrix) -> Matrix:
