@@ -14,7 +14,7 @@ M W = B (diag(d) V_A S_A^(1/2) Y), the left factor needs no inverse of S_B.
 The Grams square the condition number. Their products are therefore accumulated in float64, over slices of the feature axis
 so that no float64 copy of a factor exists: with float32 Grams, terms that cancel (a removal) leave phantom singular values, which
 the truncation prefers to true small ones (measured: an increment of 1e-3 of the cancelled norm is lost wholly, relative
-error 0.99 against 2e-5). What that costs was measured (benchmarks/merge): 8 of 52 ms at a summed rank of 256 on 4096 x 4096,
+error 0.99 against 2e-5). What that costs was measured: 8 of 52 ms at a summed rank of 256 on 4096 x 4096,
 because the core costs more than the Grams; so there is no float32 path. Rows of A and columns of B are scaled to length one first.
 """
 

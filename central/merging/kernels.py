@@ -5,7 +5,7 @@ In: the summed rank of one module, the rank of the result, and whether the terms
 | kernel     | when                                            | memory            | error over the optimum (measured)     |
 |------------|-------------------------------------------------|-------------------|---------------------------------------|
 | EXACT      | summed rank <= max(512, 8R)                     | the terms         | none                                  |
-| FOLD       | above it, terms come one at a time (the default) | max(512, 8R) rank | <= 1.3 %, most below 0.1 %            |
+| FOLD       | above it, terms come one at a time (the default) | max(512, 8R) rank | <= 1.3 %                              |
 | RANDOMIZED | above it, all terms are in memory anyway        | the terms         | <= 0.6 %                              |
 
 The fold is the default above the limit because central streams updates from disk: its memory does not grow with their
