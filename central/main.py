@@ -28,6 +28,7 @@ from pathlib import Path
 
 import grpc
 
+from central import faults
 from central.cohorts import CohortThreads
 from central.durable import make_directory, storage
 from central.errors import ListenError, SettingsError, StorageError
@@ -74,6 +75,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
 
     Raises SettingsError, StorageError or ListenError when central cannot start.
     """
+    faults.arm()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from central import faults
 from central.evaluation import Gate, Mark, Verdict, high_water, pool
 from central.federation.errors import UnusableUpdate
 from central.federation.grid import JournalGrid
@@ -105,6 +106,7 @@ class CohortLoop:
             return
         if merged is None:
             return
+        faults.reach("merge.computed")
         candidate = self._registry.add_candidate(planned.plan_id, merged.data, merged.truncation_error)
         log.info(
             "candidate built",

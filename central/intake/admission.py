@@ -14,6 +14,7 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from central import faults
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, Peer
 from central.intake.group_commit import GroupCommit
@@ -65,6 +66,7 @@ class Admission:
                 return document, None
             check_manifest(state, node, document, self._base, self._limits)
             self._check_quota(state, node.cohort, document)
+        faults.reach("intake.begun")
         return document, self._partial.open(node.node_id, update_id, header.offset)
 
     def keep(self, manifest: UpdateManifest, header: updates_pb2.UploadHeader, incoming: Incoming) -> None:
@@ -78,6 +80,7 @@ class Admission:
             except Refused:
                 self._partial.discard(manifest.node_id, incoming.update_id)
                 raise
+            faults.reach("intake.checked")
             self._blobs.put_file(incoming.path, manifest.payload.digest_sha256)
 
     def admit(self, peer: Peer, manifest: UpdateManifest, header: updates_pb2.UploadHeader) -> Future[UpdateRecord]:
@@ -95,6 +98,7 @@ class Admission:
             admitted = NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body)
             return [admitted, *_consequences(state, manifest, node.cohort)]
 
+        faults.reach("intake.kept")
         return self._commits.admit(manifest.node_id, update_id, events)
 
     def find(self, node_id: str, update_id: str) -> UpdateRecord | None:
@@ -105,6 +109,7 @@ class Admission:
 
     def receipt(self, update: UpdateRecord) -> updates_pb2.Receipt:
         """Central's signed word about an admitted update."""
+        faults.reach("intake.admitted")
         body = ReceiptBody(
             update_id=update.update_id,
             node_id=update.manifest.node_id,

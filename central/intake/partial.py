@@ -18,6 +18,7 @@ from pathlib import Path
 
 import grpc
 
+from central import faults
 from central.durable import make_directory, storage, sync_directory, sync_file
 from central.errors import Reason, Refused
 from protos.manifest import CHUNK_BYTES
@@ -135,6 +136,7 @@ class Incoming:
             if (self.size + len(data)) // SYNC_BYTES != self.size // SYNC_BYTES:
                 os.fdatasync(self._file.fileno())
             self.size += len(data)
+            faults.reach("intake.chunk_written")
         self._digest.update(data)  # frees the interpreter for other streams
 
     def expect_unchanged(self) -> None:

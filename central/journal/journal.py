@@ -21,6 +21,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from central import faults
 from central.errors import StorageError
 from central.journal.events import (
     FIRST_HASH,
@@ -90,7 +91,9 @@ class Journal:
             self._state.mark()
             try:
                 recorded = [self._apply(new) for new in events]
+                _reach(recorded, "applied")
                 self._store(recorded)
+                _reach(recorded, "stored")
             except BaseException:
                 self._state.rollback()
                 raise
@@ -265,6 +268,11 @@ def _open(url: str, read_only: bool = False) -> sa.Engine:
         cursor.close()
 
     return engine
+
+
+def _reach(recorded: list[Event], step: str) -> None:
+    for event in recorded:
+        faults.reach(f"journal.{event.kind}.{step}")
 
 
 def _row(event: Event) -> dict[str, Any]:

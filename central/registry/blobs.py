@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from central import faults
 from central.durable import (
     make_directory,
     publish,
@@ -44,7 +45,9 @@ class BlobStore:
         path = self._place(digest)
         with storage(temporary):
             sync_file(temporary)
+            faults.reach("blob.written")
             publish(temporary, path)
+            faults.reach("blob.published")
 
     def read(self, digest: str) -> bytes:
         """The bytes of a blob; raises StorageError when it is absent or was altered."""

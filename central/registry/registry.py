@@ -15,6 +15,7 @@ from typing import Literal
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from central import faults
 from central.errors import Reason, Refused
 from central.journal import EventKind, Journal, NewEvent, ReleaseRecord, State, utc_now
 from central.registry.blobs import BlobStore
@@ -82,6 +83,7 @@ class Registry:
         """
         rank = decode(payload).rank
         digest = self._blobs.put(payload)
+        faults.reach("merge.candidate_kept")
         with self._journal.read() as state:
             record = state.plans[plan_id]
             if record.candidate is not None:

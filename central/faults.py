@@ -1,0 +1,74 @@
+"""Fault points: named steps at which a test ends central as `kill -9` would.
+
+In: the variable `LORIKEET_CENTRAL_FAULT`, `<point>#<n>`, read once when central's process starts. Out: SIGKILL to this
+process when the point is reached for the n-th time. Without the variable `reach` compares one name with None and
+returns. It cannot be set by accident: it has not central's prefix (every unknown CENTRAL_* is refused, and no chart or
+compose file has a place for it), the value must be a known point with a count, anything else ends the start with an
+error, and an armed process says so in its log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+from central.errors import SettingsError
+
+VARIABLE = "LORIKEET_CENTRAL_FAULT"
+INTAKE = (
+    "intake.begun",  # the header is checked, nothing is on disk
+    "intake.chunk_written",
+    "intake.checked",  # the payload is complete and good, but not yet a blob
+    "intake.kept",  # it is a blob, but not yet in the journal
+    "intake.admitted",  # it is in the journal, but the node has no receipt
+)
+BLOBS = ("blob.written", "blob.published")
+MERGE = ("merge.computed", "merge.candidate_kept")
+EVENTS = (
+    "cohort_created",
+    "train_offered",
+    "update_admitted",
+    "merge_planned",
+    "candidate_built",
+    "evaluation_offered",
+    "evaluation_reported",
+    "verdict",
+    "rolled_back",
+)
+"""Each has two points: `journal.<event>.applied` (not on disk yet) and `journal.<event>.stored` (nobody knows yet)."""
+POINTS = (*INTAKE, *BLOBS, *MERGE, *(f"journal.{event}.{step}" for event in EVENTS for step in ("applied", "stored")))
+
+log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_armed: str | None = None
+_left = 0
+
+
+def arm() -> None:
+    """Read the variable; raises SettingsError for a value that names no fault point."""
+    global _armed, _left
+    value = os.environ.get(VARIABLE)
+    if value is None:
+        return
+    point, _, count = value.partition("#")
+    if point not in POINTS or not count.isdecimal() or int(count) < 1:
+        raise SettingsError(
+            f"{VARIABLE} is {value!r}. It is for crash tests only: unset it. Expected <point>#<n> with a point of "
+            "central/faults.py."
+        )
+    log.warning("this process will kill itself", extra={"fault_point": point, "after": int(count)})
+    _armed, _left = point, int(count)
+
+
+def reach(point: str) -> None:
+    """Say that `point` is reached."""
+    global _left
+    if _armed is None or point != _armed:
+        return
+    with _lock:
+        _left -= 1
+        if _left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pause()  # nothing may run before the signal arrives

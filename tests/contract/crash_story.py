@@ -1,0 +1,291 @@
+"""One story of a central that is killed at a fault point, restarted, and driven on: what its crash test compares.
+
+In: a prepared data directory and a fault (or none). Out: what the journal and the blobs hold at the end. The driver does
+what nodes and an operator do: it repeats each step until central has answered, whatever dies meanwhile.
+
+The story: two nodes upload, a merge passes the gate (version 1); two more updates start from it (version 2); the operator
+rolls back to version 1 and requeues; the same two updates are merged again (version 2 anew).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from central.faults import VARIABLE
+from central.fleet.pki import Pki
+from central.journal import EventKind, Journal, State
+from central.registry import BlobStore
+from central.settings import CentralSettings
+from protos.base import read_base_model
+from protos.fleet.v1 import fleet_pb2
+from protos.manifest import ReleaseManifest, Start, verify
+from protos.operator.v1 import operator_pb2
+from protos.releases.v1 import releases_pb2
+from tests.contract import central_harness as harness
+
+ROOT = Path(__file__).resolve().parents[2]
+PAYLOADS = [harness.encode_factors(seed) for seed in range(4)]
+LIMIT_S = 90.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What must be the same with and without a kill."""
+
+    payloads: list[str]
+    """Digests of the stable line's payloads, oldest first: bit-identical."""
+    merged_in: list[tuple[int, str]]
+    """Version of the release that holds each update, in order of upload, and the update's state."""
+    admissions: int
+    verdicts: list[bool]
+    rollbacks: int
+    leftovers: list[str]
+    """Unfinished uploads and temporary files."""
+
+
+class Story:
+    """Runs `central serve` on a data directory of its own."""
+
+    def __init__(self, folder: Path, settings: CentralSettings, nodes: list[harness.Node], fault: str | None) -> None:
+        self.kills = 0
+        self._folder = folder
+        self._settings = settings
+        self._nodes = nodes
+        self._fault = fault
+        self._process: asyncio.subprocess.Process | None = None
+        self._stack = AsyncExitStack()
+
+    async def run(self) -> Ending:
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await self._start(self._fault)
+                watch = asyncio.create_task(self._evaluate())
+                try:
+                    await self._tell()
+                finally:
+                    watch.cancel()
+                    await asyncio.gather(watch, return_exceptions=True)
+                await self._stop()
+        finally:
+            await self._stack.aclose()
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
+                await self._process.wait()
+        return await asyncio.to_thread(self._ending)
+
+    async def _tell(self) -> None:
+        genesis = self._nodes[0].genesis
+        for number in (0, 1):
+            await self._upload(number, genesis)
+        first = await self._head_with(lambda head: head.version == 1)
+        for number in (2, 3):
+            await self._upload(number, first)
+        await self._head_with(lambda head: head.version == 2)
+        await self._roll_back(first)
+        await self._head_with(lambda head: head.version == 2)
+
+    # Steps, each repeated until central has answered.
+
+    async def _again(self, step: Callable[[harness.Central], Any]) -> Any:
+        """`step`'s result; starts central again whenever it was killed."""
+        while True:
+            assert self._process is not None
+            if self._process.returncode is not None:
+                assert self._process.returncode == -signal.SIGKILL, self._process.returncode
+                self.kills += 1
+                await self._start(None)
+            try:
+                return await step(self._central)
+            except grpc.aio.AioRpcError as error:
+                passing = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+                if error.code() not in passing and harness.reason(error) != "WRONG_OFFSET":
+                    raise
+                with suppress(TimeoutError):  # the process that died may not have been waited for yet
+                    await asyncio.wait_for(self._process.wait(), 0.5)
+
+    async def _upload(self, number: int, start: ReleaseManifest) -> None:
+        node, payload = self._nodes[number % 2], PAYLOADS[number]
+        begin = Start(release=start.digest, payload=start.payload.digest_sha256, prefix_rank=0, dtype="float32")
+        manifest = node.manifest(payload, number + 1, start=begin)
+
+        async def step(central: harness.Central) -> None:
+            del central
+            known = await node.query(manifest.digest)
+            receipt = known.receipt
+            if not known.HasField("receipt"):
+                receipt = await node.upload(payload, manifest, offset=known.committed_bytes)
+            verify(node.answer.release_key_pem, receipt.body, receipt.signature)
+
+        await self._again(step)
+
+    async def _head_with(self, wanted: Callable[[ReleaseManifest], bool]) -> ReleaseManifest:
+        async def step(central: harness.Central) -> ReleaseManifest | None:
+            del central
+            request = releases_pb2.GetHeadRequest(channel="stable")
+            answer = await self._nodes[0].releases.GetHead(request, timeout=10)
+            head = ReleaseManifest.from_bytes(answer.head.manifest)
+            return head if wanted(head) else None
+
+        while True:
+            found = await self._again(step)
+            if found is not None:
+                assert isinstance(found, ReleaseManifest)
+                return found
+            await asyncio.sleep(0.05)
+
+    async def _roll_back(self, target: ReleaseManifest) -> None:
+        """An operator asks again only when the journal does not show the rollback."""
+
+        async def step(central: harness.Central) -> None:
+            events = await central.operator.ListEvents(operator_pb2.ListEventsRequest(limit=1000), timeout=10)
+            if any(event.kind == EventKind.ROLLED_BACK for event in events.events):
+                return
+            request = operator_pb2.RollbackReleaseRequest(
+                cohort="shared", release=target.digest, updates=operator_pb2.ABANDONED_UPDATES_REQUEUE
+            )
+            await central.operator.RollbackRelease(request, timeout=10)
+
+        await self._again(step)
+
+    async def _evaluate(self) -> None:
+        """Node a answers every evaluation offer: 10 of 20 tasks only with the candidate."""
+        node = self._nodes[0]
+        while True:
+            try:
+                async for event in node.fleet.Watch(fleet_pb2.WatchRequest()):
+                    if event.WhichOneof("event") == "evaluation":
+                        result = releases_pb2.EnvironmentResult(
+                            environment="e", tasks_digest="0" * 64, both_passed=10, only_candidate_passed=10
+                        )
+                        report = releases_pb2.ReportEvaluationRequest(
+                            offer_id=event.evaluation.offer_id, results=[result]
+                        )
+                        await node.releases.ReportEvaluation(report, timeout=10)
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.1)
+
+    # The process.
+
+    async def _start(self, fault: str | None) -> None:
+        settings = self._settings
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("CENTRAL_", VARIABLE))}
+        environment |= {
+            "CENTRAL_DATA_DIR": str(settings.data_dir),
+            "CENTRAL_BASE__PATH": str(settings.base.path),
+            "CENTRAL_LISTEN__PORT": str(settings.listen.port),
+            "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
+            "CENTRAL_GATE__TASKS": "20",
+            "CENTRAL_GATE__ABSENT_GRACE_S": "0.5",  # node b never evaluates
+            **({VARIABLE: fault} if fault else {}),
+        }
+        with (self._folder / "central.log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "central.cli", "serve",
+                cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, stderr=log,
+            )  # fmt: skip
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:  # a fault point on the way to readiness
+            await self._process.wait()
+            assert self._process.returncode == -signal.SIGKILL, (self._folder / "central.log").read_text()[-2000:]
+            self.kills += 1
+            await self._start(None)
+            return
+        await self._connect()
+
+    async def _connect(self) -> None:
+        class Seen:
+            pki = Pki.load_or_create(self._settings.data_dir, [])
+            base = read_base_model(self._settings.base.path or Path())
+
+        self._central = harness.Central(Seen(), self._settings, self._stack)  # type: ignore[arg-type]
+
+    async def _stop(self) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(self._process.wait(), 30) in (0, -signal.SIGKILL)
+
+    def _ending(self) -> Ending:
+        data = self._settings.data_dir
+        journal = Journal(f"sqlite:///{data}/journal.db")
+        blobs = BlobStore(data / "blobs")
+        try:
+            journal.verify()
+            kinds = [event.kind for event in journal.events()]
+            verdicts = [bool(e.body["accepted"]) for e in journal.events() if e.kind is EventKind.VERDICT]
+            with journal.read() as state:
+                line = _stable_line(state)
+                for release in state.releases.values():
+                    blobs.read(release.manifest.payload.digest_sha256)
+                updates = sorted(state.updates.values(), key=lambda update: update.manifest.sequence)
+                for update in updates:
+                    assert blobs.read(update.manifest.payload.digest_sha256) == PAYLOADS[update.manifest.sequence - 1]
+                return Ending(
+                    payloads=[release.payload.digest_sha256 for release in line],
+                    merged_in=[
+                        (state.releases[update.release_id or ""].manifest.version, update.state) for update in updates
+                    ],
+                    admissions=kinds.count(EventKind.UPDATE_ADMITTED),
+                    verdicts=verdicts,
+                    rollbacks=kinds.count(EventKind.ROLLED_BACK),
+                    leftovers=[p.name for pattern in ("*.part", "*.tmp") for p in data.rglob(pattern)],
+                )
+        finally:
+            journal.close()
+
+
+def _stable_line(state: State) -> list[ReleaseManifest]:
+    line: list[ReleaseManifest] = []
+    head = state.head("shared")
+    while head is not None:
+        line.insert(0, head.manifest)
+        head = state.releases.get(head.manifest.parent or "")
+    return line
+
+
+async def prepare(folder: Path) -> tuple[CentralSettings, list[harness.Node]]:
+    """A central with two enrolled nodes, not running; copied for every story."""
+    settings = harness.make_settings(folder)
+    async with harness.running_central(settings) as central:
+        token = await central.token()
+        nodes = [await central.enroll(name, token) for name in ("a", "b")]
+    return settings, nodes
+
+
+async def tell(
+    prepared: tuple[CentralSettings, list[harness.Node]], folder: Path, fault: str | None
+) -> tuple[Ending, int]:
+    """The ending of the story on a copy of the prepared central, and how often central was killed."""
+    settings, nodes = prepared
+    shutil.copytree(settings.data_dir, folder / "central")
+    ports = harness.make_settings(folder).listen
+    settings = settings.model_copy(update={"data_dir": folder / "central", "listen": ports})
+    async with AsyncExitStack() as stack:
+        own = [await _reconnect(node, settings, stack) for node in nodes]
+        story = Story(folder, settings, own, fault)
+        return await story.run(), story.kills
+
+
+async def _reconnect(node: harness.Node, settings: CentralSettings, stack: AsyncExitStack) -> harness.Node:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    pem = node.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    ca = (settings.data_dir / "pki" / "ca.pem").read_bytes()
+    credentials = grpc.ssl_channel_credentials(ca, pem, node.answer.certificate_pem)
+    # A central that starts again within a second is what this is about: gRPC's own pause would be longer.
+    options = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
+    channel = grpc.aio.secure_channel(f"localhost:{settings.listen.port}", credentials, options)
+    stack.push_async_callback(channel.close)
+    return harness.Node(node.node_id, node.key, node.answer, channel)

@@ -1,0 +1,92 @@
+"""central is killed with SIGKILL at every fault point and goes on: nothing lost, nothing twice, releases bit-identical."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from central import faults
+from central.errors import SettingsError
+from central.settings import CentralSettings
+from tests.contract import central_harness as harness
+from tests.contract.crash_story import Ending, prepare, tell
+
+Prepared = tuple[CentralSettings, list[harness.Node]]
+# What happens before the first node is there, or only while an earlier kill is recovered from, is reached otherwise.
+QUICK = ("intake.kept#2", "journal.verdict.stored#1")
+EVERY = [
+    *(f"{point}#1" for point in faults.POINTS if not point.startswith("journal.cohort_created")),
+    "intake.chunk_written#5",
+    "intake.admitted#4",
+    "merge.candidate_kept#3",
+    "journal.merge_planned.stored#3",
+    "journal.verdict.applied#3",
+]
+
+
+@pytest.fixture(scope="module")
+def shared() -> dict[str, object]:
+    """What the module's tests make once."""
+    return {}
+
+
+@pytest.fixture
+async def prepared(shared: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    if "prepared" not in shared:
+        shared["prepared"] = await prepare(tmp_path_factory.mktemp("prepared"))
+    return shared["prepared"]  # type: ignore[return-value]
+
+
+@pytest.fixture
+async def undisturbed(
+    shared: dict[str, object], prepared: Prepared, tmp_path_factory: pytest.TempPathFactory
+) -> Ending:
+    if "undisturbed" not in shared:
+        shared["undisturbed"], kills = await tell(prepared, tmp_path_factory.mktemp("undisturbed"), None)
+        assert kills == 0
+    return shared["undisturbed"]  # type: ignore[return-value]
+
+
+async def check(prepared: Prepared, undisturbed: Ending, folder: Path, fault: str) -> None:
+    assert undisturbed.merged_in == [(1, "merged"), (1, "merged"), (2, "merged"), (2, "merged")]
+    assert (undisturbed.admissions, undisturbed.verdicts, undisturbed.rollbacks) == (4, [True] * 3, 1)
+    ending, kills = await tell(prepared, folder, fault)
+    assert (kills, ending) == (1, undisturbed)
+
+
+@pytest.mark.parametrize("fault", QUICK)
+async def test_a_killed_central_ends_as_an_undisturbed_one(
+    prepared: Prepared, undisturbed: Ending, tmp_path: Path, fault: str
+) -> None:
+    await check(prepared, undisturbed, tmp_path, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault for fault in EVERY if fault not in QUICK])
+async def test_every_fault_point(prepared: Prepared, undisturbed: Ending, tmp_path: Path, fault: str) -> None:
+    await check(prepared, undisturbed, tmp_path, fault)
+
+
+@pytest.fixture
+def disarmed() -> Iterator[None]:
+    yield
+    faults._armed = None
+
+
+@pytest.mark.usefixtures("disarmed")
+@pytest.mark.parametrize("value", ["", "intake.kept", "intake.kept#0", "intake.kept#x", "nowhere#1"])
+def test_a_fault_that_is_not_one_ends_the_start(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, value)
+    with pytest.raises(SettingsError, match="unset it"):
+        faults.arm()
+
+
+def test_without_the_variable_nothing_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(faults.VARIABLE, raising=False)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("killed"))
+    faults.arm()
+    for point in faults.POINTS:
+        faults.reach(point)
