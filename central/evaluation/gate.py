@@ -33,6 +33,9 @@ from typing import Any
 
 from central.evaluation.counts import PairedCounts
 
+NEGLIGIBLE = 1e-18
+"""Part of the largest term of a sum below which a term changes nothing."""
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -212,15 +215,25 @@ def holm(tests: Sequence[_Test], alpha: float) -> set[tuple[str, str]]:
 
 
 def binomial_tail(k: int, n: int, p: float) -> float:
-    """P(X >= k) for X ~ Binomial(n, p), summed in logarithms so that large n neither overflows nor underflows."""
+    """P(X >= k) for X ~ Binomial(n, p), summed from its largest term on: no overflow, and terms below 1e-18 of it are left out."""
     if k <= 0:
         return 1.0
     if p <= 0 or k > n:
         return 0.0
     if p >= 1:
         return 1.0
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
-        for i in range(k, n + 1)
-    ]
-    return min(1.0, math.fsum(math.exp(value) for value in logs))
+    top, odds = max(k, int((n + 1) * p)), p / (1 - p)
+    logarithm = math.lgamma(n + 1) - math.lgamma(top + 1) - math.lgamma(n - top + 1)
+    largest = math.exp(logarithm + top * math.log(p) + (n - top) * math.log1p(-p))
+    terms = [1.0]
+    for i in range(top, n):
+        terms.append(terms[-1] * odds * (n - i) / (i + 1))
+        if terms[-1] < NEGLIGIBLE:
+            break
+    term = 1.0
+    for i in range(top, k, -1):
+        term *= i / ((n - i + 1) * odds)
+        if term < NEGLIGIBLE:
+            break
+        terms.append(term)
+    return min(1.0, largest * math.fsum(terms))

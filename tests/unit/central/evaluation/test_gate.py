@@ -38,7 +38,19 @@ def make_result(name: str, digest: str, both: int, b: int, c: int, neither: int,
     }
 
 
-@pytest.mark.parametrize(("k", "n", "p"), [(8, 10, 0.5), (1, 3, 0.2), (0, 5, 0.5), (30, 60, 0.45), (60, 60, 0.9)])
+@pytest.mark.parametrize(
+    ("k", "n", "p"),
+    [
+        (8, 10, 0.5),
+        (1, 3, 0.2),
+        (0, 5, 0.5),
+        (30, 60, 0.45),
+        (60, 60, 0.9),
+        (1, 60, 0.99),
+        (3, 900, 0.8),
+        (200, 300, 0.1),
+    ],
+)
 def test_binomial_tail_is_exact(k: int, n: int, p: float) -> None:
     expected = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
     assert binomial_tail(k, n, p) == pytest.approx(expected, rel=1e-9)
