@@ -28,7 +28,7 @@ demo: $(STAMP) ## One central and four nodes learn together; writes demo-report.
 	@$(BIN)/python -m examples.quickstart.demo --seed $(SEED) --size $(SIZE) $(if $(filter 1,$(KEEP)),--keep) \
 		--install-seconds "$$(awk -v started=$(STARTED) '{print ($$2 >= started) ? $$1 : 0}' $(STAMP))"
 
-stop: $(STAMP) ## Stops the system that `make demo KEEP=1` left running
+stop: ## Stops the system that `make demo KEEP=1` left running
 	@$(BIN)/python -m examples.quickstart.demo --stop
 
 test: $(STAMP) ## lint, then unit, contract and integration tests (15 minutes at most on 2 cores)

@@ -238,9 +238,8 @@ Ask central what happened:
   {bin_dir}/central releases list
   {bin_dir}/central updates
   {bin_dir}/central events
-Go back one release, and forward again (VERSION as in `releases list`):
+Go back one release (requeue: its updates wait to be merged again; set-aside: they are kept, but not merged):
   {bin_dir}/central releases rollback --cohort {first.cohort} --updates set-aside
-  {bin_dir}/central releases promote VERSION --channel stable
 
 Stop it: make stop"""
 
