@@ -33,6 +33,7 @@ from central.journal.events import (
     chain,
     utc_now,
 )
+from central.journal.migrations import upgrade_schema
 from central.journal.state import State
 from protos.manifest import canonical_json
 
@@ -70,7 +71,7 @@ class Journal:
         self._closed = False
         try:
             self._engine = _open(url)
-            _METADATA.create_all(self._engine)
+            upgrade_schema(self._engine, _METADATA)
             for event in _chain(self._engine):
                 _replay(self._state, event)
         except (SQLAlchemyError, ImportError) as error:  # ImportError: the database's driver is not installed
