@@ -2,8 +2,7 @@
 
 In: for each update, a function that says which events admit it. Out: a future with its record, set when its events are
 durable. Guarantees: an error reaches only the update that it concerns; updates are admitted in the order in which they
-came. Measured on 2 cores with 200 nodes at once: one transaction for each update was the bottleneck of intake (13 ms of
-the journal's lock each, where the disk alone took six times as many files a second).
+came.
 """
 
 from __future__ import annotations
