@@ -102,6 +102,9 @@ class LearningSettings(Group):
     """Optimizer steps of a round."""
     batch_own: int = Field(default=12, ge=1)
     """Own examples in each batch."""
+    batch_hard: int = Field(default=4, ge=0)
+    """Of these, how many are corrections of the start release's own answers, where there are any (at most batch_own):
+    what is still wrong is met more often than what is known already."""
     batch_anchor: int = Field(default=8, ge=0)
     """Anchor examples in each batch."""
     anchor_pool: int = Field(default=1000, ge=1)

@@ -28,6 +28,8 @@ class Lesson:
 
     messages: Sequence[Mapping[str, Any]]
     target: str
+    hard: bool = False
+    """A correction of an answer by the release that the round starts from."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def make_rows(
 ) -> list[TokenRow]:
     """All rows of the round in order: `steps` batches of batch_own own and batch_anchor anchor rows.
 
-    Every example is drawn once before any is drawn again. An example that cannot be rendered or is longer than
+    Of the own rows, batch_hard come from the hard examples alone, where there are any (prioritised replay,
+    arXiv:1511.05952, with two classes instead of priorities). Within each kind every example is drawn once before any
+    is drawn again. An example that cannot be rendered or is longer than
     `max_length` is left out, and counted in the log. Raises ValueError when no own example is left.
     """
     own_rows = _usable(tokenizer, own, stop, max_length)
@@ -80,11 +84,15 @@ def make_rows(
             f"None of the round's {len(own)} examples can be trained on (at most {max_length} tokens each)."
         )
     anchor_rows = _usable(tokenizer, anchors, stop, max_length) if plan.batch_anchor else []
+    hard_rows = _usable(tokenizer, [lesson for lesson in own if lesson.hard], stop, max_length)
+    batch_hard = plan.batch_hard if hard_rows else 0
     own_stream = _shuffled_forever(own_rows, random.Random(f"{plan.seed}/own"))
+    hard_stream = _shuffled_forever(hard_rows, random.Random(f"{plan.seed}/hard"))
     anchor_stream = _shuffled_forever(anchor_rows, random.Random(f"{plan.seed}/anchor"))
     rows: list[TokenRow] = []
     for _ in range(plan.steps):
-        rows.extend(next(own_stream) for _ in range(plan.batch_own))
+        rows.extend(next(hard_stream) for _ in range(batch_hard))
+        rows.extend(next(own_stream) for _ in range(plan.batch_own - batch_hard))
         if anchor_rows:
             rows.extend(next(anchor_stream) for _ in range(plan.batch_anchor))
     return rows

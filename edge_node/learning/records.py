@@ -50,6 +50,7 @@ class RoundPlan(Document):
     alpha: float
     steps: int
     batch_own: int
+    batch_hard: int
     batch_anchor: int
     anchor_pool: int
     anchor_seed: int
@@ -87,6 +88,7 @@ def plan_round(
         alpha=settings.alpha,
         steps=settings.steps,
         batch_own=settings.batch_own,
+        batch_hard=min(settings.batch_hard, settings.batch_own),
         batch_anchor=settings.batch_anchor,
         anchor_pool=settings.anchor_pool,
         anchor_seed=settings.seed,

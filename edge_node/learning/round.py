@@ -92,7 +92,14 @@ def train_on_experience(
         plan,
         base=settings.base.path,
         release=release if plan.release_rank else None,
-        own=[Lesson(example.messages, example.target) for example in examples],
+        own=[
+            Lesson(
+                example.messages,
+                example.target,
+                hard=example.source == "correction" and example.model.endswith(f"@{plan.label}"),
+            )
+            for example in examples
+        ],
         anchors=anchor_lessons(settings.environments, plan) if plan.batch_anchor else [],
         workspace=workspace,
         max_length=settings.serving.max_model_len,

@@ -31,6 +31,7 @@ def make_node(data_dir: Path, **learning: Any) -> EdgeSettings:
         "min_examples": 4,
         "min_new_failures": 2,
         "batch_own": 3,
+        "batch_hard": 0,
         "batch_anchor": 2,
         "poll_s": 0.05,
         "supersede_after_s": 0,

@@ -79,6 +79,22 @@ def test_every_batch_mixes_own_and_anchor_examples_and_draws_each_once_before_an
     assert max(Counter(text for text in texts if text.startswith("ANCHOR")).values()) == 2
 
 
+def test_what_the_start_release_got_wrong_is_met_more_often() -> None:
+    own = [lesson(f"own{n}") for n in range(30)]
+    own += [Lesson(lesson(f"hard{n}").messages, "yes", hard=True) for n in range(2)]
+    arguments: dict[str, Any] = {"stop": EOS, "max_length": 99}
+
+    def hard_in_batches(batch_hard: int, lessons: list[Lesson]) -> list[int]:
+        rows = make_rows(plan(steps=4, batch_own=4, batch_hard=batch_hard), ToyTokenizer(), lessons, [], **arguments)
+        texts = ["".join(chr(i - 100) for i in row.input_ids[3:-1]) for row in rows]
+        assert len(texts) == 16
+        return [sum(text.startswith("HARD") for text in texts[4 * b : 4 * b + 4]) for b in range(4)]
+
+    assert min(hard_in_batches(2, own)) >= 2
+    assert sum(hard_in_batches(0, own)) <= 2, "without, each is drawn once before any twice"
+    assert hard_in_batches(2, own[:30]) == [0, 0, 0, 0], "nothing was wrong: ordinary examples fill the batch"
+
+
 def test_rows_depend_on_the_plans_seed_alone() -> None:
     own = [lesson(f"own{n}") for n in range(20)]
     arguments: dict[str, Any] = {"stop": EOS, "max_length": 99}
