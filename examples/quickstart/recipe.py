@@ -28,13 +28,33 @@ round on top of the release; A and B merged by the exact product mean, cut to ra
 | 80, 1e-2, 0.7, 16+4, 400+100 | 0 | 91/92/91/98 | 100/97/97/98 | |
 | | 1 | 79/72/75/98 | 98/98/99/98 | 98/98/99/98 |
 | | 2 | 96/86/83/97 | 84/99/88/97 | 98/86/87/98 |
-| **80, 1e-2, 0.7, 16+8, 400+100** (this recipe, but for the two additions) | 1 | 78/89/80/98 | 97/99/99/98 | |
+| **80, 1e-2, 0.7, 16+8, 400+100** (this recipe, but for two additions) | 1 | 78/89/80/98 | 97/99/99/98 | |
 | | 2 | 84/84/73/98 | 83/100/82/99 | |
 
-Two things were added after runs of the whole demo, which the table does not have. With a decay of 0.7 one of five runs
-stuck (seed 0, A 75 and B 83 after seven releases: late rounds were too gentle to correct the last words). With 0.85
-this simulation gave 92/87/89/98 and 98/100/100/98 at R4 (seeds 3, 4); the decay is 0.8. And six of the sixteen own
-examples are corrections of the start release's own answers. The demo since, seed 0, A/B/C/D: 95/99/95/99.
+Two things were added after runs of the whole demo: with a decay of 0.7 one of five stuck (seed 0, A 75 and B 83 after
+seven releases). Every failure there was one of two pairs of codes taken for each other, and an A/B mean that no longer
+moved: the late increments were small, and the truncation to rank 32 cut away 3 to 8 % of every sum. The same rounds
+again, now with the node's own training code and central's merge (150 held-out tasks, 16+8, 400+100; two
+initialisations a seed; `hard`: own examples of a batch that correct the start release's own answers):
+
+| decay, hard, R | seed | R2 | R3 | R4 | R5 |
+|---|---|---|---|---|---|
+| 0.7, 0, 32 | 0 | 76/95/76/97 | 85/99/86/99 | 85/99/88/99 | 87/99/86/97 |
+| 0.7, 0, 64 | 0 | 76/95/76/97 | 85/99/87/99 | 85/99/89/99 | 99/100/98/98 |
+| 0.85, 0, 32 | 0 | 86/97/91/98 | 97/99/98/99 | 97/99/100/98 | 98/99/99/99 |
+| | 1 | 67/76/60/100 | 87/99/88/100 | 100/99/99/100 | 100/99/99/100 |
+| 0.85, 0, 64 | 2 | 97/88/91/97 | 99/89/93/97 | 65/97/77/99 | 99/89/94/99 |
+| | 2 | 83/85/79/97 | 96/99/91/97 | 98/99/98/99 | 98/98/98/99 |
+| 0.8, 6, 32 | 1 | 69/93/70/99 | 99/86/91/99 | 75/99/81/99 | 99/99/97/99 |
+| 0.8, 2, 64 | 0 | 87/91/88/97 | 97/99/95/97 | 97/99/96/96 | 98/99/99/97 |
+| | 0 | 98/83/89/98 | 95/99/96/98 | 98/99/98/97 | 99/99/98/99 |
+| | 1 | 71/85/66/99 | 99/98/97/99 | 99/99/99/100 | 99/99/99/99 |
+| | 1 | 59/91/66/100 | 98/99/92/100 | 99/96/97/100 | 99/99/98/100 |
+| | 2 | 79/89/83/98 | 93/89/91/97 | 93/98/95/97 | 97/99/99/98 |
+| | 2 | 74/91/77/98 | 99/88/93/99 | 80/99/91/99 | 97/89/93/99 |
+
+Hence a decay of 0.8, and two. Six, when few failures are left, repeat these few so often that A and B swing. The rank
+stays 32: with a decay of 0.8 or more, 64 changed at most three points at R3 and R4, and it makes answers a third dearer.
 
 D alone in its cohort, D/anchor after rounds 1 and 2, seeds 0, 1, 2: four anchors a batch 98/93 85/90 95/89, then 98/94
 100/98 95/98; eight anchors (seeds 1, 2) 86/97 95/95, then 92/97 (seed 1). Hence eight: without averaging, four let
@@ -55,7 +75,7 @@ LEARNING: Mapping[str, str] = {
     "EDGE_LEARNING__ALPHA": "16",
     "EDGE_LEARNING__STEPS": "80",
     "EDGE_LEARNING__BATCH_OWN": "16",
-    "EDGE_LEARNING__BATCH_HARD": "6",
+    "EDGE_LEARNING__BATCH_HARD": "2",
     "EDGE_LEARNING__BATCH_ANCHOR": "8",
     "EDGE_LEARNING__ANCHOR_POOL": "1000",
     "EDGE_LEARNING__LEARNING_RATE": "0.01",
