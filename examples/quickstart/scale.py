@@ -65,9 +65,9 @@ SIZES: Mapping[str, Size] = {
         max_releases=7,
         learning_limit_s=360,
         settle_limit_s=60,
-        stop_at=StopAt(94.5, 70, 94),
-        stop_late_at=StopAt(92, 66, 92),
-        patience_s=200,
+        stop_at=StopAt(96, 70, 94),
+        stop_late_at=StopAt(94, 66, 92),
+        patience_s=150,
     ),
     "small": Size("small", ("A", "B"), 150, 60, 50, 2, 240, 60, None),
 }
