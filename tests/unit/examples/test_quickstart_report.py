@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,16 @@ def test_only_accepted_merges_count_as_releases() -> None:
     assert [release.label for release in snapshot.accepted()] == ["v1-bbbbbbbb"]
 
 
-@pytest.mark.parametrize(("learning_s", "enough"), [(10, False), (199, False), (201, True)])
+@pytest.mark.parametrize(("learning_s", "enough"), [(10, False), (99, False), (101, True)])
 def test_less_is_enough_once_patience_is_over(learning_s: float, enough: bool) -> None:
+    size = replace(SIZES["full"], stop_at=StopAt(95, 70, 94), stop_late_at=StopAt(92, 66, 92), patience_s=100)
     rates = {"A": 86.0, "B": 99.0, "C": 87.0}
-    assert SIZES["full"].is_enough(rates, learning_s) is enough
+    assert size.is_enough(rates, learning_s) is enough
     assert not SIZES["small"].is_enough(rates, learning_s), "a small run has no targets"
+
+
+def test_the_driver_never_stops_below_the_bars() -> None:
+    size = SIZES["full"]
+    for stop in (size.stop_at, size.stop_late_at):
+        assert stop is not None
+        assert (stop.mean_a_b, stop.c, stop.d) >= (90, 60, 90)
