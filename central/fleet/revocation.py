@@ -10,7 +10,7 @@ import grpc
 
 from central.errors import Reason, Refused
 from central.journal import EventKind, Journal, NewEvent
-from central.journal.state import REVOKED
+from central.journal.transitions import REVOKED
 
 
 def revoke_node(journal: Journal, node_id: str, by: str) -> None:

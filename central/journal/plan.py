@@ -1,14 +1,15 @@
 """The merge plan: everything that makes one candidate deterministic.
 
 In: field values. Out: a canonical document whose digest is the plan id. Guarantee: the plan and the blobs it names
-are enough to rebuild the candidate's payload.
+are enough to rebuild the candidate's payload. A field that came later is left out of the document where it has the meaning of
+plans without it, so an older plan keeps its digest, and a default that changes tomorrow changes no plan of today.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from protos.manifest import Digest, Document
 
@@ -21,6 +22,47 @@ class PlannedUpdate(Document):
     """Digest of the update's payload in the blob store."""
     weight: float
     """Derived centrally; never what a node claims."""
+    factor: float = Field(default=1.0, exclude_if=lambda factor: factor == 1.0)
+    """What a norm clip multiplies the increment with; derived centrally, 1 without a clip."""
+
+
+class LeftOut(Document):
+    """An update that was due and that a filter kept out of the merge; it is set aside."""
+
+    update_id: Digest
+    reason: str
+
+
+class PlannedKernel(Document):
+    """How sums above the exact limit are truncated (central/merging/kernels.py)."""
+
+    streamed: bool
+    exact_rank: int = Field(ge=1)
+
+
+UNRECORDED_KERNEL = PlannedKernel(streamed=True, exact_rank=512)
+"""What merged the plans that do not say."""
+
+
+class Removal(Document):
+    """What a merge takes out of the head instead of adding to it (`central forget`; federation/forgetting.py)."""
+
+    order: str
+    """The order that asked for it."""
+    method: Literal["replay", "subtract"]
+    since: Digest
+    """Release before the first merge that held any of it: replay begins here."""
+    updates: list[PlannedUpdate]
+    """What is taken out, in admission order, with the weight that each had in its merge times that merge's server step."""
+    merges: int = Field(ge=0)
+    """Merges between `since` and the head."""
+    truncated: float = Field(ge=0)
+    """Sum of the relative truncation errors of those merges: what subtraction cannot tell apart, as a part of the norm."""
+
+
+LATER = ("removal",)
+"""Optional fields that came after the first journals: left out of the canonical form where they are None, so that an old plan
+keeps its digest."""
 
 
 class MergePlan(Document):
@@ -35,6 +77,15 @@ class MergePlan(Document):
     base: Digest
     updates: list[PlannedUpdate]
     """In admission order."""
+    left_out: list[LeftOut] = Field(default_factory=list, exclude_if=lambda left_out: not left_out)
+    """In admission order."""
+    filter: str = Field(default="", exclude_if=lambda name: not name)
+    """Filter with its options that the due updates went through; empty for none."""
+    resolve: bool = Field(default=False, exclude_if=lambda resolve: not resolve)
+    """True: solved over absolute solutions, a start release plus its increment, and not over increments alone."""
+    solutions: list[PlannedUpdate] = Field(default_factory=list, exclude_if=lambda solutions: not solutions)
+    """With `resolve`: the latest merged updates of the nodes without one in `updates`, in admission order. They are read again
+    and stay merged."""
     strategy: str
     strategy_options: dict[str, Any] = Field(default_factory=dict)
     rank: int = Field(ge=1)
@@ -42,6 +93,15 @@ class MergePlan(Document):
     server_step: float
     """eta in P(v+1) = trunc_R(P(v) + eta * U)."""
     seed: int
+    kernel: PlannedKernel | None = Field(default=None, exclude_if=lambda kernel: kernel is None)
+    """None in plans of before it was recorded: UNRECORDED_KERNEL."""
     software: str
     created_at: str
     """RFC 3339 UTC; the candidate's manifest carries the same time, so that a rebuild has the same digest."""
+    removal: Removal | None = None
+    """Set for a plan without updates that takes contributions out."""
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {key: value for key, value in fields.items() if value is not None or key not in LATER}

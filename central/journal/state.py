@@ -7,17 +7,14 @@ whole or not at all. Replaying the same events gives the same state.
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
 
-from central.journal.events import Event, EventKind, JournalConflict
+from central.journal.contributions import Contributions
+from central.journal.events import Event, EventKind
 from central.journal.isolation import after_verdict, bisect
 from central.journal.plan import MergePlan
-from central.journal.queries import Records
 from central.journal.records import (
-    ChannelChange,
     EvaluationRecord,
     EvaluationReport,
     NodeRecord,
@@ -27,24 +24,14 @@ from central.journal.records import (
     TokenRecord,
     TrainOfferRecord,
     UpdateRecord,
-    UpdateStateName,
     VerdictRecord,
 )
-from central.journal.undo import Changes
-from protos.manifest import ReleaseManifest, UpdateManifest
-
-V = TypeVar("V")
-
-REVOKED = "its node was revoked"
-"""Why the updates of a revoked node are set aside."""
+from central.journal.transitions import conflict, known
+from protos.manifest import UpdateManifest
 
 
-class State(Records):
+class State(Contributions):
     """Records that change through `apply` alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._changes = Changes()
 
     def apply(self, event: Event) -> None:
         """Take over one event; raises JournalConflict (and may leave changes that `rollback` undoes)."""
@@ -69,9 +56,9 @@ class State(Records):
     def _node_enrolled(self, event: Event) -> None:
         self._expect_new(event, self.nodes)
         body = event.body
-        token = _known(event, self.tokens, body["token_id"], "token")
+        token = known(event, self.tokens, body["token_id"], "token")
         if token.cohort != event.cohort or token.used >= token.uses:
-            raise _conflict(
+            raise conflict(
                 event, f"token {token.token_id} of cohort {token.cohort!r} was used {token.used} of {token.uses} times"
             )
         self._changes.put(self.tokens, token.token_id, replace(token, used=token.used + 1))
@@ -91,18 +78,18 @@ class State(Records):
         )
 
     def _node_revoked(self, event: Event) -> None:
-        node = _known(event, self.nodes, event.subject, "node")
+        node = known(event, self.nodes, event.subject, "node")
         self._changes.put(self.nodes, node.node_id, replace(node, revoked=True))
 
     def _cohort_created(self, event: Event) -> None:
         if event.cohort in self._genesis:
-            raise _conflict(event, f"cohort {event.cohort!r} exists already")
+            raise conflict(event, f"cohort {event.cohort!r} exists already")
         self._add_release(event, "accepted", None)
         self._changes.put(self._genesis, event.cohort, event.subject)
         self._point(event, "stable", event.subject, "central")
 
     def _train_offered(self, event: Event) -> None:
-        _known(event, self._genesis, event.cohort, "cohort")
+        known(event, self._genesis, event.cohort, "cohort")
         self._changes.put(
             self.train_offers, event.cohort, TrainOfferRecord(event.subject, event.cohort, event.body["max_rank"])
         )
@@ -110,9 +97,9 @@ class State(Records):
     def _update_admitted(self, event: Event) -> None:
         self._expect_new(event, self.updates)
         manifest = UpdateManifest.from_bytes(event.body["manifest"].encode())
-        node = _known(event, self.nodes, manifest.node_id, "node")
+        node = known(event, self.nodes, manifest.node_id, "node")
         if node.cohort != event.cohort or manifest.digest != event.subject or node.revoked:
-            raise _conflict(
+            raise conflict(
                 event,
                 f"node {node.node_id} is of cohort {node.cohort!r}, revoked: {node.revoked}, manifest {manifest.digest}",
             )
@@ -129,36 +116,21 @@ class State(Records):
         key = (manifest.node_id, manifest.start.release)
         self._changes.put(self._by_start, key, (*self._by_start.get(key, ()), event.subject))
 
-    def _update_superseded(self, event: Event) -> None:
-        by = _known(event, self.updates, event.body["by"], "update")
-        self._move(event, event.subject, "superseded", ("waiting",), f"superseded by the node's update {by.update_id}")
-
-    def _update_set_aside(self, event: Event) -> None:
-        self._cancel_plan_of(event)
-        self._move(event, event.subject, "set_aside", ("waiting",), event.body["reason"])
-
-    def _update_requeued(self, event: Event) -> None:
-        update = _known(event, self.updates, event.subject, "update")
-        if self.nodes[update.manifest.node_id].revoked:
-            raise _conflict(event, REVOKED)
-        self._cancel_plan_of(event)
-        self._move(event, event.subject, "waiting", ("waiting", "set_aside"))
-
     def _merge_planned(self, event: Event) -> None:
         self._expect_new(event, self.plans)
         plan = MergePlan.from_bytes(event.body["plan"].encode())
-        parent = _known(event, self.releases, plan.parent, "release")
+        parent = known(event, self.releases, plan.parent, "release")
         if plan.digest != event.subject or plan.cohort != event.cohort or parent.cohort != event.cohort:
-            raise _conflict(event, f"plan {plan.digest} of cohort {plan.cohort!r} builds on one of {parent.cohort!r}")
+            raise conflict(event, f"plan {plan.digest} of cohort {plan.cohort!r} builds on one of {parent.cohort!r}")
         if parent.state != "accepted" or not plan.updates:
-            raise _conflict(
+            raise conflict(
                 event, f"parent {parent.release_id} is {parent.state} and {len(plan.updates)} updates are planned"
             )
         suspected, planned_ids = self.suspects(event.cohort), {planned.update_id for planned in plan.updates}
         for planned in plan.updates:
-            update = _known(event, self.updates, planned.update_id, "update")
+            update = known(event, self.updates, planned.update_id, "update")
             if update.cohort != event.cohort or update.manifest.payload.digest_sha256 != planned.payload:
-                raise _conflict(
+                raise conflict(
                     event, f"update {update.update_id} of cohort {update.cohort!r} has another payload or cohort"
                 )
             self._move(event, planned.update_id, "planned", ("waiting",), plan_id=event.subject)
@@ -167,13 +139,13 @@ class State(Records):
         self._changes.put(self.plans, event.subject, PlanRecord(event.subject, plan, isolates=isolates))
 
     def _candidate_built(self, event: Event) -> None:
-        record = _known(event, self.plans, event.body["plan_id"], "plan")
+        record = known(event, self.plans, event.body["plan_id"], "plan")
         if record.decided or record.candidate is not None or record.plan.cohort != event.cohort:
-            raise _conflict(event, f"plan {record.plan_id} was cancelled or has candidate {record.candidate}")
+            raise conflict(event, f"plan {record.plan_id} was cancelled or has candidate {record.candidate}")
         release = self._add_release(event, "candidate", record.plan_id)
         planned = [update.update_id for update in record.plan.updates]
         if (release.manifest.plan, release.manifest.updates) != (record.plan_id, planned):
-            raise _conflict(event, f"the manifest names plan {release.manifest.plan} or other updates than its plan")
+            raise conflict(event, f"the manifest names plan {release.manifest.plan} or other updates than its plan")
         self._changes.put(self.plans, record.plan_id, replace(record, candidate=event.subject))
         for update_id in planned:
             self._put_update(replace(self.updates[update_id], release_id=event.subject))
@@ -182,8 +154,8 @@ class State(Records):
         self._expect_new(event, self.evaluations)
         body = event.body
         for release_id in (body["candidate"], body["reference"]):
-            if _known(event, self.releases, release_id, "release").cohort != event.cohort:
-                raise _conflict(event, f"release {release_id} is of another cohort")
+            if known(event, self.releases, release_id, "release").cohort != event.cohort:
+                raise conflict(event, f"release {release_id} is of another cohort")
         self._changes.put(
             self.evaluations,
             event.subject,
@@ -199,17 +171,17 @@ class State(Records):
         )
 
     def _evaluation_reported(self, event: Event) -> None:
-        record = _known(event, self.evaluations, event.subject, "evaluation")
+        record = known(event, self.evaluations, event.subject, "evaluation")
         body = event.body
         if (node_id := body["node_id"]) in record.reports or node_id not in record.nodes:
-            raise _conflict(event, f"node {node_id} has reported already or was not asked")
+            raise conflict(event, f"node {node_id} has reported already or was not asked")
         report = EvaluationReport(node_id, tuple(body["results"]), body["abstain_reason"], event.at)
         self._changes.put(self.evaluations, event.subject, replace(record, reports={**record.reports, node_id: report}))
 
     def _verdict(self, event: Event) -> None:
-        release = _known(event, self.releases, event.subject, "release")
+        release = known(event, self.releases, event.subject, "release")
         if release.state != "candidate" or release.plan_id is None or release.cohort != event.cohort:
-            raise _conflict(
+            raise conflict(
                 event, f"release {release.release_id} is {release.state}, not a candidate of {event.cohort!r}"
             )
         body = event.body
@@ -221,7 +193,7 @@ class State(Records):
         self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
         updates, isolate = release.manifest.updates, not accepted and bool(body.get("isolate", False))
         if isolate and len(updates) < 2:
-            raise _conflict(event, "a candidate of one update cannot be isolated any further")
+            raise conflict(event, "a candidate of one update cannot be isolated any further")
         for update_id in () if isolate else updates:
             if accepted:
                 self._move(event, update_id, "merged", ("planned",))
@@ -252,7 +224,7 @@ class State(Records):
         abandoned: list[str] = body["abandoned"]
         self._expect_accepted(event, event.subject)
         if self.channels.get((event.cohort, "stable")) != body["from_release"] or event.subject in abandoned:
-            raise _conflict(event, f"release {body['from_release']} is not the stable head of {event.cohort!r}")
+            raise conflict(event, f"release {body['from_release']} is not the stable head of {event.cohort!r}")
         requeue = body["updates"] == "requeue"
         for release_id in abandoned:
             release = self._expect_accepted(event, release_id)
@@ -265,107 +237,6 @@ class State(Records):
             self._point(event, channel, None, body["by"])
         self._point(event, "stable", event.subject, body["by"])
 
-    def _point(self, event: Event, channel: str, release_id: str | None, by: str) -> None:
-        key = (event.cohort, channel)
-        if release_id is None:
-            self._changes.drop(self.channels, key)
-        else:
-            self._changes.put(self.channels, key, release_id)
-        change = ChannelChange(channel, release_id, by, event.at, event.sequence)
-        self._changes.put(self.channel_changes, key, (*self.channel_changes.get(key, ()), change))
-
-    def _cancel_plan_of(self, event: Event) -> None:
-        # A plan that loses an update stands for something else than its candidate: its other updates wait again.
-        update = _known(event, self.updates, event.subject, "update")
-        if update.state == "planned" and update.plan_id is not None:
-            why = f"update {update.update_id[:8]} was taken away"
-            self._cancel(event, self.plans[update.plan_id], why, requeue=True)
-
-    def _cancel(self, event: Event, plan: PlanRecord, why: str, requeue: bool) -> None:
-        self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
-        label = f"plan {plan.plan_id[:8]}"
-        if plan.candidate is not None:
-            release = self.releases[plan.candidate]
-            label = release.manifest.label
-            verdict = VerdictRecord(False, f"cancelled: {why}", {}, {}, event.at)
-            self._changes.put(self.releases, plan.candidate, replace(release, state="rejected", verdict=verdict))
-        self._release_updates(event, [update.update_id for update in plan.plan.updates], ("planned",), requeue, label)
-
-    def _release_updates(
-        self, event: Event, update_ids: Iterable[str], origins: tuple[UpdateStateName, ...], requeue: bool, label: str
-    ) -> None:
-        for update_id in update_ids:
-            if not requeue:
-                self._move(event, update_id, "set_aside", origins, f"{label} was rolled back")
-            elif self.nodes[self.updates[update_id].manifest.node_id].revoked:
-                self._move(event, update_id, "set_aside", origins, REVOKED)
-            else:
-                self._move(event, update_id, "waiting", origins)
-
-    def _move(
-        self,
-        event: Event,
-        update_id: str,
-        state: UpdateStateName,
-        origins: tuple[UpdateStateName, ...],
-        reason: str = "",
-        plan_id: str | None = None,
-    ) -> None:
-        update = _known(event, self.updates, update_id, "update")
-        if update.state not in origins or update.cohort != event.cohort:
-            raise _conflict(
-                event, f"update {update_id} of cohort {update.cohort!r} is {update.state}, not {' or '.join(origins)}"
-            )
-        held = state in ("merged", "set_aside")
-        self._put_update(
-            replace(
-                update,
-                state=state,
-                reason=reason,
-                plan_id=plan_id or (update.plan_id if held else None),
-                release_id=update.release_id if held else None,
-            )
-        )
-
-    def _put_update(self, record: UpdateRecord) -> None:
-        self._changes.put(self.updates, record.update_id, record)
-        waiting = self._waiting.setdefault(record.cohort, {})
-        if record.state == "waiting":
-            self._changes.put(waiting, record.update_id, record)
-        elif record.update_id in waiting:
-            self._changes.drop(waiting, record.update_id)
-
-    def _add_release(self, event: Event, state: ReleaseStateName, plan_id: str | None) -> ReleaseRecord:
-        self._expect_new(event, self.releases)
-        data = event.body["manifest"].encode()
-        manifest = ReleaseManifest.from_bytes(data)
-        if manifest.digest != event.subject or manifest.cohort != event.cohort:
-            raise _conflict(event, f"its manifest has digest {manifest.digest} and cohort {manifest.cohort!r}")
-        record = ReleaseRecord(
-            release_id=event.subject,
-            manifest=manifest,
-            manifest_bytes=data,
-            signature=base64.b64decode(event.body["signature"]),
-            cohort=event.cohort,
-            state=state,
-            sequence=event.sequence,
-            plan_id=plan_id,
-        )
-        self._changes.put(self.releases, event.subject, record)
-        return record
-
-    def _expect_new(self, event: Event, records: dict[str, Any]) -> None:
-        if event.subject in records:
-            raise _conflict(event, f"{event.subject} exists already")
-
-    def _expect_accepted(self, event: Event, release_id: str) -> ReleaseRecord:
-        release = _known(event, self.releases, release_id, "release")
-        if release.state != "accepted" or release.cohort != event.cohort:
-            raise _conflict(
-                event, f"release {release_id} is {release.state} in cohort {release.cohort!r}, not accepted"
-            )
-        return release
-
 
 def _why_rejected(plan: PlanRecord, release: ReleaseRecord, verdict: VerdictRecord) -> str:
     number = len(release.manifest.updates)
@@ -376,16 +247,6 @@ def _why_rejected(plan: PlanRecord, release: ReleaseRecord, verdict: VerdictReco
         else f"candidate {release.manifest.label}"
     )
     return f"{found} was rejected: {verdict.text}"
-
-
-def _conflict(event: Event, text: str) -> JournalConflict:
-    return JournalConflict(f"Event {event.kind} of {event.subject or event.cohort} does not fit the journal: {text}.")
-
-
-def _known(event: Event, records: dict[str, V], key: str, noun: str) -> V:
-    if key not in records:
-        raise _conflict(event, f"{noun} {key!r} is not known")
-    return records[key]
 
 
 _APPLY: dict[EventKind, Callable[[State, Event], None]] = {kind: getattr(State, f"_{kind.value}") for kind in EventKind}

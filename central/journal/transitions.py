@@ -1,0 +1,148 @@
+"""What the state's events have in common: how an update, a plan, a release and a channel move, and what may not.
+
+In: one event and what it says of a record. Out: changed records, every change remembered so that it can be taken back.
+Errors: JournalConflict for a move that does not fit.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from central.journal.events import Event, JournalConflict
+from central.journal.queries import Records
+from central.journal.records import (
+    ChannelChange,
+    PlanRecord,
+    ReleaseRecord,
+    ReleaseStateName,
+    UpdateRecord,
+    UpdateStateName,
+    VerdictRecord,
+)
+from central.journal.undo import Changes
+from protos.manifest import ReleaseManifest
+
+V = TypeVar("V")
+
+REVOKED = "its node was revoked"
+"""Why the updates of a revoked node are set aside."""
+
+
+class Transitions(Records):
+    """The moves; events use them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changes = Changes()
+
+    def _point(self, event: Event, channel: str, release_id: str | None, by: str) -> None:
+        key = (event.cohort, channel)
+        if release_id is None:
+            self._changes.drop(self.channels, key)
+        else:
+            self._changes.put(self.channels, key, release_id)
+        change = ChannelChange(channel, release_id, by, event.at, event.sequence)
+        self._changes.put(self.channel_changes, key, (*self.channel_changes.get(key, ()), change))
+
+    def _cancel_plan_of(self, event: Event) -> None:
+        # A plan that loses an update stands for something else than its candidate: its other updates wait again.
+        update = known(event, self.updates, event.subject, "update")
+        if update.state == "planned" and update.plan_id is not None:
+            why = f"update {update.update_id[:8]} was taken away"
+            self._cancel(event, self.plans[update.plan_id], why, requeue=True)
+
+    def _cancel(self, event: Event, plan: PlanRecord, why: str, requeue: bool) -> None:
+        self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
+        label = f"plan {plan.plan_id[:8]}"
+        if plan.candidate is not None:
+            release = self.releases[plan.candidate]
+            label = release.manifest.label
+            verdict = VerdictRecord(False, f"cancelled: {why}", {}, {}, event.at)
+            self._changes.put(self.releases, plan.candidate, replace(release, state="rejected", verdict=verdict))
+        self._release_updates(event, [update.update_id for update in plan.plan.updates], ("planned",), requeue, label)
+
+    def _release_updates(
+        self, event: Event, update_ids: Iterable[str], origins: tuple[UpdateStateName, ...], requeue: bool, label: str
+    ) -> None:
+        for update_id in update_ids:
+            if not requeue:
+                self._move(event, update_id, "set_aside", origins, f"{label} was rolled back")
+            elif self.nodes[self.updates[update_id].manifest.node_id].revoked:
+                self._move(event, update_id, "set_aside", origins, REVOKED)
+            else:
+                self._move(event, update_id, "waiting", origins)
+
+    def _move(
+        self,
+        event: Event,
+        update_id: str,
+        state: UpdateStateName,
+        origins: tuple[UpdateStateName, ...],
+        reason: str = "",
+        plan_id: str | None = None,
+    ) -> None:
+        update = known(event, self.updates, update_id, "update")
+        if update.state not in origins or update.cohort != event.cohort:
+            raise conflict(
+                event, f"update {update_id} of cohort {update.cohort!r} is {update.state}, not {' or '.join(origins)}"
+            )
+        held = state in ("merged", "set_aside")
+        self._put_update(
+            replace(
+                update,
+                state=state,
+                reason=reason,
+                plan_id=plan_id or (update.plan_id if held else None),
+                release_id=update.release_id if held else None,
+            )
+        )
+
+    def _put_update(self, record: UpdateRecord) -> None:
+        self._changes.put(self.updates, record.update_id, record)
+        waiting = self._waiting.setdefault(record.cohort, {})
+        if record.state == "waiting":
+            self._changes.put(waiting, record.update_id, record)
+        elif record.update_id in waiting:
+            self._changes.drop(waiting, record.update_id)
+
+    def _add_release(self, event: Event, state: ReleaseStateName, plan_id: str | None) -> ReleaseRecord:
+        self._expect_new(event, self.releases)
+        data = event.body["manifest"].encode()
+        manifest = ReleaseManifest.from_bytes(data)
+        if manifest.digest != event.subject or manifest.cohort != event.cohort:
+            raise conflict(event, f"its manifest has digest {manifest.digest} and cohort {manifest.cohort!r}")
+        record = ReleaseRecord(
+            release_id=event.subject,
+            manifest=manifest,
+            manifest_bytes=data,
+            signature=base64.b64decode(event.body["signature"]),
+            cohort=event.cohort,
+            state=state,
+            sequence=event.sequence,
+            plan_id=plan_id,
+        )
+        self._changes.put(self.releases, event.subject, record)
+        return record
+
+    def _expect_new(self, event: Event, records: dict[str, Any]) -> None:
+        if event.subject in records:
+            raise conflict(event, f"{event.subject} exists already")
+
+    def _expect_accepted(self, event: Event, release_id: str) -> ReleaseRecord:
+        release = known(event, self.releases, release_id, "release")
+        if release.state != "accepted" or release.cohort != event.cohort:
+            raise conflict(event, f"release {release_id} is {release.state} in cohort {release.cohort!r}, not accepted")
+        return release
+
+
+def conflict(event: Event, text: str) -> JournalConflict:
+    return JournalConflict(f"Event {event.kind} of {event.subject or event.cohort} does not fit the journal: {text}.")
+
+
+def known(event: Event, records: dict[str, V], key: str, noun: str) -> V:
+    if key not in records:
+        raise conflict(event, f"{noun} {key!r} is not known")
+    return records[key]
