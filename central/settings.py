@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from central.errors import SettingsError
@@ -68,6 +68,29 @@ class MergeSettings(MergePolicy):
         return MergePolicy(**{**self.model_dump(exclude={"cohorts"}), **self.cohorts.get(cohort, {})})
 
 
+class ChannelPolicy(Group):
+    first: Literal["stable", "canary"] = "stable"
+    """Channel on which an accepted release appears. canary: nodes with EDGE_RELEASES__CHANNEL=canary try it before the others, and
+    the cohort merges nothing more until it is stable or rolled back."""
+    soak_s: float = Field(default=0, ge=0)
+    """A canary becomes stable by itself once nodes have served it for this long without trouble. 0: only an operator promotes."""
+
+
+class ChannelSettings(ChannelPolicy):
+    cohorts: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Per cohort: the settings above that differ, as JSON, e.g. {"acme": {"first": "canary", "soak_s": 3600}}."""
+
+    def policy(self, cohort: str) -> ChannelPolicy:
+        """The policy of one cohort."""
+        return ChannelPolicy(**{**self.model_dump(exclude={"cohorts"}), **self.cohorts.get(cohort, {})})
+
+
+class CohortSettings(Group):
+    builds_on: Literal["none", "shared"] = "none"
+    """shared: the cohort's nodes are served shared's stable release and what they learnt themselves, together; nothing flows back.
+    It is fixed when the cohort is created."""
+
+
 class GateSettings(Group):
     tasks: int = Field(default=60, ge=1)
     """Held-out tasks per environment and node."""
@@ -114,6 +137,9 @@ class CentralSettings(BaseSettings):
     listen: ListenSettings = ListenSettings()
     journal: JournalSettings = JournalSettings()
     merge: MergeSettings = MergeSettings()
+    channels: ChannelSettings = ChannelSettings()
+    cohorts: dict[str, CohortSettings] = Field(default_factory=dict)
+    """Cohorts that are not like the others, as JSON, e.g. {"acme": {"builds_on": "shared"}}."""
     gate: GateSettings = GateSettings()
     limits: LimitSettings = LimitSettings()
 
@@ -134,7 +160,10 @@ def load_settings() -> CentralSettings:
     settings: CentralSettings | None = None
     try:
         settings = CentralSettings()
-        mistakes += _cohort_mistakes(settings.merge)
+        mistakes += _cohort_mistakes("MERGE", settings.merge)
+        mistakes += _cohort_mistakes("CHANNELS", settings.channels)
+        if settings.cohorts.get("shared", CohortSettings()).builds_on != "none":
+            mistakes.append(f"{PREFIX}COHORTS shared.builds_on: expected none, it is what others build on")
     except ValidationError as error:
         mistakes += [f"{PREFIX}{'__'.join(place).upper()}: {text}" for place, text in _mistakes(error)]
     except ValueError as error:  # pydantic-settings: a list or object that is not JSON
@@ -146,13 +175,15 @@ def load_settings() -> CentralSettings:
     return settings
 
 
-def _cohort_mistakes(merge: MergeSettings) -> list[str]:
+def _cohort_mistakes(group: str, settings: MergeSettings | ChannelSettings) -> list[str]:
     found = []
-    for cohort in merge.cohorts:
+    for cohort in settings.cohorts:
         try:
-            merge.policy(cohort)
+            settings.policy(cohort)
         except ValidationError as error:
-            found += [f"{PREFIX}MERGE__COHORTS {cohort}.{'.'.join(place)}: {text}" for place, text in _mistakes(error)]
+            found += [
+                f"{PREFIX}{group}__COHORTS {'.'.join([cohort, *place])}: {text}" for place, text in _mistakes(error)
+            ]
     return found
 
 

@@ -110,6 +110,17 @@ class UpdateManifest(Document):
     software: str
 
 
+class Composition(Document):
+    """How a release of a cohort that builds on another is put together: trunc_R(P_other + P_own)."""
+
+    builds_on: Digest
+    """Release of the other cohort."""
+    own: Payload
+    """P_own, the cohort's own product: what its updates add to. It is never served alone."""
+    own_truncation_error: float = Field(ge=0)
+    """||M - M_hat||_F / ||M||_F of the merge that made P_own; 0 when nothing was merged."""
+
+
 class ReleaseManifest(Document):
     """What central says of one candidate or release."""
 
@@ -126,12 +137,19 @@ class ReleaseManifest(Document):
     truncation_error: float = Field(ge=0)
     """||M - M_hat||_F / ||M||_F of the merge."""
     updates: list[Digest]
+    composition: Composition | None = Field(default=None, exclude_if=lambda composition: composition is None)
+    """Only in cohorts that build on another, from version 1 on."""
     created_at: str
 
     @property
     def label(self) -> str:
         """The version part of alias@version, e.g. v3-7f3a9c01."""
         return f"v{self.version}-{self.digest[:8]}"
+
+    @property
+    def own_payload(self) -> Payload:
+        """What the cohort's next merge adds to: the served payload, or the cohort's own part of it."""
+        return self.payload if self.composition is None else self.composition.own
 
 
 class ReceiptBody(Document):

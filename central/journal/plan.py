@@ -72,6 +72,9 @@ class MergePlan(Document):
     cohort: str
     parent: Digest
     """Release that the merge builds on."""
+    builds_on: Digest | None = Field(default=None, exclude_if=lambda release: release is None)
+    """Release of the other cohort that the result is composed with (manifest.Composition); only in cohorts that build on another.
+    Such a plan may have no updates: it composes the parent's own product with a newer release of the other cohort."""
     version: int = Field(ge=1)
     """Version of the candidate: the parent's plus one."""
     base: Digest
