@@ -33,20 +33,28 @@ class EventKind(StrEnum):
     TOKEN_CREATED = "token_created"  # token id: secret_sha256, uses, expires_at, by
     NODE_ENROLLED = "node_enrolled"  # node id: name, token_id, public_key_pem, base, certificate_sha256
     NODE_REVOKED = "node_revoked"  # node id: by
+    NODE_QUARANTINED = "node_quarantined"  # node id: reason, by
+    NODE_RELEASED = "node_released"  # node id, out of quarantine: by
     COHORT_CREATED = "cohort_created"  # release id of version 0: manifest (canonical JSON), signature (base64)
     TRAIN_OFFERED = "train_offered"  # offer id: max_rank
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)
     UPDATE_SUPERSEDED = "update_superseded"  # update id: by
-    UPDATE_SET_ASIDE = "update_set_aside"  # update id: reason
-    UPDATE_REQUEUED = "update_requeued"  # update id
+    UPDATE_SET_ASIDE = "update_set_aside"  # update id: reason, by (an operator's name; absent: central)
+    UPDATE_REQUEUED = "update_requeued"  # update id: by (absent in old ones)
+    FORGET_ORDERED = (
+        "forget_ordered"  # order id: node_id ("": single updates), updates, method (replay|subtract), accept_loss, by
+    )
+    FORGET_FAILED = "forget_failed"  # order id: reason
     MERGE_PLANNED = "merge_planned"  # plan id: plan (canonical JSON of MergePlan)
-    CANDIDATE_BUILT = "candidate_built"  # release id: plan_id, manifest (canonical JSON), signature (base64)
+    CANDIDATE_BUILT = "candidate_built"  # release id: plan_id, manifest, signature, server_state (digest; absent: none)
     EVALUATION_OFFERED = "evaluation_offered"  # offer id: candidate, reference, tasks, deadline_at, nodes
     EVALUATION_REPORTED = "evaluation_reported"  # offer id: node_id, results, abstain_reason
     VERDICT = (
-        "verdict"  # release id: accepted, text, environments, high_water, isolate (true: updates wait, tried in parts)
+        "verdict"  # release id: accepted, text, environments, high_water, isolate (true: updates wait, tried in parts),
+        # loss_accepted_by (an operator accepted a removal that the gate rejected)
     )
     PROMOTED = "promoted"  # release id: channel, by
+    RELEASE_SERVED = "release_served"  # release id: node_id (it says that it serves this one now)
     ROLLED_BACK = "rolled_back"  # release id returned to: from_release, abandoned, updates (requeue|set_aside), by
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from protos.manifest import Digest, Document
 
@@ -45,7 +45,7 @@ UNRECORDED_KERNEL = PlannedKernel(streamed=True, exact_rank=512)
 
 
 class Removal(Document):
-    """What a merge takes out of the head instead of adding to it (`central forget`; federation/forgetting.py)."""
+    """What a merge takes out of the head instead of adding to it (`central forget`; federation/removal.py)."""
 
     order: str
     """The order that asked for it."""
@@ -58,11 +58,6 @@ class Removal(Document):
     """Merges between `since` and the head."""
     truncated: float = Field(ge=0)
     """Sum of the relative truncation errors of those merges: what subtraction cannot tell apart, as a part of the norm."""
-
-
-LATER = ("removal",)
-"""Optional fields that came after the first journals: left out of the canonical form where they are None, so that an old plan
-keeps its digest."""
 
 
 class MergePlan(Document):
@@ -101,10 +96,5 @@ class MergePlan(Document):
     software: str
     created_at: str
     """RFC 3339 UTC; the candidate's manifest carries the same time, so that a rebuild has the same digest."""
-    removal: Removal | None = None
+    removal: Removal | None = Field(default=None, exclude_if=lambda removal: removal is None)
     """Set for a plan without updates that takes contributions out."""
-
-    @model_serializer(mode="wrap")
-    def _without_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        return {key: value for key, value in fields.items() if value is not None or key not in LATER}

@@ -5,14 +5,18 @@ In: nothing; `State` (state.py) fills it from events. Out: records by id, and wh
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from central.journal.events import FIRST_HASH
 from central.journal.isolation import Isolation
 from central.journal.records import (
     ChannelChange,
     EvaluationRecord,
+    ForgetRecord,
     NodeRecord,
     PlanRecord,
     ReleaseRecord,
+    ServedPeriod,
     TokenRecord,
     TrainOfferRecord,
     UpdateRecord,
@@ -35,6 +39,9 @@ class Records:
         self.train_offers: dict[str, TrainOfferRecord] = {}
         self.evaluations: dict[str, EvaluationRecord] = {}
         self.isolations: dict[str, Isolation] = {}
+        self.forgets: dict[str, ForgetRecord] = {}
+        self.serving: dict[str, ServedPeriod] = {}
+        self.served: dict[str, tuple[ServedPeriod, ...]] = {}
         self._genesis: dict[str, str] = {}
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
         self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -76,6 +83,43 @@ class Records:
             ]:
                 return sorted(waiting, key=lambda update: update.admitted_sequence)
         return []
+
+    def updates_of(self, node_id: str) -> list[UpdateRecord]:
+        """The node's admitted updates in admission order."""
+        return [update for update in self.updates.values() if update.manifest.node_id == node_id]
+
+    def removed(self, release: ReleaseRecord) -> list[str]:
+        """The updates that the release's own merge took out of its parent."""
+        removal = self.plans[release.plan_id].plan.removal if release.plan_id else None
+        return [update.update_id for update in removal.updates] if removal else []
+
+    def contributions(self, release_id: str) -> list[str]:
+        """The updates that the release holds, its ancestors' included and without what was taken out, oldest merge first."""
+        held: dict[str, None] = {}
+        for release in reversed(self.lineage(release_id)):
+            held.update(dict.fromkeys(release.manifest.updates))
+            for update_id in self.removed(release):
+                held.pop(update_id, None)
+        return list(held)
+
+    def holders(self, cohort: str, update_ids: Collection[str]) -> dict[str, frozenset[str]]:
+        """Which of the updates each release and candidate of the cohort holds; releases without any are left out."""
+        wanted, found = frozenset(update_ids), dict[str, frozenset[str]]()
+        for release in self.releases.values():  # a parent is recorded before its children
+            if release.cohort == cohort:
+                own = wanted.intersection(release.manifest.updates)
+                before = found.get(release.manifest.parent or "", frozenset())
+                if held := (before | own).difference(self.removed(release) if before else ()):
+                    found[release.release_id] = held
+        return found
+
+    def forgotten_in(self, release_id: str) -> list[str]:
+        """Forgotten updates that the release still holds, oldest merge first."""
+        return [held for held in self.contributions(release_id) if self.updates[held].state == "forgotten"]
+
+    def pending_forgets(self, cohort: str) -> list[ForgetRecord]:
+        """Orders whose removal is not released yet, oldest first."""
+        return [o for o in self.forgets.values() if o.cohort == cohort and o.state in ("ordered", "planned")]
 
     def lineage(self, release_id: str) -> list[ReleaseRecord]:
         """The release and its ancestors down to version 0."""

@@ -13,8 +13,10 @@ from typing import Any, Literal
 from central.journal.plan import MergePlan
 from protos.manifest import ReleaseManifest, UpdateManifest
 
-UpdateStateName = Literal["waiting", "planned", "merged", "superseded", "set_aside"]
-ReleaseStateName = Literal["candidate", "accepted", "rejected", "abandoned"]
+UpdateStateName = Literal["waiting", "planned", "merged", "superseded", "set_aside", "quarantined", "forgotten"]
+ReleaseStateName = Literal["candidate", "accepted", "rejected", "abandoned", "withdrawn"]
+"""withdrawn: accepted once, but it holds a contribution that was forgotten; it can be neither promoted nor returned to."""
+ForgetStateName = Literal["ordered", "planned", "done", "rejected", "failed"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class NodeRecord:
     certificate_sha256: str
     enrolled_at: str
     revoked: bool = False
+    quarantine: str = ""
+    """Why its updates are kept aside; empty when they are not."""
+    judged: tuple[bool, ...] = ()
+    """The last verdicts on its updates since it was last released from quarantine, newest last: True when one was blamed, that is
+    rejected alone."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class UpdateRecord:
     release_id: str | None = None
     """Candidate or release that holds it."""
     reason: str = ""
-    """Why it was superseded or set aside."""
+    """Why it was superseded, set aside or quarantined."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class VerdictRecord:
     high_water: Any
     """As the gate wrote it: best pass rates so far."""
     at: str
+    loss_accepted_by: str = ""
+    """Operator who accepted a removal that the gate rejected."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,8 @@ class ReleaseRecord:
     """Sequence of the journal event that made it."""
     plan_id: str | None = None
     verdict: VerdictRecord | None = None
+    server_state: str | None = None
+    """Blob with what its strategy carries to the next merge (federation/server_state.py); merges on this release need it."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,37 @@ class ChannelChange:
     """Operator's name, `gate`, or `central` for version 0."""
     at: str
     sequence: int
+
+
+@dataclass(frozen=True)
+class ForgetRecord:
+    """An operator's order to forget a node's contributions, or single updates."""
+
+    order_id: str
+    cohort: str
+    node_id: str
+    """Empty for single updates."""
+    updates: tuple[str, ...]
+    method: Literal["replay", "subtract"]
+    accept_loss: bool
+    by: str
+    at: str
+    state: ForgetStateName = "ordered"
+    """done: no release that a channel points at holds any of it. rejected, failed: what was merged is still there."""
+    plan_id: str | None = None
+    reason: str = ""
+    """Why it was rejected or failed."""
+
+
+@dataclass(frozen=True)
+class ServedPeriod:
+    """A node said that it serves a release, from then on until it said another one."""
+
+    node_id: str
+    release_id: str
+    since: str
+    until: str = ""
+    """Empty while it is the last that the node named."""
 
 
 @dataclass(frozen=True)

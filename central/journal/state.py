@@ -107,7 +107,8 @@ class State(Contributions):
             update_id=event.subject,
             manifest=manifest,
             cohort=event.cohort,
-            state="waiting",
+            state="quarantined" if node.quarantine else "waiting",
+            reason=node.quarantine,
             admitted_at=event.at,
             admitted_sequence=event.sequence,
             admitted_hash=event.hash,
@@ -122,10 +123,12 @@ class State(Contributions):
         parent = known(event, self.releases, plan.parent, "release")
         if plan.digest != event.subject or plan.cohort != event.cohort or parent.cohort != event.cohort:
             raise conflict(event, f"plan {plan.digest} of cohort {plan.cohort!r} builds on one of {parent.cohort!r}")
-        if parent.state != "accepted" or not plan.updates:
-            raise conflict(
-                event, f"parent {parent.release_id} is {parent.state} and {len(plan.updates)} updates are planned"
-            )
+        if plan.removal is not None:
+            self._plan_removal(event, plan)
+        elif not plan.updates:
+            raise conflict(event, "no update is planned")
+        if parent.state != "accepted":
+            raise conflict(event, f"parent {parent.release_id} is {parent.state}")
         suspected, planned_ids = self.suspects(event.cohort), {planned.update_id for planned in plan.updates}
         for planned in plan.updates:
             update = known(event, self.updates, planned.update_id, "update")
@@ -135,7 +138,7 @@ class State(Contributions):
                 )
             self._move(event, planned.update_id, "planned", ("waiting",), plan_id=event.subject)
         suspects = {update.update_id for update in suspected}
-        isolates = self.isolations[event.cohort].plan_id if suspects.issuperset(planned_ids) and suspects else None
+        isolates = self.isolations[event.cohort].plan_id if suspects >= planned_ids > set() else None
         self._changes.put(self.plans, event.subject, PlanRecord(event.subject, plan, isolates=isolates))
 
     def _candidate_built(self, event: Event) -> None:
@@ -186,7 +189,10 @@ class State(Contributions):
             )
         body = event.body
         accepted = bool(body["accepted"])
-        verdict = VerdictRecord(accepted, body["text"], body["environments"], body["high_water"], event.at)
+        loss_accepted_by = body.get("loss_accepted_by", "")
+        verdict = VerdictRecord(
+            accepted, body["text"], body["environments"], body["high_water"], event.at, loss_accepted_by
+        )
         state: ReleaseStateName = "accepted" if accepted else "rejected"
         self._changes.put(self.releases, release.release_id, replace(release, state=state, verdict=verdict))
         plan = self.plans[release.plan_id]
@@ -199,9 +205,14 @@ class State(Contributions):
                 self._move(event, update_id, "merged", ("planned",))
             else:
                 self._move(event, update_id, "set_aside", ("planned",), _why_rejected(plan, release, verdict))
+        if accepted or len(updates) == 1:
+            self._judge(updates, blamed=not accepted)
         if isolate:
             self._release_updates(event, updates, ("planned",), True, release.manifest.label)
-        self._isolate(event, plan, isolate)
+        if plan.plan.removal is None:
+            self._isolate(event, plan, isolate)
+        else:
+            self._decide_removal(plan, verdict)
 
     def _isolate(self, event: Event, plan: PlanRecord, isolate: bool) -> None:
         updates = [update.update_id for update in plan.plan.updates]
@@ -218,6 +229,7 @@ class State(Contributions):
     def _promoted(self, event: Event) -> None:
         self._expect_accepted(event, event.subject)
         self._point(event, event.body["channel"], event.subject, event.body["by"])
+        self._settle_forgets(event)
 
     def _rolled_back(self, event: Event) -> None:
         body = event.body
@@ -227,8 +239,10 @@ class State(Contributions):
             raise conflict(event, f"release {body['from_release']} is not the stable head of {event.cohort!r}")
         requeue = body["updates"] == "requeue"
         for release_id in abandoned:
-            release = self._expect_accepted(event, release_id)
-            self._changes.put(self.releases, release_id, replace(release, state="abandoned"))
+            release = known(event, self.releases, release_id, "release")
+            if release.state != "withdrawn":  # which stays withdrawn: it is the stronger word
+                self._expect_accepted(event, release_id)
+                self._changes.put(self.releases, release_id, replace(release, state="abandoned"))
             self._release_updates(event, release.manifest.updates, ("merged",), requeue, release.manifest.label)
         for plan in self.open_plans(event.cohort):
             if plan.plan.parent in abandoned:
@@ -236,6 +250,7 @@ class State(Contributions):
         for _, channel in [key for key, head in self.channels.items() if head in abandoned and key[1] != "stable"]:
             self._point(event, channel, None, body["by"])
         self._point(event, "stable", event.subject, body["by"])
+        self._settle_forgets(event)
 
 
 def _why_rejected(plan: PlanRecord, release: ReleaseRecord, verdict: VerdictRecord) -> str:

@@ -47,15 +47,18 @@ class Transitions(Records):
         change = ChannelChange(channel, release_id, by, event.at, event.sequence)
         self._changes.put(self.channel_changes, key, (*self.channel_changes.get(key, ()), change))
 
-    def _cancel_plan_of(self, event: Event) -> None:
+    def _cancel_plan_of(self, event: Event, update_id: str) -> None:
         # A plan that loses an update stands for something else than its candidate: its other updates wait again.
-        update = known(event, self.updates, event.subject, "update")
+        update = known(event, self.updates, update_id, "update")
         if update.state == "planned" and update.plan_id is not None:
             why = f"update {update.update_id[:8]} was taken away"
             self._cancel(event, self.plans[update.plan_id], why, requeue=True)
 
     def _cancel(self, event: Event, plan: PlanRecord, why: str, requeue: bool) -> None:
         self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
+        if plan.plan.removal is not None:  # the order stands: it is planned anew, on the head that there is then
+            order = self.forgets[plan.plan.removal.order]
+            self._changes.put(self.forgets, order.order_id, replace(order, state="ordered", plan_id=None))
         label = f"plan {plan.plan_id[:8]}"
         if plan.candidate is not None:
             release = self.releases[plan.candidate]
@@ -68,10 +71,15 @@ class Transitions(Records):
         self, event: Event, update_ids: Iterable[str], origins: tuple[UpdateStateName, ...], requeue: bool, label: str
     ) -> None:
         for update_id in update_ids:
+            node = self.nodes[self.updates[update_id].manifest.node_id]
+            if self.updates[update_id].state == "forgotten":
+                continue
             if not requeue:
                 self._move(event, update_id, "set_aside", origins, f"{label} was rolled back")
-            elif self.nodes[self.updates[update_id].manifest.node_id].revoked:
+            elif node.revoked:
                 self._move(event, update_id, "set_aside", origins, REVOKED)
+            elif node.quarantine:
+                self._move(event, update_id, "quarantined", origins, node.quarantine)
             else:
                 self._move(event, update_id, "waiting", origins)
 
@@ -123,6 +131,7 @@ class Transitions(Records):
             state=state,
             sequence=event.sequence,
             plan_id=plan_id,
+            server_state=event.body.get("server_state"),
         )
         self._changes.put(self.releases, event.subject, record)
         return record
