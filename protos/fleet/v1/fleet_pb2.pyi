@@ -40,7 +40,7 @@ class EnrollResponse(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., cohort: _Optional[str] = ..., certificate_pem: _Optional[bytes] = ..., ca_pem: _Optional[bytes] = ..., release_key_pem: _Optional[bytes] = ..., genesis: _Optional[_Union[_releases_pb2.SignedManifest, _Mapping]] = ..., genesis_payload: _Optional[bytes] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problem")
+    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problem", "channel", "release_problem")
     SERVING_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     OUTBOX_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,8 @@ class NodeStatus(_message.Message):
     EXPERIENCES_FIELD_NUMBER: _ClassVar[int]
     ENVIRONMENTS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     serving_release_id: str
     software_version: str
     outbox_waiting: int
@@ -55,7 +57,9 @@ class NodeStatus(_message.Message):
     experiences: int
     environments: _containers.RepeatedScalarFieldContainer[str]
     problem: str
-    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ...) -> None: ...
+    channel: str
+    release_problem: str
+    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ..., channel: _Optional[str] = ..., release_problem: _Optional[str] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("status",)

@@ -87,7 +87,7 @@ class NodeVerdict(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., results: _Optional[_Iterable[_Union[_releases_pb2.EnvironmentResult, _Mapping]]] = ..., abstain_reason: _Optional[str] = ...) -> None: ...
 
 class Release(_message.Message):
-    __slots__ = ("release_id", "version", "cohort", "parent_id", "state", "channels", "created_at", "rank", "size_bytes", "truncation_error", "update_weights", "evaluations", "verdict")
+    __slots__ = ("release_id", "version", "cohort", "parent_id", "state", "channels", "created_at", "rank", "size_bytes", "truncation_error", "update_weights", "evaluations", "verdict", "soak", "builds_on_id")
     class UpdateWeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,8 @@ class Release(_message.Message):
     UPDATE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     EVALUATIONS_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
+    SOAK_FIELD_NUMBER: _ClassVar[int]
+    BUILDS_ON_ID_FIELD_NUMBER: _ClassVar[int]
     release_id: str
     version: str
     cohort: str
@@ -121,7 +123,42 @@ class Release(_message.Message):
     update_weights: _containers.ScalarMap[str, float]
     evaluations: _containers.RepeatedCompositeFieldContainer[NodeVerdict]
     verdict: str
-    def __init__(self, release_id: _Optional[str] = ..., version: _Optional[str] = ..., cohort: _Optional[str] = ..., parent_id: _Optional[str] = ..., state: _Optional[_Union[ReleaseState, str]] = ..., channels: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., truncation_error: _Optional[float] = ..., update_weights: _Optional[_Mapping[str, float]] = ..., evaluations: _Optional[_Iterable[_Union[NodeVerdict, _Mapping]]] = ..., verdict: _Optional[str] = ...) -> None: ...
+    soak: Soak
+    builds_on_id: str
+    def __init__(self, release_id: _Optional[str] = ..., version: _Optional[str] = ..., cohort: _Optional[str] = ..., parent_id: _Optional[str] = ..., state: _Optional[_Union[ReleaseState, str]] = ..., channels: _Optional[_Iterable[str]] = ..., created_at: _Optional[str] = ..., rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., truncation_error: _Optional[float] = ..., update_weights: _Optional[_Mapping[str, float]] = ..., evaluations: _Optional[_Iterable[_Union[NodeVerdict, _Mapping]]] = ..., verdict: _Optional[str] = ..., soak: _Optional[_Union[Soak, _Mapping]] = ..., builds_on_id: _Optional[str] = ...) -> None: ...
+
+class Soak(_message.Message):
+    __slots__ = ("since", "serving", "troubled", "promotes_at", "waits_for")
+    class TroubledEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    TROUBLED_FIELD_NUMBER: _ClassVar[int]
+    PROMOTES_AT_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    since: str
+    serving: _containers.RepeatedScalarFieldContainer[str]
+    troubled: _containers.ScalarMap[str, str]
+    promotes_at: str
+    waits_for: str
+    def __init__(self, since: _Optional[str] = ..., serving: _Optional[_Iterable[str]] = ..., troubled: _Optional[_Mapping[str, str]] = ..., promotes_at: _Optional[str] = ..., waits_for: _Optional[str] = ...) -> None: ...
+
+class CanaryReport(_message.Message):
+    __slots__ = ("node_id", "condition", "problem", "at")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    CONDITION_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    condition: str
+    problem: str
+    at: str
+    def __init__(self, node_id: _Optional[str] = ..., condition: _Optional[str] = ..., problem: _Optional[str] = ..., at: _Optional[str] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("update_id", "node_id", "weight", "sequence", "start_release_id", "admitted_at")
@@ -300,7 +337,7 @@ class ExplainReleaseRequest(_message.Message):
     def __init__(self, release: _Optional[str] = ...) -> None: ...
 
 class ExplainReleaseResponse(_message.Message):
-    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of")
+    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of", "canary_reports", "builds_on_version", "builds_on_state")
     class UpdatesInLineageEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +356,9 @@ class ExplainReleaseResponse(_message.Message):
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     UPDATES_IN_LINEAGE_FIELD_NUMBER: _ClassVar[int]
     PART_OF_FIELD_NUMBER: _ClassVar[int]
+    CANARY_REPORTS_FIELD_NUMBER: _ClassVar[int]
+    BUILDS_ON_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BUILDS_ON_STATE_FIELD_NUMBER: _ClassVar[int]
     release: Release
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     environments: _containers.RepeatedCompositeFieldContainer[EnvironmentFinding]
@@ -330,7 +370,10 @@ class ExplainReleaseResponse(_message.Message):
     software: str
     updates_in_lineage: _containers.ScalarMap[str, int]
     part_of: str
-    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ...) -> None: ...
+    canary_reports: _containers.RepeatedCompositeFieldContainer[CanaryReport]
+    builds_on_version: str
+    builds_on_state: ReleaseState
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ..., canary_reports: _Optional[_Iterable[_Union[CanaryReport, _Mapping]]] = ..., builds_on_version: _Optional[str] = ..., builds_on_state: _Optional[_Union[ReleaseState, str]] = ...) -> None: ...
 
 class DiffReleasesRequest(_message.Message):
     __slots__ = ("release_a", "release_b")
@@ -373,14 +416,16 @@ class PromoteReleaseResponse(_message.Message):
     def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
 
 class RollbackReleaseRequest(_message.Message):
-    __slots__ = ("cohort", "release", "updates")
+    __slots__ = ("cohort", "release", "updates", "channel")
     COHORT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_FIELD_NUMBER: _ClassVar[int]
     cohort: str
     release: str
     updates: AbandonedUpdates
-    def __init__(self, cohort: _Optional[str] = ..., release: _Optional[str] = ..., updates: _Optional[_Union[AbandonedUpdates, str]] = ...) -> None: ...
+    channel: str
+    def __init__(self, cohort: _Optional[str] = ..., release: _Optional[str] = ..., updates: _Optional[_Union[AbandonedUpdates, str]] = ..., channel: _Optional[str] = ...) -> None: ...
 
 class RollbackReleaseResponse(_message.Message):
     __slots__ = ("release", "abandoned_release_ids")
