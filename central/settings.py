@@ -48,15 +48,49 @@ class MergePolicy(Group):
     max_age_s: float = Field(default=900, gt=0)
     """Merge anyway when the oldest waiting update is this old."""
     strategy: str = "product-mean"
-    """product-mean, or the name of a class in flwr.serverapp.strategy (for example FedAvg)."""
+    """product-mean, regmean, or the name of a class in flwr.serverapp.strategy (for example FedAvg)."""
     strategy_options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the flwr strategy."""
+    """regmean: eps (0.1; a large one is the product mean) and sketch_rank (16), the rank of the activation sketches that nodes are
+    asked for. Otherwise keyword arguments of the flwr strategy."""
+    resolve: bool = False
+    """regmean only: solve over the latest solution of every node, and not over the new increments alone."""
     rank: int = Field(default=32, ge=1, le=512)
     """Rank R of a release."""
+    exact_rank: int = Field(default=512, ge=1)
+    """Largest summed rank of a module that is truncated in one exact step; a lower one takes less memory (central/merging)."""
     server_step: float = Field(default=1.0, gt=0)
     """eta in P(v+1) = trunc_R(P(v) + eta * U)."""
     seed: int = 0
     """Seed of randomized kernels."""
+    filter: Literal["none", "clip", "near", "multi-krum"] = "none"
+    """clip lowers large increments, near leaves out those far from the others (never with fewer than four), multi-krum the least
+    typical. A node that alone holds some knowledge looks like an outlier. What is left out is set aside with the reason."""
+    filter_norm: float | None = Field(default=None, gt=0)
+    """clip: largest Frobenius norm of an increment over all modules; the median of those in the merge when unset."""
+    filter_threshold: float = Field(default=3.5, gt=0)
+    """near: how many (scaled median absolute) deviations above the median distance is too far."""
+    filter_malicious: int = Field(default=1, ge=1)
+    """multi-krum: so many updates are left out. It needs 2 n + 3 updates, and waits for them beyond max_age_s."""
+
+    @property
+    def fewest_updates(self) -> int:
+        """Fewest updates of a merge, however old they are."""
+        return 2 * self.filter_malicious + 3 if self.filter == "multi-krum" else 1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> MergePolicy:
+        if self.min_updates < self.fewest_updates:
+            raise ValueError(
+                f"min_updates is {self.min_updates}; filter multi-krum with filter_malicious {self.filter_malicious} needs at "
+                f"least {self.fewest_updates} updates. Raise min_updates, or choose the filter near"
+            )
+        if self.resolve and self.strategy != "regmean":
+            raise ValueError(f"resolve needs the strategy regmean; this one is {self.strategy}")
+        if self.filter == "clip" and self.strategy not in ("product-mean", "regmean"):
+            raise ValueError(
+                f"filter clip bounds products; {self.strategy} averages factors. Use product-mean, or another filter"
+            )
+        return self
 
 
 class MergeSettings(MergePolicy):
@@ -118,6 +152,8 @@ class LimitSettings(Group):
     """Largest payload of one update."""
     max_rank: int = Field(default=64, ge=1)
     """Largest LoRA rank of an update."""
+    max_gram_rank: int = Field(default=64, ge=1)
+    """Largest rank of an activation sketch in an update (section gram/<module>)."""
     max_norm: float = Field(default=1e3, gt=0)
     """Largest Frobenius norm of one module's increment."""
     node_quota_bytes: int = Field(default=16 << 30, ge=1)
@@ -193,5 +229,7 @@ def _mistakes(error: ValidationError) -> list[tuple[list[str], str]]:
     for item in error.errors():
         unknown = item["type"] == "extra_forbidden"
         text = "unknown setting" if unknown else f"{item['msg']} (value {item['input']!r})"
+        if item["type"] == "value_error":  # of several settings together
+            text = item["msg"].removeprefix("Value error, ")
         found.append(([str(part) for part in item["loc"]], text))
     return found

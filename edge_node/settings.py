@@ -98,6 +98,9 @@ class LearningSettings(Group):
     """LoRA rank of a round; central's offer may lower it."""
     alpha: float = Field(default=16, gt=0)
     """LoRA alpha; dW = alpha / rank * B A."""
+    gram_rank: int = Field(default=0, ge=0, le=256)
+    """Largest rank of the activation sketches that may leave the node beside the LoRA, where central's merge rule asks for them.
+    They say more of what the node works on than the LoRA alone: directions of its activations. 0: none leaves."""
     steps: int = Field(default=50, ge=1)
     """Optimizer steps of a round."""
     batch_own: int = Field(default=12, ge=1)
@@ -146,6 +149,9 @@ class ReleasesSettings(Group):
     """Evaluate candidates for central on this node's environments."""
     keep: int = Field(default=8, ge=2)
     """Newest release directories that stay loaded and on disk."""
+    max_rank: int | None = Field(default=None, ge=1)
+    """Largest rank of a release that this node serves: of a larger one the first pairs, which approximate it best (at most
+    EDGE_SERVING__MAX_LORA_RANK). Unset: whole releases."""
 
 
 class EdgeSettings(BaseSettings):
@@ -179,6 +185,11 @@ class EdgeSettings(BaseSettings):
             raise ValueError(
                 f"EDGE_SERVING__MAX_CPU_LORAS is {self.serving.max_cpu_loras}; EDGE_RELEASES__KEEP="
                 f"{self.releases.keep} needs at least {needed}. Raise the first or lower the second"
+            )
+        if (self.releases.max_rank or 0) > self.serving.max_lora_rank:
+            raise ValueError(
+                f"EDGE_RELEASES__MAX_RANK is {self.releases.max_rank}; vLLM accepts at most EDGE_SERVING__MAX_LORA_RANK="
+                f"{self.serving.max_lora_rank}. Raise the second or lower the first"
             )
         return self
 

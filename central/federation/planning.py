@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from datetime import datetime
 
 import central
-from central.journal import MergePlan, PlannedUpdate, ReleaseRecord, State, UpdateRecord
+from central.journal import MergePlan, PlannedKernel, PlannedUpdate, ReleaseRecord, State, UpdateRecord
 from central.settings import MergePolicy
 
-PRODUCT_MEAN = "product-mean"
+PRODUCT_MEAN, REGMEAN = "product-mean", "regmean"
+IN_PRODUCT_SPACE = frozenset({PRODUCT_MEAN, REGMEAN})
+"""Strategies that add products, so that increments from any start can be merged."""
 SOFTWARE = f"lorikeet-central {central.__version__}"
 
 
@@ -32,42 +34,71 @@ def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> Merg
         return None
     if suspects := state.suspects(cohort):
         rejected = state.plans[state.isolations[cohort].plan_id].plan
-        return _plan_part(rejected, head, suspects, now)
+        return _plan_part(state, rejected, head, suspects, now)
     updates = _due(state.waiting(cohort), policy, parse_time(now))
     if not updates:
         return None
+    solutions = latest_solutions(state, head, updates) if policy.resolve else ()
+    weight = 1 / (len(updates) + len(solutions))
     return MergePlan(
         cohort=cohort,
         parent=head.release_id,
         version=head.manifest.version + 1,
         base=head.manifest.base,
-        updates=[_planned(update, 1 / len(updates)) for update in updates],
+        updates=[_planned(update, weight) for update in updates],
+        resolve=policy.resolve,
+        solutions=[_planned(update, weight) for update in solutions],
         strategy=policy.strategy,
         strategy_options=policy.strategy_options,
         rank=policy.rank,
         server_step=policy.server_step,
         seed=policy.seed,
+        # RegMean holds every update by nature, so there a fold would save nothing.
+        kernel=PlannedKernel(streamed=policy.strategy != REGMEAN, exact_rank=policy.exact_rank),
         software=SOFTWARE,
         created_at=now,
     )
 
 
-def _plan_part(rejected: MergePlan, head: ReleaseRecord, suspects: Sequence[UpdateRecord], now: str) -> MergePlan:
+def latest_solutions(
+    state: State, head: ReleaseRecord, without_nodes_of: Sequence[UpdateRecord]
+) -> Sequence[UpdateRecord]:
+    """The newest merged update of every other node in the head's line, in admission order; revoked nodes count no longer."""
+    latest: dict[str, UpdateRecord] = {}
+    for release in reversed(state.lineage(head.release_id)):
+        for update in (state.updates[update_id] for update_id in release.manifest.updates):
+            if update.state == "merged" and not state.nodes[update.manifest.node_id].revoked:
+                latest[update.manifest.node_id] = update
+    for update in without_nodes_of:
+        latest.pop(update.manifest.node_id, None)
+    return sorted(latest.values(), key=lambda update: update.admitted_sequence)
+
+
+def _plan_part(
+    state: State, rejected: MergePlan, head: ReleaseRecord, suspects: Sequence[UpdateRecord], now: str
+) -> MergePlan:
     """A part of a rejected plan on today's head, as strong as it was in the whole: what hurt there hurts as much here."""
-    weights = {update.update_id: update.weight for update in rejected.updates}
-    part = [_planned(update, weights[update.update_id]) for update in suspects]
-    # Other strategies divide by the sum of the weights, so there the step carries the share.
-    share = sum(update.weight for update in part) / sum(weights.values())
-    step = rejected.server_step if rejected.strategy == PRODUCT_MEAN else rejected.server_step * share
+    tried = {update.update_id for update in suspects}
+    part = [update for update in rejected.updates if update.update_id in tried]
+    solutions = latest_solutions(state, head, suspects) if rejected.resolve else ()
     changed = {
         "parent": head.release_id,
         "version": head.manifest.version + 1,
         "updates": part,
-        "server_step": step,
+        "left_out": [],
+        "solutions": [_planned(update, part[0].weight) for update in solutions],
         "software": SOFTWARE,
         "created_at": now,
     }
-    return rejected.model_copy(update=changed)
+    plan = rejected.model_copy(update=changed)
+    if rejected.strategy == PRODUCT_MEAN:
+        return plan
+    # Other strategies divide by the sum of the weights, so there the step carries the share.
+    return plan.model_copy(update={"server_step": rejected.server_step * _weight(plan) / _weight(rejected)})
+
+
+def _weight(plan: MergePlan) -> float:
+    return sum(update.weight for update in [*plan.updates, *plan.solutions])
 
 
 def _planned(update: UpdateRecord, weight: float) -> PlannedUpdate:
@@ -80,10 +111,10 @@ def _due(waiting: Sequence[UpdateRecord], policy: MergePolicy, now: datetime) ->
     groups: dict[str, list[UpdateRecord]] = {}
     for update in waiting:
         # A stock strategy averages factors, which means something only for increments from one start.
-        start = "" if policy.strategy == PRODUCT_MEAN else update.manifest.start.release
+        start = "" if policy.strategy in IN_PRODUCT_SPACE else update.manifest.start.release
         groups.setdefault(start, []).append(update)
     for group in groups.values():
         age_s = (now - parse_time(group[0].admitted_at)).total_seconds()
-        if len(group) >= policy.min_updates or age_s >= policy.max_age_s:
+        if len(group) >= policy.min_updates or (age_s >= policy.max_age_s and len(group) >= policy.fewest_updates):
             return group
     return ()

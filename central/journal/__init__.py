@@ -3,7 +3,7 @@
 from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
 from central.journal.isolation import Isolation
 from central.journal.journal import Journal, verify_journal
-from central.journal.plan import MergePlan, PlannedUpdate
+from central.journal.plan import LeftOut, MergePlan, PlannedKernel, PlannedUpdate
 from central.journal.records import (
     ChannelChange,
     EvaluationRecord,
@@ -28,10 +28,12 @@ __all__ = [
     "Journal",
     "JournalConflict",
     "JournalCorrupt",
+    "LeftOut",
     "MergePlan",
     "NewEvent",
     "NodeRecord",
     "PlanRecord",
+    "PlannedKernel",
     "PlannedUpdate",
     "ReleaseRecord",
     "State",
