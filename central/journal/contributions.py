@@ -162,9 +162,7 @@ class Contributions(Transitions):
                 held = [u for u in release.manifest.updates if self.updates[u].release_id == release.release_id]
                 if release.release_id not in line:
                     self._release_updates(event, held, ("merged",), True, release.manifest.label)
-        for plan in self.open_plans(event.cohort):
-            if plan.plan.parent in holders:
-                self._cancel(event, plan, "its parent was withdrawn", requeue=True)
+        self._cancel_built_on(event, holders, "withdrawn", requeue=True)
         for (cohort, channel), head in list(self.channels.items()):
             if cohort == event.cohort and channel != "stable" and head in holders:
                 self._point(event, channel, None, "central")

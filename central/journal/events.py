@@ -35,7 +35,7 @@ class EventKind(StrEnum):
     NODE_REVOKED = "node_revoked"  # node id: by
     NODE_QUARANTINED = "node_quarantined"  # node id: reason, by
     NODE_RELEASED = "node_released"  # node id, out of quarantine: by
-    COHORT_CREATED = "cohort_created"  # release id of version 0: manifest (canonical JSON), signature (base64)
+    COHORT_CREATED = "cohort_created"  # release id of version 0: manifest, signature (base64), builds_on (absent: none)
     TRAIN_OFFERED = "train_offered"  # offer id: max_rank
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)
     UPDATE_SUPERSEDED = "update_superseded"  # update id: by
@@ -53,9 +53,13 @@ class EventKind(StrEnum):
         "verdict"  # release id: accepted, text, environments, high_water, isolate (true: updates wait, tried in parts),
         # loss_accepted_by (an operator accepted a removal that the gate rejected)
     )
-    PROMOTED = "promoted"  # release id: channel, by
+    PROMOTED = "promoted"  # release id: channel, by, ends (channels that point nowhere from now on; absent: none)
+    CANARY_REPORTED = "canary_reported"  # release id: node_id, condition (serving|trouble|left), problem
     RELEASE_SERVED = "release_served"  # release id: node_id (it says that it serves this one now)
-    ROLLED_BACK = "rolled_back"  # release id returned to: from_release, abandoned, updates (requeue|set_aside), by
+    ROLLED_BACK = (
+        "rolled_back"  # release id returned to: from_release, abandoned, updates (requeue|set_aside), by, channel
+        # (absent: stable)
+    )
 
 
 @dataclass(frozen=True)

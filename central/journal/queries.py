@@ -10,6 +10,7 @@ from collections.abc import Collection
 from central.journal.events import FIRST_HASH
 from central.journal.isolation import Isolation
 from central.journal.records import (
+    CanaryReport,
     ChannelChange,
     EvaluationRecord,
     ForgetRecord,
@@ -37,6 +38,11 @@ class Records:
         self.channels: dict[tuple[str, str], str] = {}
         self.channel_changes: dict[tuple[str, str], tuple[ChannelChange, ...]] = {}
         self.train_offers: dict[str, TrainOfferRecord] = {}
+        self.builds_on: dict[str, str] = {}
+        """The cohort that a cohort builds on; cohorts that build on none are not in it."""
+        self.compositions: dict[tuple[str, str], str] = {}
+        """Plans without updates by (parent, release of the other cohort that it was to be composed with)."""
+        self.canary_reports: dict[str, tuple[CanaryReport, ...]] = {}
         self.evaluations: dict[str, EvaluationRecord] = {}
         self.isolations: dict[str, Isolation] = {}
         self.forgets: dict[str, ForgetRecord] = {}
@@ -58,6 +64,26 @@ class Records:
         """Release that the channel points at, if any."""
         release_id = self.channels.get((cohort, channel))
         return None if release_id is None else self.releases[release_id]
+
+    def soaking(self, cohort: str) -> ReleaseRecord | None:
+        """The cohort's canary while stable has not reached it; nothing is merged meanwhile."""
+        canary, stable = self.head(cohort, "canary"), self.head(cohort)
+        if canary is None or stable is None or canary.release_id == stable.release_id:
+            return None
+        return canary if self.descends(canary, stable) else None
+
+    def descends(self, release: ReleaseRecord, ancestor: ReleaseRecord) -> bool:
+        """Whether `ancestor` is in the release's line; every release is in its own."""
+        while release.manifest.version > ancestor.manifest.version and release.manifest.parent is not None:
+            release = self.releases[release.manifest.parent]
+        return release.release_id == ancestor.release_id
+
+    def base_of(self, release: ReleaseRecord) -> ReleaseRecord | None:
+        """The release of the other cohort that this one is composed with; version 0 stands on version 0."""
+        if release.cohort not in self.builds_on:
+            return None
+        composition = release.manifest.composition
+        return self.releases[composition.builds_on] if composition else self.genesis(self.builds_on[release.cohort])
 
     def waiting(self, cohort: str) -> list[UpdateRecord]:
         """The cohort's waiting updates in admission order."""

@@ -162,6 +162,18 @@ class ServedPeriod:
 
 
 @dataclass(frozen=True)
+class CanaryReport:
+    """How a node that follows the canary channel fares with the release there, whenever that changes."""
+
+    node_id: str
+    condition: Literal["serving", "trouble", "left"]
+    """left: it follows another channel now."""
+    problem: str
+    """Empty without trouble."""
+    at: str
+
+
+@dataclass(frozen=True)
 class TrainOfferRecord:
     """A cohort's standing invitation to train."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from central.journal.contributions import Contributions
+from central.journal.channels import Channels
 from central.journal.events import Event, EventKind
 from central.journal.isolation import after_verdict, bisect
 from central.journal.plan import MergePlan
@@ -30,7 +30,7 @@ from central.journal.transitions import conflict, known
 from protos.manifest import UpdateManifest
 
 
-class State(Contributions):
+class State(Channels):
     """Records that change through `apply` alone."""
 
     def apply(self, event: Event) -> None:
@@ -87,6 +87,9 @@ class State(Contributions):
         self._add_release(event, "accepted", None)
         self._changes.put(self._genesis, event.cohort, event.subject)
         self._point(event, "stable", event.subject, "central")
+        if other := event.body.get("builds_on"):
+            known(event, self._genesis, other, "cohort")
+            self._changes.put(self.builds_on, event.cohort, other)
 
     def _train_offered(self, event: Event) -> None:
         known(event, self._genesis, event.cohort, "cohort")
@@ -125,8 +128,9 @@ class State(Contributions):
             raise conflict(event, f"plan {plan.digest} of cohort {plan.cohort!r} builds on one of {parent.cohort!r}")
         if plan.removal is not None:
             self._plan_removal(event, plan)
-        elif not plan.updates:
+        elif not plan.updates and plan.builds_on is None:
             raise conflict(event, "no update is planned")
+        self._plan_composition(event, plan)
         if parent.state != "accepted":
             raise conflict(event, f"parent {parent.release_id} is {parent.state}")
         suspected, planned_ids = self.suspects(event.cohort), {planned.update_id for planned in plan.updates}
@@ -149,6 +153,9 @@ class State(Contributions):
         planned = [update.update_id for update in record.plan.updates]
         if (release.manifest.plan, release.manifest.updates) != (record.plan_id, planned):
             raise conflict(event, f"the manifest names plan {release.manifest.plan} or other updates than its plan")
+        composition = release.manifest.composition
+        if (composition.builds_on if composition else None) != record.plan.builds_on:
+            raise conflict(event, f"the manifest has composition {composition}, the plan {record.plan.builds_on}")
         self._changes.put(self.plans, record.plan_id, replace(record, candidate=event.subject))
         for update_id in planned:
             self._put_update(replace(self.updates[update_id], release_id=event.subject))
@@ -225,32 +232,6 @@ class State(Contributions):
             self._changes.put(self.isolations, event.cohort, after)
         elif current is not None:
             self._changes.drop(self.isolations, event.cohort)
-
-    def _promoted(self, event: Event) -> None:
-        self._expect_accepted(event, event.subject)
-        self._point(event, event.body["channel"], event.subject, event.body["by"])
-        self._settle_forgets(event)
-
-    def _rolled_back(self, event: Event) -> None:
-        body = event.body
-        abandoned: list[str] = body["abandoned"]
-        self._expect_accepted(event, event.subject)
-        if self.channels.get((event.cohort, "stable")) != body["from_release"] or event.subject in abandoned:
-            raise conflict(event, f"release {body['from_release']} is not the stable head of {event.cohort!r}")
-        requeue = body["updates"] == "requeue"
-        for release_id in abandoned:
-            release = known(event, self.releases, release_id, "release")
-            if release.state != "withdrawn":  # which stays withdrawn: it is the stronger word
-                self._expect_accepted(event, release_id)
-                self._changes.put(self.releases, release_id, replace(release, state="abandoned"))
-            self._release_updates(event, release.manifest.updates, ("merged",), requeue, release.manifest.label)
-        for plan in self.open_plans(event.cohort):
-            if plan.plan.parent in abandoned:
-                self._cancel(event, plan, "its parent was rolled back", requeue)
-        for _, channel in [key for key, head in self.channels.items() if head in abandoned and key[1] != "stable"]:
-            self._point(event, channel, None, body["by"])
-        self._point(event, "stable", event.subject, body["by"])
-        self._settle_forgets(event)
 
 
 def _why_rejected(plan: PlanRecord, release: ReleaseRecord, verdict: VerdictRecord) -> str:

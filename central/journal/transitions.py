@@ -7,7 +7,7 @@ Errors: JournalConflict for a move that does not fit.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -66,6 +66,16 @@ class Transitions(Records):
             verdict = VerdictRecord(False, f"cancelled: {why}", {}, {}, event.at)
             self._changes.put(self.releases, plan.candidate, replace(release, state="rejected", verdict=verdict))
         self._release_updates(event, [update.update_id for update in plan.plan.updates], ("planned",), requeue, label)
+
+    def _cancel_built_on(self, event: Event, gone: Collection[str], how: str, requeue: bool) -> None:
+        """Cancel the plans that build on releases which are `gone`."""
+        for plan in self.open_plans(event.cohort):
+            if plan.plan.parent in gone:
+                self._cancel(event, plan, f"its parent was {how}", requeue)
+        # In cohorts that build on this one: such a composition is not worth an evaluation. A merge of updates keeps its base.
+        for plan in [plan for cohort in self.builds_on for plan in self.open_plans(cohort)]:
+            if plan.plan.builds_on in gone and not plan.plan.updates and plan.plan.removal is None:
+                self._cancel(event, plan, f"the release that it builds on was {how}", requeue)
 
     def _release_updates(
         self, event: Event, update_ids: Iterable[str], origins: tuple[UpdateStateName, ...], requeue: bool, label: str
