@@ -101,17 +101,25 @@ class Heartbeat(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class NodeStanding(_message.Message):
+    __slots__ = ("quarantine",)
+    QUARANTINE_FIELD_NUMBER: _ClassVar[int]
+    quarantine: str
+    def __init__(self, quarantine: _Optional[str] = ...) -> None: ...
+
 class WatchResponse(_message.Message):
-    __slots__ = ("head", "train", "evaluation", "heartbeat")
+    __slots__ = ("head", "train", "evaluation", "heartbeat", "standing")
     HEAD_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     head: ChannelHead
     train: TrainOffer
     evaluation: EvaluationOffer
     heartbeat: Heartbeat
-    def __init__(self, head: _Optional[_Union[ChannelHead, _Mapping]] = ..., train: _Optional[_Union[TrainOffer, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationOffer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    standing: NodeStanding
+    def __init__(self, head: _Optional[_Union[ChannelHead, _Mapping]] = ..., train: _Optional[_Union[TrainOffer, _Mapping]] = ..., evaluation: _Optional[_Union[EvaluationOffer, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., standing: _Optional[_Union[NodeStanding, _Mapping]] = ...) -> None: ...
 
 class ReportStatusRequest(_message.Message):
     __slots__ = ("status",)

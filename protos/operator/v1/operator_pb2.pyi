@@ -17,23 +17,51 @@ class ReleaseState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RELEASE_STATE_ACCEPTED: _ClassVar[ReleaseState]
     RELEASE_STATE_REJECTED: _ClassVar[ReleaseState]
     RELEASE_STATE_ABANDONED: _ClassVar[ReleaseState]
+    RELEASE_STATE_WITHDRAWN: _ClassVar[ReleaseState]
 
 class AbandonedUpdates(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ABANDONED_UPDATES_UNSPECIFIED: _ClassVar[AbandonedUpdates]
     ABANDONED_UPDATES_REQUEUE: _ClassVar[AbandonedUpdates]
     ABANDONED_UPDATES_SET_ASIDE: _ClassVar[AbandonedUpdates]
+
+class ForgetMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FORGET_METHOD_UNSPECIFIED: _ClassVar[ForgetMethod]
+    FORGET_METHOD_REPLAY: _ClassVar[ForgetMethod]
+    FORGET_METHOD_SUBTRACT: _ClassVar[ForgetMethod]
+
+class ForgetState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FORGET_STATE_UNSPECIFIED: _ClassVar[ForgetState]
+    FORGET_STATE_PROPOSED: _ClassVar[ForgetState]
+    FORGET_STATE_ORDERED: _ClassVar[ForgetState]
+    FORGET_STATE_PLANNED: _ClassVar[ForgetState]
+    FORGET_STATE_DONE: _ClassVar[ForgetState]
+    FORGET_STATE_REJECTED: _ClassVar[ForgetState]
+    FORGET_STATE_FAILED: _ClassVar[ForgetState]
 RELEASE_STATE_UNSPECIFIED: ReleaseState
 RELEASE_STATE_CANDIDATE: ReleaseState
 RELEASE_STATE_ACCEPTED: ReleaseState
 RELEASE_STATE_REJECTED: ReleaseState
 RELEASE_STATE_ABANDONED: ReleaseState
+RELEASE_STATE_WITHDRAWN: ReleaseState
 ABANDONED_UPDATES_UNSPECIFIED: AbandonedUpdates
 ABANDONED_UPDATES_REQUEUE: AbandonedUpdates
 ABANDONED_UPDATES_SET_ASIDE: AbandonedUpdates
+FORGET_METHOD_UNSPECIFIED: ForgetMethod
+FORGET_METHOD_REPLAY: ForgetMethod
+FORGET_METHOD_SUBTRACT: ForgetMethod
+FORGET_STATE_UNSPECIFIED: ForgetState
+FORGET_STATE_PROPOSED: ForgetState
+FORGET_STATE_ORDERED: ForgetState
+FORGET_STATE_PLANNED: ForgetState
+FORGET_STATE_DONE: ForgetState
+FORGET_STATE_REJECTED: ForgetState
+FORGET_STATE_FAILED: ForgetState
 
 class Node(_message.Message):
-    __slots__ = ("node_id", "name", "cohort", "revoked", "connected", "last_seen", "status")
+    __slots__ = ("node_id", "name", "cohort", "revoked", "connected", "last_seen", "status", "quarantine")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +69,7 @@ class Node(_message.Message):
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     name: str
     cohort: str
@@ -48,7 +77,8 @@ class Node(_message.Message):
     connected: bool
     last_seen: str
     status: _fleet_pb2.NodeStatus
-    def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., cohort: _Optional[str] = ..., revoked: _Optional[bool] = ..., connected: _Optional[bool] = ..., last_seen: _Optional[str] = ..., status: _Optional[_Union[_fleet_pb2.NodeStatus, _Mapping]] = ...) -> None: ...
+    quarantine: str
+    def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., cohort: _Optional[str] = ..., revoked: _Optional[bool] = ..., connected: _Optional[bool] = ..., last_seen: _Optional[str] = ..., status: _Optional[_Union[_fleet_pb2.NodeStatus, _Mapping]] = ..., quarantine: _Optional[str] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("update_id", "node_id", "cohort", "sequence", "state", "start_release_id", "rank", "size_bytes", "admitted_at", "release_id", "reason")
@@ -216,6 +246,16 @@ class ChannelPeriod(_message.Message):
     by: str
     def __init__(self, channel: _Optional[str] = ..., since: _Optional[str] = ..., until: _Optional[str] = ..., by: _Optional[str] = ...) -> None: ...
 
+class ServedPeriod(_message.Message):
+    __slots__ = ("node_id", "since", "until")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    since: str
+    until: str
+    def __init__(self, node_id: _Optional[str] = ..., since: _Optional[str] = ..., until: _Optional[str] = ...) -> None: ...
+
 class ServingNode(_message.Message):
     __slots__ = ("node_id", "connected", "last_seen")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -337,7 +377,7 @@ class ExplainReleaseRequest(_message.Message):
     def __init__(self, release: _Optional[str] = ...) -> None: ...
 
 class ExplainReleaseResponse(_message.Message):
-    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of", "canary_reports", "builds_on_version", "builds_on_state")
+    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of", "canary_reports", "builds_on_version", "builds_on_state", "removed", "exactness", "served", "fate", "forgotten_update_ids")
     class UpdatesInLineageEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -359,6 +399,11 @@ class ExplainReleaseResponse(_message.Message):
     CANARY_REPORTS_FIELD_NUMBER: _ClassVar[int]
     BUILDS_ON_VERSION_FIELD_NUMBER: _ClassVar[int]
     BUILDS_ON_STATE_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    EXACTNESS_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    FATE_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_UPDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     release: Release
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     environments: _containers.RepeatedCompositeFieldContainer[EnvironmentFinding]
@@ -373,7 +418,12 @@ class ExplainReleaseResponse(_message.Message):
     canary_reports: _containers.RepeatedCompositeFieldContainer[CanaryReport]
     builds_on_version: str
     builds_on_state: ReleaseState
-    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ..., canary_reports: _Optional[_Iterable[_Union[CanaryReport, _Mapping]]] = ..., builds_on_version: _Optional[str] = ..., builds_on_state: _Optional[_Union[ReleaseState, str]] = ...) -> None: ...
+    removed: _containers.RepeatedCompositeFieldContainer[Contribution]
+    exactness: str
+    served: _containers.RepeatedCompositeFieldContainer[ServedPeriod]
+    fate: str
+    forgotten_update_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ..., canary_reports: _Optional[_Iterable[_Union[CanaryReport, _Mapping]]] = ..., builds_on_version: _Optional[str] = ..., builds_on_state: _Optional[_Union[ReleaseState, str]] = ..., removed: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., exactness: _Optional[str] = ..., served: _Optional[_Iterable[_Union[ServedPeriod, _Mapping]]] = ..., fate: _Optional[str] = ..., forgotten_update_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DiffReleasesRequest(_message.Message):
     __slots__ = ("release_a", "release_b")
@@ -428,12 +478,14 @@ class RollbackReleaseRequest(_message.Message):
     def __init__(self, cohort: _Optional[str] = ..., release: _Optional[str] = ..., updates: _Optional[_Union[AbandonedUpdates, str]] = ..., channel: _Optional[str] = ...) -> None: ...
 
 class RollbackReleaseResponse(_message.Message):
-    __slots__ = ("release", "abandoned_release_ids")
+    __slots__ = ("release", "abandoned_release_ids", "updates")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     ABANDONED_RELEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
     release: Release
     abandoned_release_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., abandoned_release_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    updates: _containers.RepeatedCompositeFieldContainer[Update]
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., abandoned_release_ids: _Optional[_Iterable[str]] = ..., updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
 
 class ListUpdatesRequest(_message.Message):
     __slots__ = ("cohort", "node_id")
@@ -448,6 +500,120 @@ class ListUpdatesResponse(_message.Message):
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[Update]
     def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+
+class RequeueUpdatesRequest(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, updates: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RequeueUpdatesResponse(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[Update]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+
+class SetAsideUpdatesRequest(_message.Message):
+    __slots__ = ("updates", "reason")
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedScalarFieldContainer[str]
+    reason: str
+    def __init__(self, updates: _Optional[_Iterable[str]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class SetAsideUpdatesResponse(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[Update]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+
+class QuarantineNodeRequest(_message.Message):
+    __slots__ = ("node_id", "reason")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    reason: str
+    def __init__(self, node_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class QuarantineNodeResponse(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[Update]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+
+class ReleaseNodeRequest(_message.Message):
+    __slots__ = ("node_id",)
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    def __init__(self, node_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseNodeResponse(_message.Message):
+    __slots__ = ("updates",)
+    UPDATES_FIELD_NUMBER: _ClassVar[int]
+    updates: _containers.RepeatedCompositeFieldContainer[Update]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+
+class ForgetOrder(_message.Message):
+    __slots__ = ("order_id", "cohort", "node_id", "state", "method", "in_release", "unreleased", "exactness", "merges", "candidate", "verdict", "accept_loss", "by", "at", "holders")
+    ORDER_ID_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    IN_RELEASE_FIELD_NUMBER: _ClassVar[int]
+    UNRELEASED_FIELD_NUMBER: _ClassVar[int]
+    EXACTNESS_FIELD_NUMBER: _ClassVar[int]
+    MERGES_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_FIELD_NUMBER: _ClassVar[int]
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    order_id: str
+    cohort: str
+    node_id: str
+    state: ForgetState
+    method: ForgetMethod
+    in_release: _containers.RepeatedCompositeFieldContainer[Update]
+    unreleased: _containers.RepeatedCompositeFieldContainer[Update]
+    exactness: str
+    merges: int
+    candidate: str
+    verdict: str
+    accept_loss: bool
+    by: str
+    at: str
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, order_id: _Optional[str] = ..., cohort: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[_Union[ForgetState, str]] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., in_release: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., unreleased: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., exactness: _Optional[str] = ..., merges: _Optional[int] = ..., candidate: _Optional[str] = ..., verdict: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., by: _Optional[str] = ..., at: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ForgetRequest(_message.Message):
+    __slots__ = ("target", "method", "accept_loss", "dry_run")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    method: ForgetMethod
+    accept_loss: bool
+    dry_run: bool
+    def __init__(self, target: _Optional[str] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., accept_loss: _Optional[bool] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+
+class ForgetResponse(_message.Message):
+    __slots__ = ("order",)
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    order: ForgetOrder
+    def __init__(self, order: _Optional[_Union[ForgetOrder, _Mapping]] = ...) -> None: ...
+
+class ListForgetsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListForgetsResponse(_message.Message):
+    __slots__ = ("orders",)
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    orders: _containers.RepeatedCompositeFieldContainer[ForgetOrder]
+    def __init__(self, orders: _Optional[_Iterable[_Union[ForgetOrder, _Mapping]]] = ...) -> None: ...
 
 class ListEventsRequest(_message.Message):
     __slots__ = ("after", "limit")

@@ -85,6 +85,36 @@ class OperatorServiceStub:
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListUpdatesRequest.SerializeToString,
                 response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListUpdatesResponse.FromString,
                 _registered_method=True)
+        self.RequeueUpdates = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/RequeueUpdates',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.RequeueUpdatesRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.RequeueUpdatesResponse.FromString,
+                _registered_method=True)
+        self.SetAsideUpdates = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/SetAsideUpdates',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.SetAsideUpdatesRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.SetAsideUpdatesResponse.FromString,
+                _registered_method=True)
+        self.QuarantineNode = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/QuarantineNode',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.QuarantineNodeRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.QuarantineNodeResponse.FromString,
+                _registered_method=True)
+        self.ReleaseNode = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/ReleaseNode',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ReleaseNodeRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ReleaseNodeResponse.FromString,
+                _registered_method=True)
+        self.Forget = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/Forget',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ForgetRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ForgetResponse.FromString,
+                _registered_method=True)
+        self.ListForgets = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/ListForgets',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsResponse.FromString,
+                _registered_method=True)
         self.ListEvents = channel.unary_unary(
                 '/lorikeet.operator.v1.OperatorService/ListEvents',
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListEventsRequest.SerializeToString,
@@ -157,6 +187,45 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RequeueUpdates(self, request, context):
+        """Set-aside updates wait to be merged again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAsideUpdates(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QuarantineNode(self, request, context):
+        """A node in quarantine serves and follows releases; its updates are admitted and kept aside.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseNode(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Forget(self, request, context):
+        """Orders a release without a node's contributions, or without one update. A repeat finds the order that is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListForgets(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEvents(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -215,6 +284,36 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListUpdates,
                     request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListUpdatesRequest.FromString,
                     response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListUpdatesResponse.SerializeToString,
+            ),
+            'RequeueUpdates': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequeueUpdates,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.RequeueUpdatesRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.RequeueUpdatesResponse.SerializeToString,
+            ),
+            'SetAsideUpdates': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAsideUpdates,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.SetAsideUpdatesRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.SetAsideUpdatesResponse.SerializeToString,
+            ),
+            'QuarantineNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuarantineNode,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.QuarantineNodeRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.QuarantineNodeResponse.SerializeToString,
+            ),
+            'ReleaseNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseNode,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ReleaseNodeRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ReleaseNodeResponse.SerializeToString,
+            ),
+            'Forget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forget,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ForgetRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ForgetResponse.SerializeToString,
+            ),
+            'ListForgets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListForgets,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsResponse.SerializeToString,
             ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
@@ -493,6 +592,168 @@ class OperatorService:
             '/lorikeet.operator.v1.OperatorService/ListUpdates',
             protos_dot_operator_dot_v1_dot_operator__pb2.ListUpdatesRequest.SerializeToString,
             protos_dot_operator_dot_v1_dot_operator__pb2.ListUpdatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequeueUpdates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/RequeueUpdates',
+            protos_dot_operator_dot_v1_dot_operator__pb2.RequeueUpdatesRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.RequeueUpdatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAsideUpdates(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/SetAsideUpdates',
+            protos_dot_operator_dot_v1_dot_operator__pb2.SetAsideUpdatesRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.SetAsideUpdatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuarantineNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/QuarantineNode',
+            protos_dot_operator_dot_v1_dot_operator__pb2.QuarantineNodeRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.QuarantineNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/ReleaseNode',
+            protos_dot_operator_dot_v1_dot_operator__pb2.ReleaseNodeRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.ReleaseNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/Forget',
+            protos_dot_operator_dot_v1_dot_operator__pb2.ForgetRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.ForgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListForgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/ListForgets',
+            protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/updates/v1/updates.proto\x12\x13lorikeet.updates.v1\"C\n\x0cUploadHeader\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"]\n\rUploadRequest\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.lorikeet.updates.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"*\n\x07Receipt\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"?\n\x0eUploadResponse\x12-\n\x07receipt\x18\x01 \x01(\x0b\x32\x1c.lorikeet.updates.v1.Receipt\"\'\n\x12QueryUploadRequest\x12\x11\n\tupdate_id\x18\x01 \x01(\t\"\x8e\x01\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\x12-\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.lorikeet.updates.v1.Receipt\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .lorikeet.updates.v1.UpdateState*\xb1\x01\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_STATE_WAITING\x10\x01\x12\x18\n\x14UPDATE_STATE_PLANNED\x10\x02\x12\x17\n\x13UPDATE_STATE_MERGED\x10\x03\x12\x1b\n\x17UPDATE_STATE_SUPERSEDED\x10\x04\x12\x1a\n\x16UPDATE_STATE_SET_ASIDE\x10\x05\x32\xc6\x01\n\rUpdateService\x12`\n\x0bQueryUpload\x12\'.lorikeet.updates.v1.QueryUploadRequest\x1a(.lorikeet.updates.v1.QueryUploadResponse\x12S\n\x06Upload\x12\".lorikeet.updates.v1.UploadRequest\x1a#.lorikeet.updates.v1.UploadResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/updates/v1/updates.proto\x12\x13lorikeet.updates.v1\"C\n\x0cUploadHeader\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"]\n\rUploadRequest\x12\x33\n\x06header\x18\x01 \x01(\x0b\x32!.lorikeet.updates.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"*\n\x07Receipt\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"?\n\x0eUploadResponse\x12-\n\x07receipt\x18\x01 \x01(\x0b\x32\x1c.lorikeet.updates.v1.Receipt\"\'\n\x12QueryUploadRequest\x12\x11\n\tupdate_id\x18\x01 \x01(\t\"\x8e\x01\n\x13QueryUploadResponse\x12\x17\n\x0f\x63ommitted_bytes\x18\x01 \x01(\x04\x12-\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.lorikeet.updates.v1.Receipt\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .lorikeet.updates.v1.UpdateState*\xeb\x01\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_STATE_WAITING\x10\x01\x12\x18\n\x14UPDATE_STATE_PLANNED\x10\x02\x12\x17\n\x13UPDATE_STATE_MERGED\x10\x03\x12\x1b\n\x17UPDATE_STATE_SUPERSEDED\x10\x04\x12\x1a\n\x16UPDATE_STATE_SET_ASIDE\x10\x05\x12\x1c\n\x18UPDATE_STATE_QUARANTINED\x10\x06\x12\x1a\n\x16UPDATE_STATE_FORGOTTEN\x10\x07\x32\xc6\x01\n\rUpdateService\x12`\n\x0bQueryUpload\x12\'.lorikeet.updates.v1.QueryUploadRequest\x1a(.lorikeet.updates.v1.QueryUploadResponse\x12S\n\x06Upload\x12\".lorikeet.updates.v1.UploadRequest\x1a#.lorikeet.updates.v1.UploadResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.updates.v1.updates_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_UPDATESTATE']._serialized_start=516
-  _globals['_UPDATESTATE']._serialized_end=693
+  _globals['_UPDATESTATE']._serialized_end=751
   _globals['_UPLOADHEADER']._serialized_start=56
   _globals['_UPLOADHEADER']._serialized_end=123
   _globals['_UPLOADREQUEST']._serialized_start=125
@@ -45,6 +45,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUERYUPLOADREQUEST']._serialized_end=368
   _globals['_QUERYUPLOADRESPONSE']._serialized_start=371
   _globals['_QUERYUPLOADRESPONSE']._serialized_end=513
-  _globals['_UPDATESERVICE']._serialized_start=696
-  _globals['_UPDATESERVICE']._serialized_end=894
+  _globals['_UPDATESERVICE']._serialized_start=754
+  _globals['_UPDATESERVICE']._serialized_end=952
 # @@protoc_insertion_point(module_scope)

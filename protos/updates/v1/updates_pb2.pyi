@@ -14,12 +14,16 @@ class UpdateState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPDATE_STATE_MERGED: _ClassVar[UpdateState]
     UPDATE_STATE_SUPERSEDED: _ClassVar[UpdateState]
     UPDATE_STATE_SET_ASIDE: _ClassVar[UpdateState]
+    UPDATE_STATE_QUARANTINED: _ClassVar[UpdateState]
+    UPDATE_STATE_FORGOTTEN: _ClassVar[UpdateState]
 UPDATE_STATE_UNSPECIFIED: UpdateState
 UPDATE_STATE_WAITING: UpdateState
 UPDATE_STATE_PLANNED: UpdateState
 UPDATE_STATE_MERGED: UpdateState
 UPDATE_STATE_SUPERSEDED: UpdateState
 UPDATE_STATE_SET_ASIDE: UpdateState
+UPDATE_STATE_QUARANTINED: UpdateState
+UPDATE_STATE_FORGOTTEN: UpdateState
 
 class UploadHeader(_message.Message):
     __slots__ = ("manifest", "signature", "offset")
