@@ -126,20 +126,30 @@ class CohortSettings(Group):
 
 
 class GateSettings(Group):
-    tasks: int = Field(default=60, ge=1)
-    """Held-out tasks per environment and node."""
+    tasks: int = Field(default=100, ge=1)
+    """Held-out tasks per environment and node at the first look."""
+    max_tasks: int = Field(default=6400, ge=1)
+    """Undecided environments get fresh tasks, each look doubling their number, up to this many (over all nodes). At most
+    CENTRAL_GATE__TASKS: one look decides."""
     deadline_s: float = Field(default=300, gt=0)
-    """Reports after this are not waited for."""
+    """Reports of the first look after this are not waited for; a later look has longer, in proportion to its tasks."""
     absent_grace_s: float = Field(default=30, ge=0)
     """A node that is not connected is waited for only this long, so that a dead site holds up nobody."""
     quorum: int = Field(default=1, ge=0)
     """Fewest reporting nodes for a verdict. 0: accept without evaluation (for tests)."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
-    """Level of the one-sided paired test, corrected over environments."""
-    tolerance_points: float = Field(default=5, ge=0)
-    """An environment may fall by this many points below its high-water mark before the test counts."""
-    anchor_tolerance_points: float = Field(default=10, ge=0)
+    """Level of the one-sided paired tests, corrected over environments and spent over the looks."""
+    tolerance_points: float = Field(default=1, ge=0)
+    """An environment may fall by this many points below its high-water release before the test counts."""
+    anchor_tolerance_points: float = Field(default=5, ge=0)
     """The same for anchor skill."""
+    margin_points: float = Field(default=3, gt=0)
+    """An environment is asked no further once it has surely lost less than its tolerance and this many points more."""
+    attempts: int = Field(default=1, ge=1, le=64)
+    """Answers to every task, by candidate and reference each. 1: one greedy answer. k > 1: sampled, and the gate tests the
+    first attempt (pass^1) and that all k pass (pass^k)."""
+    temperature: float = Field(default=0.7, gt=0, le=2)
+    """Sampling temperature when there are several attempts."""
     isolation_tries: int = Field(default=16, ge=0)
     """After a rejected candidate of several updates, parts of it are tried to find the one that hurts; after this many tries no
     part is cut any further, and a rejected part is set aside whole. 0: a rejected candidate's updates are set aside at once."""

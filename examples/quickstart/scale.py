@@ -86,10 +86,13 @@ CENTRAL: Mapping[str, str] = {
     "CENTRAL_MERGE__COHORTS": json.dumps({"zeta": {"min_updates": 1}}),
     **recipe.MERGE,
     "CENTRAL_GATE__TASKS": "50",
+    # One look decides: further ones would cost minutes on two cores.
+    "CENTRAL_GATE__MAX_TASKS": "50",
     "CENTRAL_GATE__DEADLINE_S": "60",
-    # What the base could do may fall by this many points of its best before a candidate is rejected.
-    "CENTRAL_GATE__TOLERANCE_POINTS": "5",
-    "CENTRAL_GATE__ANCHOR_TOLERANCE_POINTS": "10",
+    # How far own work and what the base could do may fall below the best release so far before a candidate is rejected. With
+    # 50 tasks a fall is significant only from about 16 points on, and the releases of a cohort that learns still swing.
+    "CENTRAL_GATE__TOLERANCE_POINTS": "20",
+    "CENTRAL_GATE__ANCHOR_TOLERANCE_POINTS": "20",
 }
 
 

@@ -88,7 +88,7 @@ def make_increment(seed: int, rank: int = 3, scale: float = 2.0, names: tuple[st
 
 
 def make_settings(quorum: int = 0, **merge: object) -> CentralSettings:
-    gate = {"quorum": quorum, "deadline_s": 60, "tasks": 20}
+    gate = {"quorum": quorum, "deadline_s": 60, "tasks": 20, "max_tasks": 20}
     return CentralSettings(merge={"min_updates": 2, "rank": 8, **merge}, gate=gate)  # type: ignore[arg-type]
 
 

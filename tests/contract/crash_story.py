@@ -186,6 +186,7 @@ class Story:
             "CENTRAL_LISTEN__PORT": str(settings.listen.port),
             "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
             "CENTRAL_GATE__TASKS": "20",
+            "CENTRAL_GATE__MAX_TASKS": "20",
             "CENTRAL_GATE__ABSENT_GRACE_S": "0.5",  # node b never evaluates
             **({VARIABLE: fault} if fault else {}),
         }

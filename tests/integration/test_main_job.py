@@ -39,6 +39,7 @@ def central(tmp_path: Path) -> Iterator[Program]:
             "CENTRAL_MERGE__MIN_UPDATES": "1",
             "CENTRAL_MERGE__RANK": "16",
             "CENTRAL_GATE__TASKS": "8",
+            "CENTRAL_GATE__MAX_TASKS": "8",
         },
         tmp_path / "central.log",
     )
