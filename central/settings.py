@@ -157,6 +157,22 @@ class GateSettings(Group):
     """Tolerance in points for single environments by name; wins over both above."""
 
 
+class QuarantineSettings(Group):
+    isolated_updates: int = Field(default=3, ge=0)
+    """A node goes into quarantine when so many of its last updates were each rejected alone: they are admitted and kept aside until
+    `central nodes release`. 0: only an operator puts a node there."""
+    window: int = Field(default=5, ge=1, le=100)
+    """The last updates that count, by their verdicts."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> QuarantineSettings:
+        if self.isolated_updates > self.window:
+            raise ValueError(
+                f"isolated_updates is {self.isolated_updates}, window {self.window}; expected at most as many as the window"
+            )
+        return self
+
+
 class LimitSettings(Group):
     max_update_bytes: int = Field(default=512 << 20, ge=1)
     """Largest payload of one update."""
@@ -187,6 +203,7 @@ class CentralSettings(BaseSettings):
     cohorts: dict[str, CohortSettings] = Field(default_factory=dict)
     """Cohorts that are not like the others, as JSON, e.g. {"acme": {"builds_on": "shared"}}."""
     gate: GateSettings = GateSettings()
+    quarantine: QuarantineSettings = QuarantineSettings()
     limits: LimitSettings = LimitSettings()
 
     @property

@@ -1,0 +1,147 @@
+"""Removals: contributions are taken out of a line of releases by a merge of its own (`central forget`).
+
+In: the state, and updates that a release holds. Out: the merges that have to be done again without them, and the plan of the
+removal. Pure; federation/removal.py does it.
+
+Two methods. `replay` goes back to the release before the first merge that held any of them, and does every merge since again
+without them: every other update keeps the weight that it had, so the result is to the bit that of a history in whose plans they
+never were. (Shares are not raised to make up for them: what the gate saw of the others stays as strong as it was. Strategies that
+divide by the sum of the weights get the remaining share as a smaller server step, as isolation does.) A merge of nothing else is
+left out. `subtract` adds them to the head once more with the opposite weight: cheap, and it needs nothing but their own payloads,
+but what the merges since cut off stays cut off.
+
+Neither takes out what others learnt from a release that held them: an update is an increment on its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from central.journal.plan import MergePlan, PlannedUpdate, Removal
+from central.journal.queries import Records
+from central.journal.records import ForgetRecord, PlanRecord, ReleaseRecord
+
+LINEAR = "product-mean"
+"""The one strategy whose merges are sums, so that a part can be subtracted."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """The merges of a line that a removal reaches back to."""
+
+    since: ReleaseRecord
+    """The release before them."""
+    merges: tuple[PlanRecord, ...]
+    """Oldest first, without the removals among them."""
+    without: frozenset[str]
+    """What a replay leaves out: the updates asked for, and what earlier removals in the line took out."""
+    truncated: float
+    """Sum of the relative truncation errors of the line's releases after `since`."""
+
+
+def line_of(state: Records, head: ReleaseRecord, update_ids: Collection[str]) -> Line:
+    """The line back to before the first merge of any of the updates; `head` must hold at least one of them."""
+    lineage = state.lineage(head.release_id)[::-1]
+    without, first = frozenset(update_ids), len(lineage)
+    while True:
+        found = next(i for i, release in enumerate(lineage) if without.intersection(release.manifest.updates))
+        earlier = without.union(*(state.removed(release) for release in lineage[found:]))
+        if (found, earlier) == (first, without):
+            break
+        first, without = found, earlier
+    plans = [state.plans[release.plan_id] for release in lineage[first:] if release.plan_id]
+    return Line(
+        since=lineage[first - 1],
+        merges=tuple(record for record in plans if record.plan.updates),
+        without=without,
+        truncated=sum(_truncation(release) for release in lineage[first:]),
+    )
+
+
+def replay_blobs(state: Records, line: Line) -> Iterator[str]:
+    """Digests of everything that a replay of the line reads."""
+    yield line.since.manifest.own_payload.digest_sha256
+    if line.since.server_state is not None:
+        yield line.since.server_state
+    for record in line.merges:
+        for planned in (*record.plan.updates, *record.plan.solutions):
+            if planned.update_id not in line.without:
+                yield planned.payload
+
+
+def subtracted(line: Line, update_ids: Collection[str]) -> list[PlannedUpdate]:
+    """The updates with the weight that each has in the head, the server step and a clip included; admission order within a merge."""
+    return [
+        PlannedUpdate(
+            update_id=planned.update_id,
+            payload=planned.payload,
+            weight=planned.weight * planned.factor * record.plan.server_step,
+        )
+        for record in line.merges
+        for planned in record.plan.updates
+        if planned.update_id in update_ids
+    ]
+
+
+def can_subtract(line: Line, update_ids: Collection[str]) -> bool:
+    """Whether every merge that read one of the updates was a plain sum."""
+    plans = [record.plan for record in line.merges]
+    reading = [p for p in plans if any(planned.update_id in update_ids for planned in (*p.updates, *p.solutions))]
+    return all(plan.strategy == LINEAR for plan in reading)
+
+
+def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: str, software: str) -> MergePlan | None:
+    """The plan that takes what the head holds of the order out of it; None when it holds nothing of it."""
+    held = set(state.contributions(head.release_id)).intersection(order.updates)
+    if not held:
+        return None
+    line = line_of(state, head, held)
+    last = line.merges[-1].plan
+    base = state.base_of(head)
+    linear = order.method == "subtract"
+    return MergePlan(
+        cohort=order.cohort,
+        parent=head.release_id,
+        builds_on=base.release_id if base else None,
+        version=head.manifest.version + 1,
+        base=head.manifest.base,
+        updates=[],
+        # What the next merge goes on from (server state) is what the last of these merges leaves.
+        strategy=LINEAR if linear else last.strategy,
+        strategy_options={} if linear else last.strategy_options,
+        rank=last.rank,
+        server_step=1.0,
+        seed=last.seed,
+        kernel=last.kernel,
+        software=software,
+        created_at=now,
+        removal=Removal(
+            order=order.order_id,
+            method=order.method,
+            since=line.since.release_id,
+            updates=subtracted(line, held),
+            merges=len(line.merges),
+            truncated=line.truncated,
+        ),
+    )
+
+
+def exactness(method: Literal["replay", "subtract"], since: str, merges: int, truncated: float) -> str:
+    """What the removal's result is, in words; `since` is the version that it reaches back to."""
+    number = f"{merges} merge{'s' if merges != 1 else ''} since {since}"
+    if method == "replay":
+        return (
+            f"exact: the {number} are done again without it and with every other weight as it was; bit-identical to a history "
+            "in which it was never merged"
+        )
+    return (
+        f"approximate: taken out of the head with its weight, negative; what truncation cut off in the {number} "
+        f"({100 * truncated:.3g} % of the norm) is not given back, nor told apart"
+    )
+
+
+def _truncation(release: ReleaseRecord) -> float:
+    composition = release.manifest.composition
+    return composition.own_truncation_error if composition else release.manifest.truncation_error
