@@ -5,12 +5,14 @@ from central.journal.isolation import Isolation
 from central.journal.journal import Journal, verify_journal
 from central.journal.plan import LeftOut, MergePlan, PlannedKernel, PlannedUpdate
 from central.journal.records import (
+    CanaryReport,
     ChannelChange,
     EvaluationRecord,
     EvaluationReport,
     NodeRecord,
     PlanRecord,
     ReleaseRecord,
+    Suite,
     TokenRecord,
     TrainOfferRecord,
     UpdateRecord,
@@ -19,6 +21,7 @@ from central.journal.records import (
 from central.journal.state import State
 
 __all__ = [
+    "CanaryReport",
     "ChannelChange",
     "EvaluationRecord",
     "EvaluationReport",
@@ -37,6 +40,7 @@ __all__ = [
     "PlannedUpdate",
     "ReleaseRecord",
     "State",
+    "Suite",
     "TokenRecord",
     "TrainOfferRecord",
     "UpdateRecord",

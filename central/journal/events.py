@@ -47,7 +47,10 @@ class EventKind(StrEnum):
     FORGET_FAILED = "forget_failed"  # order id: reason
     MERGE_PLANNED = "merge_planned"  # plan id: plan (canonical JSON of MergePlan)
     CANDIDATE_BUILT = "candidate_built"  # release id: plan_id, manifest, signature, server_state (digest; absent: none)
-    EVALUATION_OFFERED = "evaluation_offered"  # offer id: candidate, reference, tasks, deadline_at, nodes
+    EVALUATION_OFFERED = (
+        "evaluation_offered"  # offer id: candidate, reference, tasks, deadline_at, nodes; absent in old ones: look (1),
+        # references {environment: release}, suites {environment: {first_task, tasks}}, so_far, attempts, temperature
+    )
     EVALUATION_REPORTED = "evaluation_reported"  # offer id: node_id, results, abstain_reason
     VERDICT = (
         "verdict"  # release id: accepted, text, environments, high_water, isolate (true: updates wait, tried in parts),

@@ -94,7 +94,7 @@ class VerdictRecord:
     environments: Any
     """As the gate wrote it: per-environment counts and figures."""
     high_water: Any
-    """As the gate wrote it: best pass rates so far."""
+    """As the gate wrote it: the releases that it compared with. Old ones: best pass rates so far."""
     at: str
     loss_accepted_by: str = ""
     """Operator who accepted a removal that the gate rejected."""
@@ -193,8 +193,16 @@ class EvaluationReport:
 
 
 @dataclass(frozen=True)
+class Suite:
+    """Held-out tasks of one environment at each node: `tasks` of them after the first `first_task`."""
+
+    first_task: int
+    tasks: int
+
+
+@dataclass(frozen=True)
 class EvaluationRecord:
-    """An evaluation that some nodes were asked for."""
+    """One look at a candidate that some nodes were asked for."""
 
     offer_id: str
     cohort: str
@@ -205,3 +213,20 @@ class EvaluationRecord:
     """RFC 3339 UTC."""
     nodes: tuple[str, ...]
     reports: Mapping[str, EvaluationReport] = field(default_factory=dict)
+    look: int = 1
+    references: Mapping[str, str] = field(default_factory=dict)
+    """Environment -> release that it is compared with, where that is not `reference`."""
+    suites: Mapping[str, Suite] = field(default_factory=dict)
+    """Only these environments are asked; empty: all of them, the first `tasks` tasks of each."""
+    so_far: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What the gate found at the look before, environment by environment, in the form of a verdict's `environments`."""
+    attempts: int = 1
+    temperature: float = 0.0
+
+    def suite(self, environment: str) -> Suite | None:
+        """What is asked of one environment; None: nothing."""
+        return self.suites.get(environment) if self.suites else Suite(0, self.tasks)
+
+    def compared_with(self, environment: str) -> str:
+        """Release that the candidate is compared with on one environment."""
+        return self.references.get(environment, self.reference)

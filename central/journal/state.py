@@ -21,6 +21,7 @@ from central.journal.records import (
     PlanRecord,
     ReleaseRecord,
     ReleaseStateName,
+    Suite,
     TokenRecord,
     TrainOfferRecord,
     UpdateRecord,
@@ -163,7 +164,8 @@ class State(Channels):
     def _evaluation_offered(self, event: Event) -> None:
         self._expect_new(event, self.evaluations)
         body = event.body
-        for release_id in (body["candidate"], body["reference"]):
+        references: dict[str, str] = body.get("references", {})
+        for release_id in (body["candidate"], body["reference"], *references.values()):
             if known(event, self.releases, release_id, "release").cohort != event.cohort:
                 raise conflict(event, f"release {release_id} is of another cohort")
         self._changes.put(
@@ -177,6 +179,12 @@ class State(Channels):
                 tasks=body["tasks"],
                 deadline_at=body["deadline_at"],
                 nodes=tuple(body["nodes"]),
+                look=body.get("look", 1),
+                references=references,
+                suites={name: Suite(**suite) for name, suite in body.get("suites", {}).items()},
+                so_far=body.get("so_far", {}),
+                attempts=body.get("attempts", 1),
+                temperature=body.get("temperature", 0.0),
             ),
         )
 

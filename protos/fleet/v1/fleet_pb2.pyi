@@ -75,19 +75,41 @@ class TrainOffer(_message.Message):
     max_rank: int
     def __init__(self, offer_id: _Optional[str] = ..., max_rank: _Optional[int] = ...) -> None: ...
 
+class EnvironmentSuite(_message.Message):
+    __slots__ = ("environment", "reference_id", "first_task", "tasks")
+    ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TASK_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    environment: str
+    reference_id: str
+    first_task: int
+    tasks: int
+    def __init__(self, environment: _Optional[str] = ..., reference_id: _Optional[str] = ..., first_task: _Optional[int] = ..., tasks: _Optional[int] = ...) -> None: ...
+
 class EvaluationOffer(_message.Message):
-    __slots__ = ("offer_id", "candidate", "reference", "tasks", "deadline_s")
+    __slots__ = ("offer_id", "candidate", "reference", "tasks", "deadline_s", "references", "suites", "only_suites", "attempts", "temperature")
     OFFER_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    SUITES_FIELD_NUMBER: _ClassVar[int]
+    ONLY_SUITES_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     offer_id: str
     candidate: _releases_pb2.SignedManifest
     reference: _releases_pb2.SignedManifest
     tasks: int
     deadline_s: int
-    def __init__(self, offer_id: _Optional[str] = ..., candidate: _Optional[_Union[_releases_pb2.SignedManifest, _Mapping]] = ..., reference: _Optional[_Union[_releases_pb2.SignedManifest, _Mapping]] = ..., tasks: _Optional[int] = ..., deadline_s: _Optional[int] = ...) -> None: ...
+    references: _containers.RepeatedCompositeFieldContainer[_releases_pb2.SignedManifest]
+    suites: _containers.RepeatedCompositeFieldContainer[EnvironmentSuite]
+    only_suites: bool
+    attempts: int
+    temperature: float
+    def __init__(self, offer_id: _Optional[str] = ..., candidate: _Optional[_Union[_releases_pb2.SignedManifest, _Mapping]] = ..., reference: _Optional[_Union[_releases_pb2.SignedManifest, _Mapping]] = ..., tasks: _Optional[int] = ..., deadline_s: _Optional[int] = ..., references: _Optional[_Iterable[_Union[_releases_pb2.SignedManifest, _Mapping]]] = ..., suites: _Optional[_Iterable[_Union[EnvironmentSuite, _Mapping]]] = ..., only_suites: _Optional[bool] = ..., attempts: _Optional[int] = ..., temperature: _Optional[float] = ...) -> None: ...
 
 class ChannelHead(_message.Message):
     __slots__ = ("channel", "head")

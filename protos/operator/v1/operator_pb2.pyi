@@ -207,7 +207,7 @@ class Contribution(_message.Message):
     def __init__(self, update_id: _Optional[str] = ..., node_id: _Optional[str] = ..., weight: _Optional[float] = ..., sequence: _Optional[int] = ..., start_release_id: _Optional[str] = ..., admitted_at: _Optional[str] = ...) -> None: ...
 
 class EnvironmentFinding(_message.Message):
-    __slots__ = ("environment", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed", "nodes", "fall_points", "tolerance_points", "p_reference", "p_mark", "fell")
+    __slots__ = ("environment", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed", "nodes", "fall_points", "tolerance_points", "p_reference", "p_mark", "fell", "reference_id", "standing", "p_fine", "better", "fallback_reason", "attempts", "every_attempt")
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_FIELD_NUMBER: _ClassVar[int]
     BOTH_PASSED_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +220,13 @@ class EnvironmentFinding(_message.Message):
     P_REFERENCE_FIELD_NUMBER: _ClassVar[int]
     P_MARK_FIELD_NUMBER: _ClassVar[int]
     FELL_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
+    P_FINE_FIELD_NUMBER: _ClassVar[int]
+    BETTER_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    EVERY_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     environment: str
     anchor: bool
     both_passed: int
@@ -232,7 +239,26 @@ class EnvironmentFinding(_message.Message):
     p_reference: float
     p_mark: float
     fell: bool
-    def __init__(self, environment: _Optional[str] = ..., anchor: _Optional[bool] = ..., both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ..., nodes: _Optional[int] = ..., fall_points: _Optional[float] = ..., tolerance_points: _Optional[float] = ..., p_reference: _Optional[float] = ..., p_mark: _Optional[float] = ..., fell: _Optional[bool] = ...) -> None: ...
+    reference_id: str
+    standing: str
+    p_fine: float
+    better: bool
+    fallback_reason: str
+    attempts: int
+    every_attempt: EveryAttemptFinding
+    def __init__(self, environment: _Optional[str] = ..., anchor: _Optional[bool] = ..., both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ..., nodes: _Optional[int] = ..., fall_points: _Optional[float] = ..., tolerance_points: _Optional[float] = ..., p_reference: _Optional[float] = ..., p_mark: _Optional[float] = ..., fell: _Optional[bool] = ..., reference_id: _Optional[str] = ..., standing: _Optional[str] = ..., p_fine: _Optional[float] = ..., better: _Optional[bool] = ..., fallback_reason: _Optional[str] = ..., attempts: _Optional[int] = ..., every_attempt: _Optional[_Union[EveryAttemptFinding, _Mapping]] = ...) -> None: ...
+
+class EveryAttemptFinding(_message.Message):
+    __slots__ = ("outcomes", "fall_points", "p_reference", "p_fine")
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    FALL_POINTS_FIELD_NUMBER: _ClassVar[int]
+    P_REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    P_FINE_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _releases_pb2.PairedOutcomes
+    fall_points: float
+    p_reference: float
+    p_fine: float
+    def __init__(self, outcomes: _Optional[_Union[_releases_pb2.PairedOutcomes, _Mapping]] = ..., fall_points: _Optional[float] = ..., p_reference: _Optional[float] = ..., p_fine: _Optional[float] = ...) -> None: ...
 
 class ChannelPeriod(_message.Message):
     __slots__ = ("channel", "since", "until", "by")

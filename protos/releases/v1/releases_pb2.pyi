@@ -14,8 +14,20 @@ class SignedManifest(_message.Message):
     signature: bytes
     def __init__(self, manifest: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
+class PairedOutcomes(_message.Message):
+    __slots__ = ("both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed")
+    BOTH_PASSED_FIELD_NUMBER: _ClassVar[int]
+    ONLY_REFERENCE_PASSED_FIELD_NUMBER: _ClassVar[int]
+    ONLY_CANDIDATE_PASSED_FIELD_NUMBER: _ClassVar[int]
+    NEITHER_PASSED_FIELD_NUMBER: _ClassVar[int]
+    both_passed: int
+    only_reference_passed: int
+    only_candidate_passed: int
+    neither_passed: int
+    def __init__(self, both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ...) -> None: ...
+
 class EnvironmentResult(_message.Message):
-    __slots__ = ("environment", "tasks_digest", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed")
+    __slots__ = ("environment", "tasks_digest", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed", "reference_id", "fallback_reason", "first_task", "attempts", "every_attempt")
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     TASKS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +35,11 @@ class EnvironmentResult(_message.Message):
     ONLY_REFERENCE_PASSED_FIELD_NUMBER: _ClassVar[int]
     ONLY_CANDIDATE_PASSED_FIELD_NUMBER: _ClassVar[int]
     NEITHER_PASSED_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TASK_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    EVERY_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     environment: str
     tasks_digest: str
     anchor: bool
@@ -30,7 +47,12 @@ class EnvironmentResult(_message.Message):
     only_reference_passed: int
     only_candidate_passed: int
     neither_passed: int
-    def __init__(self, environment: _Optional[str] = ..., tasks_digest: _Optional[str] = ..., anchor: _Optional[bool] = ..., both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ...) -> None: ...
+    reference_id: str
+    fallback_reason: str
+    first_task: int
+    attempts: int
+    every_attempt: PairedOutcomes
+    def __init__(self, environment: _Optional[str] = ..., tasks_digest: _Optional[str] = ..., anchor: _Optional[bool] = ..., both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ..., reference_id: _Optional[str] = ..., fallback_reason: _Optional[str] = ..., first_task: _Optional[int] = ..., attempts: _Optional[int] = ..., every_attempt: _Optional[_Union[PairedOutcomes, _Mapping]] = ...) -> None: ...
 
 class GetHeadRequest(_message.Message):
     __slots__ = ("channel",)
