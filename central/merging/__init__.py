@@ -5,7 +5,6 @@ Pure functions of arrays: no I/O, no Flower, no gRPC, no database.
 
 from central.merging.filters import clip_norms, keep_near, multi_krum, product_gram
 from central.merging.kernels import Kernel, choose_kernel
-from central.merging.prefix import prefix
 from central.merging.product import Merged, ProductSum, merge
 from central.merging.regmean import regmean
 
@@ -18,7 +17,6 @@ __all__ = [
     "keep_near",
     "merge",
     "multi_krum",
-    "prefix",
     "product_gram",
     "regmean",
 ]

@@ -40,7 +40,7 @@ class EnrollResponse(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., cohort: _Optional[str] = ..., certificate_pem: _Optional[bytes] = ..., ca_pem: _Optional[bytes] = ..., release_key_pem: _Optional[bytes] = ..., genesis: _Optional[_Union[_releases_pb2.SignedManifest, _Mapping]] = ..., genesis_payload: _Optional[bytes] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problem", "channel", "release_problem")
+    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problem", "channel", "release_problem", "max_release_rank")
     SERVING_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     OUTBOX_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class NodeStatus(_message.Message):
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     CHANNEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    MAX_RELEASE_RANK_FIELD_NUMBER: _ClassVar[int]
     serving_release_id: str
     software_version: str
     outbox_waiting: int
@@ -59,7 +60,8 @@ class NodeStatus(_message.Message):
     problem: str
     channel: str
     release_problem: str
-    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ..., channel: _Optional[str] = ..., release_problem: _Optional[str] = ...) -> None: ...
+    max_release_rank: int
+    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ..., channel: _Optional[str] = ..., release_problem: _Optional[str] = ..., max_release_rank: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("status",)
@@ -68,12 +70,14 @@ class WatchRequest(_message.Message):
     def __init__(self, status: _Optional[_Union[NodeStatus, _Mapping]] = ...) -> None: ...
 
 class TrainOffer(_message.Message):
-    __slots__ = ("offer_id", "max_rank")
+    __slots__ = ("offer_id", "max_rank", "gram_rank")
     OFFER_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
+    GRAM_RANK_FIELD_NUMBER: _ClassVar[int]
     offer_id: str
     max_rank: int
-    def __init__(self, offer_id: _Optional[str] = ..., max_rank: _Optional[int] = ...) -> None: ...
+    gram_rank: int
+    def __init__(self, offer_id: _Optional[str] = ..., max_rank: _Optional[int] = ..., gram_rank: _Optional[int] = ...) -> None: ...
 
 class EnvironmentSuite(_message.Message):
     __slots__ = ("environment", "reference_id", "first_task", "tasks")

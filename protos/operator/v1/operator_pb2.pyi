@@ -191,20 +191,32 @@ class CanaryReport(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., condition: _Optional[str] = ..., problem: _Optional[str] = ..., at: _Optional[str] = ...) -> None: ...
 
 class Contribution(_message.Message):
-    __slots__ = ("update_id", "node_id", "weight", "sequence", "start_release_id", "admitted_at")
+    __slots__ = ("update_id", "node_id", "weight", "sequence", "start_release_id", "admitted_at", "factor")
     UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_AT_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
     update_id: str
     node_id: str
     weight: float
     sequence: int
     start_release_id: str
     admitted_at: str
-    def __init__(self, update_id: _Optional[str] = ..., node_id: _Optional[str] = ..., weight: _Optional[float] = ..., sequence: _Optional[int] = ..., start_release_id: _Optional[str] = ..., admitted_at: _Optional[str] = ...) -> None: ...
+    factor: float
+    def __init__(self, update_id: _Optional[str] = ..., node_id: _Optional[str] = ..., weight: _Optional[float] = ..., sequence: _Optional[int] = ..., start_release_id: _Optional[str] = ..., admitted_at: _Optional[str] = ..., factor: _Optional[float] = ...) -> None: ...
+
+class LeftOut(_message.Message):
+    __slots__ = ("update_id", "node_id", "reason")
+    UPDATE_ID_FIELD_NUMBER: _ClassVar[int]
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    update_id: str
+    node_id: str
+    reason: str
+    def __init__(self, update_id: _Optional[str] = ..., node_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class EnvironmentFinding(_message.Message):
     __slots__ = ("environment", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed", "nodes", "fall_points", "tolerance_points", "p_reference", "p_mark", "fell", "reference_id", "standing", "p_fine", "better", "fallback_reason", "attempts", "every_attempt")
@@ -403,7 +415,7 @@ class ExplainReleaseRequest(_message.Message):
     def __init__(self, release: _Optional[str] = ...) -> None: ...
 
 class ExplainReleaseResponse(_message.Message):
-    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of", "canary_reports", "builds_on_version", "builds_on_state", "removed", "exactness", "served", "fate", "forgotten_update_ids")
+    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of", "canary_reports", "builds_on_version", "builds_on_state", "removed", "exactness", "served", "fate", "forgotten_update_ids", "filter", "left_out", "solutions")
     class UpdatesInLineageEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -430,6 +442,9 @@ class ExplainReleaseResponse(_message.Message):
     SERVED_FIELD_NUMBER: _ClassVar[int]
     FATE_FIELD_NUMBER: _ClassVar[int]
     FORGOTTEN_UPDATE_IDS_FIELD_NUMBER: _ClassVar[int]
+    FILTER_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    SOLUTIONS_FIELD_NUMBER: _ClassVar[int]
     release: Release
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     environments: _containers.RepeatedCompositeFieldContainer[EnvironmentFinding]
@@ -449,7 +464,10 @@ class ExplainReleaseResponse(_message.Message):
     served: _containers.RepeatedCompositeFieldContainer[ServedPeriod]
     fate: str
     forgotten_update_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ..., canary_reports: _Optional[_Iterable[_Union[CanaryReport, _Mapping]]] = ..., builds_on_version: _Optional[str] = ..., builds_on_state: _Optional[_Union[ReleaseState, str]] = ..., removed: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., exactness: _Optional[str] = ..., served: _Optional[_Iterable[_Union[ServedPeriod, _Mapping]]] = ..., fate: _Optional[str] = ..., forgotten_update_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    filter: str
+    left_out: _containers.RepeatedCompositeFieldContainer[LeftOut]
+    solutions: _containers.RepeatedCompositeFieldContainer[Contribution]
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ..., canary_reports: _Optional[_Iterable[_Union[CanaryReport, _Mapping]]] = ..., builds_on_version: _Optional[str] = ..., builds_on_state: _Optional[_Union[ReleaseState, str]] = ..., removed: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., exactness: _Optional[str] = ..., served: _Optional[_Iterable[_Union[ServedPeriod, _Mapping]]] = ..., fate: _Optional[str] = ..., forgotten_update_ids: _Optional[_Iterable[str]] = ..., filter: _Optional[str] = ..., left_out: _Optional[_Iterable[_Union[LeftOut, _Mapping]]] = ..., solutions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ...) -> None: ...
 
 class DiffReleasesRequest(_message.Message):
     __slots__ = ("release_a", "release_b")
