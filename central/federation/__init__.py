@@ -11,7 +11,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 from central.federation.grid import JournalGrid
 from central.federation.server_app import run_cohort
-from central.federation.stock import check_strategy
 from central.federation.strategy import ProductMean
+from central.federation.trial import check_strategy
 
 __all__ = ["JournalGrid", "ProductMean", "check_strategy", "run_cohort"]

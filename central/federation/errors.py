@@ -15,3 +15,7 @@ class UnusableUpdate(FederationError):
     def __init__(self, update_id: str, reason: str) -> None:
         super().__init__(f"Update {update_id[:8]} cannot be merged: {reason}")
         self.update_id = update_id
+
+
+class StrategyFailed(FederationError):
+    """A stock strategy makes nothing of a plan's updates; they are set aside together and the loop goes on."""

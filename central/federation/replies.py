@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+from central.federation.server_state import carried_state
 from central.federation.strategy import COHORT, MERGE, UPDATE, MergeTerms, ProductMean, to_tensors
 from central.journal import PlanRecord, State
 from protos.lora import encode
@@ -20,17 +21,18 @@ from protos.lora import encode
 
 @dataclass(frozen=True)
 class MergedPayload:
-    """A candidate's payload (protos.lora) and the merge's relative truncation error."""
+    """A candidate's payload (protos.lora), the merge's relative truncation error, and the strategy's state if it has any."""
 
     data: bytes
     truncation_error: float
+    server_state: bytes | None = None
 
 
 def train_replies(state: State, planned: PlanRecord) -> list[Message]:
     """One reply per update of the plan, in its order, with the plan's terms."""
     plan = planned.plan
     parent = state.releases[plan.parent].manifest.payload.digest_sha256
-    terms = MergeTerms(planned.plan_id, parent, plan.rank, plan.server_step, plan.seed)
+    terms = MergeTerms(planned.plan_id, parent, plan.rank, plan.server_step, plan.seed, carried_state(state, plan))
     replies = []
     for update in plan.updates:
         fields = {"update_id": update.update_id, "payload": update.payload, "weight": update.weight}
@@ -45,7 +47,7 @@ def merge_replies(strategy: ProductMean, version: int, replies: Iterable[Message
     arrays, metrics = strategy.aggregate_train(version, replies)
     if arrays is None or metrics is None:
         return None
-    return MergedPayload(encode(to_tensors(arrays)), float(metrics["truncation-error"]))
+    return MergedPayload(encode(to_tensors(arrays)), float(metrics["truncation-error"]), strategy.server_state())
 
 
 def request(message_type: str, node_id: str, version: int) -> Message:

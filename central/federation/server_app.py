@@ -18,11 +18,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from central import faults
 from central.evaluation import Gate, Mark, Verdict, high_water, pool
-from central.federation.errors import UnusableUpdate
+from central.federation.errors import FederationError, StrategyFailed, UnusableUpdate
 from central.federation.grid import JournalGrid
 from central.federation.replies import merge_replies
-from central.federation.stock import check_strategy, make_strategy
+from central.federation.stock import make_strategy
 from central.federation.strategy import ProductMean, reports_of
+from central.federation.trial import check_strategy
 from central.journal import EventKind, Journal, JournalConflict, NewEvent, PlanRecord, State, utc_now
 from central.registry import BlobStore, Registry
 from central.settings import CentralSettings
@@ -102,12 +103,17 @@ class CohortLoop:
         try:
             merged = merge_replies(strategy, planned.plan.version, replies)
         except UnusableUpdate as error:
-            self._set_aside(error)
+            self._set_aside([error.update_id], error)
+            return
+        except StrategyFailed as error:
+            self._set_aside([update.update_id for update in planned.plan.updates], error)
             return
         if merged is None:
             return
         faults.reach("merge.computed")
-        candidate = self._registry.add_candidate(planned.plan_id, merged.data, merged.truncation_error)
+        candidate = self._registry.add_candidate(
+            planned.plan_id, merged.data, merged.truncation_error, merged.server_state
+        )
         log.info(
             "candidate built",
             extra={
@@ -170,12 +176,11 @@ class CohortLoop:
         tries = isolation.tries if isolation else 0
         return len(state.releases[candidate].manifest.updates) > 1 and tries < self._settings.isolation_tries
 
-    def _set_aside(self, error: UnusableUpdate) -> None:
+    def _set_aside(self, update_ids: list[str], error: FederationError) -> None:
         # The journal cancels the plan that loses an update; the plan's other updates wait again.
-        log.error(
-            "update set aside", extra={"cohort": self._cohort, "update_id": error.update_id, "reason": str(error)}
-        )
-        self._journal.append(self._event(EventKind.UPDATE_SET_ASIDE, error.update_id, {"reason": str(error)}))
+        log.error("updates set aside", extra={"cohort": self._cohort, "updates": update_ids, "reason": str(error)})
+        reason = {"reason": str(error)}
+        self._journal.append(*(self._event(EventKind.UPDATE_SET_ASIDE, update, reason) for update in update_ids))
 
     def _event(self, kind: EventKind, subject: str, body: dict[str, Any]) -> NewEvent:
         return NewEvent(kind, self._cohort, subject, body)

@@ -49,6 +49,8 @@ class MergeTerms:
     rank: int
     server_step: float
     seed: int
+    server_state: str = ""
+    """Blob with what the strategy goes on from (server_state.py); empty: nothing."""
 
     def to_record(self) -> ConfigRecord:
         return ConfigRecord(dict(vars(self)))
@@ -100,6 +102,10 @@ class ProductMean(Strategy):  # type: ignore[misc]
             metrics[f"{counts.environment}/candidate"] = counts.candidate_passed / counts.total
             metrics[f"{counts.environment}/reference"] = counts.reference_passed / counts.total
         return metrics or None
+
+    def server_state(self) -> bytes | None:
+        """What the last merge leaves for the next one; None: the next one needs nothing."""
+        return None
 
     def summary(self) -> None:
         """Log what this strategy is."""

@@ -1,7 +1,7 @@
 """Rebuilds releases from their plans and compares them with what was released.
 
 In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload and the updates' payloads go
-through the merge that made the release (replies.py), and the digest must come out again.
+through the merge that made the release (replies.py), and the digest must come out again; so must that of its server state.
 
 Guarantee: `identical` means that the release holds its parent and the updates of its plan with the plan's weights, and nothing
 else. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
@@ -62,17 +62,18 @@ class _Rebuilder:
     def __init__(self, state: State, blobs: Blobs) -> None:
         self._state = state
         self._blobs = blobs
-        self._last: tuple[str, bytes] = ("", b"")
+        self._last: dict[str, bytes] = {}
 
     def rebuild(self, release: ReleaseRecord) -> MergedPayload:
         """Raises FederationError or StorageError when it cannot be rebuilt."""
         merged = self._merge(release)
-        self._last = (sha256_hex(merged.data), merged.data)
+        made = [merged.data] if merged.server_state is None else [merged.data, merged.server_state]
+        self._last = {sha256_hex(data): data for data in made}
         return merged
 
     def read(self, digest: str) -> bytes:
-        """What the merge reads: its parent, and the updates of its plan."""
-        return self._last[1] if digest == self._last[0] else self._blobs.read(digest)
+        """What the merge reads: its parent, its parent's server state, and the updates of its plan."""
+        return self._last[digest] if digest in self._last else self._blobs.read(digest)
 
     def _merge(self, release: ReleaseRecord) -> MergedPayload:
         if release.plan_id is None:
@@ -120,4 +121,7 @@ def _difference(release: ReleaseRecord, merged: MergedPayload, rebuilt: str) -> 
         return (
             f"the rebuilt truncation error is {merged.truncation_error}, the release says {manifest.truncation_error}"
         )
+    state = None if merged.server_state is None else sha256_hex(merged.server_state)
+    if state != release.server_state:
+        return f"the rebuilt server state has digest {state}, the one kept with the release {release.server_state}"
     return ""

@@ -75,8 +75,10 @@ class Registry:
                 )
             return state.genesis(cohort)
 
-    def add_candidate(self, plan_id: str, payload: bytes, truncation_error: float) -> ReleaseManifest:
-        """Record what the plan's merge made; a repeat returns the first candidate.
+    def add_candidate(
+        self, plan_id: str, payload: bytes, truncation_error: float, server_state: bytes | None = None
+    ) -> ReleaseManifest:
+        """Record what the plan's merge made, and its strategy's state for the next; a repeat returns the first candidate.
 
         The manifest takes its time from the plan, so the same payload makes the same release id.
         Raises JournalConflict when the plan was cancelled meanwhile, LoraCodecError when the payload is not one.
@@ -84,6 +86,9 @@ class Registry:
         rank = decode(payload).rank
         digest = self._blobs.put(payload)
         faults.reach("merge.candidate_kept")
+        kept = {} if server_state is None else {"server_state": self._blobs.put(server_state)}
+        if kept:
+            faults.reach("merge.state_kept")
         with self._journal.read() as state:
             record = state.plans[plan_id]
             if record.candidate is not None:
@@ -101,7 +106,7 @@ class Registry:
                 updates=[update.update_id for update in plan.updates],
                 created_at=plan.created_at,
             )
-            body = {"plan_id": plan_id, **self._signed(manifest)}
+            body = {"plan_id": plan_id, **self._signed(manifest), **kept}
             self._journal.append(NewEvent(EventKind.CANDIDATE_BUILT, plan.cohort, manifest.digest, body))
             return manifest
 

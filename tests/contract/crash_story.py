@@ -45,6 +45,8 @@ class Ending:
 
     payloads: list[str]
     """Digests of the stable line's payloads, oldest first: bit-identical."""
+    server_states: list[str | None]
+    """Of the same releases."""
     merged_in: list[tuple[int, str]]
     """Version of the release that holds each update, in order of upload, and the update's state."""
     admissions: int
@@ -185,6 +187,7 @@ class Story:
             "CENTRAL_BASE__PATH": str(settings.base.path),
             "CENTRAL_LISTEN__PORT": str(settings.listen.port),
             "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
+            "CENTRAL_MERGE__STRATEGY": settings.merge.strategy,
             "CENTRAL_GATE__TASKS": "20",
             "CENTRAL_GATE__MAX_TASKS": "20",
             "CENTRAL_GATE__ABSENT_GRACE_S": "0.5",  # node b never evaluates
@@ -235,6 +238,7 @@ class Story:
                     assert blobs.read(update.manifest.payload.digest_sha256) == PAYLOADS[update.manifest.sequence - 1]
                 return Ending(
                     payloads=[release.payload.digest_sha256 for release in line],
+                    server_states=[state.releases[release.digest].server_state for release in line],
                     merged_in=[
                         (state.releases[update.release_id or ""].manifest.version, update.state) for update in updates
                     ],
@@ -266,13 +270,17 @@ async def prepare(folder: Path) -> tuple[CentralSettings, list[harness.Node]]:
 
 
 async def tell(
-    prepared: tuple[CentralSettings, list[harness.Node]], folder: Path, fault: str | None
+    prepared: tuple[CentralSettings, list[harness.Node]],
+    folder: Path,
+    fault: str | None,
+    strategy: str = "product-mean",
 ) -> tuple[Ending, int]:
     """The ending of the story on a copy of the prepared central, and how often central was killed."""
     settings, nodes = prepared
     shutil.copytree(settings.data_dir, folder / "central")
     ports = harness.make_settings(folder).listen
-    settings = settings.model_copy(update={"data_dir": folder / "central", "listen": ports})
+    merge = settings.merge.model_copy(update={"strategy": strategy})
+    settings = settings.model_copy(update={"data_dir": folder / "central", "listen": ports, "merge": merge})
     async with AsyncExitStack() as stack:
         own = [await _reconnect(node, settings, stack) for node in nodes]
         story = Story(folder, settings, own, fault)

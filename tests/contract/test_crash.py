@@ -17,8 +17,14 @@ from tests.contract.crash_story import Ending, prepare, tell
 Prepared = tuple[CentralSettings, list[harness.Node]]
 # What happens before the first node is there, or only while an earlier kill is recovered from, is reached otherwise.
 QUICK = ("intake.kept#2", "journal.verdict.stored#1")
+WITH_STATE = ("merge.state_kept#2", "journal.candidate_built.applied#2", "journal.candidate_built.stored#2")
+"""Points of a strategy that carries state from merge to merge."""
 EVERY = [
-    *(f"{point}#1" for point in faults.POINTS if not point.startswith("journal.cohort_created")),
+    *(
+        f"{point}#1"
+        for point in faults.POINTS
+        if not point.startswith("journal.cohort_created") and point != "merge.state_kept"
+    ),
     "intake.chunk_written#5",
     "intake.admitted#4",
     "merge.candidate_kept#3",
@@ -68,6 +74,15 @@ async def test_a_killed_central_ends_as_an_undisturbed_one(
 @pytest.mark.parametrize("fault", [fault for fault in EVERY if fault not in QUICK])
 async def test_every_fault_point(prepared: Prepared, undisturbed: Ending, tmp_path: Path, fault: str) -> None:
     await check(prepared, undisturbed, tmp_path, fault)
+
+
+@pytest.mark.slow
+async def test_fedadam_killed_between_two_merges_goes_on_with_its_moments(prepared: Prepared, tmp_path: Path) -> None:
+    whole, _ = await tell(prepared, tmp_path / "whole", None, "FedAdam")
+    assert len(set(whole.server_states)) == 3
+    for number, fault in enumerate(WITH_STATE):
+        ending, kills = await tell(prepared, tmp_path / f"killed-{number}", fault, "FedAdam")
+        assert (fault, kills, ending) == (fault, 1, whole)
 
 
 @pytest.fixture

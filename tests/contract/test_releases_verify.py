@@ -38,10 +38,13 @@ def head(central: Central) -> int:
     return central.head().manifest.version
 
 
+def public_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
 def write_key(root: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (root / "pki").mkdir(exist_ok=True)
-    (root / "pki" / "release.pub.pem").write_bytes(pem)
+    (root / "pki" / "release.pub.pem").write_bytes(public_key(key))
 
 
 def run(*arguments: str) -> object:
