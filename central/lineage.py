@@ -6,21 +6,12 @@ same directory meanwhile.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from central.errors import StorageError
 from central.federation.verify import Finding, verify_releases
 from central.journal import verify_journal
-from central.registry import BlobStore
+from central.registry import open_blobs
 from central.registry.registry import find_release, unknown_cohort
 from central.settings import CentralSettings
-
-
-class StoredBlobs(BlobStore):
-    """The blobs of a directory for reading; opening it neither makes the directory nor clears up after a killed central."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
 
 
 def verify_on_disk(settings: CentralSettings, release: str, cohort: str, deep: bool) -> list[Finding]:
@@ -40,5 +31,5 @@ def verify_on_disk(settings: CentralSettings, release: str, cohort: str, deep: b
             f"The key that releases are signed with cannot be read: {error.strerror} ({key}). Set CENTRAL_DATA_DIR to the "
             "directory that central serves from."
         ) from error
-    blobs = StoredBlobs(settings.data_dir / "blobs")
-    return list(verify_releases(state, [r for r in chosen if cohort in ("", r.cohort)], blobs, key_pem, deep))
+    wanted = [r for r in chosen if cohort in ("", r.cohort)]
+    return list(verify_releases(state, wanted, open_blobs(settings), key_pem, deep))

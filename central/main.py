@@ -42,7 +42,7 @@ from central.intake.partial import PartialUploads
 from central.intake.service import UpdateService
 from central.journal import Journal
 from central.operator.service import OperatorService
-from central.registry import BlobStore, Registry
+from central.registry import BlobStore, Registry, open_blobs
 from central.registry.service import ReleaseService
 from central.rpc import SERVER_OPTIONS, ErrorTranslator
 from central.settings import CentralSettings
@@ -104,7 +104,8 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     base = _read_base(settings)
     stack.enter_context(DataLock(settings.data_dir))
     pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
-    blobs = BlobStore(settings.data_dir / "blobs")
+    blobs = open_blobs(settings)
+    blobs.prepare()
     partial = PartialUploads(settings.data_dir / "uploads")
     journal = Journal(settings.journal_url)
     stack.callback(journal.close)

@@ -42,6 +42,14 @@ class JournalSettings(Group):
     """SQLAlchemy URL; a SQLite file in the data directory when unset."""
 
 
+class BlobSettings(Group):
+    url: str | None = None
+    """Where payloads lie: a path, or an fsspec URL such as s3://bucket/lorikeet; `blobs` in the data directory when unset."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the fsspec backend, as JSON, e.g. {"endpoint_url": "https://..."}. Credentials belong into the backend's own
+    environment variables (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)."""
+
+
 class MergePolicy(Group):
     min_updates: int = Field(default=2, ge=1)
     """Merge when this many updates wait in the cohort."""
@@ -198,6 +206,7 @@ class CentralSettings(BaseSettings):
     base: BaseModelSettings = BaseModelSettings()
     listen: ListenSettings = ListenSettings()
     journal: JournalSettings = JournalSettings()
+    blobs: BlobSettings = BlobSettings()
     merge: MergeSettings = MergeSettings()
     channels: ChannelSettings = ChannelSettings()
     cohorts: dict[str, CohortSettings] = Field(default_factory=dict)

@@ -1,81 +1,73 @@
-"""Payloads by their SHA-256.
+"""Payloads by their SHA-256: what every blob store promises.
 
-In: bytes, or a finished file. Out: the same bytes. Guarantees: what `put` or `put_file` returned for is durable; a blob
-never changes; `read` checks the digest. Blobs lie at `<root>/<first two digits>/<digest>`.
+In: bytes, or a finished local file. Out: the same bytes, whole or in ranges. Guarantees: what `put` or `put_file` returned for
+is durable; a blob never changes, and a half-written one is never seen under its digest; `read` checks the digest.
+`DirectoryBlobs` (directory.py) keeps them on a disk, `ObjectBlobs` (objects.py) behind an fsspec URL.
 """
 
 from __future__ import annotations
 
+import secrets
+from abc import ABC, abstractmethod
 from pathlib import Path
 
-from central import faults
-from central.durable import (
-    make_directory,
-    publish,
-    remove_temporary_files,
-    storage,
-    sync_directory,
-    sync_file,
-    write_file,
-)
 from central.errors import StorageError
 from protos.manifest import sha256_hex
 
 
-class BlobStore:
-    """A directory; several threads may use it."""
+class BlobStore(ABC):
+    """Several threads may use it; every method blocks, and raises StorageError when the store cannot be used."""
 
-    def __init__(self, root: Path) -> None:
-        """Create `root` when absent and remove what a killed process left unfinished; raises StorageError."""
-        self._root = root
-        make_directory(root)
-        with storage(root):
-            remove_temporary_files(root)
-
+    @abstractmethod
     def put(self, data: bytes) -> str:
         """Keep `data`; returns its digest. Idempotent."""
-        digest = sha256_hex(data)
-        path = self._place(digest)
-        if not path.is_file():
-            write_file(path, data)
-        return digest
 
+    @abstractmethod
     def put_file(self, temporary: Path, digest: str) -> None:
-        """Take over the finished file `temporary` (same file system), whose digest the caller has checked. Idempotent."""
-        path = self._place(digest)
-        with storage(temporary):
-            sync_file(temporary)
-            faults.reach("blob.written")
-            publish(temporary, path)
-            faults.reach("blob.published")
+        """Take over the finished file `temporary`, whose digest the caller has checked; it is gone afterwards. Idempotent."""
+
+    @abstractmethod
+    def read_range(self, digest: str, start: int, end: int) -> bytes:
+        """The bytes [start, end), which must lie inside the blob; not checked against the digest. Raises StorageError when absent."""
+
+    @abstractmethod
+    def size(self, digest: str) -> int:
+        """Size in bytes; raises StorageError when it is absent."""
+
+    @abstractmethod
+    def delete(self, digest: str) -> None:
+        """Remove a blob; idempotent."""
+
+    @abstractmethod
+    def where(self, digest: str) -> str:
+        """Where the blob lies or would lie, for messages."""
+
+    @abstractmethod
+    def __contains__(self, digest: object) -> bool: ...
+
+    @abstractmethod
+    def _read(self, digest: str) -> bytes:
+        """All bytes; raises StorageError when it is absent."""
 
     def read(self, digest: str) -> bytes:
         """The bytes of a blob; raises StorageError when it is absent or was altered."""
-        path = self.path(digest)
-        with storage(path):
-            data = path.read_bytes()
-        if sha256_hex(data) != digest:
-            raise StorageError(f"Blob {path} was altered: its digest is {sha256_hex(data)}. Restore it from a backup.")
+        data = self._read(digest)
+        if (found := sha256_hex(data)) != digest:
+            raise self.altered(digest, found)
         return data
 
-    def path(self, digest: str) -> Path:
-        """Where the blob lies; raises StorageError when it is absent."""
-        path = self._root / digest[:2] / digest
-        if not path.is_file():
-            raise StorageError(f"Blob {digest} is not at {path}. Restore the blob directory from a backup.")
-        return path
+    def prepare(self) -> None:
+        """Get ready for the one central that writes here: a small blob is written, read and deleted. Raises StorageError."""
+        digest = self.put(b"probe " + secrets.token_bytes(16))
+        self.read(digest)
+        self.delete(digest)
+        if digest in self:
+            raise StorageError(f"{self.where(digest)} was deleted and is still there. Expected a store that deletes.")
 
-    def size(self, digest: str) -> int:
-        """Size in bytes; raises StorageError when it is absent."""
-        return self.path(digest).stat().st_size
+    def absent(self, digest: str) -> StorageError:
+        """What to raise for a blob that is not there."""
+        return StorageError(f"Blob {digest} is not at {self.where(digest)}. Restore the blobs from a backup.")
 
-    def __contains__(self, digest: str) -> bool:
-        return (self._root / digest[:2] / digest).is_file()
-
-    def _place(self, digest: str) -> Path:
-        folder = self._root / digest[:2]
-        if not folder.is_dir():
-            make_directory(folder)
-            with storage(folder):
-                sync_directory(self._root)
-        return folder / digest
+    def altered(self, digest: str, found: str) -> StorageError:
+        """What to raise for a blob whose bytes have the digest `found`."""
+        return StorageError(f"Blob {self.where(digest)} was altered: its digest is {found}. Restore it from a backup.")

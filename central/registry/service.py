@@ -69,11 +69,10 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
                 Reason.WRONG_OFFSET,
                 f"Offset {request.offset} is beyond the payload's {payload.size_bytes} bytes. Start again from 0.",
             )
-        path = await asyncio.to_thread(self._blobs.path, payload.digest_sha256)
-        with await asyncio.to_thread(path.open, "rb") as stream:
-            await asyncio.to_thread(stream.seek, request.offset)
-            while chunk := await asyncio.to_thread(stream.read, CHUNK_BYTES):
-                yield releases_pb2.DownloadResponse(chunk=chunk)
+        for begin in range(request.offset, payload.size_bytes, CHUNK_BYTES):
+            end = min(begin + CHUNK_BYTES, payload.size_bytes)
+            chunk = await asyncio.to_thread(self._blobs.read_range, payload.digest_sha256, begin, end)
+            yield releases_pb2.DownloadResponse(chunk=chunk)
 
     async def ReportEvaluation(
         self, request: releases_pb2.ReportEvaluationRequest, context: Context

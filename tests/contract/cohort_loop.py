@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from central.federation import JournalGrid
 from central.federation.server_app import CohortLoop
 from central.journal import EventKind, Journal, NewEvent, ReleaseRecord
-from central.registry import BlobStore, Registry
+from central.registry import DirectoryBlobs, Registry
 from central.settings import CentralSettings
 from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import Payload
@@ -30,7 +30,7 @@ class Central:
     """A central without its servers."""
 
     journal: Journal
-    blobs: BlobStore
+    blobs: DirectoryBlobs
     registry: Registry
 
     def head(self, cohort: str = "shared") -> ReleaseRecord:
@@ -61,7 +61,7 @@ class Central:
 @contextmanager
 def opened(root: Path) -> Iterator[Central]:
     journal = Journal(f"sqlite:///{root}/journal.db", clock=lambda: AT)
-    blobs = BlobStore(root / "blobs")
+    blobs = DirectoryBlobs(root / "blobs")
     try:
         yield Central(journal, blobs, Registry(journal, blobs, KEY, BASE))
     finally:

@@ -25,7 +25,7 @@ import grpc
 from central.faults import VARIABLE
 from central.fleet.pki import Pki
 from central.journal import EventKind, Journal, State
-from central.registry import BlobStore
+from central.registry import DirectoryBlobs
 from central.settings import CentralSettings
 from protos.base import read_base_model
 from protos.fleet.v1 import fleet_pb2
@@ -224,7 +224,7 @@ class Story:
     def _ending(self) -> Ending:
         data = self._settings.data_dir
         journal = Journal(f"sqlite:///{data}/journal.db")
-        blobs = BlobStore(data / "blobs")
+        blobs = DirectoryBlobs(data / "blobs")
         try:
             journal.verify()
             kinds = [event.kind for event in journal.events()]

@@ -239,6 +239,19 @@ def test_secrets_come_by_reference_only() -> None:
     assert references == {"EDGE_CENTRAL__JOIN_TOKEN": "join-token", "CENTRAL_JOURNAL__URL": "journal"}
 
 
+def test_the_blob_stores_credentials_come_from_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = {
+        "blobStore": {"credentialsSecret": "bucket"},
+        "settings": {"blobs": {"url": "s3://lorikeet/central", "options": {"endpoint_url": "https://s3.example.org"}}},
+    }
+    objects = render("central", overrides=overrides)
+    kubernetes_validate.validate(stateful_set(objects), KUBERNETES[-1], strict=True)
+    assert container(objects)["envFrom"] == [{"secretRef": {"name": "bucket"}}]
+    blobs = load_rendered("central", objects, monkeypatch).blobs
+    assert (blobs.url, blobs.options) == ("s3://lorikeet/central", {"endpoint_url": "https://s3.example.org"})
+    assert "envFrom" not in container(render("central"))
+
+
 @pytest.mark.parametrize("value_file", ["values-cpu.yaml", "values-gpu.yaml"])
 def test_edge_probes_follow_the_supervisor_and_vllm(value_file: str) -> None:
     objects = render("edge-node", value_file)

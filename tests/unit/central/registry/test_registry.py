@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from central.errors import Refused
 from central.fleet.pki import public_pem
 from central.journal import Journal, JournalConflict, ReleaseRecord
-from central.registry import BlobStore, Registry
+from central.registry import DirectoryBlobs, Registry
 from protos.lora import LoraTensors, encode
 from protos.manifest import ReleaseManifest, verify
 from tests.unit.central import builders as make
@@ -21,7 +21,7 @@ KEY = ec.generate_private_key(ec.SECP256R1())
 class World:
     def __init__(self, path: Path) -> None:
         self.journal = Journal(f"sqlite:///{path}/journal.db")
-        self.blobs = BlobStore(path / "blobs")
+        self.blobs = DirectoryBlobs(path / "blobs")
         self.registry = Registry(self.journal, self.blobs, KEY, make.BASE)
         self.genesis = self.registry.ensure_cohort("shared")
         self.journal.append(make.token_created(), make.node_enrolled())
@@ -67,7 +67,9 @@ def test_a_candidate_is_made_once_and_takes_its_time_from_the_plan(world: World)
 def test_rollback_abandons_the_line_and_its_branches(world: World) -> None:
     first = world.release(world.genesis, 1)
     second = world.release(first, 2)
-    branch = world.release(first, 3, "canary")
+    branch_manifest = world.candidate(first, 3)  # as older software could promote it
+    world.journal.append(make.decided(branch_manifest, True), make.promoted(branch_manifest, "canary"))
+    branch = world.registry.resolve(branch_manifest.digest)
     pending = world.candidate(second, 4)
     done = world.registry.rollback("shared", world.genesis.release_id, "requeue", "tests")
     assert done.abandoned == (first.release_id, second.release_id, branch.release_id)

@@ -1,0 +1,116 @@
+"""Blobs in a local directory: the default.
+
+Blobs lie at `<root>/<first two digits>/<digest>`. Durable means fsync, rename, fsync of the directory. Without `prepare`
+nothing is made or cleared up, so that a reader may stand beside the central that writes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+from central import faults
+from central.durable import (
+    TEMPORARY_SUFFIX,
+    make_directory,
+    publish,
+    remove_temporary_files,
+    storage,
+    sync_directory,
+    sync_file,
+    write_file,
+)
+from central.registry.blobs import BlobStore
+from protos.manifest import sha256_hex
+
+
+class DirectoryBlobs(BlobStore):
+    """One directory, made when the first blob comes."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def prepare(self) -> None:
+        """Remove what a killed process left unfinished, and try the directory."""
+        make_directory(self._root)
+        with storage(self._root):
+            remove_temporary_files(self._root)
+        super().prepare()
+
+    def put(self, data: bytes) -> str:
+        digest = sha256_hex(data)
+        path = self._place(digest)
+        if not path.is_file():
+            write_file(path, data)
+        return digest
+
+    def put_file(self, temporary: Path, digest: str) -> None:
+        path = self._place(digest)
+        with storage(temporary):
+            other_disk = temporary.stat().st_dev != path.parent.stat().st_dev
+        if other_disk:
+            self._copy(temporary, path)
+            return
+        with storage(temporary):
+            sync_file(temporary)
+            faults.reach("blob.written")
+            publish(temporary, path)
+            faults.reach("blob.published")
+
+    def read_range(self, digest: str, start: int, end: int) -> bytes:
+        path = self.path(digest)
+        with storage(path), path.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(end - start)
+
+    def size(self, digest: str) -> int:
+        return self.path(digest).stat().st_size
+
+    def delete(self, digest: str) -> None:
+        path = self._at(digest)
+        with storage(path):
+            path.unlink(missing_ok=True)
+
+    def where(self, digest: str) -> str:
+        return str(self._at(digest))
+
+    def path(self, digest: str) -> Path:
+        """Where the blob lies; raises StorageError when it is absent."""
+        path = self._at(digest)
+        if not path.is_file():
+            raise self.absent(digest)
+        return path
+
+    def __contains__(self, digest: object) -> bool:
+        return self._at(str(digest)).is_file()
+
+    def _read(self, digest: str) -> bytes:
+        path = self.path(digest)
+        with storage(path):
+            return path.read_bytes()
+
+    def _copy(self, temporary: Path, path: Path) -> None:
+        """A rename cannot cross from one file system to another."""
+        copy = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        with storage(path):
+            try:
+                shutil.copyfile(temporary, copy)
+                copy.chmod(0o600)
+                sync_file(copy)
+                publish(copy, path)
+            except BaseException:
+                copy.unlink(missing_ok=True)
+                raise
+            temporary.unlink()
+
+    def _at(self, digest: str) -> Path:
+        return self._root / digest[:2] / digest
+
+    def _place(self, digest: str) -> Path:
+        folder = self._root / digest[:2]
+        if not folder.is_dir():
+            make_directory(folder)
+            with storage(folder):
+                sync_directory(self._root)
+        return folder / digest
