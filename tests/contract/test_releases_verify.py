@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 import central.federation.grid as grid_module
 from central.cli import main
 from central.journal import Journal
-from central.registry import BlobStore
+from central.registry import DirectoryBlobs
 from protos.lora import encode
 from tests.contract.cohort_loop import KEY, Central, make_increment, make_settings, opened, take_steps
 
@@ -83,7 +83,7 @@ def test_every_release_is_rebuilt_to_the_same_bytes(data: Path, capsys: pytest.C
 def test_deep_needs_the_updates_alone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = releases(data)[-1]
     for release in releases(data)[1:]:
-        BlobStore(data / "blobs").path(release.manifest.payload.digest_sha256).unlink()
+        DirectoryBlobs(data / "blobs").path(release.manifest.payload.digest_sha256).unlink()
     assert run(last.manifest.label) == 1, "its parent is not there"
     assert "Restore" in capsys.readouterr().out
     assert run(last.release_id[:8], "--deep", "--json") == 0
@@ -92,7 +92,7 @@ def test_deep_needs_the_updates_alone(data: Path, capsys: pytest.CaptureFixture[
 
 
 def test_another_update_or_another_key_is_found(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blobs = BlobStore(data / "blobs")
+    blobs = DirectoryBlobs(data / "blobs")
     first = releases(data)[1]
     journal = Journal(f"sqlite:///{data}/journal.db")
     with journal.read() as state:
