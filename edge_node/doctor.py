@@ -44,7 +44,9 @@ class Check:
 async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     """One flat record; raises EnrollmentError when the node is not enrolled."""
     identity = Identity.load(settings.data_dir)
-    store = ReleaseStore(settings.data_dir, identity, await asyncio.to_thread(read_base, settings))
+    store = ReleaseStore(
+        settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
+    )
     active = store.active()
     outbox = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
     counts = ExperienceStore(settings.data_dir / "experience.db").counts()
@@ -154,7 +156,9 @@ async def _check_central(settings: EdgeSettings) -> str:
                 f"{settings.central.address}: {error.code().name}: {error.details()}. Check EDGE_CENTRAL__ADDRESS, the "
                 "network, and that this node is not revoked (`central nodes`)."
             ) from error
-    store = ReleaseStore(settings.data_dir, identity, await asyncio.to_thread(read_base, settings))
+    store = ReleaseStore(
+        settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
+    )
     return f"{settings.central.address} answers; {settings.releases.channel} is {store.check(answer.head).label}"
 
 

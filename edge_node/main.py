@@ -58,7 +58,7 @@ async def enroll(settings: EdgeSettings) -> Identity:
     base = await asyncio.to_thread(read_base, settings)
     if not (settings.data_dir / "identity" / "identity.json").is_file():
         answer = await request_enrollment(settings, base.digest)
-        store = ReleaseStore(settings.data_dir, answer.identity, base)
+        store = ReleaseStore(settings.data_dir, answer.identity, base, settings.releases.max_rank)
         store.clear_leftovers()
         genesis = store.install(answer.genesis, answer.genesis_payload)
         if store.active() is None:
@@ -106,8 +106,9 @@ async def serve(settings: EdgeSettings) -> None:
         identity = await enroll(settings)
         base = await asyncio.to_thread(read_base, settings)
         environments = {spec.name: (spec, load_environment(spec)) for spec in settings.environments}
-        store = ReleaseStore(settings.data_dir, identity, base)
+        store = ReleaseStore(settings.data_dir, identity, base, settings.releases.max_rank)
         store.clear_leftovers()
+        await asyncio.to_thread(store.fit_ranks)
         experience = ExperienceStore(settings.data_dir / "experience.db")
         outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval)
         socket = control_socket(settings.data_dir)
@@ -121,6 +122,7 @@ async def serve(settings: EdgeSettings) -> None:
                 outbox_held=states.count("held"),
                 experiences=experience.counts().examples,
                 problem=uploader.problem,
+                max_release_rank=settings.releases.max_rank or 0,
             )
 
         async with identity.channel(settings) as channel:

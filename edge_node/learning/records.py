@@ -43,6 +43,7 @@ class RoundPlan(Document):
     label: str
     payload_digest: str
     release_rank: int
+    """Rank of the release's prefix on disk that the round starts from; the release's own when whole."""
     cursor: int
     """Experiences up to this feedback."""
     seed: int
@@ -70,6 +71,7 @@ def plan_round(
     number: int,
     node_id: str,
     release: ReleaseManifest,
+    prefix_rank: int | None = None,
     cursor: int,
     max_rank: int | None,
 ) -> RoundPlan:
@@ -81,7 +83,7 @@ def plan_round(
         release_id=release.digest,
         label=release.label,
         payload_digest=release.payload.digest_sha256,
-        release_rank=release.rank,
+        release_rank=release.rank if prefix_rank is None else prefix_rank,
         cursor=cursor,
         seed=seed,
         rank=min(settings.rank, max_rank or settings.rank),

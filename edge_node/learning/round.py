@@ -18,6 +18,7 @@ from edge_node.learning.batches import Lesson
 from edge_node.learning.records import RoundPlan
 from edge_node.learning.training import TrainedRound, train_round
 from edge_node.outbox import Outbox
+from edge_node.releases.peft_directory import directory_rank
 from edge_node.settings import EdgeSettings, EnvironmentSpec
 from protos.lora import encode
 from protos.manifest import Payload, Start, UpdateManifest, sha256_hex, sign
@@ -49,7 +50,7 @@ def run_round(
     trained = train_on_experience(
         plan,
         settings,
-        release_directory(settings.data_dir, plan.release_id),
+        release_directory(settings.data_dir, plan.release_id, plan.release_rank),
         workspace,
         obsolete=lambda: superseded is not None and active() != plan.release_id,
     )
@@ -124,9 +125,14 @@ def anchor_lessons(specs: Sequence[EnvironmentSpec], plan: RoundPlan) -> list[Le
     return lessons
 
 
-def release_directory(data_dir: Path, release_id: str) -> Path:
-    """The PEFT directory of a release; raises LookupError."""
+def release_directory(data_dir: Path, release_id: str, rank: int = 0) -> Path:
+    """The PEFT directory of a release, which must be of that rank where one is given; raises LookupError."""
     path = data_dir / "releases" / "versions" / release_id
     if not (path / "adapter_config.json").is_file():
         raise LookupError(f"Release {release_id[:12]} is not in {path}; the round that starts from it cannot go on.")
+    if rank not in (0, found := directory_rank(path)):
+        raise LookupError(
+            f"Release {release_id[:12]} is in {path} at rank {found}; the round started from rank {rank} and cannot go on: "
+            "EDGE_RELEASES__MAX_RANK was changed."
+        )
     return path

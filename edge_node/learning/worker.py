@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_node.errors import EdgeError, StorageError
+from edge_node.errors import AdapterError, EdgeError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.learning.policy import Signals, decide
 from edge_node.learning.records import RoundPlan, RoundStore, plan_round
+from edge_node.releases.peft_directory import directory_rank
 from edge_node.settings import EdgeSettings, load_settings
 from protos.manifest import ManifestError, ReleaseManifest
 
@@ -41,6 +42,8 @@ class ActiveRelease:
 
     manifest: ReleaseManifest
     label: str
+    rank: int
+    """Of the prefix that is on disk; the release's own when whole."""
 
 
 class Worker:
@@ -95,6 +98,7 @@ class Worker:
             number=last.number + 1 if last else 1,
             node_id=self._node_id,
             release=active.manifest,
+            prefix_rank=active.rank,
             cursor=self._experience.cursor(),
             max_rank=read_max_rank(self._settings.data_dir),
         )
@@ -140,10 +144,10 @@ def read_active(data_dir: Path) -> ActiveRelease | None:
         document = json.loads(path.read_bytes())
         folder = data_dir / "releases" / "versions" / str(document["release_id"])
         manifest = ReleaseManifest.from_bytes((folder / "manifest.json").read_bytes())
-        return ActiveRelease(manifest, str(document["label"]))
+        return ActiveRelease(manifest, str(document["label"]), min(manifest.rank, directory_rank(folder)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, ManifestError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ManifestError, AdapterError) as error:
         raise StorageError(
             f"The active release in {path} cannot be read: {error}. Restart the node's supervisor."
         ) from error

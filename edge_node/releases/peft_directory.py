@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
@@ -57,6 +58,14 @@ def peft_files(release: LoraTensors, module_shapes: Mapping[str, tuple[int, int]
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
         "adapter_config.json": json.dumps(config, indent=1, sort_keys=True).encode(),
     }
+
+
+def directory_rank(folder: Path) -> int:
+    """Rank of the adapter in a PEFT directory; raises AdapterError when it cannot be read."""
+    try:
+        return int(json.loads((folder / "adapter_config.json").read_bytes())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{folder} is not a PEFT directory: {error!r}. The release is downloaded again.") from error
 
 
 def _zeros(module_shapes: Mapping[str, tuple[int, int]]) -> dict[str, LoraModule]:

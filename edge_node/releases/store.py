@@ -2,7 +2,8 @@
 
 In: signed manifests and payload bytes. Out: immutable version directories and the name of the active one. A manifest
 is taken only with central's signature, this node's base and this node's cohort; a payload only when its digest fits.
-A version directory appears whole, by one rename, and is never changed afterwards.
+A version directory appears whole, by one rename, and is never changed while vLLM may read it. Of a release of a larger rank than
+EDGE_RELEASES__MAX_RANK it holds the first pairs (protos/prefix.py), beside the whole payload as central signed it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 
 from edge_node.errors import AdapterError, StorageError
 from edge_node.identity import Identity, sync_directory, write_durably
-from edge_node.releases.peft_directory import peft_files
+from edge_node.releases.peft_directory import directory_rank, peft_files
 from protos.base import BaseModelInfo
 from protos.lora import LoraCodecError, decode
 from protos.manifest import ManifestError, ReleaseManifest, verify
+from protos.prefix import prefix
 from protos.releases.v1 import releases_pb2
 
 log = logging.getLogger(__name__)
@@ -39,10 +41,11 @@ class StoredRelease:
 
 
 class ReleaseStore:
-    """Owner of `releases/` in the data directory."""
+    """Owner of `releases/` in the data directory. `max_rank`: EDGE_RELEASES__MAX_RANK."""
 
-    def __init__(self, data_dir: Path, identity: Identity, base: BaseModelInfo) -> None:
+    def __init__(self, data_dir: Path, identity: Identity, base: BaseModelInfo, max_rank: int | None = None) -> None:
         self._root = data_dir / "releases"
+        self._max_rank = max_rank
         self._identity = identity
         self._base = base
         try:
@@ -57,6 +60,25 @@ class ReleaseStore:
         """Delete what a crash left half made; only for the holder of the data directory, as it may be in the making."""
         for leftover in (self._root / "partial").glob("*.directory"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def fit_ranks(self) -> None:
+        """Make directories of another rank than this node serves now anew, from the payloads beside them.
+
+        Before vLLM and the learner start: an adapter is never replaced under them.
+        """
+        for folder in sorted((self._root / "versions").iterdir()):
+            try:
+                manifest = ReleaseManifest.from_bytes((folder / "manifest.json").read_bytes())
+                if self._rank_fits(manifest, folder):
+                    continue
+                signature = (folder / "signature.bin").read_bytes()
+                payload = (folder / "payload.safetensors").read_bytes()
+                signed = releases_pb2.SignedManifest(manifest=manifest.to_bytes(), signature=signature)
+                rank = directory_rank(self.install(signed, payload).path)
+            except (ManifestError, AdapterError, OSError) as error:  # it counts as not there, and is downloaded again
+                log.warning("release directory not fitted", extra={"path": folder, "why": type(error).__name__})
+                continue
+            log.info("release fitted to another rank", extra={"release": manifest.label, "rank": rank})
 
     def check(self, signed: releases_pb2.SignedManifest) -> ReleaseManifest:
         """The manifest, once signature, base and cohort fit; raises AdapterError."""
@@ -73,16 +95,17 @@ class ReleaseStore:
         return manifest
 
     def get(self, release_id: str) -> StoredRelease | None:
-        """The version on disk, or None; a damaged one counts as not there, so that it is downloaded again."""
+        """The version on disk, or None; a damaged one, or one of another rank, counts as not there: it is downloaded again."""
         path = self._root / "versions" / release_id
         try:
             manifest = ReleaseManifest.from_bytes((path / "manifest.json").read_bytes())
+            fits = self._rank_fits(manifest, path)
         except FileNotFoundError:
             return None
-        except (ManifestError, OSError) as error:
+        except (ManifestError, AdapterError, OSError) as error:
             log.warning("damaged release directory", extra={"path": path, "why": type(error).__name__})
             return None
-        return StoredRelease(release_id, manifest, path)
+        return StoredRelease(release_id, manifest, path) if fits else None
 
     def partial(self, release_id: str) -> Path:
         """Where a download of this release's payload grows; it goes on from there after a cut."""
@@ -106,9 +129,15 @@ class ReleaseStore:
                 f"{manifest.payload.digest_sha256[:12]}. It is downloaded again."
             )
         try:
-            files = peft_files(decode(payload), self._base.module_shapes)
+            whole = decode(payload)
+            served = prefix(whole, min(whole.rank, self._max_rank)).tensors if whole.rank and self._max_rank else whole
+            files = peft_files(served, self._base.module_shapes)
         except LoraCodecError as error:
             raise AdapterError(f"Payload of release {manifest.label} is not usable: {error}") from error
+        if whole.rank != manifest.rank:
+            raise AdapterError(
+                f"Payload of release {manifest.label} has rank {whole.rank}; its manifest says {manifest.rank}. It was not loaded."
+            )
         files |= {
             "payload.safetensors": payload,
             "manifest.json": signed.manifest,
@@ -129,6 +158,10 @@ class ReleaseStore:
                 f"Cannot install release {manifest.label} in {final}: {error.strerror}. Check EDGE_DATA_DIR."
             ) from error
         return StoredRelease(manifest.digest, manifest, final)
+
+    def _rank_fits(self, manifest: ReleaseManifest, folder: Path) -> bool:
+        wanted = manifest.rank if self._max_rank is None else min(manifest.rank, self._max_rank)
+        return min(manifest.rank, directory_rank(folder)) == wanted
 
     def activate(self, release: StoredRelease) -> None:
         """From now on a (re)started vLLM serves this release."""

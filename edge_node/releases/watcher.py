@@ -179,7 +179,8 @@ class ReleaseWatcher:
     async def _obtain(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
         """The release on disk and in vLLM. Head and evaluation may want the same one at once: one after the other."""
         manifest = self._store.check(signed)
-        if manifest.rank > self._settings.serving.max_lora_rank:
+        rank = min(manifest.rank, self._settings.releases.max_rank or manifest.rank)
+        if rank > self._settings.serving.max_lora_rank:
             raise AdapterError(
                 f"Release {manifest.label} has rank {manifest.rank}; this node accepts at most "
                 f"{self._settings.serving.max_lora_rank}. Raise EDGE_SERVING__MAX_LORA_RANK and restart the node."

@@ -28,7 +28,7 @@ from edge_node.learning.worker import Worker
 from edge_node.outbox import Outbox
 from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
-from protos.lora import LoraTensors, decode, encode
+from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import Payload, Start, UpdateManifest, sha256_hex, verify
 from tests.fakes.identity import NODE_ID
 from tests.fakes.node_data import activate, as_environment, make_node, meet
@@ -145,6 +145,30 @@ def test_first_round_from_a_start_is_finished_although_the_node_moved_on(tmp_pat
     activate(settings, tiny_adapter(1), version=1)
     assert worker.step()
     assert [entry.start_release for entry in outbox_of(settings).list()] == [old.digest]
+
+
+def test_round_on_a_prefix_names_its_rank_and_ends_when_the_rank_changes(tmp_path: Path) -> None:
+    settings = make_node(tmp_path, steps=2, rank=2)
+    whole = tiny_adapter(1, rank=4)
+    release = activate(settings, whole, version=1)
+    folder = release_directory(settings.data_dir, release.digest)
+    pairs = {name: LoraModule(m.A[:3].copy(), m.B[:, :3].copy()) for name, m in whole.modules.items()}
+    write_peft(LoraTensors(pairs), folder)
+    meet(settings, release.label, 6)
+    worker = Worker(settings, NODE_ID)
+    assert worker.step()
+    (entry,) = outbox_of(settings).list()
+    start = UpdateManifest.from_bytes(outbox_of(settings).signed(entry.update_id)[0]).start
+    assert (start.release, start.payload, start.prefix_rank) == (release.digest, release.payload.digest_sha256, 3)
+    meet(settings, release.label, 3, first=50)
+    assert worker._next_round() is not None
+    write_peft(whole, folder)
+    assert worker.step()
+    assert len(outbox_of(settings).list()) == 1
+    with sqlite3.connect(settings.data_dir / "learning" / "rounds.db") as rounds:
+        states = rounds.execute("SELECT state, result FROM rounds ORDER BY number").fetchall()
+    assert [state for state, _ in states] == ["finished", "abandoned"]
+    assert "EDGE_RELEASES__MAX_RANK was changed" in states[1][1]
 
 
 def test_round_that_was_handed_over_but_not_recorded_is_not_trained_again(

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from edge_node.errors import AdapterError, StorageError
 from edge_node.identity import Identity
-from edge_node.releases.store import ReleaseStore
+from edge_node.releases.peft_directory import directory_rank
+from edge_node.releases.store import ReleaseStore, StoredRelease
 from protos.base import BaseModelInfo
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, sha256_hex, sign
@@ -166,3 +167,80 @@ def test_a_damaged_active_release_is_named_and_can_be_replaced(
         store.active()
     store.activate(release)
     assert store.active() == release
+
+
+def make_release(rank: int) -> LoraTensors:
+    """Singular pairs in order, as a merge makes them."""
+    rng = np.random.default_rng(1)
+    modules = {}
+    for name, (out_features, in_features) in SHAPES.items():
+        u, s, vt = np.linalg.svd(rng.normal(size=(out_features, in_features)), full_matrices=False)
+        root = np.sqrt(s[:rank])
+        modules[name] = LoraModule(
+            np.ascontiguousarray((root[:, None] * vt[:rank]).astype(np.float32)),
+            np.ascontiguousarray((u[:, :rank] * root).astype(np.float32)),
+        )
+    return LoraTensors(modules)
+
+
+def limited(store: ReleaseStore, max_rank: int | None) -> ReleaseStore:
+    return ReleaseStore(store._root.parent, store._identity, store._base, max_rank)
+
+
+def served_rank(release: StoredRelease) -> int:
+    tensors = load_file(release.path / "adapter_model.safetensors")
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    assert ranks == {directory_rank(release.path)}
+    return ranks.pop()
+
+
+def test_a_node_with_less_room_serves_a_prefix_of_the_signed_release(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+) -> None:
+    whole = make_release(4)
+    payload = encode(whole)
+    signed = make_signed(release_key, payload, rank=4)
+    release = limited(store, 2).install(signed, payload)
+    assert served_rank(release) == 2
+    assert (release.path / "payload.safetensors").read_bytes() == payload, "what was signed stays whole"
+    tensors = load_file(release.path / "adapter_model.safetensors")
+    for name, module in whole.modules.items():
+        product = tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
+        u, s, vt = np.linalg.svd(module.B @ module.A)
+        np.testing.assert_allclose(product, (u[:, :2] * s[:2]) @ vt[:2], atol=1e-5)
+    assert limited(store, 9).install(make_signed(release_key, payload, rank=4, version=2), payload).path != release.path
+    small = encode(make_release(1))
+    assert served_rank(limited(store, 2).install(make_signed(release_key, small, rank=1, version=3), small)) == 1
+
+
+@pytest.mark.parametrize(("before", "after", "rank"), [(2, None, 4), (None, 2, 2), (3, 1, 1)])
+def test_another_rank_is_fitted_at_the_next_start_without_central(
+    before: int | None, after: int | None, rank: int, store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+) -> None:
+    payload, empty = encode(make_release(4)), encode(LoraTensors())
+    old = limited(store, before)
+    release = old.install(make_signed(release_key, payload, rank=4), payload)
+    genesis = old.install(make_signed(release_key, empty, version=0, parent=None, plan=None, rank=0), empty)
+    old.activate(release)
+    (release.path.parent / "unfinished").mkdir()
+    new = limited(store, after)
+    assert new.active() is None, "vLLM may not read it at the old rank"
+    new.fit_ranks()
+    assert new.active() == release
+    assert served_rank(release) == rank
+    assert new.get(genesis.release_id) is not None
+    inode = (release.path / "manifest.json").stat().st_ino
+    new.fit_ranks()
+    assert (release.path / "manifest.json").stat().st_ino == inode, "what fits is not touched"
+
+
+def test_a_payload_of_another_rank_than_its_manifest_says_or_that_has_no_prefixes_is_refused(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+) -> None:
+    payload = encode(make_release(4))
+    with pytest.raises(AdapterError, match="has rank 4; its manifest says 3"):
+        store.install(make_signed(release_key, payload, rank=3), payload)
+    update = make_payload()
+    with pytest.raises(AdapterError, match="not in the form of a release"):
+        limited(store, 1).install(make_signed(release_key, update), update)
+    assert store.newest() == []
