@@ -35,6 +35,8 @@ EVENTS = (
     "evaluation_offered",
     "evaluation_reported",
     "verdict",
+    "promoted",
+    "canary_reported",
     "rolled_back",
 )
 """Each has two points: `journal.<event>.applied` (not on disk yet) and `journal.<event>.stored` (nobody knows yet)."""

@@ -25,6 +25,7 @@ from flwr.serverapp import Grid
 from central.federation.errors import FederationError
 from central.federation.planning import parse_time, plan_merge
 from central.federation.replies import flower_id, request, train_replies
+from central.federation.soaking import SoakWatch
 from central.federation.strategy import CONFIG, REPORT
 from central.journal import (
     EvaluationRecord,
@@ -72,6 +73,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
         self._is_connected = is_connected
         self._clock = clock
         self._started = parse_time(clock())
+        self._soak = SoakWatch(cohort, journal, settings.channels.policy(cohort), is_connected, clock)
         self._run: Any = None
 
     # Flower's seven methods.
@@ -167,6 +169,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
         under_way = next(iter(state.open_plans(self._cohort)), None)
         if under_way is not None:
             return under_way
+        self._soak.look(state)
         plan = plan_merge(state, self._cohort, self._policy, self._clock())
         if plan is None:
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 import central
 from central.journal import MergePlan, PlannedKernel, PlannedUpdate, ReleaseRecord, State, UpdateRecord
@@ -27,27 +28,51 @@ def parse_time(text: str) -> datetime:
 def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> MergePlan | None:
     """The next plan on the cohort's stable head, or None. `now` is RFC 3339 and becomes the plan's `created_at`.
 
-    While a rejected candidate's updates are searched for the one that hurts, parts of it are planned, and nothing else.
+    While a rejected candidate's updates are searched for the one that hurts, parts of it are planned, and nothing else; while a
+    canary is ahead of stable, nothing is.
     """
     head = state.head(cohort)
-    if head is None:
+    if head is None or state.soaking(cohort) is not None:
         return None
     if suspects := state.suspects(cohort):
         rejected = state.plans[state.isolations[cohort].plan_id].plan
         return _plan_part(state, rejected, head, suspects, now)
+    if (base := newer_base(state, head)) is not None:
+        return _plan(head, policy, now, builds_on=base.release_id)
     updates = _due(state.waiting(cohort), policy, parse_time(now))
     if not updates:
         return None
     solutions = latest_solutions(state, head, updates) if policy.resolve else ()
     weight = 1 / (len(updates) + len(solutions))
-    return MergePlan(
-        cohort=cohort,
-        parent=head.release_id,
-        version=head.manifest.version + 1,
-        base=head.manifest.base,
+    return _plan(
+        head,
+        policy,
+        now,
+        builds_on=_base_id(state, head),
         updates=[_planned(update, weight) for update in updates],
         resolve=policy.resolve,
         solutions=[_planned(update, weight) for update in solutions],
+    )
+
+
+def newer_base(state: State, head: ReleaseRecord) -> ReleaseRecord | None:
+    """The stable release of the cohort that this one builds on, where `head` is composed with another and the two were not tried
+    together yet. It is tried without new updates, so that the gate judges one change at a time."""
+    current = state.base_of(head)
+    newest = state.head(current.cohort) if current else None
+    if current is None or newest is None or newest.release_id == current.release_id:
+        return None
+    anybody = any(node.cohort == head.cohort and not node.revoked for node in state.nodes.values())
+    return newest if anybody and (head.release_id, newest.release_id) not in state.compositions else None
+
+
+def _plan(head: ReleaseRecord, policy: MergePolicy, now: str, **fields: Any) -> MergePlan:
+    values = {"updates": [], **fields}
+    return MergePlan(
+        cohort=head.cohort,
+        parent=head.release_id,
+        version=head.manifest.version + 1,
+        base=head.manifest.base,
         strategy=policy.strategy,
         strategy_options=policy.strategy_options,
         rank=policy.rank,
@@ -57,7 +82,13 @@ def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> Merg
         kernel=PlannedKernel(streamed=policy.strategy != REGMEAN, exact_rank=policy.exact_rank),
         software=SOFTWARE,
         created_at=now,
+        **values,
     )
+
+
+def _base_id(state: State, head: ReleaseRecord) -> str | None:
+    base = state.base_of(head)
+    return base.release_id if base else None
 
 
 def latest_solutions(
@@ -83,6 +114,7 @@ def _plan_part(
     solutions = latest_solutions(state, head, suspects) if rejected.resolve else ()
     changed = {
         "parent": head.release_id,
+        "builds_on": _base_id(state, head),
         "version": head.manifest.version + 1,
         "updates": part,
         "left_out": [],

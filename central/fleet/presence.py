@@ -55,6 +55,8 @@ class Presence:
         kept = fleet_pb2.NodeStatus()
         kept.CopyFrom(status)
         kept.problem = kept.problem[:MAX_TEXT]
+        kept.release_problem = kept.release_problem[:MAX_TEXT]
+        kept.channel = kept.channel[:MAX_TEXT]
         kept.serving_release_id = kept.serving_release_id[:MAX_TEXT]
         kept.software_version = kept.software_version[:MAX_TEXT]
         del kept.environments[:]

@@ -18,6 +18,7 @@ import grpc
 from central.fleet.identity import Authenticator, read_peer
 from central.fleet.presence import Presence
 from central.journal import EvaluationRecord, Event, EventKind, Journal, NodeRecord, State
+from central.registry.canary import record_report
 from central.registry.registry import CHANNELS
 from central.registry.service import channel_head, signed_manifest
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -64,10 +65,10 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         changed = asyncio.Event()
         self._watches[changed] = node.cohort
         self._presence.opened(node.node_id)
-        self._presence.report(node.node_id, request.status)
         log.info("node connected", extra={"node_id": node.node_id, "cohort": node.cohort})
         told: set[str] = set()
         try:
+            await self._told(node, request.status)
             while not self._closing:
                 changed.clear()
                 node = await asyncio.to_thread(self._authenticator.enrolled, read_peer(context))
@@ -89,8 +90,21 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         self, request: fleet_pb2.ReportStatusRequest, context: Context
     ) -> fleet_pb2.ReportStatusResponse:
         node = await self._authenticator.node(context)
-        self._presence.report(node.node_id, request.status)
+        await self._told(node, request.status)
         return fleet_pb2.ReportStatusResponse()
+
+    async def _told(self, node: NodeRecord, status: fleet_pb2.NodeStatus) -> None:
+        """A node says how it fares: presence keeps it, the journal what concerns a canary."""
+        self._presence.report(node.node_id, status)
+        await asyncio.to_thread(
+            record_report,
+            self._journal,
+            node.node_id,
+            node.cohort,
+            status.channel,
+            status.serving_release_id,
+            status.release_problem,
+        )
 
     def close(self) -> None:
         """End every watch; idempotent."""

@@ -19,6 +19,7 @@ from central import faults
 from central.errors import Reason, Refused
 from central.journal import EventKind, Journal, NewEvent, ReleaseRecord, State, utc_now
 from central.registry.blobs import BlobStore
+from central.registry.canary import promotion
 from central.registry.difference import ModuleDifference, module_differences
 from protos.lora import LoraTensors, decode, encode
 from protos.manifest import Payload, ReleaseManifest, sign
@@ -112,8 +113,7 @@ class Registry:
 
     def promote(self, release_id: str, channel: str, by: str) -> ReleaseRecord:
         """Point `channel` of the release's cohort at an accepted release; raises Refused."""
-        if channel not in CHANNELS:
-            raise _bad_argument(f"Channel {channel!r} is not known. Expected one of {', '.join(CHANNELS)}.")
+        _expect_channel(channel)
         with self._journal.read() as state:
             release = self._get(state, release_id)
             if release.state != "accepted":
@@ -122,33 +122,49 @@ class Registry:
                     Reason.NOT_ACCEPTED,
                     f"Release {release.manifest.label} is {release.state}; only an accepted release can be promoted.",
                 )
-            head = state.head(release.cohort)
-            if channel == "stable" and head is not None and release_id in _ancestors(state, head):
-                raise _bad_argument(
-                    f"Release {release.manifest.label} is an ancestor of the stable head {head.manifest.label}. "
-                    "Use `central releases rollback`, which also says what happens to the updates in between."
-                )
+            _expect_ahead(state, release, channel)
             if state.channels.get((release.cohort, channel)) != release_id:
-                body = {"channel": channel, "by": by}
-                self._journal.append(NewEvent(EventKind.PROMOTED, release.cohort, release_id, body))
+                self._journal.append(promotion(state, release, channel, by))
             return release
 
-    def rollback(self, cohort: str, target: str | None, updates: Literal["requeue", "set_aside"], by: str) -> Rollback:
-        """Return `stable` to `target` (None: the head's parent) and abandon what was built on it since; raises Refused."""
+    def rollback(
+        self,
+        cohort: str,
+        target: str | None,
+        updates: Literal["requeue", "set_aside"],
+        by: str,
+        channel: str = "stable",
+    ) -> Rollback:
+        """Return the channel to `target` (None: its head's parent) and abandon what was built on it since; raises Refused.
+
+        Stable takes a canary that is ahead of it back with it; a canary returns to stable at most.
+        """
+        _expect_channel(channel)
         with self._journal.read() as state:
-            head = state.head(cohort)
-            if head is None:
+            stable = state.head(cohort)
+            if stable is None:
                 raise unknown_cohort(state, cohort)
+            head = stable if channel == "stable" else state.soaking(cohort)
+            if head is None:
+                raise _bad_argument(
+                    f"Cohort {cohort!r} has no canary ahead of the stable head {stable.manifest.label}. To return stable to "
+                    "an earlier release, leave --channel out."
+                )
             goal = target or head.manifest.parent
             lineage = _ancestors(state, head)
+            if channel != "stable":
+                lineage = lineage[: lineage.index(stable.release_id) + 1]
             if goal is None or goal not in lineage:
                 expected = ", ".join(state.releases[ancestor].manifest.label for ancestor in lineage) or "none"
                 raise _bad_argument(
-                    f"Cohort {cohort!r} cannot return to {goal or 'a release before the base'}: it is not an ancestor of "
-                    f"the stable head {head.manifest.label}. Ancestors: {expected}."
+                    f"The {channel} channel of cohort {cohort!r} cannot return to {_name(state, goal)}: it is not an "
+                    f"ancestor of the {channel} head {head.manifest.label}"
+                    f"{'' if channel == 'stable' else ' from stable on'}. Expected one of: {expected}."
                 )
             abandoned = _built_since(state, head, goal, lineage)
             body = {"from_release": head.release_id, "abandoned": abandoned, "updates": updates, "by": by}
+            if channel != "stable":
+                body["channel"] = channel
             self._journal.append(NewEvent(EventKind.ROLLED_BACK, cohort, goal, body))
             return Rollback(state.releases[goal], tuple(abandoned))
 
@@ -189,6 +205,28 @@ def find_release(state: State, text: str, cohort: str | None = None) -> ReleaseR
     return found[0]
 
 
+def _expect_channel(channel: str) -> None:
+    if channel not in CHANNELS:
+        raise _bad_argument(f"Channel {channel!r} is not known. Expected one of {', '.join(CHANNELS)}.")
+
+
+def _expect_ahead(state: State, release: ReleaseRecord, channel: str) -> None:
+    """Channels move forward along one line, so that nothing merged is left beside it; raises Refused."""
+    stable, canary = state.head(release.cohort), state.soaking(release.cohort)
+    name = f"Release {release.manifest.label}"
+    if stable is not None and not state.descends(release, stable):
+        where = "an ancestor of" if state.descends(stable, release) else "not built on"
+        raise _bad_argument(
+            f"{name} is {where} the stable head {stable.manifest.label}. Use `central releases rollback`, which also says "
+            "what happens to the updates in between."
+        )
+    if canary is not None and not state.descends(release, canary):
+        raise _bad_argument(
+            f"{name} lacks what the canary {canary.manifest.label} holds. Promote that one to stable, or take it back with "
+            f"`central releases rollback --cohort {release.cohort} --channel canary`, which says what happens to its updates."
+        )
+
+
 def unknown_cohort(state: State, cohort: str) -> Refused:
     """What an operator is told who names a cohort that is not there."""
     return Refused(
@@ -196,6 +234,10 @@ def unknown_cohort(state: State, cohort: str) -> Refused:
         Reason.UNKNOWN_COHORT,
         f"Cohort {cohort!r} is not known. Expected one of: {', '.join(state.cohorts()) or 'none yet'}.",
     )
+
+
+def _name(state: State, release_id: str | None) -> str:
+    return state.releases[release_id].manifest.label if release_id else "a release before the base"
 
 
 def _ancestors(state: State, release: ReleaseRecord) -> list[str]:

@@ -299,11 +299,19 @@ class ReleaseWatcher:
         except StorageError:  # `_follow` says so
             active = None
         status.serving_release_id = active.release_id if active else ""
+        status.channel = self._settings.releases.channel
+        status.release_problem = self._release_problem()
         status.software_version = __version__
         status.environments.extend(sorted(self._evaluator.environments))
         problems = [f"{source}: {text}" for source, text in sorted(self._problems.items())]
         status.problem = "; ".join([*problems, status.problem] if status.problem else problems)
         return status
+
+    def _release_problem(self) -> str:
+        """Why the channel's head is not served as it should; a canary that does this to a node is not ready for the others."""
+        if self._loaded_generation and self._vllm.generation != self._loaded_generation:
+            return "vLLM was started anew and has not loaded the release yet"
+        return self._problems.get("release", "")
 
     def _note(self, source: str, problem: str) -> None:
         """Remember and log what `source` suffers from; empty: nothing any more."""
