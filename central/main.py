@@ -212,7 +212,10 @@ class Services:
             ReleaseService(rooms.journal, rooms.blobs, authenticator), server
         )
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(
-            OperatorService(rooms.journal, rooms.registry, authenticator, self._presence, rooms.pki.ca_pem), server
+            OperatorService(
+                rooms.journal, rooms.registry, rooms.blobs, authenticator, self._presence, rooms.pki.ca_pem
+            ),
+            server,
         )
         return server
 

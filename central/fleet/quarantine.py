@@ -34,7 +34,9 @@ def quarantine_node(journal: Journal, node_id: str, reason: str, by: str) -> lis
     with journal.read() as state:
         node = _known(state, node_id)
         if node.revoked:
-            raise _refused(f"Node {node_id} is revoked: nothing of it is merged anyway. Quarantine is for enrolled nodes.")
+            raise _refused(
+                f"Node {node_id} is revoked: nothing of it is merged anyway. Quarantine is for enrolled nodes."
+            )
         if not node.quarantine:
             body = {"reason": reason.strip(), "by": by}
             journal.append(NewEvent(EventKind.NODE_QUARANTINED, node.cohort, node_id, body))

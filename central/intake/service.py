@@ -34,6 +34,8 @@ _STATES: dict[UpdateStateName, updates_pb2.UpdateState] = {
     "merged": updates_pb2.UPDATE_STATE_MERGED,
     "superseded": updates_pb2.UPDATE_STATE_SUPERSEDED,
     "set_aside": updates_pb2.UPDATE_STATE_SET_ASIDE,
+    "quarantined": updates_pb2.UPDATE_STATE_QUARANTINED,
+    "forgotten": updates_pb2.UPDATE_STATE_FORGOTTEN,
 }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from central.fleet.presence import NodePresence
 from central.intake.service import update_state
 from central.journal import Event, NodeRecord, ReleaseRecord, State, UpdateRecord
-from central.journal.records import ReleaseStateName
+from central.journal.records import ForgetStateName, ReleaseStateName
+from central.operator.forgetting import Proposal
 from protos.manifest import canonical_json
 from protos.operator.v1 import operator_pb2
 from protos.releases.v1 import releases_pb2
@@ -18,7 +19,16 @@ _RELEASE_STATES: dict[ReleaseStateName, operator_pb2.ReleaseState] = {
     "accepted": operator_pb2.RELEASE_STATE_ACCEPTED,
     "rejected": operator_pb2.RELEASE_STATE_REJECTED,
     "abandoned": operator_pb2.RELEASE_STATE_ABANDONED,
+    "withdrawn": operator_pb2.RELEASE_STATE_WITHDRAWN,
 }
+_FORGET_STATES: dict[ForgetStateName, operator_pb2.ForgetState] = {
+    "ordered": operator_pb2.FORGET_STATE_ORDERED,
+    "planned": operator_pb2.FORGET_STATE_PLANNED,
+    "done": operator_pb2.FORGET_STATE_DONE,
+    "rejected": operator_pb2.FORGET_STATE_REJECTED,
+    "failed": operator_pb2.FORGET_STATE_FAILED,
+}
+_METHODS = {"replay": operator_pb2.FORGET_METHOD_REPLAY, "subtract": operator_pb2.FORGET_METHOD_SUBTRACT}
 
 
 def node_message(node: NodeRecord, presence: NodePresence) -> operator_pb2.Node:
@@ -30,6 +40,7 @@ def node_message(node: NodeRecord, presence: NodePresence) -> operator_pb2.Node:
         connected=presence.connected and not node.revoked,
         last_seen=presence.last_seen,
         status=presence.status,
+        quarantine=node.quarantine,
     )
 
 
@@ -84,6 +95,31 @@ def release_message(state: State, release: ReleaseRecord) -> operator_pb2.Releas
             for report in reports
         ],
         verdict=release.verdict.text if release.verdict else "",
+    )
+
+
+def forget_message(state: State, proposal: Proposal) -> operator_pb2.ForgetOrder:
+    order = proposal.order
+    ordered = order.order_id in state.forgets
+    plan = state.plans[order.plan_id] if order.plan_id else None
+    made = state.releases[plan.candidate] if plan and plan.candidate else None
+    verdict = made.verdict.text if made and made.verdict else ""
+    return operator_pb2.ForgetOrder(
+        order_id=order.order_id if ordered else "",
+        cohort=order.cohort,
+        node_id=order.node_id,
+        state=_FORGET_STATES[order.state] if ordered else operator_pb2.FORGET_STATE_PROPOSED,
+        method=_METHODS[order.method],
+        in_release=[update_message(update) for update in proposal.in_release],
+        unreleased=[update_message(update) for update in proposal.unreleased],
+        exactness=proposal.exactness,
+        merges=proposal.merges,
+        candidate=made.manifest.label if made else "",
+        verdict=order.reason or verdict,
+        accept_loss=order.accept_loss,
+        by=order.by,
+        at=order.at,
+        holders=proposal.holders,
     )
 
 

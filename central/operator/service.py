@@ -15,12 +15,15 @@ import grpc
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
+from central.fleet.quarantine import quarantine_node, release_node
 from central.fleet.revocation import revoke_node, unknown_node
 from central.fleet.tokens import create_token, expect_sensible
 from central.journal import Journal, NodeRecord, ReleaseRecord, State
+from central.operator.contributions import requeue, set_aside
+from central.operator.forgetting import describe, order_forget, propose_forget
 from central.operator.lineage import diff_releases, explain_release
-from central.operator.listing import event_message, node_message, release_message, update_message
-from central.registry import Registry
+from central.operator.listing import event_message, forget_message, node_message, release_message, update_message
+from central.registry import BlobStore, Registry
 from central.registry.registry import unknown_cohort
 from protos.operator.v1 import operator_pb2, operator_pb2_grpc
 
@@ -35,16 +38,27 @@ _CHOICES: dict[int, Literal["requeue", "set_aside"]] = {
     operator_pb2.ABANDONED_UPDATES_REQUEUE: "requeue",
     operator_pb2.ABANDONED_UPDATES_SET_ASIDE: "set_aside",
 }
+_METHODS: dict[int, Literal["replay", "subtract"]] = {
+    operator_pb2.FORGET_METHOD_REPLAY: "replay",
+    operator_pb2.FORGET_METHOD_SUBTRACT: "subtract",
+}
 
 
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     """Served on the mutual-TLS port."""
 
     def __init__(
-        self, journal: Journal, registry: Registry, authenticator: Authenticator, presence: Presence, ca_pem: bytes
+        self,
+        journal: Journal,
+        registry: Registry,
+        blobs: BlobStore,
+        authenticator: Authenticator,
+        presence: Presence,
+        ca_pem: bytes,
     ) -> None:
         self._journal = journal
         self._registry = registry
+        self._blobs = blobs
         self._authenticator = authenticator
         self._presence = presence
         self._ca_pem = ca_pem
@@ -143,6 +157,51 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
 
         return operator_pb2.ListUpdatesResponse(updates=await self._ask(context, list_updates))
 
+    async def RequeueUpdates(
+        self, request: operator_pb2.RequeueUpdatesRequest, context: Context
+    ) -> operator_pb2.RequeueUpdatesResponse:
+        updates = await self._ask(context, lambda by: requeue(self._journal, self._blobs, request.updates, by))
+        return operator_pb2.RequeueUpdatesResponse(updates=map(update_message, updates))
+
+    async def SetAsideUpdates(
+        self, request: operator_pb2.SetAsideUpdatesRequest, context: Context
+    ) -> operator_pb2.SetAsideUpdatesResponse:
+        updates = await self._ask(context, lambda by: set_aside(self._journal, request.updates, request.reason, by))
+        return operator_pb2.SetAsideUpdatesResponse(updates=map(update_message, updates))
+
+    async def QuarantineNode(
+        self, request: operator_pb2.QuarantineNodeRequest, context: Context
+    ) -> operator_pb2.QuarantineNodeResponse:
+        updates = await self._ask(
+            context, lambda by: quarantine_node(self._journal, request.node_id, request.reason, by)
+        )
+        return operator_pb2.QuarantineNodeResponse(updates=map(update_message, updates))
+
+    async def ReleaseNode(
+        self, request: operator_pb2.ReleaseNodeRequest, context: Context
+    ) -> operator_pb2.ReleaseNodeResponse:
+        updates = await self._ask(context, lambda by: release_node(self._journal, request.node_id, by))
+        return operator_pb2.ReleaseNodeResponse(updates=map(update_message, updates))
+
+    async def Forget(self, request: operator_pb2.ForgetRequest, context: Context) -> operator_pb2.ForgetResponse:
+        def forget(by: str) -> operator_pb2.ForgetOrder:
+            work = propose_forget if request.dry_run else order_forget
+            wished = _METHODS.get(request.method)
+            proposal = work(self._journal, self._blobs, request.target, wished, request.accept_loss, by)
+            with self._journal.read() as state:
+                return forget_message(state, proposal)
+
+        return operator_pb2.ForgetResponse(order=await self._ask(context, forget))
+
+    async def ListForgets(
+        self, request: operator_pb2.ListForgetsRequest, context: Context
+    ) -> operator_pb2.ListForgetsResponse:
+        def list_forgets(by: str) -> list[operator_pb2.ForgetOrder]:
+            with self._journal.read() as state:
+                return [forget_message(state, describe(state, order)) for order in state.forgets.values()]
+
+        return operator_pb2.ListForgetsResponse(orders=await self._ask(context, list_forgets))
+
     async def ListEvents(
         self, request: operator_pb2.ListEventsRequest, context: Context
     ) -> operator_pb2.ListEventsResponse:
@@ -176,9 +235,13 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             )
         target = self._registry.resolve(request.release, request.cohort).release_id if request.release else None
         done = self._registry.rollback(request.cohort, target, choice, by)
-        return operator_pb2.RollbackReleaseResponse(
-            release=self._message(done.release), abandoned_release_ids=done.abandoned
-        )
+        with self._journal.read() as state:
+            freed = [u for release_id in done.abandoned for u in state.releases[release_id].manifest.updates]
+            return operator_pb2.RollbackReleaseResponse(
+                release=release_message(state, state.releases[done.release.release_id]),
+                abandoned_release_ids=done.abandoned,
+                updates=[update_message(state.updates[update_id]) for update_id in freed],
+            )
 
 
 def _expect_cohort(state: State, cohort: str) -> None:

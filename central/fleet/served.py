@@ -1,0 +1,26 @@
+"""Where releases serve, durably: one event whenever a node says that it serves another release than before.
+
+In: what nodes say of themselves. Out: journal events. Guarantees: a repeat adds nothing; a node that changes its word all the time
+adds one event per PAUSE_S at most, and its last word is recorded with its next report after that.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from central.journal import EventKind, Journal, NewEvent, utc_now
+
+PAUSE_S = 10.0
+
+
+def record_served(journal: Journal, node_id: str, release_id: str, now: str | None = None) -> None:
+    """Take note that the node serves the release; of no release, or one that is not of its cohort, nothing is recorded."""
+    with journal.read() as state:
+        node, release, before = state.nodes[node_id], state.releases.get(release_id), state.serving.get(node_id)
+        if release is None or release.cohort != node.cohort or node.revoked:
+            return
+        if before is not None:
+            passed = datetime.fromisoformat(now or utc_now()) - datetime.fromisoformat(before.since)
+            if before.release_id == release_id or passed.total_seconds() < PAUSE_S:
+                return
+        journal.append(NewEvent(EventKind.RELEASE_SERVED, node.cohort, release_id, {"node_id": node_id}))
