@@ -2,7 +2,7 @@
 
 In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server TLS for enrolment. The cast:
 
-    DataLock        one central per data directory
+    DataLock        one central per data directory; WriterLock: one per journal, wherever its database is
     Journal         the only truth (journal/)
     Pki             keys and certificates (fleet/)
     BlobStore       payloads; Registry: releases and channels (registry/)
@@ -15,7 +15,6 @@ Guarantee: a kill at any point loses nothing that was acknowledged; the next sta
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import signal
@@ -24,14 +23,13 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
 from central import faults
 from central.cohorts import CohortThreads
-from central.durable import make_directory, storage
-from central.errors import ListenError, SettingsError, StorageError
+from central.data_lock import DataLock
+from central.errors import ListenError, SettingsError
 from central.fleet.enrollment import EnrollmentService
 from central.fleet.identity import Authenticator
 from central.fleet.pki import Pki
@@ -40,7 +38,7 @@ from central.fleet.service import HEARTBEAT_S, FleetService
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
 from central.intake.service import UpdateService
-from central.journal import Journal
+from central.journal import Journal, WriterLock
 from central.operator.service import OperatorService
 from central.registry import BlobStore, Registry, open_blobs
 from central.registry.service import ReleaseService
@@ -103,6 +101,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     """Open everything on disk, recovering what a kill left; `stack` closes it again. Blocks."""
     base = _read_base(settings)
     stack.enter_context(DataLock(settings.data_dir))
+    stack.enter_context(WriterLock(settings.journal_url))
     pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
     blobs = open_blobs(settings)
     blobs.prepare()
@@ -112,30 +111,6 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     _expect_same_base(journal, base)
     registry = Registry(journal, blobs, pki.release_key, base.digest)
     return Rooms(base, journal, pki, blobs, registry, partial)
-
-
-class DataLock:
-    """Held while central runs; a second central on the same data directory gets StorageError."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._path = data_dir / "central.lock"
-        self._descriptor = -1
-
-    def __enter__(self) -> DataLock:
-        make_directory(self._path.parent)
-        with storage(self._path):
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self._descriptor)
-                raise StorageError(
-                    f"Another central runs on {self._path.parent}. Stop it first, or set CENTRAL_DATA_DIR to another place."
-                ) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
 
 
 class Services:

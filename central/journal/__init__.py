@@ -3,6 +3,7 @@
 from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
 from central.journal.isolation import Isolation
 from central.journal.journal import Journal, verify_journal
+from central.journal.lock import WriterLock
 from central.journal.plan import LeftOut, MergePlan, PlannedKernel, PlannedUpdate
 from central.journal.records import (
     CanaryReport,
@@ -45,6 +46,7 @@ __all__ = [
     "TrainOfferRecord",
     "UpdateRecord",
     "VerdictRecord",
+    "WriterLock",
     "utc_now",
     "verify_journal",
 ]

@@ -250,7 +250,7 @@ def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
 def _open(url: str, read_only: bool = False) -> sa.Engine:
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed)
+        return sa.create_engine(parsed, pool_pre_ping=True)  # a database that was restarted costs no event
     if parsed.database in (None, "", ":memory:"):
         raise StorageError(
             "CENTRAL_JOURNAL__URL names a database in memory. Expected a file, which survives a restart."

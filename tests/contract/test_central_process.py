@@ -13,9 +13,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from central.data_lock import DataLock
+from central.errors import StorageError
 from central.fleet.pki import Pki
 from central.journal import Journal
-from central.main import DataLock, StorageError
 from central.settings import CentralSettings
 from protos.base import read_base_model
 from tests.contract import central_harness as harness
