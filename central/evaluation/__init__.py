@@ -1,6 +1,18 @@
-"""Evaluation: paired counts that nodes measured and earlier marks enter; a verdict with its reasons leaves. No I/O."""
+"""Evaluation: paired counts that nodes measured and earlier verdicts enter; a verdict with its reasons leaves. No I/O."""
 
-from central.evaluation.counts import PairedCounts, pool
-from central.evaluation.gate import Gate, Mark, Verdict, high_water
+from central.evaluation.counts import Outcomes, PairedCounts, pool
+from central.evaluation.gate import Evidence, Figures, Gate, Standing, Verdict, open_environments
+from central.evaluation.high_water import high_water
 
-__all__ = ["Gate", "Mark", "PairedCounts", "Verdict", "high_water", "pool"]
+__all__ = [
+    "Evidence",
+    "Figures",
+    "Gate",
+    "Outcomes",
+    "PairedCounts",
+    "Standing",
+    "Verdict",
+    "high_water",
+    "open_environments",
+    "pool",
+]

@@ -1,58 +1,70 @@
-"""The gate: is any environment worse than before? A candidate need not be good, only not worse.
+"""The gate: is any environment worse than it was at its best? A candidate need not be good, only not worse.
 
-In: paired counts per environment, high-water marks, tolerances. Out: a verdict with counts, p-values and a text.
+In: per environment the paired counts so far, the release they compare with, what was spent at earlier looks. Out: per environment
+figures with a standing; from these a verdict with its reasons, or which environments need more tasks. No I/O.
 
-The rule. For environment e with n pairs let b = tasks that only the reference passed, c = tasks that only the candidate
-passed, k = tasks the candidate passed, t = the tolerance of e in points / 100, and h the high-water mark: the highest pass
-rate on e that an accepted release of this cohort surely had, measured in an earlier accepted verdict (as candidate or as
-reference), "surely" being the exact one-sided lower confidence bound (Clopper-Pearson) at 1 - alpha:
-    P(X >= x) = alpha, X ~ Binomial(m, h), for x passes of m tasks. Two ways to fall:
+The rule, for an environment with n pairs so far: b = tasks that only the reference passed, c = tasks that only the candidate
+passed, t = its tolerance and m = the margin, both in points / 100. The reference is the environment's high-water release.
 
-1. Below the reference. fall = (b - c) / n > t, and the one-sided exact McNemar test is significant:
-       p_reference = P(X >= b), X ~ Binomial(b + c, 1/2).
-2. Below the high-water mark. k / n < h - t, and the one-sided exact binomial test at the tolerated rate is significant:
-       p_mark = P(X <= k), X ~ Binomial(n, h - t).
+    fell        (b - c) / n > t, and b is significantly more than half of b + c (exact McNemar test)
+    fine        the loss is surely below t + m (Tango's score test of non-inferiority)
+    undecided   neither: it is asked more tasks, until there are `max_tasks` or no more
 
-Every p-value of the verdict (one per environment, a second where there is a mark) goes through Holm's step-down
-correction: with M of them in ascending order, the i-th is significant when p_(i) <= alpha / (M - i + 1) and all before it were. So
-with M true null hypotheses the chance that any test errs is at most alpha; the tolerance makes it smaller still.
-The candidate is accepted when no environment fell. The mark keeps losses within the tolerance from adding up over releases.
+One fallen environment rejects the candidate. Otherwise it is accepted when no environment is undecided and can still be asked. What
+stays undecided after its last task did not fall significantly, so it does not reject either; the verdict's text names it.
 
-Sources: McNemar 1947 (exact form); Clopper and Pearson 1934; Holm 1979, "A simple sequentially rejective multiple test
-procedure". Departure: the mark is the best of several measurements, so taking the measured rate itself would reject one
-unchanged candidate in 25 (simulated: ten releases, three environments, 60 tasks); with the bound it is below one in 100.
+Errors. Each environment has alpha to spend over its looks, for either test: at a look the share
+    (n - n at the look before) / max_tasks,   at the last look all that is left,
+that is the spending function alpha * n / max_tasks (Lan and DeMets 1983, "Discrete sequential boundaries for clinical trials",
+in its linear form) with increments used as they are: by the union bound they need no joint distribution. p / share then goes through
+Holm's correction over the environments. So the chance that any environment without a loss is said to have fallen, at any look,
+is at most alpha, whatever the looks were; and the chance that one which lost t + m or more is said to be fine is at most alpha each.
+With k > 1 attempts the first answers (pass^1) and all k (pass^k; Yao et al. 2024, tau-bench, arXiv:2406.12045) are two tests of
+an environment: both go through the correction, either can fall, both must be fine.
+`max_tasks` = the first look's tasks is a single look with all of alpha.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
-from central.evaluation.counts import PairedCounts
+from central.evaluation.counts import Outcomes, PairedCounts
+from central.evaluation.high_water import is_better
+from central.evaluation.paired_tests import holm, mcnemar, non_inferiority
 
-NEGLIGIBLE = 1e-18
-"""Part of the largest term of a sum below which a term changes nothing."""
+Figures = Mapping[str, Any]
+"""What was found of one environment, as stored in the journal: JSON values only."""
+
+
+class Standing(StrEnum):
+    FELL = "fell"
+    FINE = "fine"
+    UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A measurement of one environment, and the release that was measured."""
+class Evidence:
+    """What is known of one environment at one look."""
 
-    passed: int
-    total: int
-    release: str
-
-    def sure_rate(self, alpha: float) -> float:
-        """Pass rate that the release surely had (see the module's docstring)."""
-        return _lower_bound(self.passed, self.total, alpha)
+    counts: PairedCounts
+    reference: str
+    """Id of the release that the candidate was compared with."""
+    label: str = ""
+    """Its label, for the text."""
+    spent: float = 0.0
+    """Share of alpha that earlier looks spent."""
+    last: bool = True
+    """No more tasks can come."""
+    fallback_reason: str = ""
+    """Why the reference is not the high-water release; empty otherwise."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """environments: per environment the counts and figures; high_water: the marks that the decision was made against."""
+    """environments: figures by environment; high_water: the releases that the decision compared with."""
 
     accepted: bool
     text: str
@@ -62,178 +74,115 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Gate:
-    """alpha: level of the family of tests; the tolerances are in points (percent of tasks)."""
+    """alpha: level of the family of tests; tolerances and margin are in points (percent of tasks)."""
 
     alpha: float
     tolerance_points: float
     anchor_tolerance_points: float
-    environments: Mapping[str, float]
+    environments: Mapping[str, float] = field(default_factory=dict)
     """Tolerance by environment name; wins over both above."""
+    margin_points: float = 3.0
+    max_tasks: int = 1
+    """Tasks per environment, over all nodes, after which there is no further look."""
 
-    def decide(self, pooled: Sequence[PairedCounts], marks: Mapping[str, Mark]) -> Verdict:
-        """The verdict on one candidate (rule in the module's docstring); accepts when `pooled` is empty."""
-        rates = {name: mark.sure_rate(self.alpha) for name, mark in marks.items()}
-        tests = [test for counts in pooled for test in self._tests(counts, rates)]
+    def look(self, evidence: Sequence[Evidence], settled: Mapping[str, Figures] | None = None) -> dict[str, Figures]:
+        """Figures by environment, sorted; `settled` are environments that an earlier look found fine, kept as they are."""
+        kept = dict(settled or {})
+        tests: dict[tuple[str, int], float] = {}
+        for item in evidence:
+            share = self._share(item)
+            for measure, outcomes in enumerate(_measures(item.counts)):
+                p = mcnemar(outcomes.only_reference, outcomes.only_candidate)
+                tests[item.counts.environment, measure] = p / share if share > 0 else 2.0
+        # An environment that is settled is still one of those that the error is spread over.
+        for name, figures in kept.items():
+            tests |= {(name, measure): 2.0 for measure in range(2 if "every_attempt" in figures else 1)}
         significant = holm(tests, self.alpha)
-        findings = [self._finding(counts, rates, tests, significant) for counts in pooled]
-        fell = [found.counts.environment for found in findings if found.below_reference or found.below_mark]
-        head = f"rejected: {', '.join(fell)} fell" if fell else "accepted: no environment fell"
+        found = {item.counts.environment: self._figures(item, significant) for item in evidence}
+        return dict(sorted((kept | found).items()))
+
+    def verdict(self, found: Mapping[str, Figures]) -> Verdict | None:
+        """The verdict on one candidate; None while an undecided environment can be asked more tasks and none has fallen."""
+        fell = [name for name, figures in found.items() if figures["standing"] == Standing.FELL]
+        if not fell and open_environments(found):
+            return None
+        unsure = [name for name, figures in found.items() if figures["standing"] == Standing.UNDECIDED]
+        sentences = [f"rejected: {', '.join(fell)} fell" if fell else "accepted: no environment fell"]
+        if unsure and not fell:
+            sentences.append(f"Too few tasks to be sure of {', '.join(unsure)}")
+        sentences += [_line(name, figures) for name, figures in found.items()]
         return Verdict(
             accepted=not fell,
-            text=". ".join([head, *(found.line() for found in findings)]) + ".",
-            environments={found.counts.environment: found.to_json() for found in findings},
-            high_water={
-                name: {"passed": mark.passed, "total": mark.total, "release": mark.release, "rate": rates[name]}
-                for name, mark in sorted(marks.items())
-            },
+            text=". ".join(sentences) + ".",
+            environments={name: dict(figures) for name, figures in found.items()},
+            high_water={name: {"release": figures["reference"]} for name, figures in found.items()},
         )
 
-    def _tests(self, counts: PairedCounts, rates: Mapping[str, float]) -> list[_Test]:
-        name = counts.environment
-        only = counts.only_reference + counts.only_candidate
-        tests = [_Test(name, "reference", binomial_tail(counts.only_reference, only, 0.5))]
-        if name in rates:
-            tolerated = max(rates[name] - self._tolerance(counts), 0.0)
-            # P(X <= k) of Binomial(n, q) is P(n - X >= n - k), and n - X ~ Binomial(n, 1 - q).
-            failed = counts.total - counts.candidate_passed
-            tests.append(_Test(name, "mark", binomial_tail(failed, counts.total, 1 - tolerated)))
-        return tests
+    def _figures(self, item: Evidence, significant: set[tuple[str, int]]) -> Figures:
+        counts, tolerance = item.counts, self._tolerance(item.counts)
+        share, margin = self._share(item), min(tolerance + self.margin_points / 100, 0.99)
+        fell, fine, figures = False, True, []
+        for measure, outcomes in enumerate(_measures(counts)):
+            p_fine = non_inferiority(outcomes.only_reference, outcomes.only_candidate, outcomes.total, margin)
+            fell |= outcomes.fall > tolerance and (counts.environment, measure) in significant
+            fine &= p_fine <= self.alpha * share
+            p = mcnemar(outcomes.only_reference, outcomes.only_candidate)
+            figures.append({"fall_points": round(100 * outcomes.fall, 3), "p_reference": p, "p_fine": p_fine})
+        document = counts.to_json()
+        if counts.every_attempt is not None:
+            document["every_attempt"] |= figures[1]
+        return {
+            **document,
+            **figures[0],
+            "reference": item.reference,
+            "reference_label": item.label,
+            "fallback_reason": item.fallback_reason,
+            "tolerance_points": round(100 * tolerance, 3),
+            "margin_points": round(100 * margin, 3),
+            "standing": str(Standing.FELL if fell else Standing.FINE if fine else Standing.UNDECIDED),
+            "better": is_better(counts.first, counts.every_attempt),
+            "spent": item.spent + share,
+            "last": self._is_last(item),
+        }
 
-    def _finding(
-        self,
-        counts: PairedCounts,
-        rates: Mapping[str, float],
-        tests: Sequence[_Test],
-        significant: set[tuple[str, str]],
-    ) -> _Finding:
-        name, tolerance = counts.environment, self._tolerance(counts)
-        p = {test.against: test.p for test in tests if test.environment == name}
-        fall = (counts.only_reference - counts.only_candidate) / counts.total
-        short = rates[name] - counts.candidate_passed / counts.total if name in rates else 0.0
-        return _Finding(
-            counts=counts,
-            tolerance=tolerance,
-            fall=fall,
-            p_reference=p["reference"],
-            mark=rates.get(name),
-            p_mark=p.get("mark"),
-            below_reference=fall > tolerance and (name, "reference") in significant,
-            below_mark=short > tolerance and (name, "mark") in significant,
-        )
+    def _share(self, item: Evidence) -> float:
+        until_now = 1.0 if self._is_last(item) else item.counts.total / self.max_tasks
+        return max(until_now - item.spent, 0.0)
+
+    def _is_last(self, item: Evidence) -> bool:
+        return item.last or item.counts.total >= self.max_tasks
 
     def _tolerance(self, counts: PairedCounts) -> float:
         default = self.anchor_tolerance_points if counts.anchor else self.tolerance_points
         return self.environments.get(counts.environment, default) / 100
 
 
-def high_water(verdicts: Iterable[tuple[str, str, Mapping[str, Mapping[str, Any]]]], alpha: float) -> dict[str, Mark]:
-    """Highest mark per environment from accepted verdicts: (candidate id, reference id, Verdict.environments) each."""
-    best: dict[str, tuple[float, Mark]] = {}
-    for candidate, reference, environments in verdicts:
-        for name, figures in environments.items():
-            total, both = int(figures["total"]), int(figures["both"])
-            for mark in (
-                Mark(both + int(figures["only_candidate"]), total, candidate),
-                Mark(both + int(figures["only_reference"]), total, reference),
-            ):
-                rate = mark.sure_rate(alpha)
-                if name not in best or rate > best[name][0]:
-                    best[name] = (rate, mark)
-    return {name: mark for name, (_, mark) in best.items()}
+def open_environments(found: Mapping[str, Figures]) -> list[str]:
+    """Environments that need more tasks and can be asked them."""
+    return [name for name, item in found.items() if item["standing"] == Standing.UNDECIDED and not item["last"]]
 
 
-@lru_cache(maxsize=4096)
-def _lower_bound(passed: int, total: int, alpha: float) -> float:
-    """Clopper-Pearson one-sided lower bound at confidence 1 - alpha, by bisection."""
-    low, high = 0.0, passed / total
-    for _ in range(40):
-        middle = (low + high) / 2
-        if binomial_tail(passed, total, middle) > alpha:
-            high = middle
-        else:
-            low = middle
-    return low
+def _measures(counts: PairedCounts) -> Iterator[Outcomes]:
+    yield counts.first
+    if counts.every_attempt is not None:
+        yield counts.every_attempt
 
 
-@dataclass(frozen=True)
-class _Test:
-    environment: str
-    against: str
-    p: float
+def _line(name: str, figures: Figures) -> str:
+    text = f"{'anchor ' if figures['anchor'] else ''}{name}: {_counts(figures, figures['total'])}"
+    if "every_attempt" in figures:
+        text += f", all {figures['attempts']} attempts {_counts(figures['every_attempt'], figures['total'])}"
+    text += (
+        f" (against {figures['reference_label'] or figures['reference'][:8]}, tolerance {figures['tolerance_points']:g} points, "
+        f"{figures['nodes']} node{'s' if figures['nodes'] > 1 else ''}), {figures['standing']}"
+    )
+    if figures["fallback_reason"]:
+        text += f"; not against its high-water release, because {figures['fallback_reason'].rstrip('.')}"
+    return text
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """What the tests say of one environment; rates and falls are fractions."""
-
-    counts: PairedCounts
-    tolerance: float
-    fall: float
-    p_reference: float
-    mark: float | None
-    p_mark: float | None
-    below_reference: bool
-    below_mark: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.counts.to_json(),
-            "fall_points": round(100 * self.fall, 3),
-            "tolerance_points": round(100 * self.tolerance, 3),
-            "p_reference": self.p_reference,
-            "p_mark": self.p_mark,
-            "below_reference": self.below_reference,
-            "below_mark": self.below_mark,
-        }
-
-    def line(self) -> str:
-        counts = self.counts
-        text = (
-            f"{'anchor ' if counts.anchor else ''}{counts.environment}: {counts.reference_passed} -> "
-            f"{counts.candidate_passed} of {counts.total} (only reference {counts.only_reference}, only candidate "
-            f"{counts.only_candidate}, p {self.p_reference:.2g}, tolerance {100 * self.tolerance:g} points, "
-            f"{counts.nodes} node{'s' if counts.nodes > 1 else ''}"
-        )
-        if self.mark is not None:
-            text += f"; high-water mark {100 * self.mark:.1f} %, p {self.p_mark:.2g}"
-        text += ")"
-        if self.below_reference:
-            text += ", significantly below the reference"
-        if self.below_mark:
-            text += ", significantly below the high-water mark"
-        return text
-
-
-def holm(tests: Sequence[_Test], alpha: float) -> set[tuple[str, str]]:
-    """(environment, against) of the tests that are significant after Holm's correction."""
-    significant: set[tuple[str, str]] = set()
-    for index, test in enumerate(sorted(tests, key=lambda test: test.p)):
-        if test.p > alpha / (len(tests) - index):
-            break
-        significant.add((test.environment, test.against))
-    return significant
-
-
-def binomial_tail(k: int, n: int, p: float) -> float:
-    """P(X >= k) for X ~ Binomial(n, p), summed from its largest term on: no overflow, and terms below 1e-18 of it are left out."""
-    if k <= 0:
-        return 1.0
-    if p <= 0 or k > n:
-        return 0.0
-    if p >= 1:
-        return 1.0
-    top, odds = max(k, int((n + 1) * p)), p / (1 - p)
-    logarithm = math.lgamma(n + 1) - math.lgamma(top + 1) - math.lgamma(n - top + 1)
-    largest = math.exp(logarithm + top * math.log(p) + (n - top) * math.log1p(-p))
-    terms = [1.0]
-    for i in range(top, n):
-        terms.append(terms[-1] * odds * (n - i) / (i + 1))
-        if terms[-1] < NEGLIGIBLE:
-            break
-    term = 1.0
-    for i in range(top, k, -1):
-        term *= i / ((n - i + 1) * odds)
-        if term < NEGLIGIBLE:
-            break
-        terms.append(term)
-    return min(1.0, largest * math.fsum(terms))
+def _counts(outcomes: Figures, total: int) -> str:
+    both, b, c = outcomes["both"], outcomes["only_reference"], outcomes["only_candidate"]
+    return (
+        f"{both + b} -> {both + c} of {total} (only reference {b}, only candidate {c}, p {outcomes['p_reference']:.2g})"
+    )

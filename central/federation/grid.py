@@ -6,7 +6,7 @@ pulls the same replies again until that plan is decided; a grid sees one cohort 
 
     push_messages(TRAIN)      -> train_offered, once: it stands for the cohort, whoever joins later
     pull_messages(train)      -> waits for the merge policy -> merge_planned -> one reply per update, by digest
-    push_messages(EVALUATE)   -> evaluation_offered, unless an offer for that candidate is still open
+    push_messages(EVALUATE)   -> evaluation_offered, unless an offer for that look at the candidate is still open
     pull_messages(evaluate)   -> waits for the reports or the deadline -> one reply per report, an error per abstention
 """
 
@@ -23,6 +23,7 @@ from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, MessageType, Rec
 from flwr.serverapp import Grid
 
 from central.federation.errors import FederationError
+from central.federation.looks import Ask, is_result, offers_of, reports_of_look
 from central.federation.planning import parse_time, plan_merge
 from central.federation.replies import flower_id, request, train_replies
 from central.federation.soaking import SoakWatch
@@ -142,6 +143,11 @@ class JournalGrid(Grid):  # type: ignore[misc]
         """Wait until the cohort has a node that is not revoked; False when stopped."""
         return self._wait(lambda state: bool(_nodes(state, self._cohort)), None) is not None
 
+    @property
+    def stopped(self) -> bool:
+        """Central stops: what was pulled may not be all there is."""
+        return self._stop.is_set()
+
     def now(self) -> str:
         """The present time, RFC 3339 UTC."""
         return self._clock()
@@ -181,67 +187,71 @@ class JournalGrid(Grid):  # type: ignore[misc]
     # Evaluate.
 
     def _offer_evaluation(self, messages: list[Message]) -> str:
-        config = messages[0].content[CONFIG]
-        candidate, reference = str(config["candidate"]), str(config["reference"])
+        ask = Ask.from_json(str(messages[0].content[CONFIG]["look"]))
         asked = {message.metadata.dst_node_id for message in messages}
         with self._journal.read() as state:
-            earlier = _offers(state, candidate, reference)
-            if earlier and (not self._expired(earlier[-1]) or self._enough(state, earlier)):
+            earlier = offers_of(state, ask.candidate, ask.look)
+            # Only the first look has a quorum to meet: what a later one lacks, the verdict does without.
+            if earlier and (ask.look > 1 or not self._expired(earlier[-1]) or self._enough(state, earlier)):
                 return earlier[-1].offer_id
             if earlier:
                 log.warning(
                     "quorum not met, evaluation offered again",
-                    extra={"cohort": self._cohort, "candidate": candidate, "offers": len(earlier)},
+                    extra={"cohort": self._cohort, "candidate": ask.candidate, "offers": len(earlier)},
                 )
-            answered = {node for node, report in _reports(state, earlier).items() if _is_result(report)}
-            deadline = parse_time(self._clock()) + timedelta(seconds=self._gate.deadline_s)
+            answered = {node for node, report in reports_of_look(state, earlier).items() if is_result(report)}
+            deadline = parse_time(self._clock()) + timedelta(seconds=self._deadline_s(ask.tasks))
             body = {
-                "candidate": candidate,
-                "reference": reference,
-                "tasks": int(config["tasks"]),
+                **ask.to_body(),
                 "deadline_at": deadline.isoformat(timespec="microseconds").replace("+00:00", "Z"),
                 "nodes": [
-                    node for node in _nodes(state, self._cohort) if flower_id(node) in asked and node not in answered
+                    node
+                    for node in _nodes(state, self._cohort)
+                    if flower_id(node) in asked and node not in answered and (ask.nodes is None or node in ask.nodes)
                 ],
             }
             offer_id = uuid.uuid4().hex
             self._journal.append(NewEvent(EventKind.EVALUATION_OFFERED, self._cohort, offer_id, body))
             return offer_id
 
+    def _deadline_s(self, tasks: int) -> float:
+        return self._gate.deadline_s * max(1.0, tasks / self._gate.tasks)
+
     def _pull_reports(self, offer_id: str, timeout_s: float | None) -> list[Message]:
         with self._journal.read() as state:
             offer = state.evaluations[offer_id]
 
         def complete(state: State) -> bool:
-            offers = _offers(state, offer.candidate, offer.reference)
-            missing = set(state.evaluations[offer_id].nodes) - set(_reports(state, offers))
+            offers = offers_of(state, offer.candidate, offer.look)
+            missing = set(state.evaluations[offer_id].nodes) - set(reports_of_look(state, offers))
             everybody = not any(
                 self._worth_waiting(node, offer) for node in _nodes(state, self._cohort) if node in missing
             )
-            return self._expired(offer) or (everybody and self._enough(state, offers)) or _closed(state, offer)
+            enough = offer.look > 1 or self._enough(state, offers)
+            return self._expired(offer) or (everybody and enough) or _closed(state, offer)
 
         if self._wait(complete, timeout_s) is None:
             return []
         with self._journal.read() as state:
-            reports = _reports(state, _offers(state, offer.candidate, offer.reference))
+            reports = reports_of_look(state, offers_of(state, offer.candidate, offer.look))
             version = state.releases[offer.candidate].manifest.version
         return [self._reply(report, version) for report in reports.values()]
 
     def _worth_waiting(self, node_id: str, offer: EvaluationRecord) -> bool:
         """A node that is away gets the grace to come back, counted anew after a restart of central."""
-        offered = parse_time(offer.deadline_at) - timedelta(seconds=self._gate.deadline_s)
+        offered = parse_time(offer.deadline_at) - timedelta(seconds=self._deadline_s(offer.tasks))
         grace_over = max(offered, self._started) + timedelta(seconds=self._gate.absent_grace_s)
         return self._is_connected(node_id) or parse_time(self._clock()) < grace_over
 
     def _reply(self, report: EvaluationReport, version: int) -> Message:
         asked = request(MessageType.EVALUATE, report.node_id, version)
-        if not _is_result(report):
+        if not is_result(report):
             return Message(Error(ABSTAINED, report.abstain_reason or "no results"), reply_to=asked)
         fields = {"node_id": report.node_id, "results": canonical_json([dict(result) for result in report.results])}
         return Message(RecordDict({REPORT: ConfigRecord(fields)}), reply_to=asked)
 
     def _enough(self, state: State, offers: list[EvaluationRecord]) -> bool:
-        return sum(map(_is_result, _reports(state, offers).values())) >= self._gate.quorum
+        return sum(map(is_result, reports_of_look(state, offers).values())) >= self._gate.quorum
 
     def _expired(self, offer: EvaluationRecord) -> bool:
         return parse_time(self._clock()) >= parse_time(offer.deadline_at)
@@ -275,24 +285,6 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
 def _nodes(state: State, cohort: str) -> list[str]:
     return [node.node_id for node in state.nodes.values() if node.cohort == cohort and not node.revoked]
-
-
-def _offers(state: State, candidate: str, reference: str) -> list[EvaluationRecord]:
-    return [o for o in state.evaluations.values() if (o.candidate, o.reference) == (candidate, reference)]
-
-
-def _reports(state: State, offers: list[EvaluationRecord]) -> dict[str, EvaluationReport]:
-    """The report of every node that is not revoked over all offers; a result stays when a later offer gets an abstention."""
-    found: dict[str, EvaluationReport] = {}
-    for offer in offers:
-        for node_id, report in sorted(offer.reports.items()):
-            if not state.nodes[node_id].revoked and (node_id not in found or not _is_result(found[node_id])):
-                found[node_id] = report
-    return found
-
-
-def _is_result(report: EvaluationReport) -> bool:
-    return bool(report.results) and not report.abstain_reason
 
 
 def _closed(state: State, offer: EvaluationRecord) -> bool:

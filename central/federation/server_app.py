@@ -17,15 +17,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from central import faults
-from central.evaluation import Gate, Mark, Verdict, high_water, pool
+from central.evaluation import Verdict
+from central.federation.composition import build_payload, standing_of
+from central.federation.deciding import Deciding
 from central.federation.errors import FederationError, StrategyFailed, UnusableUpdate
 from central.federation.grid import JournalGrid
-from central.federation.replies import merge_replies
 from central.federation.stock import make_strategy
-from central.federation.strategy import ProductMean, reports_of
+from central.federation.strategy import ProductMean
 from central.federation.trial import check_strategy
 from central.journal import EventKind, Journal, JournalConflict, NewEvent, PlanRecord, State, utc_now
 from central.registry import BlobStore, Registry
+from central.registry.canary import promotion
 from central.settings import CentralSettings
 
 log = logging.getLogger(__name__)
@@ -72,10 +74,10 @@ class CohortLoop:
         self._registry = registry
         self._blobs = blobs
         self._policy = settings.merge.policy(cohort)
+        self._channel = settings.channels.policy(cohort).first
         self._max_rank = settings.limits.max_rank
         self._settings = settings.gate
-        gate = settings.gate
-        self._gate = Gate(gate.alpha, gate.tolerance_points, gate.anchor_tolerance_points, gate.environments)
+        self._deciding = Deciding(journal, settings.gate)
 
     def step(self, grid: JournalGrid) -> None:
         """Take the cohort's next plan (waiting for it if there is none) as far as its verdict; returns early when stopped."""
@@ -92,7 +94,9 @@ class CohortLoop:
             if planned.candidate is None:
                 self._build(strategy, planned, replies)
             else:
-                self._decide(strategy, planned, planned.candidate, grid)
+                verdict = self._deciding.decide(strategy, planned, planned.candidate, grid)
+                if verdict is not None:
+                    self._record(planned.candidate, verdict)
         except JournalConflict as error:
             # A rollback or an operator's decision cancelled the plan while it was worked on; the state says what is next.
             log.warning(
@@ -101,7 +105,9 @@ class CohortLoop:
 
     def _build(self, strategy: ProductMean, planned: PlanRecord, replies: Iterable[Message]) -> None:
         try:
-            merged = merge_replies(strategy, planned.plan.version, replies)
+            with self._journal.read() as state:
+                standing = standing_of(state, planned.plan)
+            merged = build_payload(planned.plan, standing, strategy, self._blobs, replies)
         except UnusableUpdate as error:
             self._set_aside([error.update_id], error)
             return
@@ -112,7 +118,12 @@ class CohortLoop:
             return
         faults.reach("merge.computed")
         candidate = self._registry.add_candidate(
-            planned.plan_id, merged.data, merged.truncation_error, merged.server_state
+            planned.plan_id,
+            merged.data,
+            merged.truncation_error,
+            merged.server_state,
+            merged.own,
+            merged.own_truncation_error,
         )
         log.info(
             "candidate built",
@@ -124,40 +135,13 @@ class CohortLoop:
             },
         )
 
-    def _decide(self, strategy: ProductMean, planned: PlanRecord, candidate: str, grid: JournalGrid) -> None:
-        if self._settings.quorum == 0:
-            text = "accepted without evaluation: CENTRAL_GATE__QUORUM is 0."
-            self._record(candidate, Verdict(True, text, {}, {}))
-            return
-        reference = planned.plan.parent
-        config = ConfigRecord({"candidate": candidate, "reference": reference, "tasks": self._settings.tasks})
-        if not grid.wait_for_node():
-            return
-        offers = grid.push_messages(strategy.configure_evaluate(planned.plan.version, ArrayRecord(), config, grid))
-        replies = list(grid.pull_messages(offers))
-        reports = reports_of(replies)
-        if len(reports) < self._settings.quorum:
-            return  # stopped, or too few results by the deadline: the next step offers again, and the grid logs it
-        log.info(
-            "evaluation complete",
-            extra={
-                "cohort": self._cohort,
-                "release": candidate,
-                "pass_rates": dict(strategy.aggregate_evaluate(planned.plan.version, replies) or {}),
-                "abstained": [reply.error.reason for reply in replies if reply.has_error()],
-            },
-        )
-        with self._journal.read() as state:
-            marks = _marks(state, self._cohort, self._settings.alpha)
-        self._record(candidate, self._gate.decide(pool(reports), marks))
-
     def _record(self, candidate: str, verdict: Verdict) -> None:
         # One transaction. A rollback meanwhile has cancelled the plan, and the journal then refuses the verdict.
         with self._journal.read() as state:
             isolate = not verdict.accepted and self._can_isolate(state, candidate)
             events = [self._event(EventKind.VERDICT, candidate, {**vars(verdict), "isolate": isolate})]
             if verdict.accepted:
-                events.append(self._event(EventKind.PROMOTED, candidate, {"channel": "stable", "by": "gate"}))
+                events.append(promotion(state, state.releases[candidate], self._channel, "gate"))
             self._journal.append(*events)
         log.info(
             "verdict",
@@ -184,15 +168,3 @@ class CohortLoop:
 
     def _event(self, kind: EventKind, subject: str, body: dict[str, Any]) -> NewEvent:
         return NewEvent(kind, self._cohort, subject, body)
-
-
-def _marks(state: State, cohort: str, alpha: float) -> dict[str, Mark]:
-    """High-water marks from the verdicts of the cohort's accepted releases; abandoned ones no longer count."""
-    return high_water(
-        [
-            (release.release_id, release.manifest.parent or "", release.verdict.environments)
-            for release in state.releases.values()
-            if release.cohort == cohort and release.state == "accepted" and release.verdict is not None
-        ],
-        alpha,
-    )

@@ -16,6 +16,7 @@ from central.journal import ReleaseRecord, State
 from central.operator.listing import release_message, update_message
 from central.registry.difference import ModuleDifference
 from protos.operator.v1 import operator_pb2
+from protos.releases.v1 import releases_pb2
 
 
 def explain_release(
@@ -109,8 +110,9 @@ def _environments(release: ReleaseRecord) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _finding(name: str, figures: Mapping[str, Any]) -> operator_pb2.EnvironmentFinding:
-    p_mark = figures["p_mark"]
-    return operator_pb2.EnvironmentFinding(
+    # Verdicts from before there were high-water releases have a mark instead of what begins with `reference`.
+    p_mark = figures.get("p_mark")
+    found = operator_pb2.EnvironmentFinding(
         environment=name,
         anchor=figures["anchor"],
         both_passed=figures["both"],
@@ -122,8 +124,26 @@ def _finding(name: str, figures: Mapping[str, Any]) -> operator_pb2.EnvironmentF
         tolerance_points=figures["tolerance_points"],
         p_reference=figures["p_reference"],
         p_mark=1.0 if p_mark is None else p_mark,
-        fell=figures["below_reference"] or figures["below_mark"],
+        fell=figures.get("standing") == "fell"
+        or figures.get("below_reference", False)
+        or figures.get("below_mark", False),
+        reference_id=figures.get("reference", ""),
+        standing=figures.get("standing", ""),
+        p_fine=figures.get("p_fine", 1.0),
+        better=figures.get("better", False),
+        fallback_reason=figures.get("fallback_reason", ""),
+        attempts=figures.get("attempts", 1),
     )
+    if every := figures.get("every_attempt"):
+        outcomes = releases_pb2.PairedOutcomes(
+            both_passed=every["both"],
+            only_reference_passed=every["only_reference"],
+            only_candidate_passed=every["only_candidate"],
+            neither_passed=every["neither"],
+        )
+        tests = {key: every[key] for key in ("fall_points", "p_reference", "p_fine")}
+        found.every_attempt.CopyFrom(operator_pb2.EveryAttemptFinding(outcomes=outcomes, **tests))
+    return found
 
 
 def _module(module: ModuleDifference) -> operator_pb2.ModuleChange:

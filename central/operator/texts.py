@@ -62,13 +62,25 @@ def difference(answer: operator_pb2.DiffReleasesResponse) -> Iterator[str]:
 
 
 def _finding(found: operator_pb2.EnvironmentFinding) -> str:
-    total = found.both_passed + found.only_reference_passed + found.only_candidate_passed + found.neither_passed
-    return (
-        f"  {'anchor ' if found.anchor else ''}{found.environment}: "
-        f"{_rate(found.both_passed + found.only_reference_passed, total)} -> "
-        f"{_rate(found.both_passed + found.only_candidate_passed, total)}, {found.nodes} nodes"
-        f"{', fell' if found.fell else ''}"
-    )
+    counts = (found.both_passed, found.only_reference_passed, found.only_candidate_passed, found.neither_passed)
+    text = f"  {'anchor ' if found.anchor else ''}{found.environment}: {_rates(*counts)}"
+    if found.HasField("every_attempt"):
+        every = found.every_attempt.outcomes
+        counts = (every.both_passed, every.only_reference_passed, every.only_candidate_passed, every.neither_passed)
+        text += f", all of {found.attempts} attempts {_rates(*counts)}"
+    if found.reference_id:
+        text += f", against {found.reference_id[:8]}"
+        if found.fallback_reason:
+            text += f" (its high-water release could not be used: {found.fallback_reason})"
+    text += f", {found.nodes} nodes"
+    # Old verdicts only say whether it fell.
+    standing = found.standing or ("fell" if found.fell else "")
+    return f"{text}{f', {standing}' if standing else ''}{', better than ever' if found.better else ''}"
+
+
+def _rates(both: int, only_reference: int, only_candidate: int, neither: int) -> str:
+    total = both + only_reference + only_candidate + neither
+    return f"{_rate(both + only_reference, total)} -> {_rate(both + only_candidate, total)}"
 
 
 def _change(module: operator_pb2.ModuleChange) -> str:

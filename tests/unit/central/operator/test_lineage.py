@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from central.evaluation import Gate, PairedCounts
+from central.evaluation import Evidence, Gate, PairedCounts
 from central.fleet.presence import NodePresence, Presence
 from central.journal import EventKind, Journal, NewEvent
 from central.operator.client import plain
@@ -18,7 +18,7 @@ from protos.fleet.v1 import fleet_pb2
 from protos.manifest import ReleaseManifest
 from tests.unit.central import builders as make
 
-GATE = Gate(0.05, 5.0, 10.0, {})
+GATE = Gate(0.05, 5.0, 10.0)
 
 
 class World:
@@ -44,7 +44,7 @@ class World:
         updates = [make.make_update(parent, node, 10 * self.sequence + n) for n, node in enumerate(nodes)]
         plan = make.make_plan(parent, *updates)
         candidate = make.make_candidate(plan)
-        verdict = GATE.decide([PairedCounts("acme", False, passes, 1, 2, 10)], {})
+        verdict = GATE.verdict(GATE.look([Evidence(PairedCounts("acme", False, passes, 1, 2, 10), parent.digest)]))
         decided = NewEvent(EventKind.VERDICT, "shared", candidate.digest, dict(vars(verdict)))
         made = [make.planned(plan), make.built(candidate), decided, make.promoted(candidate)]
         return candidate, [*map(make.admitted, updates), *made]
@@ -70,7 +70,8 @@ def test_explain_names_updates_verdict_channels_and_nodes(world: World) -> None:
     assert [(part["node_id"], part["weight"]) for part in told["contributions"]] == [("a-1", 0.5), ("b-2", 0.5)]
     (found,) = told["environments"]
     assert (found["environment"], found["both_passed"], found["only_candidate_passed"]) == ("acme", 30, 2)
-    assert (found["fell"], found["p_mark"], found["tolerance_points"]) == (False, 1.0, 5.0)
+    assert (found["fell"], found["standing"], found["tolerance_points"]) == (False, "fine", 5.0)
+    assert found["reference_id"] == world.genesis.digest
     (period,) = told["periods"]
     (next_period,) = world.explain(second)["periods"]
     assert (period["channel"], period["by"]) == ("stable", "tests")

@@ -1,0 +1,78 @@
+"""From a candidate to its verdict: offer a look, wait for its reports, ask the gate, look again or decide.
+
+In: an undecided plan with a candidate. Out: a verdict, or None when the next step has to go on. Guarantees: a look is an offer
+in the journal before any node hears of it; nothing is held between steps, so `kill -9` at any point resumes the same look.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import ArrayRecord, ConfigRecord
+
+from central.evaluation import Gate, Verdict
+from central.federation.grid import JournalGrid
+from central.federation.looks import Ask, current_look, evidence, is_result, next_look, offers_of, reports_of_look
+from central.federation.strategy import ProductMean
+from central.journal import Journal, PlanRecord
+from central.settings import GateSettings
+
+log = logging.getLogger(__name__)
+
+
+class Deciding:
+    """One per cohort's loop."""
+
+    def __init__(self, journal: Journal, settings: GateSettings) -> None:
+        self._journal = journal
+        self._settings = settings
+        self._gate = Gate(
+            settings.alpha,
+            settings.tolerance_points,
+            settings.anchor_tolerance_points,
+            settings.environments,
+            settings.margin_points,
+            max(settings.tasks, settings.max_tasks),
+        )
+
+    def decide(self, strategy: ProductMean, planned: PlanRecord, candidate: str, grid: JournalGrid) -> Verdict | None:
+        """Take the candidate one look further; None: stopped, too few results, or a further look was offered."""
+        if self._settings.quorum == 0:
+            return Verdict(True, "accepted without evaluation: CENTRAL_GATE__QUORUM is 0.", {}, {})
+        if not grid.wait_for_node():
+            return None
+        with self._journal.read() as state:
+            ask = current_look(state, candidate, planned.plan.parent, self._settings)
+        replies = list(grid.pull_messages(self._offer(strategy, planned, ask, grid)))
+        if grid.stopped:
+            return None
+        log.info(
+            "look complete",
+            extra={
+                "release": candidate,
+                "look": ask.look,
+                "pass_rates": dict(strategy.aggregate_evaluate(planned.plan.version, replies) or {}),
+                "abstained": [reply.error.reason for reply in replies if reply.has_error()],
+            },
+        )
+        with self._journal.read() as state:
+            if state.releases[candidate].state != "candidate":
+                return None  # decided elsewhere, for example by a rollback of its parent
+            results = sum(map(is_result, reports_of_look(state, offers_of(state, candidate, 1)).values()))
+            if results < self._settings.quorum:
+                return None  # the next step offers the first look again, and the grid logs it
+            found = self._gate.look(*evidence(state, candidate))
+            verdict = self._gate.verdict(found)
+            further = None if verdict else next_look(state, candidate, found, self._settings)
+        if further is not None:
+            self._offer(strategy, planned, further, grid)
+            log.info(
+                "undecided, asking more tasks",
+                extra={"release": candidate, "look": further.look, "environments": sorted(further.suites)},
+            )
+        return verdict
+
+    def _offer(self, strategy: ProductMean, planned: PlanRecord, ask: Ask, grid: JournalGrid) -> list[str]:
+        config = ConfigRecord({"look": ask.to_json()})
+        messages = strategy.configure_evaluate(planned.plan.version, ArrayRecord(), config, grid)
+        return list(grid.push_messages(messages))
