@@ -100,7 +100,8 @@ class Worker:
             release=active.manifest,
             prefix_rank=active.rank,
             cursor=self._experience.cursor(),
-            max_rank=read_max_rank(self._settings.data_dir),
+            max_rank=read_offer(self._settings.data_dir, "max_rank"),
+            gram_rank=read_offer(self._settings.data_dir, "gram_rank") or 0,
         )
         self._rounds.begin(plan)
         return plan
@@ -153,10 +154,10 @@ def read_active(data_dir: Path) -> ActiveRelease | None:
         ) from error
 
 
-def read_max_rank(data_dir: Path) -> int | None:
-    """Largest rank that central admits, from its standing offer; None before the first offer."""
+def read_offer(data_dir: Path, key: str) -> int | None:
+    """`max_rank` or `gram_rank` of central's standing offer; None before the first offer, and where it does not say."""
     try:
-        return int(json.loads((data_dir / "releases" / "offer.json").read_bytes())["max_rank"])
+        return int(json.loads((data_dir / "releases" / "offer.json").read_bytes())[key])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -182,9 +182,10 @@ class ReleaseStore:
             ) from error
         return self.get(release_id)
 
-    def keep_offer(self, offer_id: str, max_rank: int) -> None:
+    def keep_offer(self, offer_id: str, max_rank: int, gram_rank: int = 0) -> None:
         """Remember central's standing training offer for the learner."""
-        write_durably(self._root / "offer.json", json.dumps({"offer_id": offer_id, "max_rank": max_rank}).encode())
+        document = {"offer_id": offer_id, "max_rank": max_rank, "gram_rank": gram_rank}
+        write_durably(self._root / "offer.json", json.dumps(document).encode())
 
     def newest(self) -> list[StoredRelease]:
         """Every version on disk, the newest (by the time it was installed) first."""

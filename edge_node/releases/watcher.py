@@ -127,7 +127,7 @@ class ReleaseWatcher:
             self._head = event.head.head
             self._head_changed.set()
         elif kind == "train":
-            self._store.keep_offer(event.train.offer_id, event.train.max_rank)
+            self._store.keep_offer(event.train.offer_id, event.train.max_rank, event.train.gram_rank)
         elif kind == "evaluation" and self._settings.releases.evaluate:
             self._enqueue(event.evaluation)
 
