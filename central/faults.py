@@ -25,7 +25,7 @@ INTAKE = (
     "intake.admitted",  # it is in the journal, but the node has no receipt
 )
 BLOBS = ("blob.written", "blob.published")
-MERGE = ("merge.computed", "merge.candidate_kept", "merge.state_kept")
+MERGE = ("merge.computed", "merge.candidate_kept", "merge.state_kept", "merge.own_kept")
 EVENTS = (
     "cohort_created",
     "train_offered",

@@ -109,7 +109,8 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     journal = Journal(settings.journal_url)
     stack.callback(journal.close)
     _expect_same_base(journal, base)
-    registry = Registry(journal, blobs, pki.release_key, base.digest)
+    _expect_same_cohorts(journal, settings)
+    registry = Registry(journal, blobs, pki.release_key, base.digest, settings.builds_on)
     return Rooms(base, journal, pki, blobs, registry, partial)
 
 
@@ -242,6 +243,17 @@ def _expect_same_base(journal: Journal, base: BaseModelInfo) -> None:
             f"The base model at {base.path} has digest {base.digest}; the releases in CENTRAL_DATA_DIR are for {known}. "
             "Point CENTRAL_BASE__PATH at that base model, or CENTRAL_DATA_DIR at a new directory."
         )
+
+
+def _expect_same_cohorts(journal: Journal, settings: CentralSettings) -> None:
+    with journal.read() as state:
+        for cohort in settings.cohorts.keys() & set(state.cohorts()):
+            wanted, made = settings.cohorts[cohort].builds_on, state.builds_on.get(cohort, "none")
+            if wanted != made:
+                raise SettingsError(
+                    f"CENTRAL_COHORTS says that cohort {cohort!r} builds on {wanted}; it was made to build on {made}, and its "
+                    "releases do. Set it back, or make a cohort of another name and enrol the nodes there."
+                )
 
 
 def _try_port(host: str, port: int) -> None:

@@ -216,6 +216,11 @@ class CentralSettings(BaseSettings):
     limits: LimitSettings = LimitSettings()
 
     @property
+    def builds_on(self) -> dict[str, str]:
+        """The cohort that a cohort builds on, by name, without those that build on none."""
+        return {name: cohort.builds_on for name, cohort in self.cohorts.items() if cohort.builds_on != "none"}
+
+    @property
     def journal_url(self) -> str:
         """Where the journal is: the URL of the settings, or the file in the data directory."""
         return self.journal.url or f"sqlite:///{(self.data_dir / 'journal.db').absolute()}"

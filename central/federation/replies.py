@@ -26,12 +26,15 @@ class MergedPayload:
     data: bytes
     truncation_error: float
     server_state: bytes | None = None
+    own: bytes | None = None
+    """The cohort's own product, where the payload is composed with another cohort's release (composition.py)."""
+    own_truncation_error: float = 0.0
 
 
 def train_replies(state: State, planned: PlanRecord) -> list[Message]:
     """One reply per update of the plan, in its order, with the plan's terms."""
     plan = planned.plan
-    parent = state.releases[plan.parent].manifest.payload.digest_sha256
+    parent = state.releases[plan.parent].manifest.own_payload.digest_sha256
     terms = MergeTerms(planned.plan_id, parent, plan.rank, plan.server_step, plan.seed, carried_state(state, plan))
     replies = []
     for update in plan.updates:

@@ -1,7 +1,7 @@
 """Rebuilds releases from their plans and compares them with what was released.
 
 In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload and the updates' payloads go
-through the merge that made the release (replies.py), and the digest must come out again; so must that of its server state.
+through the merge that made the release (composition.py), and the digest must come out again; so must that of its server state.
 
 Guarantee: `identical` means that the release holds its parent and the updates of its plan with the plan's weights, and nothing
 else. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from central.errors import StorageError
+from central.federation.composition import build_payload, standing_of
 from central.federation.errors import FederationError
-from central.federation.replies import MergedPayload, merge_replies, train_replies
+from central.federation.replies import MergedPayload, train_replies
 from central.federation.stock import make_strategy
 from central.federation.strategy import Blobs
 from central.journal import ReleaseRecord, State
@@ -49,11 +50,18 @@ def verify_releases(
     """Findings in the order of the journal; `deep` adds the ancestors of every release."""
     chosen = {release.release_id for release in releases}
     if deep:
-        chosen |= {ancestor.release_id for release_id in tuple(chosen) for ancestor in state.lineage(release_id)}
+        chosen = {ancestor for release_id in chosen for ancestor in _line(state, release_id)}
     rebuilder = _Rebuilder(state, blobs)
     for release in state.releases.values():  # a parent is recorded before its children
         if release.release_id in chosen:
             yield _verify(state, release, rebuilder, release_key_pem)
+
+
+def _line(state: State, release_id: str) -> set[str]:
+    """The release, its ancestors, and the releases of another cohort that they are composed with, with theirs."""
+    line = state.lineage(release_id)
+    bases = {release.manifest.composition.builds_on for release in line if release.manifest.composition}
+    return {release.release_id for release in line}.union(*(_line(state, base) for base in bases))
 
 
 class _Rebuilder:
@@ -67,8 +75,8 @@ class _Rebuilder:
     def rebuild(self, release: ReleaseRecord) -> MergedPayload:
         """Raises FederationError or StorageError when it cannot be rebuilt."""
         merged = self._merge(release)
-        made = [merged.data] if merged.server_state is None else [merged.data, merged.server_state]
-        self._last = {sha256_hex(data): data for data in made}
+        made = (merged.data, merged.server_state, merged.own)
+        self._last = {sha256_hex(data): data for data in made if data is not None}
         return merged
 
     def read(self, digest: str) -> bytes:
@@ -81,7 +89,8 @@ class _Rebuilder:
         planned = self._state.plans[release.plan_id]
         plan = planned.plan
         strategy = make_strategy(plan.strategy, plan.strategy_options, self)
-        merged = merge_replies(strategy, plan.version, train_replies(self._state, planned))
+        replies = train_replies(self._state, planned)
+        merged = build_payload(plan, standing_of(self._state, plan), strategy, self, replies)
         if merged is None:
             raise FederationError(f"{plan.strategy} made nothing of the plan's {len(plan.updates)} updates.")
         return merged
@@ -120,6 +129,15 @@ def _difference(release: ReleaseRecord, merged: MergedPayload, rebuilt: str) -> 
     if merged.truncation_error != manifest.truncation_error:
         return (
             f"the rebuilt truncation error is {merged.truncation_error}, the release says {manifest.truncation_error}"
+        )
+    own = None if merged.own is None else sha256_hex(merged.own)
+    composition = manifest.composition
+    if own != (composition.own.digest_sha256 if composition else None):
+        return f"the rebuilt own product has digest {own}, the release {manifest.own_payload.digest_sha256}"
+    if composition is not None and merged.own_truncation_error != composition.own_truncation_error:
+        return (
+            f"the rebuilt truncation error of the own product is {merged.own_truncation_error}, the release says "
+            f"{composition.own_truncation_error}"
         )
     state = None if merged.server_state is None else sha256_hex(merged.server_state)
     if state != release.server_state:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import grpc
@@ -17,12 +19,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from central import faults
 from central.errors import Reason, Refused
-from central.journal import EventKind, Journal, NewEvent, ReleaseRecord, State, utc_now
+from central.journal import EventKind, Journal, MergePlan, NewEvent, ReleaseRecord, State, utc_now
 from central.registry.blobs import BlobStore
 from central.registry.canary import promotion
 from central.registry.difference import ModuleDifference, module_differences
 from protos.lora import LoraTensors, decode, encode
-from protos.manifest import Payload, ReleaseManifest, sign
+from protos.manifest import Composition, Payload, ReleaseManifest, sign
 
 CHANNELS = ("stable", "canary")
 COHORT_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
@@ -39,13 +41,24 @@ class Rollback:
 
 
 class Registry:
-    """One per central. `base` is the digest of central's base model, `key` signs every manifest."""
+    """One per central. `base` is the digest of central's base model, `key` signs every manifest.
 
-    def __init__(self, journal: Journal, blobs: BlobStore, key: ec.EllipticCurvePrivateKey, base: str) -> None:
+    `builds_on` names the cohort that a cohort builds on; it counts when the cohort is made.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        blobs: BlobStore,
+        key: ec.EllipticCurvePrivateKey,
+        base: str,
+        builds_on: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._journal = journal
         self._blobs = blobs
         self._key = key
         self._base = base
+        self._builds_on = builds_on
 
     def ensure_cohort(self, cohort: str) -> ReleaseRecord:
         """Version 0 of the cohort, made now when the cohort is new; raises Refused for a bad name."""
@@ -55,6 +68,9 @@ class Registry:
                 Reason.BAD_ARGUMENT,
                 f"Cohort {cohort!r} is not a name. Expected 1 to 63 lower-case letters, digits, '.', '_' or '-'.",
             )
+        other = self._builds_on.get(cohort)
+        if other is not None:
+            self.ensure_cohort(other)
         payload = encode(LoraTensors())
         digest = self._blobs.put(payload)
         with self._journal.read() as state:
@@ -71,15 +87,22 @@ class Registry:
                     updates=[],
                     created_at=utc_now(),
                 )
-                self._journal.append(
-                    NewEvent(EventKind.COHORT_CREATED, cohort, manifest.digest, self._signed(manifest))
-                )
+                body = self._signed(manifest) | ({} if other is None else {"builds_on": other})
+                self._journal.append(NewEvent(EventKind.COHORT_CREATED, cohort, manifest.digest, body))
             return state.genesis(cohort)
 
     def add_candidate(
-        self, plan_id: str, payload: bytes, truncation_error: float, server_state: bytes | None = None
+        self,
+        plan_id: str,
+        payload: bytes,
+        truncation_error: float,
+        server_state: bytes | None = None,
+        own: bytes | None = None,
+        own_truncation_error: float = 0.0,
     ) -> ReleaseManifest:
         """Record what the plan's merge made, and its strategy's state for the next; a repeat returns the first candidate.
+
+        `own` is the cohort's own product where `payload` is composed with another cohort's release.
 
         The manifest takes its time from the plan, so the same payload makes the same release id.
         Raises JournalConflict when the plan was cancelled meanwhile, LoraCodecError when the payload is not one.
@@ -90,6 +113,9 @@ class Registry:
         kept = {} if server_state is None else {"server_state": self._blobs.put(server_state)}
         if kept:
             faults.reach("merge.state_kept")
+        kept_own = None if own is None else Payload(digest_sha256=self._blobs.put(own), size_bytes=len(own))
+        if kept_own is not None:
+            faults.reach("merge.own_kept")
         with self._journal.read() as state:
             record = state.plans[plan_id]
             if record.candidate is not None:
@@ -105,6 +131,7 @@ class Registry:
                 rank=rank,
                 truncation_error=truncation_error,
                 updates=[update.update_id for update in plan.updates],
+                composition=_composition(plan, kept_own, own_truncation_error),
                 created_at=plan.created_at,
             )
             body = {"plan_id": plan_id, **self._signed(manifest), **kept}
@@ -203,6 +230,12 @@ def find_release(state: State, text: str, cohort: str | None = None) -> ReleaseR
             "version such as v3-7f3a9c01; `central releases list` shows them."
         )
     return found[0]
+
+
+def _composition(plan: MergePlan, own: Payload | None, truncation_error: float) -> Composition | None:
+    if own is None or plan.builds_on is None:
+        return None
+    return Composition(builds_on=plan.builds_on, own=own, own_truncation_error=truncation_error)
 
 
 def _expect_channel(channel: str) -> None:
