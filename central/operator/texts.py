@@ -61,6 +61,36 @@ def difference(answer: operator_pb2.DiffReleasesResponse) -> Iterator[str]:
         yield f"{found.environment}: {' -> '.join(rates)}"
 
 
+def proposal(order: operator_pb2.ForgetOrder) -> Iterator[str]:
+    """`central forget`: what is or would be done."""
+    whose = f"node {order.node_id}" if order.node_id else "one update"
+    word = "would be forgotten" if order.state == operator_pb2.FORGET_STATE_PROPOSED else "are forgotten"
+    yield f"{whose} of {order.cohort}: {len(order.in_release) + len(order.unreleased)} updates {word}"
+    for update in order.unreleased:
+        yield f"  {update.update_id[:12]} from {update.node_id}: in no release that stable stands on; with the order itself"
+    for update in order.in_release:
+        yield f"  {update.update_id[:12]} from {update.node_id}: in the stable release; with a new release without it"
+    yield f"how: {order.exactness}"
+    if order.in_release:
+        who = f"released whatever the gate finds, as {order.by} says" if order.accept_loss else "the gate decides on it"
+        yield f"the new release: {who}; what others learnt from a release that held it is not taken out"
+    if order.holders:
+        yield f"can no longer be promoted or returned to afterwards: {', '.join(order.holders)}"
+
+
+def progress(order: operator_pb2.ForgetOrder) -> str:
+    """Where an order stands, in one line."""
+    name = f"order {order.order_id[:8]}"
+    if order.state == operator_pb2.FORGET_STATE_ORDERED:
+        return f"{name} waits for the cohort's next merge"
+    if order.state == operator_pb2.FORGET_STATE_PLANNED:
+        made = f"{order.candidate} is made and evaluated" if order.candidate else "the release without it is being made"
+        return f"{name}: {made}"
+    if order.state == operator_pb2.FORGET_STATE_DONE:
+        return f"{name} is done{f': {order.candidate} is released. {order.verdict}' if order.candidate else ''}"
+    return f"{name} {plain(order)['state']}: {order.verdict}"
+
+
 def _finding(found: operator_pb2.EnvironmentFinding) -> str:
     counts = (found.both_passed, found.only_reference_passed, found.only_candidate_passed, found.neither_passed)
     text = f"  {'anchor ' if found.anchor else ''}{found.environment}: {_rates(*counts)}"

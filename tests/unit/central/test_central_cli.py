@@ -12,7 +12,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from central.cli import _parser, _print, main
+from central.cli import _parser, main
+from central.command import print_rows
 from central.errors import REASON_KEY, CentralError
 from central.fleet.pki import Pki
 from central.journal import Journal
@@ -170,7 +171,7 @@ def test_json_may_stand_before_or_after_the_action() -> None:
 
 
 def test_a_nodes_words_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    _print(argparse.Namespace(json=False), [{"problem": "disk\n\x1b[2Jfull"}], ("problem",))
+    print_rows(argparse.Namespace(json=False), [{"problem": "disk\n\x1b[2Jfull"}], ("problem",))
     assert capsys.readouterr().out == "problem\ndisk  [2Jfull\n"
 
 
