@@ -152,6 +152,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
 
 
 def _evaluation(state: State, record: EvaluationRecord, left_s: float) -> fleet_pb2.WatchResponse:
+    references = {*record.references.values()} - {record.reference}
     return fleet_pb2.WatchResponse(
         evaluation=fleet_pb2.EvaluationOffer(
             offer_id=record.offer_id,
@@ -159,5 +160,19 @@ def _evaluation(state: State, record: EvaluationRecord, left_s: float) -> fleet_
             reference=signed_manifest(state.releases[record.reference]),
             tasks=record.tasks,
             deadline_s=min(max(1, int(left_s)), MAX_DEADLINE_S),
+            references=[signed_manifest(state.releases[release]) for release in sorted(references)],
+            suites=[
+                fleet_pb2.EnvironmentSuite(
+                    environment=name,
+                    reference_id=record.references.get(name, ""),
+                    first_task=suite.first_task,
+                    tasks=suite.tasks,
+                )
+                for name in sorted(record.references.keys() | record.suites.keys())
+                if (suite := record.suite(name)) is not None
+            ],
+            only_suites=bool(record.suites),
+            attempts=record.attempts,
+            temperature=record.temperature,
         )
     )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -19,16 +18,12 @@ from central.fleet.identity import Authenticator
 from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord, State
 from central.registry.blobs import BlobStore
 from central.registry.registry import CHANNELS
+from central.registry.reports import MAX_REASON, check_report, check_results, plain_result
 from protos.manifest import CHUNK_BYTES
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
-MAX_ENVIRONMENTS = 256
-MAX_NAME = 128
-MAX_ABSTAIN_REASON = 500
-"""Characters that are kept."""
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
@@ -97,11 +92,7 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
         return release
 
     def _report(self, node: NodeRecord, request: releases_pb2.ReportEvaluationRequest) -> None:
-        if bool(request.results) == bool(request.abstain_reason):
-            raise _bad_report(
-                f"has {len(request.results)} results and abstain reason {request.abstain_reason[:80]!r}. "
-                "Expected either results or a reason."
-            )
+        check_report(request)
         with self._journal.read() as state:
             offer = state.evaluations.get(request.offer_id)
             if offer is None or node.node_id not in offer.nodes:
@@ -117,9 +108,9 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
                     "evaluation came after the verdict", extra={"node_id": node.node_id, "offer_id": offer.offer_id}
                 )
                 return
-            _check_results(request.results, offer.tasks)
-            results = [_plain(result) for result in request.results]
-            reason = request.abstain_reason[:MAX_ABSTAIN_REASON]
+            check_results(request.results, offer)
+            results = [plain_result(result) for result in request.results]
+            reason = request.abstain_reason[:MAX_REASON]
             body = {"node_id": node.node_id, "results": results, "abstain_reason": reason}
             self._journal.append(NewEvent(EventKind.EVALUATION_REPORTED, node.cohort, offer.offer_id, body))
 
@@ -132,43 +123,3 @@ def channel_head(state: State, cohort: str, channel: str) -> ReleaseRecord:
 def signed_manifest(release: ReleaseRecord) -> releases_pb2.SignedManifest:
     """The manifest exactly as it was signed."""
     return releases_pb2.SignedManifest(manifest=release.manifest_bytes, signature=release.signature)
-
-
-def _check_results(results: Sequence[releases_pb2.EnvironmentResult], tasks: int) -> None:
-    """Refuses what no honest evaluation of `tasks` tasks per environment can say."""
-    if len(results) > MAX_ENVIRONMENTS:
-        raise _bad_report(f"has {len(results)} environments. Expected at most {MAX_ENVIRONMENTS}.")
-    seen: set[str] = set()
-    counted = 0
-    for result in results:
-        name = result.environment
-        if not 0 < len(name) <= MAX_NAME or name in seen:
-            raise _bad_report(
-                f"names environment {name[:80]!r} twice or not at all. Expected one result each, named with 1 to "
-                f"{MAX_NAME} characters."
-            )
-        seen.add(name)
-        if not DIGEST.fullmatch(result.tasks_digest):
-            raise _bad_report(f"has tasks digest {result.tasks_digest[:80]!r} for {name!r}. Expected 64 hex digits.")
-        total = result.both_passed + result.only_reference_passed + result.only_candidate_passed + result.neither_passed
-        if total > tasks:
-            raise _bad_report(f"counts {total} tasks of environment {name!r}. Expected at most {tasks}.")
-        counted += total
-    if results and not counted:
-        raise _bad_report("has results without any task. Expected at least one task, or an abstention with its reason.")
-
-
-def _bad_report(problem: str) -> Refused:
-    return Refused(grpc.StatusCode.INVALID_ARGUMENT, Reason.BAD_ARGUMENT, f"The evaluation report {problem}")
-
-
-def _plain(result: releases_pb2.EnvironmentResult) -> dict[str, Any]:
-    return {
-        "environment": result.environment,
-        "tasks_digest": result.tasks_digest,
-        "anchor": result.anchor,
-        "both_passed": result.both_passed,
-        "only_reference_passed": result.only_reference_passed,
-        "only_candidate_passed": result.only_candidate_passed,
-        "neither_passed": result.neither_passed,
-    }
