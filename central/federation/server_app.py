@@ -52,6 +52,12 @@ def run_cohort(
     registry.ensure_cohort(cohort)
     grid = JournalGrid(cohort, journal, settings, stop, is_connected, clock)
     loop = CohortLoop(cohort, journal, registry, blobs, settings)
+    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={"cohort": cohort})
+    make_server_app(loop, stop)(grid, context)
+
+
+def make_server_app(loop: CohortLoop, stop: threading.Event) -> ServerApp:
+    """The app that takes the loop's steps until `stop` is set, on whatever JournalGrid it is started with."""
     app = ServerApp()
 
     @app.main()  # type: ignore[untyped-decorator]
@@ -59,8 +65,7 @@ def run_cohort(
         while not stop.is_set():
             loop.step(grid)
 
-    context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={"cohort": cohort})
-    app(grid, context)
+    return app
 
 
 class CohortLoop:
