@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Message
 
+from central.federation.removal import Steps, steps_of, take_out
 from central.federation.replies import MergedPayload, merge_replies
 from central.federation.strategy import Blobs, ProductMean
 from central.journal import MergePlan, State
@@ -31,21 +32,29 @@ class Standing:
     """What the parent's strategy left for the next merge."""
     other: str | None
     """Payload of the other cohort's release; None in a cohort that builds on none."""
+    removal: Steps | None = None
+    """Of a plan that takes contributions out."""
 
 
 def standing_of(state: State, plan: MergePlan) -> Standing:
     """What the plan stands on."""
     parent = state.releases[plan.parent]
     other = state.releases[plan.builds_on].manifest.payload.digest_sha256 if plan.builds_on else None
-    return Standing(parent.manifest.own_payload.digest_sha256, parent.server_state, other)
+    removal = steps_of(state, plan) if plan.removal else None
+    return Standing(parent.manifest.own_payload.digest_sha256, parent.server_state, other, removal)
 
 
 def build_payload(
     plan: MergePlan, standing: Standing, strategy: ProductMean, blobs: Blobs, replies: Iterable[Message]
 ) -> MergedPayload | None:
-    """The plan's candidate; None without replies to a plan of updates. Raises UnusableUpdate, StrategyFailed."""
+    """The plan's candidate; None without replies to a plan of updates.
+
+    Raises UnusableUpdate or StrategyFailed, and for a removal FederationError.
+    """
     if plan.updates:
         merged = merge_replies(strategy, plan.version, replies)
+    elif standing.removal is not None:
+        merged = take_out(plan, standing.own, standing.removal, blobs)
     else:  # nothing new is merged: the other cohort's release is what changed
         kept = None if standing.server_state is None else blobs.read(standing.server_state)
         merged = MergedPayload(blobs.read(standing.own), 0.0, kept)

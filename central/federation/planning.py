@@ -12,6 +12,7 @@ from typing import Any
 
 import central
 from central.journal import MergePlan, PlannedKernel, PlannedUpdate, ReleaseRecord, State, UpdateRecord
+from central.journal.removal import plan_removal
 from central.settings import MergePolicy
 
 PRODUCT_MEAN, REGMEAN = "product-mean", "regmean"
@@ -28,12 +29,14 @@ def parse_time(text: str) -> datetime:
 def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> MergePlan | None:
     """The next plan on the cohort's stable head, or None. `now` is RFC 3339 and becomes the plan's `created_at`.
 
-    While a rejected candidate's updates are searched for the one that hurts, parts of it are planned, and nothing else; while a
+    What an operator ordered to be forgotten goes first. While a rejected candidate's updates are searched for the one that hurts, parts of it are planned, and nothing else; while a
     canary is ahead of stable, nothing is.
     """
     head = state.head(cohort)
     if head is None or state.soaking(cohort) is not None:
         return None
+    if (removal := _removal(state, head, now)) is not None:
+        return removal
     if suspects := state.suspects(cohort):
         rejected = state.plans[state.isolations[cohort].plan_id].plan
         return _plan_part(state, rejected, head, suspects, now)
@@ -53,6 +56,12 @@ def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> Merg
         resolve=policy.resolve,
         solutions=[_planned(update, weight) for update in solutions],
     )
+
+
+def _removal(state: State, head: ReleaseRecord, now: str) -> MergePlan | None:
+    """What takes the oldest order's contributions out of the head."""
+    orders = [order for order in state.pending_forgets(head.cohort) if order.state == "ordered"]
+    return plan_removal(state, orders[0], head, now, SOFTWARE) if orders else None
 
 
 def newer_base(state: State, head: ReleaseRecord) -> ReleaseRecord | None:

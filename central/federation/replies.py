@@ -8,14 +8,14 @@ goes the same way from the same blobs to the same bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from central.federation.server_state import carried_state
 from central.federation.strategy import COHORT, MERGE, UPDATE, MergeTerms, ProductMean, to_tensors
-from central.journal import PlanRecord, State
+from central.journal import MergePlan, PlanRecord, State
 from protos.lora import encode
 
 
@@ -35,12 +35,20 @@ def train_replies(state: State, planned: PlanRecord) -> list[Message]:
     """One reply per update of the plan, in its order, with the plan's terms."""
     plan = planned.plan
     parent = state.releases[plan.parent].manifest.own_payload.digest_sha256
-    terms = MergeTerms(planned.plan_id, parent, plan.rank, plan.server_step, plan.seed, carried_state(state, plan))
+    senders = {update.update_id: state.updates[update.update_id].manifest.node_id for update in plan.updates}
+    return plan_replies(plan, planned.plan_id, parent, carried_state(state, plan), senders)
+
+
+def plan_replies(
+    plan: MergePlan, plan_id: str, parent: str, server_state: str, senders: Mapping[str, str]
+) -> list[Message]:
+    """The replies of a plan that stands on the own product `parent` and goes on from `server_state`, both digests of blobs."""
+    terms = MergeTerms(plan_id, parent, plan.rank, plan.server_step, plan.seed, server_state)
     replies = []
     for update in plan.updates:
         fields = {"update_id": update.update_id, "payload": update.payload, "weight": update.weight}
         content = RecordDict({UPDATE: ConfigRecord(fields), MERGE: terms.to_record()})
-        sender = state.updates[update.update_id].manifest.node_id
+        sender = senders[update.update_id]
         replies.append(Message(content, reply_to=request(MessageType.TRAIN, sender, plan.version)))
     return replies
 

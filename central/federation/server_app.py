@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from central import faults
+from central.errors import StorageError
 from central.evaluation import Verdict
 from central.federation.composition import build_payload, standing_of
 from central.federation.deciding import Deciding
@@ -25,7 +27,8 @@ from central.federation.grid import JournalGrid
 from central.federation.stock import make_strategy
 from central.federation.strategy import ProductMean
 from central.federation.trial import check_strategy
-from central.journal import EventKind, Journal, JournalConflict, NewEvent, PlanRecord, State, utc_now
+from central.fleet.quarantine import quarantine_events
+from central.journal import EventKind, Journal, JournalConflict, NewEvent, PlanRecord, ReleaseRecord, State, utc_now
 from central.registry import BlobStore, Registry
 from central.registry.canary import promotion
 from central.settings import CentralSettings
@@ -82,6 +85,7 @@ class CohortLoop:
         self._channel = settings.channels.policy(cohort).first
         self._max_rank = settings.limits.max_rank
         self._settings = settings.gate
+        self._quarantine = settings.quarantine
         self._deciding = Deciding(journal, settings.gate)
 
     def step(self, grid: JournalGrid) -> None:
@@ -109,15 +113,20 @@ class CohortLoop:
             )
 
     def _build(self, strategy: ProductMean, planned: PlanRecord, replies: Iterable[Message]) -> None:
+        with self._journal.read() as state:
+            standing = standing_of(state, planned.plan)
         try:
-            with self._journal.read() as state:
-                standing = standing_of(state, planned.plan)
             merged = build_payload(planned.plan, standing, strategy, self._blobs, replies)
         except UnusableUpdate as error:
             self._set_aside([error.update_id], error)
             return
         except StrategyFailed as error:
             self._set_aside([update.update_id for update in planned.plan.updates], error)
+            return
+        except (FederationError, StorageError) as error:
+            if planned.plan.removal is None:
+                raise
+            self._fail_removal(planned.plan.removal.order, error)
             return
         if merged is None:
             return
@@ -143,10 +152,19 @@ class CohortLoop:
     def _record(self, candidate: str, verdict: Verdict) -> None:
         # One transaction. A rollback meanwhile has cancelled the plan, and the journal then refuses the verdict.
         with self._journal.read() as state:
+            release = state.releases[candidate]
+            by = _accepts_loss(state, release) if not verdict.accepted else ""
+            if by:
+                verdict = replace(
+                    verdict, accepted=True, text=f"accepted by {by} in spite of the gate, which {verdict.text}"
+                )
             isolate = not verdict.accepted and self._can_isolate(state, candidate)
-            events = [self._event(EventKind.VERDICT, candidate, {**vars(verdict), "isolate": isolate})]
+            body = {**vars(verdict), "isolate": isolate, **({"loss_accepted_by": by} if by else {})}
+            events = [self._event(EventKind.VERDICT, candidate, body)]
             if verdict.accepted:
-                events.append(promotion(state, state.releases[candidate], self._channel, "gate"))
+                events.append(promotion(state, release, self._channel, by or "gate"))
+            elif len(release.manifest.updates) == 1:
+                events += quarantine_events(state, release.manifest.updates, self._quarantine)
             self._journal.append(*events)
         log.info(
             "verdict",
@@ -171,5 +189,17 @@ class CohortLoop:
         reason = {"reason": str(error)}
         self._journal.append(*(self._event(EventKind.UPDATE_SET_ASIDE, update, reason) for update in update_ids))
 
+    def _fail_removal(self, order_id: str, error: Exception) -> None:
+        # Not tried again and again: nothing else of the cohort would be merged meanwhile.
+        log.error("removal failed", extra={"cohort": self._cohort, "order": order_id, "reason": str(error)})
+        self._journal.append(self._event(EventKind.FORGET_FAILED, order_id, {"reason": str(error)}))
+
     def _event(self, kind: EventKind, subject: str, body: dict[str, Any]) -> NewEvent:
         return NewEvent(kind, self._cohort, subject, body)
+
+
+def _accepts_loss(state: State, release: ReleaseRecord) -> str:
+    """The operator who ordered the removal and takes the loss of skill for it; empty for everything else."""
+    removal = state.plans[release.plan_id].plan.removal if release.plan_id else None
+    order = state.forgets[removal.order] if removal else None
+    return order.by if order and order.accept_loss else ""

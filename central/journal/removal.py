@@ -98,7 +98,8 @@ def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: 
     if not held:
         return None
     line = line_of(state, head, held)
-    last = line.merges[-1].plan
+    left = [record for record in line.merges if any(u.update_id not in line.without for u in record.plan.updates)]
+    last = left[-1].plan if left else line.merges[-1].plan
     base = state.base_of(head)
     linear = order.method == "subtract"
     return MergePlan(
@@ -108,9 +109,9 @@ def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: 
         version=head.manifest.version + 1,
         base=head.manifest.base,
         updates=[],
-        # What the next merge goes on from (server state) is what the last of these merges leaves.
-        strategy=LINEAR if linear else last.strategy,
-        strategy_options={} if linear else last.strategy_options,
+        # The next merge goes on from the server state that the last of these merges leaves.
+        strategy=LINEAR if linear or not left else last.strategy,
+        strategy_options={} if linear or not left else last.strategy_options,
         rank=last.rank,
         server_step=1.0,
         seed=last.seed,
