@@ -94,6 +94,7 @@ class Admission:
                 return []
             check_manifest(state, node, manifest, self._base, self._limits)
             self._check_quota(state, node.cohort, manifest)
+            self._check_kept(state, manifest)
             body = {"manifest": header.manifest.decode(), "signature": signature}
             admitted = NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body)
             return [admitted, *_consequences(state, manifest, node.cohort)]
@@ -121,6 +122,16 @@ class Admission:
         # Deterministic ECDSA (RFC 6979): the same receipt again, whenever it is asked for.
         signature = self._key.sign(body, ec.ECDSA(SHA256(), deterministic_signing=True))
         return updates_pb2.Receipt(body=body, signature=signature)
+
+    def _check_kept(self, state: State, manifest: UpdateManifest) -> None:
+        digest = manifest.payload.digest_sha256
+        if digest in state.collected and digest not in self._blobs:
+            raise Refused(
+                grpc.StatusCode.ABORTED,
+                Reason.WRONG_OFFSET,
+                f"The payload of update {manifest.digest} is the same as an earlier one that retention collected while this one "
+                "came. Start again at byte 0.",
+            )
 
     def _check_quota(self, state: State, cohort: str, manifest: UpdateManifest) -> None:
         waiting = sum(

@@ -8,6 +8,7 @@ from central.journal.plan import LeftOut, MergePlan, PlannedKernel, PlannedUpdat
 from central.journal.records import (
     CanaryReport,
     ChannelChange,
+    CollectedBlob,
     EvaluationRecord,
     EvaluationReport,
     NodeRecord,
@@ -24,6 +25,7 @@ from central.journal.state import State
 __all__ = [
     "CanaryReport",
     "ChannelChange",
+    "CollectedBlob",
     "EvaluationRecord",
     "EvaluationReport",
     "Event",

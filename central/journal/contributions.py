@@ -38,6 +38,8 @@ class Contributions(Transitions):
         node = self.nodes[update.manifest.node_id]
         if node.revoked or node.quarantine:
             raise conflict(event, REVOKED if node.revoked else f"its node is in quarantine: {node.quarantine}")
+        if gone := self.collected.get(update.manifest.payload.digest_sha256):
+            raise conflict(event, f"its payload is gone, {gone.text}")
         self._cancel_plan_of(event, event.subject)
         self._move(event, event.subject, "waiting", ("waiting", "set_aside"))
 

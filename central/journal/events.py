@@ -59,6 +59,8 @@ class EventKind(StrEnum):
     PROMOTED = "promoted"  # release id: channel, by, ends (channels that point nowhere from now on; absent: none)
     CANARY_REPORTED = "canary_reported"  # release id: node_id, condition (serving|trouble|left), problem
     RELEASE_SERVED = "release_served"  # release id: node_id (it says that it serves this one now)
+    BLOBS_COLLECTED = "blobs_collected"  # collection id: blobs [{digest, size_bytes, reason}], by; deleted from then on
+    COLLECTION_FINISHED = "collection_finished"  # collection id: all of them are deleted
     ROLLED_BACK = (
         "rolled_back"  # release id returned to: from_release, abandoned, updates (requeue|set_aside), by, channel
         # (absent: stable)

@@ -12,6 +12,7 @@ from central.journal.isolation import Isolation
 from central.journal.records import (
     CanaryReport,
     ChannelChange,
+    CollectedBlob,
     EvaluationRecord,
     ForgetRecord,
     NodeRecord,
@@ -48,6 +49,8 @@ class Records:
         self.forgets: dict[str, ForgetRecord] = {}
         self.serving: dict[str, ServedPeriod] = {}
         self.served: dict[str, tuple[ServedPeriod, ...]] = {}
+        self.collected: dict[str, CollectedBlob] = {}
+        self.collections: dict[str, tuple[str, ...]] = {}
         self._genesis: dict[str, str] = {}
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
         self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}

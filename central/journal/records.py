@@ -70,6 +70,8 @@ class UpdateRecord:
     """Candidate or release that holds it."""
     reason: str = ""
     """Why it was superseded, set aside or quarantined."""
+    since: str = ""
+    """When it came into its state; empty: when it was admitted."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,22 @@ class CanaryReport:
     problem: str
     """Empty without trouble."""
     at: str
+
+
+@dataclass(frozen=True)
+class CollectedBlob:
+    """A blob that retention deleted, or is about to delete."""
+
+    digest: str
+    size_bytes: int
+    reason: str
+    collection_id: str
+    at: str
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        return f"it was collected on {self.at[:10]}: {self.reason}"
 
 
 @dataclass(frozen=True)

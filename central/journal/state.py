@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from central.journal.channels import Channels
+from central.journal.collections import Collections
 from central.journal.events import Event, EventKind
 from central.journal.isolation import after_verdict, bisect
 from central.journal.plan import MergePlan
@@ -31,7 +32,7 @@ from central.journal.transitions import conflict, known
 from protos.manifest import UpdateManifest
 
 
-class State(Channels):
+class State(Channels, Collections):
     """Records that change through `apply` alone."""
 
     def apply(self, event: Event) -> None:
@@ -85,7 +86,7 @@ class State(Channels):
     def _cohort_created(self, event: Event) -> None:
         if event.cohort in self._genesis:
             raise conflict(event, f"cohort {event.cohort!r} exists already")
-        self._add_release(event, "accepted", None)
+        self._name_blobs_of(self._add_release(event, "accepted", None))
         self._changes.put(self._genesis, event.cohort, event.subject)
         self._point(event, "stable", event.subject, "central")
         if other := event.body.get("builds_on"):
@@ -118,6 +119,7 @@ class State(Channels):
             admitted_hash=event.hash,
         )
         self._put_update(record)
+        self._name_blobs([manifest.payload.digest_sha256])
         key = (manifest.node_id, manifest.start.release)
         self._changes.put(self._by_start, key, (*self._by_start.get(key, ()), event.subject))
 
@@ -151,6 +153,7 @@ class State(Channels):
         if record.decided or record.candidate is not None or record.plan.cohort != event.cohort:
             raise conflict(event, f"plan {record.plan_id} was cancelled or has candidate {record.candidate}")
         release = self._add_release(event, "candidate", record.plan_id)
+        self._name_blobs_of(release)
         planned = [update.update_id for update in record.plan.updates]
         if (release.manifest.plan, release.manifest.updates) != (record.plan_id, planned):
             raise conflict(event, f"the manifest names plan {release.manifest.plan} or other updates than its plan")

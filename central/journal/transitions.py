@@ -113,6 +113,7 @@ class Transitions(Records):
                 update,
                 state=state,
                 reason=reason,
+                since=event.at,
                 plan_id=plan_id or (update.plan_id if held else None),
                 release_id=update.release_id if held else None,
             )

@@ -24,7 +24,7 @@ from central.registry.blobs import BlobStore
 from central.registry.canary import promotion
 from central.registry.difference import ModuleDifference, module_differences
 from protos.lora import LoraTensors, decode, encode
-from protos.manifest import Composition, Payload, ReleaseManifest, sign
+from protos.manifest import Composition, Payload, ReleaseManifest, sha256_hex, sign
 
 CHANNELS = ("stable", "canary")
 COHORT_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
@@ -87,6 +87,7 @@ class Registry:
                     updates=[],
                     created_at=utc_now(),
                 )
+                self._put_again(state, payload)
                 body = self._signed(manifest) | ({} if other is None else {"builds_on": other})
                 self._journal.append(NewEvent(EventKind.COHORT_CREATED, cohort, manifest.digest, body))
             return state.genesis(cohort)
@@ -134,6 +135,7 @@ class Registry:
                 composition=_composition(plan, kept_own, own_truncation_error),
                 created_at=plan.created_at,
             )
+            self._put_again(state, payload, server_state, own)
             body = {"plan_id": plan_id, **self._signed(manifest), **kept}
             self._journal.append(NewEvent(EventKind.CANDIDATE_BUILT, plan.cohort, manifest.digest, body))
             return manifest
@@ -204,6 +206,12 @@ class Registry:
         """The release with this id, unique id prefix (6 digits or more) or version; raises Refused."""
         with self._journal.read() as state:
             return find_release(state, text, cohort)
+
+    def _put_again(self, state: State, *payloads: bytes | None) -> None:
+        """Retention may have collected the same bytes of an earlier candidate since they were put."""
+        for payload in payloads:
+            if payload is not None and sha256_hex(payload) in state.collected:
+                self._blobs.put(payload)
 
     def _signed(self, manifest: ReleaseManifest) -> dict[str, str]:
         data = manifest.to_bytes()
