@@ -58,7 +58,7 @@ class ServingSettings(Group):
     max_loras: int = Field(default=4, ge=3)
     """Adapters in one batch: stable, the previous one still in flight, and a candidate under evaluation."""
     max_cpu_loras: int = Field(default=32, ge=4)
-    """Adapters kept in memory; at least EDGE_RELEASES__KEEP + 2."""
+    """Adapters kept in memory; at least EDGE_RELEASES__KEEP + 3."""
     extra_args: list[str] = Field(default_factory=list)
     """Further vLLM arguments, as a JSON list."""
     startup_timeout_s: float = Field(default=600, gt=0)
@@ -179,8 +179,8 @@ class EdgeSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> EdgeSettings:
-        # Kept ones, a candidate under evaluation, and an old version that a rollback made active again.
-        needed = self.releases.keep + 2
+        # Kept ones, a candidate under evaluation and its reference, and an old version that a rollback made active again.
+        needed = self.releases.keep + 3
         if self.serving.max_cpu_loras < needed:
             raise ValueError(
                 f"EDGE_SERVING__MAX_CPU_LORAS is {self.serving.max_cpu_loras}; EDGE_RELEASES__KEEP="

@@ -38,7 +38,8 @@ class Environment(Protocol):
     """Work at a customer."""
 
     def tasks(self, split: Split, *, count: int, seed: int) -> Sequence[Task]:
-        """`count` distinct tasks, the same ones for the same arguments."""
+        """`count` distinct tasks, or as many as there are; the same ones for the same arguments. Those for a larger count
+        begin with those for a smaller one: a candidate that is undecided is asked the ones after them."""
 
     def verify(self, task: Task, answer: str) -> Outcome:
         """Judge `answer`; never raises for a bad one."""

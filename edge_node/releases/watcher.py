@@ -18,10 +18,12 @@ from weakref import WeakValueDictionary
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import AdapterError, EdgeError, ServingError, StorageError
+from edge_node.errors import AdapterError, ServingError, StorageError
+from edge_node.releases.comparison import TRANSIENT, Comparison
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.store import ReleaseStore, StoredRelease
+from edge_node.releases.trouble import words
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -114,7 +116,7 @@ class ReleaseWatcher:
             except TimeoutError:
                 self._note("central", "silent")
             except Exception as error:  # supervision: the link is made again, whatever broke it
-                self._note("central", _words(error))
+                self._note("central", words(error))
             finally:
                 if call is not None:
                     call.cancel()
@@ -147,7 +149,7 @@ class ReleaseWatcher:
             try:
                 await self._settle(head, generation)
             except Exception as error:  # supervision: the active release goes on being served
-                self._note("release", _words(error))
+                self._note("release", words(error))
                 pause = min(2 * pause, HEAD_RETRY_LAST_S) if head == failed else RETRY_FIRST_S
                 period, failed = pause, head
             else:
@@ -182,8 +184,8 @@ class ReleaseWatcher:
         rank = min(manifest.rank, self._settings.releases.max_rank or manifest.rank)
         if rank > self._settings.serving.max_lora_rank:
             raise AdapterError(
-                f"Release {manifest.label} has rank {manifest.rank}; this node accepts at most "
-                f"{self._settings.serving.max_lora_rank}. Raise EDGE_SERVING__MAX_LORA_RANK and restart the node."
+                f"Release {manifest.label} has rank {rank}; this node accepts at most {self._settings.serving.max_lora_rank}. "
+                "Raise EDGE_SERVING__MAX_LORA_RANK, or set EDGE_RELEASES__MAX_RANK to serve its first pairs, and restart the node."
             )
         async with self._lock(manifest.digest):
             release = await fetch_release(self._channel, self._store, signed, self._settings.central.call_timeout_s)
@@ -222,7 +224,7 @@ class ReleaseWatcher:
                             await self._control.unload(self.served_name(release))
                             await asyncio.to_thread(self._store.remove, release)
             except Exception as error:  # supervision: it is still there at the next chance
-                log.warning("old releases not removed", extra={"why": _words(error)})
+                log.warning("old releases not removed", extra={"why": words(error)})
 
     def _needed(self) -> set[str]:
         active = self._store.active()
@@ -239,8 +241,8 @@ class ReleaseWatcher:
                 async with asyncio.timeout_at(ends):
                     report = await self._compare_with_retries(offer)
             except Exception as error:  # supervision: an environment may raise anything; then this node abstains
-                log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": _words(error)})
-                report = releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, abstain_reason=_words(error))
+                log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": words(error)})
+                report = releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, abstain_reason=words(error))
             finally:
                 self._evaluating = ()
             await self._send_report(report, ends)
@@ -250,11 +252,11 @@ class ReleaseWatcher:
         """A vLLM that died or a link that broke in the middle costs a new start, not a result."""
         for _ in range(EVALUATION_TRIES - 1):
             try:
-                return await self._compare(offer)
-            except (ServingError, grpc.aio.AioRpcError, OSError) as error:
-                log.warning("evaluation starts again", extra={"offer": offer.offer_id, "why": _words(error)})
+                return await self._compare(offer, last_try=False)
+            except TRANSIENT as error:
+                log.warning("evaluation starts again", extra={"offer": offer.offer_id, "why": words(error)})
                 await asyncio.sleep(RETRY_FIRST_S)
-        return await self._compare(offer)
+        return await self._compare(offer, last_try=True)
 
     async def _send_report(self, report: releases_pb2.ReportEvaluationRequest, ends: float) -> None:
         pause = RETRY_FIRST_S
@@ -265,17 +267,26 @@ class ReleaseWatcher:
             except grpc.aio.AioRpcError as error:
                 # Refused, for example because the verdict is there already; or nobody waits for it any more.
                 if error.code() in _REFUSALS or asyncio.get_running_loop().time() > ends:
-                    log.warning("evaluation not reported", extra={"offer": report.offer_id, "why": _words(error)})
+                    log.warning("evaluation not reported", extra={"offer": report.offer_id, "why": words(error)})
                     return
             await asyncio.sleep(pause)
             pause = min(2 * pause, RETRY_LAST_S)
 
-    async def _compare(self, offer: fleet_pb2.EvaluationOffer) -> releases_pb2.ReportEvaluationRequest:
-        self._evaluating = tuple(self._store.check(signed).digest for signed in (offer.candidate, offer.reference))
+    async def _compare(
+        self, offer: fleet_pb2.EvaluationOffer, *, last_try: bool
+    ) -> releases_pb2.ReportEvaluationRequest:
         await self._vllm.wait_ready()
-        names = [self.served_name(await self._obtain(signed)) for signed in (offer.candidate, offer.reference)]
-        results = await self._evaluator.compare(names[0], names[1], offer.tasks)
+        comparison = Comparison(self._evaluator, self._obtain_name, self._hold)
+        results = await comparison.run(offer, last_try=last_try)
         return releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, results=results)
+
+    async def _obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
+        return self.served_name(await self._obtain(signed))
+
+    def _hold(self, release_ids: tuple[str, ...]) -> None:
+        """These are evaluated now; others may go when they are beyond what is kept."""
+        self._evaluating = release_ids
+        self._spare.set()
 
     async def _report(self) -> None:
         while True:
@@ -288,7 +299,7 @@ class ReleaseWatcher:
             except grpc.aio.AioRpcError:
                 pass  # the watch shows and logs the same trouble
             except Exception as error:  # supervision: a full disk must not end serving
-                self._note("status", _words(error))
+                self._note("status", words(error))
             await asyncio.sleep(STATUS_PERIOD_S)
 
     def _status(self) -> fleet_pb2.NodeStatus:
@@ -324,14 +335,3 @@ class ReleaseWatcher:
         else:
             self._problems = {key: text for key, text in self._problems.items() if key != source}
             log.info("recovered", extra={"source": source})
-
-
-def _words(error: Exception) -> str:
-    """What may be logged and sent to central: of an error that is not ours only its kind, as it might quote a task."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    if isinstance(error, EdgeError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{type(error).__name__}: {error.strerror}"
-    return type(error).__name__

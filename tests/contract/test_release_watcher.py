@@ -208,9 +208,19 @@ class Broken:
         raise RuntimeError("the secret recipe of a customer")
 
 
+class Idle:
+    """An environment without tasks: candidate and reference are loaded, and nothing is asked."""
+
+    def tasks(self, split: str, *, count: int, seed: int) -> list[Any]:
+        return []
+
+
+IDLE = {"idle": (EnvironmentSpec(name="idle", factory="x:Y"), Idle())}
+
+
 @asynccontextmanager
 async def watching(
-    store: ReleaseStore, channel: grpc.aio.Channel, control: Control, environments: Any = (), **settings: Any
+    store: ReleaseStore, channel: grpc.aio.Channel, control: Control, environments: Any = IDLE, **settings: Any
 ) -> AsyncIterator[asyncio.Task[None]]:
     watcher = ReleaseWatcher(
         EdgeSettings(data_dir=store.partial("x").parents[2], **settings),

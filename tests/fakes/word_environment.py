@@ -16,7 +16,8 @@ class NextWord:
         self._words = {"train": range(first, last, 2), "held_out": range(first + 1, last, 2)}
 
     def tasks(self, split: Literal["train", "held_out"], *, count: int, seed: int) -> Sequence[Task]:
-        numbers = random.Random(f"{split}/{seed}").sample(self._words[split], min(count, len(self._words[split])))
+        words = self._words[split]
+        numbers = random.Random(f"{split}/{seed}").sample(words, len(words))[:count]
         return [
             Task(id=f"{split}/{number}", messages=[{"role": "user", "content": f"w{number}"}], data={"number": number})
             for number in numbers

@@ -55,7 +55,7 @@ def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kept_releases_must_fit_and_nothing_else_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_CENTRAL__JOIN_TOKEN", "lkt1.secret")
     monkeypatch.setenv("EDGE_RELEASES__KEEP", "40")
-    with pytest.raises(SettingsError, match=r"MAX_CPU_LORAS is 32.* needs at least 42") as caught:
+    with pytest.raises(SettingsError, match=r"MAX_CPU_LORAS is 32.* needs at least 43") as caught:
         load_settings()
     assert "secret" not in str(caught.value)
 
