@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -59,11 +60,11 @@ class Central:
 
 
 @contextmanager
-def opened(root: Path) -> Iterator[Central]:
+def opened(root: Path, builds_on: Mapping[str, str] = MappingProxyType({})) -> Iterator[Central]:
     journal = Journal(f"sqlite:///{root}/journal.db", clock=lambda: AT)
     blobs = DirectoryBlobs(root / "blobs")
     try:
-        yield Central(journal, blobs, Registry(journal, blobs, KEY, BASE))
+        yield Central(journal, blobs, Registry(journal, blobs, KEY, BASE, builds_on))
     finally:
         journal.close()
 
