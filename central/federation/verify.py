@@ -26,7 +26,8 @@ from central.journal import ReleaseRecord, State
 from protos.lora import LoraTensors, encode
 from protos.manifest import ManifestError, sha256_hex, verify
 
-Outcome = Literal["identical", "differs", "failed"]
+Outcome = Literal["identical", "differs", "failed", "forgotten"]
+"""forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was forgotten."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,11 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
         rebuilt = sha256_hex(merged.data)
         problem = _difference(release, merged, rebuilt)
         outcome = "differs" if problem else "identical"
-    except (FederationError, StorageError, ManifestError) as error:
+    except StorageError as error:
+        problem = str(error)
+        if why := _forgotten(state, release):
+            outcome, problem = "forgotten", f"{why}: {problem}"
+    except (FederationError, ManifestError) as error:
         problem = str(error)
     manifest = release.manifest
     return Finding(
@@ -120,6 +125,13 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
         rebuilt=rebuilt,
         problem=problem,
     )
+
+
+def _forgotten(state: State, release: ReleaseRecord) -> str:
+    """What was forgotten of what it is rebuilt from; empty when nothing was."""
+    gone = [u for u in {*state.contributions(release.release_id), *state.removed(release)} if state.updates[u].state == "forgotten"]
+    named = ", ".join(f"{u[:12]} of {state.updates[u].manifest.node_id}" for u in sorted(gone))
+    return f"it is made with update {named}, which was forgotten, so its payload may be gone for good" if gone else ""
 
 
 def _difference(release: ReleaseRecord, merged: MergedPayload, rebuilt: str) -> str:

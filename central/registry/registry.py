@@ -149,7 +149,8 @@ class Registry:
                 raise Refused(
                     grpc.StatusCode.FAILED_PRECONDITION,
                     Reason.NOT_ACCEPTED,
-                    f"Release {release.manifest.label} is {release.state}; only an accepted release can be promoted.",
+                    f"Release {release.manifest.label} is {release.state}; only an accepted release can be promoted."
+                    f"{_forgotten(state, release)}",
                 )
             _expect_ahead(state, release, channel)
             if state.channels.get((release.cohort, channel)) != release_id:
@@ -189,6 +190,13 @@ class Registry:
                     f"The {channel} channel of cohort {cohort!r} cannot return to {_name(state, goal)}: it is not an "
                     f"ancestor of the {channel} head {head.manifest.label}"
                     f"{'' if channel == 'stable' else ' from stable on'}. Expected one of: {expected}."
+                )
+            if state.releases[goal].state == "withdrawn":
+                clean = [state.releases[ancestor] for ancestor in lineage]
+                labels = ", ".join(ancestor.manifest.label for ancestor in clean if ancestor.state == "accepted")
+                raise _bad_argument(
+                    f"Cohort {cohort!r} cannot return to {_name(state, goal)}.{_forgotten(state, state.releases[goal])} Expected one "
+                    f"of: {labels}."
                 )
             abandoned = _built_since(state, head, goal, lineage)
             body = {"from_release": head.release_id, "abandoned": abandoned, "updates": updates, "by": by}
@@ -287,13 +295,20 @@ def _ancestors(state: State, release: ReleaseRecord) -> list[str]:
 
 
 def _built_since(state: State, head: ReleaseRecord, goal: str, lineage: list[str]) -> list[str]:
-    """The head's line above `goal`, and accepted releases that branch off that line; oldest first."""
+    """The head's line above `goal`, and accepted (or withdrawn) releases that branch off that line; oldest first."""
     line = {head.release_id, *lineage[: lineage.index(goal)]}
     abandoned: list[str] = []
     for release in state.releases.values():  # a parent is recorded before its children
-        if release.state == "accepted" and (release.release_id in line or release.manifest.parent in abandoned):
+        if release.state in ("accepted", "withdrawn") and (release.release_id in line or release.manifest.parent in abandoned):
             abandoned.append(release.release_id)
     return abandoned
+
+
+def _forgotten(state: State, release: ReleaseRecord) -> str:
+    """Why a withdrawn release cannot be used, as a sentence; empty for others."""
+    held = state.forgotten_in(release.release_id) if release.state == "withdrawn" else []
+    named = ", ".join(f"{update[:12]} of {state.updates[update].manifest.node_id}" for update in held)
+    return f" It holds a contribution that was forgotten ({named})." if held else ""
 
 
 def _bad_argument(message: str) -> Refused:
