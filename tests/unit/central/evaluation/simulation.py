@@ -1,68 +1,132 @@
 """Cohorts that exist only as pass rates: what the gate does to candidates whose true effect is known.
 
-In: a gate, numbers of tasks and environments, churn and true changes. Out: rates of rejection, and how far an environment drifts.
-A task's outcome flips with probability `churn` each way between reference and candidate; `loss` of the reference's passes are
-lost besides. Tasks are drawn anew for every evaluation, so that nothing is learnt by measuring the same release again.
+In: a gate with its settings, numbers of environments, churn and true losses. Out: rates of rejection, tasks asked, and how far an
+environment drifts. A task's outcome flips with probability `CHURN` each way between reference and candidate; `loss` of the reference's
+passes are lost besides. Every look asks fresh tasks of the environments that are still open, as federation/looks.py does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from central.evaluation import Gate, Mark, PairedCounts, high_water
+from central.evaluation import Evidence, Gate, PairedCounts, Verdict, high_water, open_environments
+from central.settings import GateSettings
 
 RATE = 0.8
 """Pass rate of the reference."""
 CHURN = 0.1
+DEFAULTS = GateSettings()
 
 
-def make_gate(alpha: float = 0.05, tolerance_points: float = 5.0) -> Gate:
-    return Gate(alpha, tolerance_points, 10.0, {})
+def make_gate(settings: GateSettings = DEFAULTS) -> Gate:
+    return Gate(
+        settings.alpha,
+        settings.tolerance_points,
+        settings.anchor_tolerance_points,
+        settings.environments,
+        settings.margin_points,
+        max(settings.tasks, settings.max_tasks),
+    )
 
 
-def measure(rng: np.random.Generator, name: str, tasks: int, rate: float, loss: float = 0.0) -> PairedCounts:
-    """Paired counts of one environment: P(only reference) = churn + loss, P(only candidate) = churn."""
-    both, b, c, neither = rng.multinomial(tasks, [rate - CHURN - loss, CHURN + loss, CHURN, 1 - rate - CHURN])
-    return PairedCounts(name, False, int(both), int(b), int(c), int(neither))
+@dataclass(frozen=True)
+class Evaluated:
+    verdict: Verdict
+    tasks: tuple[int, ...]
+    """Asked of each environment."""
 
 
-def make_history(
-    rng: np.random.Generator, environments: int, tasks: int, releases: int, alpha: float
-) -> dict[str, Mark]:
-    """Marks after `releases` accepted releases that changed nothing."""
-    gate, verdicts = make_gate(alpha), []
-    for version in range(releases):
-        counts = [measure(rng, f"e{index}", tasks, RATE) for index in range(environments)]
-        verdicts.append((f"r{version + 1}", f"r{version}", gate.decide(counts, {}).environments))
-    return high_water(verdicts, alpha)
+@dataclass(frozen=True)
+class Rates:
+    rejected: float
+    tasks: float
+    """Mean per environment and candidate."""
+    tasks_of_first: float
+    """The same of the first environment alone."""
 
 
-def rejection_rate(
-    gate: Gate, tasks: int, trials: int, *, loss: float = 0.0, environments: int = 30, releases: int = 10, seed: int = 0
-) -> float:
-    """Share of candidates that are rejected; `loss` is a true fall of the first environment, the others change nothing."""
-    rng = np.random.default_rng(seed)
-    rejected = 0
-    for trial in range(trials):
-        if trial % 50 == 0:
-            marks = make_history(rng, environments, tasks, releases, gate.alpha)
-        counts = [measure(rng, f"e{i}", tasks, RATE, 0.0 if i else loss) for i in range(environments)]
-        rejected += not gate.decide(counts, marks).accepted
-    return rejected / trials
+def evaluate(
+    rng: np.random.Generator,
+    gate: Gate,
+    first_look: int,
+    losses: Sequence[float],
+    references: Sequence[str] | None = None,
+) -> Evaluated:
+    """The verdict on a candidate whose environments truly lost `losses` against their references."""
+    names = [f"e{index:02}" for index in range(len(losses))]
+    chances = [[RATE - CHURN - loss, CHURN + loss, CHURN, 1 - RATE - CHURN] for loss in losses]
+    seen = np.zeros((len(losses), 4), dtype=int)
+    asked = dict.fromkeys(names, first_look)
+    found: dict = {}
+    while True:
+        for index, name in enumerate(names):
+            if name in asked:
+                seen[index] += rng.multinomial(asked[name], chances[index])
+        evidence = [
+            Evidence(
+                PairedCounts(name, False, *map(int, seen[index])),
+                references[index] if references else "r0",
+                spent=found.get(name, {}).get("spent", 0.0),
+                last=False,
+            )
+            for index, name in enumerate(names)
+            if name in asked
+        ]
+        found = gate.look(evidence, {name: figures for name, figures in found.items() if name not in asked})
+        verdict = gate.verdict(found)
+        if verdict is not None:
+            return Evaluated(verdict, tuple(int(row.sum()) for row in seen))
+        totals = {name: found[name]["total"] for name in open_environments(found)}
+        asked = {name: min(total, gate.max_tasks - total) for name, total in totals.items()}
 
 
-def drift_points(
-    gate: Gate, tasks: int, *, step_points: float, candidates: int = 50, environments: int = 3, seed: int = 0
-) -> float:
-    """True fall of the first environment after `candidates` in a row, each worse by 0 to 2 * step_points (uniform)."""
-    rng = np.random.default_rng(seed)
-    rate, verdicts = RATE, []
-    for version in range(candidates):
-        loss = rng.uniform(0, 2 * step_points / 100)
-        counts = [measure(rng, "e0", tasks, rate, loss)]
-        counts += [measure(rng, f"e{index}", tasks, RATE) for index in range(1, environments)]
-        verdict = gate.decide(counts, high_water(verdicts, gate.alpha))
-        if verdict.accepted:
-            rate -= loss
-            verdicts.append((f"r{version + 1}", f"r{version}", verdict.environments))
-    return 100 * (RATE - rate)
+def rates(
+    trials: int, *, loss: float = 0.0, environments: int = 30, settings: GateSettings = DEFAULTS, seed: int = 0
+) -> Rates:
+    """`loss` is a true fall of the first environment; the others change nothing."""
+    rng, gate = np.random.default_rng(seed), make_gate(settings)
+    losses = [loss] + [0.0] * (environments - 1)
+    runs = [evaluate(rng, gate, settings.tasks, losses) for _ in range(trials)]
+    return Rates(
+        rejected=sum(not run.verdict.accepted for run in runs) / trials,
+        tasks=float(np.mean([run.tasks for run in runs])),
+        tasks_of_first=float(np.mean([run.tasks[0] for run in runs])),
+    )
+
+
+@dataclass(frozen=True)
+class Drift:
+    points: float
+    """Largest true fall of the first environment below where it began."""
+    accepted: int
+    tasks: float
+    """Mean asked of the first environment per candidate."""
+
+
+def drift(
+    *, step_points: float, candidates: int = 50, environments: int = 3, settings: GateSettings = DEFAULTS, seed: int = 0
+) -> Drift:
+    """`candidates` in a row, each worse than the head by 0 to 2 * step_points (uniform) in the first environment.
+
+    The head is the last accepted one; the first environment is compared with its high-water release, as verdicts leave it.
+    """
+    rng, gate = np.random.default_rng(seed), make_gate(settings)
+    true = {"r0": RATE}
+    verdicts: list[tuple[str, str, dict]] = []
+    head, best, asked = "r0", "r0", []
+    for number in range(1, candidates + 1):
+        candidate = f"r{number}"
+        true[candidate] = true[head] - rng.uniform(0, 2 * step_points / 100)
+        # A high-water release that is worse than the candidate shows as a gain; churn bounds what the simulation can show of it.
+        loss = max(true[best] - true[candidate], -CHURN)
+        run = evaluate(
+            rng, gate, settings.tasks, [loss] + [0.0] * (environments - 1), [best] + ["r0"] * (environments - 1)
+        )
+        asked.append(run.tasks[0])
+        if run.verdict.accepted:
+            verdicts.append((candidate, head, run.verdict.environments))
+            head, best = candidate, high_water(verdicts, true.keys())["e00"]
+    return Drift(100 * (RATE - true[head]), len(verdicts), float(np.mean(asked)))

@@ -1,0 +1,44 @@
+"""Which release an environment's candidates are compared with, after which verdicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from central.evaluation import high_water
+
+EVERY = {"r0", "r1", "r2", "r3"}
+
+
+def figures(reference: str, better: bool = False) -> dict[str, dict[str, Any]]:
+    counts = {"both": 50, "only_reference": 0, "only_candidate": 30 if better else 2, "neither": 20}
+    return {"e": {**counts, "reference": reference, "better": better}}
+
+
+def test_it_moves_to_a_significantly_better_release_only() -> None:
+    assert high_water([("r1", "r0", figures("r0"))], EVERY) == {"e": "r0"}
+    assert high_water([("r1", "r0", figures("r0", better=True))], EVERY) == {"e": "r1"}
+    verdicts = [("r1", "r0", figures("r0", better=True)), ("r2", "r1", figures("r1"))]
+    assert high_water(verdicts, EVERY) == {"e": "r1"}
+    assert high_water([], EVERY) == {}
+
+
+def test_better_than_another_release_moves_nothing() -> None:
+    verdicts = [("r1", "r0", figures("r0", better=True)), ("r2", "r1", figures("r1"))]
+    fallen_back = ("r3", "r2", figures("r2", better=True))
+    assert high_water([*verdicts, fallen_back], EVERY) == {"e": "r1"}
+
+
+def test_an_abandoned_release_is_none() -> None:
+    first, second = ("r1", "r0", figures("r0", better=True)), ("r2", "r0", figures("r1"))
+    assert high_water([second], EVERY - {"r1"}) == {"e": "r2"}
+    assert high_water([first, second], EVERY) == {"e": "r1"}
+
+
+def test_verdicts_from_before_compared_with_the_parent() -> None:
+    def old(only_candidate: int, only_reference: int = 0) -> dict[str, dict[str, Any]]:
+        counts = {"both": 20, "only_reference": only_reference, "only_candidate": only_candidate, "neither": 8}
+        return {"e": {**counts, "total": 50, "p_reference": 1.0, "p_mark": None, "below_mark": False}}
+
+    assert high_water([("r1", "r0", old(22))], EVERY) == {"e": "r1"}
+    assert high_water([("r1", "r0", old(22)), ("r2", "r1", old(3, 2)), ("r3", "r2", old(20))], EVERY) == {"e": "r1"}
+    assert high_water([("r1", "r0", old(12, 10))], EVERY) == {"e": "r0"}
