@@ -129,7 +129,8 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
 
 def _forgotten(state: State, release: ReleaseRecord) -> str:
     """What was forgotten of what it is rebuilt from; empty when nothing was."""
-    gone = [u for u in {*state.contributions(release.release_id), *state.removed(release)} if state.updates[u].state == "forgotten"]
+    read = {*state.contributions(release.release_id), *state.removed(release)}
+    gone = [update_id for update_id in read if state.updates[update_id].state == "forgotten"]
     named = ", ".join(f"{u[:12]} of {state.updates[u].manifest.node_id}" for u in sorted(gone))
     return f"it is made with update {named}, which was forgotten, so its payload may be gone for good" if gone else ""
 

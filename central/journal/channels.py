@@ -41,7 +41,8 @@ class Channels(Contributions):
             if release.state != "withdrawn":  # which stays withdrawn: it is the stronger word
                 self._expect_accepted(event, release_id)
                 self._changes.put(self.releases, release_id, replace(release, state="abandoned"))
-            self._release_updates(event, release.manifest.updates, ("merged",), requeue, release.manifest.label)
+            held = [u for u in release.manifest.updates if self._is_merged_in(u, release_id)]
+            self._release_updates(event, held, ("merged",), requeue, release.manifest.label)
         self._cancel_built_on(event, abandoned, "rolled back", requeue)
         self._fail_removals(abandoned)
         for _, channel in [key for key, head in self.channels.items() if head in abandoned and key[1] != "stable"]:

@@ -161,7 +161,7 @@ class Contributions(Transitions):
         for release in [self.releases[release_id] for release_id in holders]:
             if release.state == "accepted":
                 self._changes.put(self.releases, release.release_id, replace(release, state="withdrawn"))
-                held = [u for u in release.manifest.updates if self.updates[u].release_id == release.release_id]
+                held = [u for u in release.manifest.updates if self._is_merged_in(u, release.release_id)]
                 if release.release_id not in line:
                     self._release_updates(event, held, ("merged",), True, release.manifest.label)
         self._cancel_built_on(event, holders, "withdrawn", requeue=True)

@@ -82,8 +82,6 @@ class Transitions(Records):
     ) -> None:
         for update_id in update_ids:
             node = self.nodes[self.updates[update_id].manifest.node_id]
-            if self.updates[update_id].state == "forgotten":
-                continue
             if not requeue:
                 self._move(event, update_id, "set_aside", origins, f"{label} was rolled back")
             elif node.revoked:
@@ -92,6 +90,11 @@ class Transitions(Records):
                 self._move(event, update_id, "quarantined", origins, node.quarantine)
             else:
                 self._move(event, update_id, "waiting", origins)
+
+    def _is_merged_in(self, update_id: str, release_id: str) -> bool:
+        """A withdrawn release may have lost its updates before: to another release, or because they were forgotten."""
+        update = self.updates[update_id]
+        return (update.state, update.release_id) == ("merged", release_id)
 
     def _move(
         self,

@@ -299,7 +299,8 @@ def _built_since(state: State, head: ReleaseRecord, goal: str, lineage: list[str
     line = {head.release_id, *lineage[: lineage.index(goal)]}
     abandoned: list[str] = []
     for release in state.releases.values():  # a parent is recorded before its children
-        if release.state in ("accepted", "withdrawn") and (release.release_id in line or release.manifest.parent in abandoned):
+        built_on = release.release_id in line or release.manifest.parent in abandoned
+        if built_on and release.state in ("accepted", "withdrawn"):
             abandoned.append(release.release_id)
     return abandoned
 
