@@ -13,10 +13,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from central import __version__
-from central.command import Options, asking, command, json_option, print_one, print_rows, print_text, rows_of
+from central.command import Options, asking, command, json_option, print_one, print_rows, print_text, printable, rows_of
 from central.errors import CentralError
 from central.operator.commands import add_forget, add_nodes, add_updates
 from central.settings import CentralSettings, load_settings
+from central.storage.commands import add_retention
 
 if TYPE_CHECKING:
     from central.operator.client import OperatorClient
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_releases(commands)
     add_updates(commands)
     add_forget(commands)
+    add_retention(commands)
     events = command(commands, "events", asking(_events), "the journal")
     events.add_argument("--after", type=int, default=0, help="events after this number (default 0)")
     events.add_argument("--limit", type=int, default=1000, help="at most this many (default 1000)")
@@ -94,10 +96,12 @@ def _add_releases(commands: Any) -> None:
     promote.add_argument("--channel", required=True, choices=("stable", "canary"))
     for parser in (show, explain, promote):
         parser.add_argument("release", help="id, its first 6 or more digits, or version (v3-7f3a9c01)")
-    rollback = command(actions, "rollback", asking(_rollback), "return a cohort's stable channel to an earlier release")
+    rollback = command(actions, "rollback", asking(_rollback), "return a cohort's channel to an earlier release")
     rollback.add_argument("--cohort", required=True)
+    text = "channel to return (default stable, which takes a canary ahead of it back too)"
+    rollback.add_argument("--channel", default="stable", choices=("stable", "canary"), help=text)
     rollback.add_argument(
-        "--to", default="", metavar="RELEASE", help="release to return to (default: the head's parent)"
+        "--to", default="", metavar="RELEASE", help="release to return to (default: the parent of its head)"
     )
     rollback.add_argument(
         "--updates",
@@ -139,6 +143,7 @@ def _create_token(client: OperatorClient, options: Options) -> None:
 
 
 def _releases(client: OperatorClient, options: Options) -> None:
+    from central.operator.texts import soak_line
     from protos.operator.v1 import operator_pb2
 
     answer = client.ask(client.stub.ListReleases, operator_pb2.ListReleasesRequest(cohort=options.cohort))
@@ -147,7 +152,15 @@ def _releases(client: OperatorClient, options: Options) -> None:
         for row in rows:
             row["channels"] = ",".join(row["channels"])
             row["updates"] = len(row["update_weights"])
-    print_rows(options, rows, ("version", "cohort", "state", "channels", "updates", "created_at", "verdict"))
+            row["builds_on"] = row["builds_on_id"][:8]
+    columns = ["version", "cohort", "state", "channels", "updates", "created_at", "verdict"]
+    if any(row["builds_on_id"] for row in rows):
+        columns.insert(4, "builds_on")
+    print_rows(options, rows, columns)
+    if not options.json:
+        for release in answer.releases:
+            if release.HasField("soak"):
+                print(printable(soak_line(release)))
 
 
 def _show(client: OperatorClient, options: Options) -> None:
@@ -177,7 +190,11 @@ def _promote(client: OperatorClient, options: Options) -> None:
     from protos.operator.v1 import operator_pb2
 
     request = operator_pb2.PromoteReleaseRequest(release=options.release, channel=options.channel)
-    print_one(options, client.ask(client.stub.PromoteRelease, request).release)
+    release = client.ask(client.stub.PromoteRelease, request).release
+    if options.json:
+        print_one(options, release)
+    else:
+        print(f"{release.cohort}: {options.channel} is {release.version}.")
 
 
 def _rollback(client: OperatorClient, options: Options) -> None:
@@ -187,13 +204,18 @@ def _rollback(client: OperatorClient, options: Options) -> None:
         "requeue": operator_pb2.ABANDONED_UPDATES_REQUEUE,
         "set-aside": operator_pb2.ABANDONED_UPDATES_SET_ASIDE,
     }[options.updates]
-    request = operator_pb2.RollbackReleaseRequest(cohort=options.cohort, release=options.to, updates=choice)
+    request = operator_pb2.RollbackReleaseRequest(
+        cohort=options.cohort, release=options.to, updates=choice, channel=options.channel
+    )
     answer = client.ask(client.stub.RollbackRelease, request)
     if options.json:
         print_one(options, answer)
     else:
+        what = "canary ended, stable stays" if options.channel == "canary" else "stable is"
+        freed = "wait to be merged again" if options.updates == "requeue" else "are set aside"
+        abandoned = ", ".join(release_id[:8] for release_id in answer.abandoned_release_ids)
         print(
-            f"{options.cohort}: stable is {answer.release.version}; abandoned {', '.join(answer.abandoned_release_ids)}"
+            f"{options.cohort}: {what} {answer.release.version}; abandoned {abandoned}; {len(answer.updates)} updates {freed}."
         )
 
 

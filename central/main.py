@@ -189,7 +189,13 @@ class Services:
         )
         operator_pb2_grpc.add_OperatorServiceServicer_to_server(
             OperatorService(
-                rooms.journal, rooms.registry, rooms.blobs, authenticator, self._presence, rooms.pki.ca_pem
+                rooms.journal,
+                rooms.registry,
+                rooms.blobs,
+                authenticator,
+                self._presence,
+                rooms.pki.ca_pem,
+                self._settings.channels,
             ),
             server,
         )

@@ -13,20 +13,25 @@ from typing import Any
 
 from central.fleet.presence import NodePresence
 from central.journal import ReleaseRecord, State
-from central.operator.listing import release_message, update_message
+from central.operator.listing import NO_SETTINGS, release_message, release_state, update_message
 from central.registry.difference import ModuleDifference
+from central.settings import ChannelSettings
 from protos.operator.v1 import operator_pb2
 from protos.releases.v1 import releases_pb2
 
 
 def explain_release(
-    state: State, release: ReleaseRecord, presence: Callable[[str], NodePresence]
+    state: State,
+    release: ReleaseRecord,
+    presence: Callable[[str], NodePresence],
+    channels: ChannelSettings = NO_SETTINGS,
 ) -> operator_pb2.ExplainReleaseResponse:
     """Everything that the journal and the nodes say of one release or candidate."""
     plan = state.plans[release.plan_id].plan if release.plan_id else None
     verdict = release.verdict
+    base = state.base_of(release) if release.manifest.composition else None
     return operator_pb2.ExplainReleaseResponse(
-        release=release_message(state, release),
+        release=release_message(state, release, channels),
         contributions=_contributions(state, release),
         environments=[_finding(name, figures) for name, figures in _environments(release).items()],
         periods=_periods(state, release),
@@ -42,6 +47,12 @@ def explain_release(
         server_step=plan.server_step if plan else 0.0,
         software=plan.software if plan else "",
         part_of=_part_of(state, release),
+        canary_reports=[
+            operator_pb2.CanaryReport(node_id=told.node_id, condition=told.condition, problem=told.problem, at=told.at)
+            for told in state.canary_reports.get(release.release_id, ())
+        ],
+        builds_on_version=base.manifest.label if base else "",
+        builds_on_state=release_state(base) if base else operator_pb2.RELEASE_STATE_UNSPECIFIED,
         updates_in_lineage=Counter(state.updates[u].manifest.node_id for u in _updates_in_lineage(state, release)),
     )
 
@@ -89,7 +100,9 @@ def _part_of(state: State, release: ReleaseRecord) -> str:
 
 
 def _updates_in_lineage(state: State, release: ReleaseRecord) -> list[str]:
-    return [update for ancestor in state.lineage(release.release_id) for update in ancestor.manifest.updates]
+    """What it holds: of its own line, and of the other cohort's release that it is composed with."""
+    base = state.base_of(release)
+    return [*state.contributions(release.release_id), *(state.contributions(base.release_id) if base else ())]
 
 
 def _periods(state: State, release: ReleaseRecord) -> list[operator_pb2.ChannelPeriod]:

@@ -10,10 +10,13 @@ from central.intake.service import update_state
 from central.journal import Event, NodeRecord, ReleaseRecord, State, UpdateRecord
 from central.journal.records import ForgetStateName, ReleaseStateName
 from central.operator.forgetting import Proposal
+from central.registry.canary import Soak, find_soak
+from central.settings import ChannelSettings
 from protos.manifest import canonical_json
 from protos.operator.v1 import operator_pb2
 from protos.releases.v1 import releases_pb2
 
+NO_SETTINGS = ChannelSettings()
 _RELEASE_STATES: dict[ReleaseStateName, operator_pb2.ReleaseState] = {
     "candidate": operator_pb2.RELEASE_STATE_CANDIDATE,
     "accepted": operator_pb2.RELEASE_STATE_ACCEPTED,
@@ -61,7 +64,10 @@ def update_message(update: UpdateRecord) -> operator_pb2.Update:
     )
 
 
-def release_message(state: State, release: ReleaseRecord) -> operator_pb2.Release:
+def release_message(
+    state: State, release: ReleaseRecord, channels: ChannelSettings = NO_SETTINGS
+) -> operator_pb2.Release:
+    """`channels` says when a canary becomes stable."""
     manifest = release.manifest
     plan = state.plans[release.plan_id].plan if release.plan_id else None
     reports = [
@@ -75,7 +81,7 @@ def release_message(state: State, release: ReleaseRecord) -> operator_pb2.Releas
         version=manifest.label,
         cohort=release.cohort,
         parent_id=manifest.parent or "",
-        state=_RELEASE_STATES[release.state],
+        state=release_state(release),
         channels=sorted(
             channel
             for (cohort, channel), head in state.channels.items()
@@ -95,6 +101,24 @@ def release_message(state: State, release: ReleaseRecord) -> operator_pb2.Releas
             for report in reports
         ],
         verdict=release.verdict.text if release.verdict else "",
+        soak=_soak_message(find_soak(state, release.cohort, channels.policy(release.cohort)), release),
+        builds_on_id=manifest.composition.builds_on if manifest.composition else "",
+    )
+
+
+def release_state(release: ReleaseRecord) -> operator_pb2.ReleaseState:
+    return _RELEASE_STATES[release.state]
+
+
+def _soak_message(soak: Soak | None, release: ReleaseRecord) -> operator_pb2.Soak | None:
+    if soak is None or soak.release.release_id != release.release_id:
+        return None
+    return operator_pb2.Soak(
+        since=soak.since,
+        serving=soak.serving,
+        troubled=soak.troubled,
+        promotes_at=soak.promotes_at or "",
+        waits_for=soak.waits_for,
     )
 
 

@@ -25,6 +25,7 @@ from central.operator.lineage import diff_releases, explain_release
 from central.operator.listing import event_message, forget_message, node_message, release_message, update_message
 from central.registry import BlobStore, Registry
 from central.registry.registry import unknown_cohort
+from central.settings import ChannelSettings
 from protos.operator.v1 import operator_pb2, operator_pb2_grpc
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         authenticator: Authenticator,
         presence: Presence,
         ca_pem: bytes,
+        channels: ChannelSettings,
     ) -> None:
         self._journal = journal
         self._registry = registry
@@ -62,6 +64,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._authenticator = authenticator
         self._presence = presence
         self._ca_pem = ca_pem
+        self._channels = channels
 
     async def ListNodes(
         self, request: operator_pb2.ListNodesRequest, context: Context
@@ -94,7 +97,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             with self._journal.read() as state:
                 _expect_cohort(state, request.cohort)
                 return [
-                    release_message(state, release)
+                    release_message(state, release, self._channels)
                     for release in state.releases.values()
                     if request.cohort in ("", release.cohort)
                 ]
@@ -112,7 +115,9 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     ) -> operator_pb2.ExplainReleaseResponse:
         def explain(by: str) -> operator_pb2.ExplainReleaseResponse:
             with self._journal.read() as state:
-                return explain_release(state, self._registry.resolve(request.release), self._presence.of)
+                return explain_release(
+                    state, self._registry.resolve(request.release), self._presence.of, self._channels
+                )
 
         return await self._ask(context, explain)
 
@@ -225,7 +230,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
 
     def _message(self, release: ReleaseRecord) -> operator_pb2.Release:
         with self._journal.read() as state:
-            return release_message(state, state.releases[release.release_id])
+            return release_message(state, state.releases[release.release_id], self._channels)
 
     def _rollback(self, request: operator_pb2.RollbackReleaseRequest, by: str) -> operator_pb2.RollbackReleaseResponse:
         choice = _CHOICES.get(request.updates)
@@ -234,11 +239,11 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 "The request does not say what happens to the abandoned releases' updates. Expected requeue or set_aside."
             )
         target = self._registry.resolve(request.release, request.cohort).release_id if request.release else None
-        done = self._registry.rollback(request.cohort, target, choice, by)
+        done = self._registry.rollback(request.cohort, target, choice, by, request.channel or "stable")
         with self._journal.read() as state:
             freed = [u for release_id in done.abandoned for u in state.releases[release_id].manifest.updates]
             return operator_pb2.RollbackReleaseResponse(
-                release=release_message(state, state.releases[done.release.release_id]),
+                release=release_message(state, done.release, self._channels),
                 abandoned_release_ids=done.abandoned,
                 updates=[update_message(state.updates[update_id]) for update_id in freed],
             )

@@ -17,13 +17,18 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
     state = plain(release)["state"]
     yield f"{release.version} of {release.cohort}: {state}, made {release.created_at}, id {release.release_id}"
     if answer.strategy:
+        composed = f", composed with {answer.builds_on_version}" if answer.builds_on_version else ""
         yield (
-            f"built on {release.parent_id[:8]} by {answer.strategy}, server step {answer.server_step:g}, rank {release.rank}, "
+            f"built on {release.parent_id[:8]}{composed} by {answer.strategy}, server step {answer.server_step:g}, rank {release.rank}, "
             f"truncation error {release.truncation_error:g} ({answer.software})"
         )
     if answer.part_of:
         yield f"a part of the rejected {answer.part_of}, tried to find the update that hurts"
-    yield f"updates: {len(answer.contributions) or 'none, this is the base model'}"
+    if answer.builds_on_state == operator_pb2.RELEASE_STATE_ABANDONED:
+        yield f"{answer.builds_on_version} was rolled back since: the next composition is with its cohort's stable release"
+    if answer.builds_on_state == operator_pb2.RELEASE_STATE_WITHDRAWN:
+        yield f"{answer.builds_on_version} was withdrawn since, it holds something forgotten: the next composition is without it"
+    yield f"updates: {len(answer.contributions) or _why_none(answer)}"
     for part in answer.contributions:
         yield (
             f"  {part.update_id[:12]} from {part.node_id}, weight {part.weight:.6g}, its number {part.sequence}, trained on "
@@ -38,12 +43,28 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
     for report in release.evaluations:
         if report.abstain_reason:
             yield f"  {report.node_id} did not evaluate: {report.abstain_reason}"
+    for told in answer.canary_reports:
+        yield f"canary at {told.node_id} {told.at}: {told.condition}{f', {told.problem}' if told.problem else ''}"
+    if release.HasField("soak"):
+        yield soak_line(release)
     for period in answer.periods:
         yield f"{period.channel} from {period.since} until {period.until or 'now'}, by {period.by}"
     if not answer.periods:
         yield "no channel ever pointed here"
     serving = ", ".join(f"{n.node_id}{'' if n.connected else f' (last seen {n.last_seen})'}" for n in answer.serving)
     yield f"serves now on: {serving or 'no node that has called since central started'}"
+
+
+def soak_line(release: operator_pb2.Release) -> str:
+    """Where a canary stands on its way to stable."""
+    soak = release.soak
+    serving = ", ".join(soak.serving) or "no node"
+    troubled = "".join(f"; trouble at {node}: {problem}" for node, problem in sorted(soak.troubled.items()))
+    then = f"stable at {soak.promotes_at} after" if soak.promotes_at else "waits for"
+    return (
+        f"canary of {release.cohort}: {release.version} since {soak.since}, served by {serving}{troubled}; {then} "
+        f"{soak.waits_for}. Nothing more is merged before."
+    )
 
 
 def difference(answer: operator_pb2.DiffReleasesResponse) -> Iterator[str]:
@@ -89,6 +110,12 @@ def progress(order: operator_pb2.ForgetOrder) -> str:
     if order.state == operator_pb2.FORGET_STATE_DONE:
         return f"{name} is done{f': {order.candidate} is released. {order.verdict}' if order.candidate else ''}"
     return f"{name} {plain(order)['state']}: {order.verdict}"
+
+
+def _why_none(answer: operator_pb2.ExplainReleaseResponse) -> str:
+    if not answer.strategy:
+        return "none, this is the base model"
+    return "none of its own" if answer.builds_on_version else "none"
 
 
 def _finding(found: operator_pb2.EnvironmentFinding) -> str:

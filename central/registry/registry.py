@@ -29,6 +29,8 @@ from protos.manifest import Composition, Payload, ReleaseManifest, sha256_hex, s
 CHANNELS = ("stable", "canary")
 COHORT_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 MIN_PREFIX_DIGITS = 6
+MAX_NAMED = 5
+"""Releases that an error names."""
 
 
 @dataclass(frozen=True)
@@ -233,19 +235,23 @@ class Registry:
 
 def find_release(state: State, text: str, cohort: str | None = None) -> ReleaseRecord:
     """The release with this id, unique id prefix (6 digits or more) or version; raises Refused."""
-    found = [
+    fitting = [
         release
         for release in state.releases.values()
-        if cohort in (None, "", release.cohort)
-        and (release.manifest.label == text or (len(text) >= MIN_PREFIX_DIGITS and release.release_id.startswith(text)))
+        if release.manifest.label == text or (len(text) >= MIN_PREFIX_DIGITS and release.release_id.startswith(text))
     ]
-    if len(found) != 1:
-        problem = "is not known" if not found else f"fits {len(found)} releases"
-        raise _unknown(
-            f"Release {text!r} {problem}. Expected an id, {MIN_PREFIX_DIGITS} or more of its first digits, or a "
-            "version such as v3-7f3a9c01; `central releases list` shows them."
-        )
-    return found[0]
+    found = [release for release in fitting if cohort in (None, "", release.cohort)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f"{release.manifest.label} of {release.cohort}" for release in (found or fitting)[:MAX_NAMED])
+    if found:
+        raise _unknown(f"Release {text!r} fits {len(found)} releases: {names}. Give more digits of its id.")
+    if fitting:
+        raise _unknown(f"Release {text!r} is not one of cohort {cohort!r}: it fits {names}.")
+    raise _unknown(
+        f"Release {text!r} is not known. Expected an id, {MIN_PREFIX_DIGITS} or more of its first digits, or a version such "
+        "as v3-7f3a9c01; `central releases list` shows them."
+    )
 
 
 def _composition(plan: MergePlan, own: Payload | None, truncation_error: float) -> Composition | None:

@@ -107,5 +107,12 @@ def test_a_release_is_found_by_id_prefix_and_version(world: World) -> None:
     for text in (release_id[:5], "", "v1", "f" * 64):
         with pytest.raises(Refused, match="is not known"):
             world.registry.resolve(text)
-    with pytest.raises(Refused, match="is not known"):
+    with pytest.raises(Refused, match=f"is not one of cohort 'zeta': it fits {label} of shared"):
         world.registry.resolve(label, "zeta")
+
+
+def test_a_prefix_of_two_releases_names_both(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("central.registry.registry.MIN_PREFIX_DIGITS", 0)
+    first = world.release(world.genesis, 1)
+    with pytest.raises(Refused, match=f"fits 2 releases: {world.genesis.manifest.label} of shared, {first.manifest.label}"):
+        world.registry.resolve("")
