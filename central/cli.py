@@ -17,7 +17,6 @@ from central.command import Options, asking, command, json_option, print_one, pr
 from central.errors import CentralError
 from central.operator.commands import add_forget, add_nodes, add_updates
 from central.settings import CentralSettings, load_settings
-from central.storage.commands import add_retention
 
 if TYPE_CHECKING:
     from central.operator.client import OperatorClient
@@ -56,7 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_releases(commands)
     add_updates(commands)
     add_forget(commands)
-    add_retention(commands)
     events = command(commands, "events", asking(_events), "the journal")
     events.add_argument("--after", type=int, default=0, help="events after this number (default 0)")
     events.add_argument("--limit", type=int, default=1000, help="at most this many (default 1000)")
