@@ -25,6 +25,13 @@ INTAKE = (
     "intake.admitted",  # it is in the journal, but the node has no receipt
 )
 BLOBS = ("blob.written", "blob.published")
+RETENTION = (
+    "journal.blobs_collected.applied",
+    "journal.blobs_collected.stored",  # it is said, and nothing is deleted yet
+    "retention.deleted",
+    "journal.collection_finished.applied",
+    "journal.collection_finished.stored",
+)
 MERGE = ("merge.computed", "merge.candidate_kept", "merge.state_kept", "merge.own_kept")
 EVENTS = (
     "cohort_created",
@@ -40,7 +47,13 @@ EVENTS = (
     "rolled_back",
 )
 """Each has two points: `journal.<event>.applied` (not on disk yet) and `journal.<event>.stored` (nobody knows yet)."""
-POINTS = (*INTAKE, *BLOBS, *MERGE, *(f"journal.{event}.{step}" for event in EVENTS for step in ("applied", "stored")))
+POINTS = (
+    *INTAKE,
+    *BLOBS,
+    *RETENTION,
+    *MERGE,
+    *(f"journal.{event}.{step}" for event in EVENTS for step in ("applied", "stored")),
+)
 
 log = logging.getLogger(__name__)
 _lock = threading.Lock()

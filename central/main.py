@@ -8,6 +8,7 @@ In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server
     BlobStore       payloads; Registry: releases and channels (registry/)
     PartialUploads  updates on their way; Admission: checks and admits them (intake/)
     CohortThreads   one Flower ServerApp loop per cohort (federation/)
+    Collector       deletes payloads that nothing needs any more (storage/)
 
 Guarantee: a kill at any point loses nothing that was acknowledged; the next start goes on from journal and blobs.
 """
@@ -44,6 +45,7 @@ from central.registry import BlobStore, Registry, open_blobs
 from central.registry.service import ReleaseService
 from central.rpc import SERVER_OPTIONS, ErrorTranslator
 from central.settings import CentralSettings
+from central.storage.collector import Collector
 from protos.base import BaseModelError, BaseModelInfo, read_base_model
 from protos.fleet.v1 import fleet_pb2_grpc
 from protos.operator.v1 import operator_pb2_grpc
@@ -66,6 +68,7 @@ class Rooms:
     blobs: BlobStore
     registry: Registry
     partial: PartialUploads
+    collector: Collector
 
 
 async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> None:
@@ -82,9 +85,11 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         presence = Presence()
         run_cohort = await asyncio.to_thread(_load_federation, rooms, settings, presence)
         cohorts = CohortThreads(rooms.journal, run_cohort)
+        stopped = threading.Event()
         try:
             async with Services(rooms, settings, presence):
                 await asyncio.to_thread(cohorts.start)
+                threading.Thread(target=rooms.collector.run, args=(stopped,), name="retention", daemon=True).start()
                 listen = settings.listen
                 announce(
                     f"central is ready on {_address(listen.host, listen.port)}, enrolment on "
@@ -94,6 +99,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
                 await stop.wait()
                 log.info("central stops")
         finally:
+            stopped.set()
             await asyncio.to_thread(cohorts.close)
 
 
@@ -111,7 +117,9 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     _expect_same_base(journal, base)
     _expect_same_cohorts(journal, settings)
     registry = Registry(journal, blobs, pki.release_key, base.digest, settings.builds_on)
-    return Rooms(base, journal, pki, blobs, registry, partial)
+    collector = Collector(journal, blobs, partial, settings.retention)
+    collector.recover()
+    return Rooms(base, journal, pki, blobs, registry, partial, collector)
 
 
 class Services:
@@ -196,6 +204,7 @@ class Services:
                 self._presence,
                 rooms.pki.ca_pem,
                 self._settings.channels,
+                rooms.collector,
             ),
             server,
         )

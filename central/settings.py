@@ -194,6 +194,19 @@ class LimitSettings(Group):
     """Unfinished and waiting bytes that one node may have at central."""
 
 
+class RetentionSettings(Group):
+    every_hours: float | None = Field(default=None, gt=0)
+    """Collect blobs that nothing needs this often; unset: only by `central retention --apply`."""
+    superseded_days: float = Field(default=7, ge=0)
+    """Keep payloads of superseded updates this long. They never merge."""
+    set_aside_days: float = Field(default=90, ge=0)
+    """Keep payloads of updates that were set aside this long; afterwards they cannot be requeued."""
+    rejected_days: float = Field(default=30, ge=0)
+    """Keep payloads of rejected candidates, and of abandoned releases that were never served, this long after their verdict."""
+    uploads_days: float = Field(default=7, ge=1)
+    """Keep unfinished uploads that no node goes on with this long. Less than a day would take them from slow nodes."""
+
+
 class CentralSettings(BaseSettings):
     """One frozen group per room."""
 
@@ -214,6 +227,7 @@ class CentralSettings(BaseSettings):
     gate: GateSettings = GateSettings()
     quarantine: QuarantineSettings = QuarantineSettings()
     limits: LimitSettings = LimitSettings()
+    retention: RetentionSettings = RetentionSettings()
 
     @property
     def builds_on(self) -> dict[str, str]:

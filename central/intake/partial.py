@@ -28,21 +28,16 @@ SYNC_BYTES = 8 << 20
 """A crash of the machine costs at most this much of an upload."""
 LOCKS = 1024
 """Updates share locks; two of one lock only wait for each other."""
-STALE_S = 7 * 24 * 3600.0
 
 
 class PartialUploads:
     """One per central; every method blocks on disk."""
 
     def __init__(self, root: Path) -> None:
-        """Create `root` when absent and drop what no node has touched for a week; raises StorageError."""
+        """Create `root` when absent; raises StorageError."""
         self._root = root
         self._locks = [threading.RLock() for _ in range(LOCKS)]
         make_directory(root)
-        with storage(root):
-            for path in root.glob(f"*/*{SUFFIX}"):
-                if time.time() - path.stat().st_mtime > STALE_S:
-                    path.unlink(missing_ok=True)
 
     def committed(self, node_id: str, update_id: str) -> int:
         """Bytes of the update that are durable."""
@@ -77,6 +72,20 @@ class PartialUploads:
         path = self.path(node_id, update_id)
         with self._lock(update_id), storage(path):
             path.unlink(missing_ok=True)
+
+    def stale(self, age_s: float, drop: bool) -> tuple[int, int]:
+        """How many unfinished updates no node has touched for `age_s`, and their bytes; `drop` forgets them."""
+        count = size_bytes = 0
+        with storage(self._root):
+            for path in self._root.glob(f"*/*{SUFFIX}"):
+                with self._lock(path.stem), suppress(FileNotFoundError):  # it was admitted or discarded meanwhile
+                    status = path.stat()
+                    if time.time() - status.st_mtime < age_s:
+                        continue
+                    count, size_bytes = count + 1, size_bytes + status.st_size
+                    if drop:
+                        path.unlink()
+        return count, size_bytes
 
     def held_bytes(self, node_id: str, besides: str) -> int:
         """Bytes of the node's unfinished updates other than `besides`."""

@@ -49,10 +49,10 @@ class OperatorClient:
         with grpc.secure_channel(address, credentials, options) as channel:
             yield cls(channel, address)
 
-    def ask(self, call: Callable[..., T], request: Message) -> T:
+    def ask(self, call: Callable[..., T], request: Message, timeout_s: float = CALL_TIMEOUT_S) -> T:
         """`call(request)` with a deadline; raises CentralUnreachable or CentralError."""
         try:
-            return call(request, timeout=CALL_TIMEOUT_S)
+            return call(request, timeout=timeout_s)
         except grpc.RpcError as error:
             status: Any = error
             refused = any(key == REASON_KEY for key, _ in status.trailing_metadata() or ())

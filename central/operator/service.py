@@ -26,6 +26,7 @@ from central.operator.listing import event_message, forget_message, node_message
 from central.registry import BlobStore, Registry
 from central.registry.registry import unknown_cohort
 from central.settings import ChannelSettings
+from central.storage.collector import Collection, Collector
 from protos.operator.v1 import operator_pb2, operator_pb2_grpc
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         presence: Presence,
         ca_pem: bytes,
         channels: ChannelSettings,
+        collector: Collector,
     ) -> None:
         self._journal = journal
         self._registry = registry
@@ -64,6 +66,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._authenticator = authenticator
         self._presence = presence
         self._ca_pem = ca_pem
+        self._collector = collector
         self._channels = channels
 
     async def ListNodes(
@@ -206,6 +209,20 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 return [forget_message(state, describe(state, order)) for order in state.forgets.values()]
 
         return operator_pb2.ListForgetsResponse(orders=await self._ask(context, list_forgets))
+
+    async def CollectBlobs(
+        self, request: operator_pb2.CollectBlobsRequest, context: Context
+    ) -> operator_pb2.CollectBlobsResponse:
+        def collect(by: str) -> Collection:
+            return self._collector.collect(by) if request.apply else self._collector.preview()
+
+        found = await self._ask(context, collect)
+        return operator_pb2.CollectBlobsResponse(
+            blobs=[operator_pb2.CollectedBlob(**vars(blob)) for blob in found.blobs],
+            uploads=found.uploads,
+            upload_bytes=found.upload_bytes,
+            total_bytes=found.size_bytes,
+        )
 
     async def ListEvents(
         self, request: operator_pb2.ListEventsRequest, context: Context

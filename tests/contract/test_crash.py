@@ -23,7 +23,7 @@ EVERY = [
     *(
         f"{point}#1"
         for point in faults.POINTS
-        if not point.startswith("journal.cohort_created") and point != "merge.state_kept"
+        if point not in faults.RETENTION and not point.startswith("journal.cohort_created") and point != "merge.state_kept"
     ),
     "intake.chunk_written#5",
     "intake.admitted#4",

@@ -659,6 +659,34 @@ class ListForgetsResponse(_message.Message):
     orders: _containers.RepeatedCompositeFieldContainer[ForgetOrder]
     def __init__(self, orders: _Optional[_Iterable[_Union[ForgetOrder, _Mapping]]] = ...) -> None: ...
 
+class CollectedBlob(_message.Message):
+    __slots__ = ("digest", "size_bytes", "reason")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    size_bytes: int
+    reason: str
+    def __init__(self, digest: _Optional[str] = ..., size_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class CollectBlobsRequest(_message.Message):
+    __slots__ = ("apply",)
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    apply: bool
+    def __init__(self, apply: _Optional[bool] = ...) -> None: ...
+
+class CollectBlobsResponse(_message.Message):
+    __slots__ = ("blobs", "uploads", "upload_bytes", "total_bytes")
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    blobs: _containers.RepeatedCompositeFieldContainer[CollectedBlob]
+    uploads: int
+    upload_bytes: int
+    total_bytes: int
+    def __init__(self, blobs: _Optional[_Iterable[_Union[CollectedBlob, _Mapping]]] = ..., uploads: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
 class ListEventsRequest(_message.Message):
     __slots__ = ("after", "limit")
     AFTER_FIELD_NUMBER: _ClassVar[int]

@@ -115,6 +115,11 @@ class OperatorServiceStub:
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsRequest.SerializeToString,
                 response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsResponse.FromString,
                 _registered_method=True)
+        self.CollectBlobs = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/CollectBlobs',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.CollectBlobsRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.CollectBlobsResponse.FromString,
+                _registered_method=True)
         self.ListEvents = channel.unary_unary(
                 '/lorikeet.operator.v1.OperatorService/ListEvents',
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListEventsRequest.SerializeToString,
@@ -226,6 +231,13 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectBlobs(self, request, context):
+        """Deletes what retention allows. The journal says of every payload that is gone why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEvents(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -314,6 +326,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListForgets,
                     request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsRequest.FromString,
                     response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsResponse.SerializeToString,
+            ),
+            'CollectBlobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectBlobs,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.CollectBlobsRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.CollectBlobsResponse.SerializeToString,
             ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
@@ -754,6 +771,33 @@ class OperatorService:
             '/lorikeet.operator.v1.OperatorService/ListForgets',
             protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsRequest.SerializeToString,
             protos_dot_operator_dot_v1_dot_operator__pb2.ListForgetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/CollectBlobs',
+            protos_dot_operator_dot_v1_dot_operator__pb2.CollectBlobsRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.CollectBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from central.errors import Refused
-from central.intake.partial import STALE_S, PartialUploads
+from central.intake.partial import PartialUploads
 from protos.manifest import sha256_hex
 
+DAY_S = 24 * 3600
 UPDATE = "ab" * 32
 
 
@@ -72,6 +73,9 @@ def test_what_nobody_continued_for_a_week_is_dropped(tmp_path: Path) -> None:
     for update_id in (UPDATE, "cd" * 32):
         write(partial, "a", update_id, 0, b"1")
     old = partial.path("a", UPDATE)
-    os.utime(old, (old.stat().st_atime, old.stat().st_mtime - STALE_S - 1))
-    again = PartialUploads(tmp_path)
-    assert (again.committed("a", UPDATE), again.committed("a", "cd" * 32)) == (0, 1)
+    os.utime(old, (old.stat().st_atime, old.stat().st_mtime - 7 * DAY_S - 1))
+    assert partial.stale(8 * DAY_S, drop=True) == (0, 0)
+    assert partial.stale(7 * DAY_S, drop=False) == (1, 1)
+    assert partial.committed("a", UPDATE) == 1
+    assert partial.stale(7 * DAY_S, drop=True) == (1, 1)
+    assert (partial.committed("a", UPDATE), partial.committed("a", "cd" * 32)) == (0, 1)
