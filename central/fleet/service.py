@@ -17,6 +17,7 @@ import grpc
 
 from central.fleet.identity import Authenticator, read_peer
 from central.fleet.presence import Presence
+from central.fleet.served import record_served
 from central.journal import EvaluationRecord, Event, EventKind, Journal, NodeRecord, State
 from central.registry.canary import record_report
 from central.registry.registry import CHANNELS
@@ -35,6 +36,8 @@ _WAKING = frozenset(
         EventKind.TRAIN_OFFERED,
         EventKind.EVALUATION_OFFERED,
         EventKind.NODE_REVOKED,
+        EventKind.NODE_QUARANTINED,
+        EventKind.NODE_RELEASED,
     }
 )
 
@@ -94,8 +97,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         return fleet_pb2.ReportStatusResponse()
 
     async def _told(self, node: NodeRecord, status: fleet_pb2.NodeStatus) -> None:
-        """A node says how it fares: presence keeps it, the journal what concerns a canary."""
+        """A node says how it fares: presence keeps it, the journal what it serves and what concerns a canary."""
         self._presence.report(node.node_id, status)
+        await asyncio.to_thread(record_served, self._journal, node.node_id, status.serving_release_id)
         await asyncio.to_thread(
             record_report,
             self._journal,
@@ -133,6 +137,8 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 release = channel_head(state, node.cohort, channel)
                 head = fleet_pb2.ChannelHead(channel=channel, head=signed_manifest(release))
                 wanted[f"head {channel} {release.release_id}"] = fleet_pb2.WatchResponse(head=head)
+            standing = fleet_pb2.NodeStanding(quarantine=state.nodes[node.node_id].quarantine)
+            wanted[f"standing {standing.quarantine}"] = fleet_pb2.WatchResponse(standing=standing)
             offer = state.train_offers.get(node.cohort)
             if offer is not None:
                 train = fleet_pb2.TrainOffer(offer_id=offer.offer_id, max_rank=offer.max_rank)

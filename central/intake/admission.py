@@ -2,7 +2,7 @@
 
 In: a manifest and its complete payload on disk. Out: a signed receipt. Guarantees: the payload is durable before the
 event, the event before the receipt; a repeat returns the same receipt, byte for byte; at most one waiting update per
-node and start. Blocks on disk and CPU: call it off the event loop.
+node and start, also while the node is in quarantine. Blocks on disk and CPU: call it off the event loop.
 """
 
 from __future__ import annotations
@@ -134,10 +134,12 @@ class Admission:
             )
 
     def _check_quota(self, state: State, cohort: str, manifest: UpdateManifest) -> None:
+        node = state.nodes[manifest.node_id]
+        kept = state.updates_of(node.node_id) if node.quarantine else state.waiting(cohort)
         waiting = sum(
             update.manifest.payload.size_bytes
-            for update in state.waiting(cohort)
-            if update.manifest.node_id == manifest.node_id
+            for update in kept
+            if update.manifest.node_id == manifest.node_id and update.state in ("waiting", "quarantined")
         )
         held = waiting + self._partial.held_bytes(manifest.node_id, besides=manifest.digest)
         if held + manifest.payload.size_bytes > self._limits.node_quota_bytes:
@@ -172,7 +174,7 @@ def _consequences(state: State, manifest: UpdateManifest, cohort: str) -> list[N
     earlier = state.updates_from(manifest.node_id, manifest.start.release)
     if any(update.state in ("planned", "merged") for update in earlier):
         return [NewEvent(EventKind.UPDATE_SET_ASIDE, cohort, manifest.digest, {"reason": ALREADY_MERGED})]
-    waiting = [update for update in earlier if update.state == "waiting"]
+    waiting = [update for update in earlier if update.state in ("waiting", "quarantined")]
     newer = next((update for update in waiting if update.manifest.sequence > manifest.sequence), None)
     if newer is not None:  # the newer one overtook this one on the way
         return [NewEvent(EventKind.UPDATE_SUPERSEDED, cohort, manifest.digest, {"by": newer.update_id})]
