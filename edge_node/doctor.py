@@ -54,6 +54,7 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "node_id": identity.node_id,
         "cohort": identity.cohort,
         "active_release": active.label if active else None,
+        "quarantine": store.quarantine() or None,
         "ready": False,
         "interactions": counts.interactions,
         "feedback": counts.feedback,

@@ -187,6 +187,23 @@ class ReleaseStore:
         document = {"offer_id": offer_id, "max_rank": max_rank, "gram_rank": gram_rank}
         write_durably(self._root / "offer.json", json.dumps(document).encode())
 
+    def keep_standing(self, quarantine: str) -> None:
+        """Remember why central keeps this node's updates aside; empty when it merges them."""
+        if quarantine != self.quarantine():
+            log.info("standing at central changed", extra={"quarantine": quarantine})
+            write_durably(self._root / "standing.json", json.dumps({"quarantine": quarantine}).encode())
+
+    def quarantine(self) -> str:
+        """What central said last of why updates are kept aside; empty when they are merged."""
+        try:
+            return str(json.loads((self._root / "standing.json").read_bytes())["quarantine"])
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, KeyError) as error:
+            raise StorageError(
+                f"{self._root / 'standing.json'} cannot be read: {error}. Delete it; central says it again."
+            ) from error
+
     def newest(self) -> list[StoredRelease]:
         """Every version on disk, the newest (by the time it was installed) first."""
         folders = sorted((self._root / "versions").iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)

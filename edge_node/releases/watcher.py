@@ -128,6 +128,8 @@ class ReleaseWatcher:
         if kind == "head" and event.head.channel == self._settings.releases.channel:
             self._head = event.head.head
             self._head_changed.set()
+        elif kind == "standing":
+            self._store.keep_standing(event.standing.quarantine)
         elif kind == "train":
             self._store.keep_offer(event.train.offer_id, event.train.max_rank, event.train.gram_rank)
         elif kind == "evaluation" and self._settings.releases.evaluate:
