@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Strategy
 
 from central.evaluation import pool
 from central.federation.errors import FederationError, UnusableUpdate
+from central.journal.plan import UNRECORDED_KERNEL
 from central.merging import Merged, ProductSum
 from central.merging.errors import MergeError
 from protos.lora import LoraCodecError, LoraModule, LoraTensors, decode
@@ -51,6 +52,10 @@ class MergeTerms:
     seed: int
     server_state: str = ""
     """Blob with what the strategy goes on from (server_state.py); empty: nothing."""
+    streamed: bool = UNRECORDED_KERNEL.streamed
+    exact_rank: int = UNRECORDED_KERNEL.exact_rank
+    resolve: bool = False
+    """Replies bring absolute solutions: each names the release that its increment starts from."""
 
     def to_record(self) -> ConfigRecord:
         return ConfigRecord(dict(vars(self)))
@@ -121,12 +126,12 @@ class ProductMean(Strategy):  # type: ignore[misc]
         return total.result()
 
     def _parent(self, terms: MergeTerms) -> ProductSum:
-        total = ProductSum(rank=terms.rank, seed=terms.seed)
+        total = empty_sum(terms)
         total.add(decode(self._blobs.read(terms.parent_payload)), 1.0)
         return total
 
     def _increments(self, messages: Sequence[Message]) -> Iterator[tuple[str, LoraTensors, float]]:
-        """(update id, increment, weight) one at a time, in the order of the plan."""
+        """(update id, increment, weight) one at a time, in the order of the plan; a clip's factor is in the increment."""
         for message in messages:
             update = message.content[UPDATE]
             update_id = str(update["update_id"])
@@ -134,7 +139,20 @@ class ProductMean(Strategy):  # type: ignore[misc]
                 tensors = decode(self._blobs.read(str(update["payload"])))
             except LoraCodecError as error:
                 raise UnusableUpdate(update_id, str(error)) from error
-            yield update_id, tensors, float(update["weight"])
+            yield update_id, scaled(tensors, float(update["factor"])), float(update["weight"])
+
+
+def empty_sum(terms: MergeTerms) -> ProductSum:
+    """The sum that the plan's kernel truncates."""
+    return ProductSum(rank=terms.rank, seed=terms.seed, streamed=terms.streamed, exact_rank=terms.exact_rank)
+
+
+def scaled(tensors: LoraTensors, factor: float) -> LoraTensors:
+    """`factor` times the increment, with the same sections."""
+    if factor == 1.0:
+        return tensors
+    modules = {name: replace(module, scale=factor * module.scale) for name, module in tensors.modules.items()}
+    return LoraTensors(modules, tensors.sections)
 
 
 def terms_of(messages: Sequence[Message]) -> MergeTerms:

@@ -3,7 +3,7 @@
 Pure functions of arrays: no I/O, no Flower, no gRPC, no database.
 """
 
-from central.merging.filters import clip_norms, keep_near, multi_krum, product_gram
+from central.merging.filters import Selection, clip_norms, keep_near, multi_krum, product_gram
 from central.merging.kernels import Kernel, choose_kernel
 from central.merging.product import Merged, ProductSum, merge
 from central.merging.regmean import regmean
@@ -12,6 +12,7 @@ __all__ = [
     "Kernel",
     "Merged",
     "ProductSum",
+    "Selection",
     "choose_kernel",
     "clip_norms",
     "keep_near",

@@ -94,13 +94,16 @@ def nothing(A: Array, B: Array) -> Truncated:
     return Truncated(np.zeros((0, A.shape[1]), np.float32), np.zeros((B.shape[0], 0), np.float32), 0.0, 0.0)
 
 
-def gram(factor: Array, axis: int) -> Matrix:
-    """Inner products of the rank-one factors, float64 [K, K]: of A [K, in] with axis 1, of B [out, K] with axis 0."""
-    rank = factor.shape[1 - axis]
-    total = np.zeros((rank, rank))
+def gram(factor: Array, axis: int, other: Array | None = None) -> Matrix:
+    """Inner products of the rank-one factors, float64 [K, K]: of A [K, in] with axis 1, of B [out, K] with axis 0.
+
+    With `other`, of those of `factor` and those of `other`: float64 [K, L].
+    """
+    total = np.zeros((factor.shape[1 - axis], (factor if other is None else other).shape[1 - axis]))
     for start in range(0, factor.shape[axis], SLICE):
         part = _slice(factor, axis, start).astype(np.float64)
-        total += part @ part.T if axis == 1 else part.T @ part
+        same = part if other is None else _slice(other, axis, start).astype(np.float64)
+        total += part @ same.T if axis == 1 else part.T @ same
     return total
 
 

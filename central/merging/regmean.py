@@ -54,6 +54,13 @@ def regmean(updates: Sequence[tuple[LoraTensors, float]], *, eps: float = 0.1) -
     return LoraTensors({name: _combine(name, counted, eps) for name in names})
 
 
+def check_sketches(tensors: LoraTensors) -> None:
+    """Raises MergeError for factors or sketches of one entry that no merge could use."""
+    for name, module in tensors.modules.items():
+        check_module(name, module, like=None)
+        _read(name, tensors, module.A.shape[1], 0.0)
+
+
 @dataclass(frozen=True)
 class _Sketch:
     """G = c I + U U^T, regularised: c float, U float64 [in_features, k]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -55,7 +58,12 @@ def test_gram_is_the_dense_inner_products(ranks, missing):
     ]
     flat = [np.concatenate([dense(u, n).ravel() for n in NAMES]) for u in updates]
     expected = np.array([[x @ y for y in flat] for x in flat])
-    np.testing.assert_allclose(product_gram(updates), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    whole = product_gram(updates)
+    np.testing.assert_allclose(whole, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    for block in (1, 2, 3):
+        np.testing.assert_allclose(
+            product_gram(updates, block=block), whole, rtol=1e-9, atol=1e-12 * np.abs(whole).max()
+        )
 
 
 @settings(max_examples=15, deadline=None)
@@ -65,20 +73,46 @@ def test_selections_do_not_depend_on_the_factors(seed):
     rotated = [rotate(update, 17 * seed + i, spread=1.0) for i, update in enumerate(fleet)]
     one, two = product_gram(fleet), product_gram(rotated)
     honest = list(range(HONEST))
-    assert multi_krum(one, ATTACKERS) == multi_krum(two, ATTACKERS) == honest
-    assert keep_near(one) == keep_near(two) == honest
+    assert multi_krum(one, ATTACKERS).kept == multi_krum(two, ATTACKERS).kept == honest
+    assert keep_near(one).kept == keep_near(two).kept == honest
+    for selection in (multi_krum(one, ATTACKERS), keep_near(one)):
+        assert max(selection.scores[honest]) <= selection.limit < min(selection.scores[HONEST:])
     np.testing.assert_allclose(clip_norms(one), clip_norms(two), rtol=1e-4)
+
+
+def test_blocks_bound_what_is_held():
+    class Counted(Sequence):
+        def __init__(self):
+            self.held, self.most, self.reads = weakref.WeakSet(), 0, 0
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            update = Held(make_update(index).modules)
+            self.reads += 1
+            self.held.add(update)
+            self.most = max(self.most, len(self.held))
+            return update
+
+    class Held(LoraTensors):
+        __hash__ = object.__hash__
+
+    stored = Counted()
+    product_gram(stored, block=3)
+    assert stored.most <= 6
+    assert stored.reads == 3 * (4 + 3 + 2 + 1)
 
 
 def test_krum_on_raw_factors_is_decided_by_the_factors():
     fleet = make_fleet(1)
-    assert multi_krum(raw_gram(fleet), ATTACKERS) == list(range(HONEST))
+    assert multi_krum(raw_gram(fleet), ATTACKERS).kept == list(range(HONEST))
     # The same products; the honest nodes' factors differ as independent training makes them, the attackers' do not.
     rotated = [rotate(u, i, spread=1.0) if i < HONEST else u for i, u in enumerate(fleet)]
-    raw = multi_krum(raw_gram(rotated), ATTACKERS)
+    raw = multi_krum(raw_gram(rotated), ATTACKERS).kept
     assert raw != list(range(HONEST))
     assert set(range(HONEST, HONEST + ATTACKERS)) <= set(raw), "the attackers are among those that raw Krum keeps"
-    assert multi_krum(product_gram(rotated), ATTACKERS) == list(range(HONEST))
+    assert multi_krum(product_gram(rotated), ATTACKERS).kept == list(range(HONEST))
 
 
 def test_clipping_brings_norms_to_the_limit_and_raises_none():
@@ -93,9 +127,9 @@ def test_clipping_brings_norms_to_the_limit_and_raises_none():
 
 def test_near_copies_and_small_fleets_are_all_kept():
     copies = [make_update(1, scale=2.0 + 0.001 * i) for i in range(6)]
-    assert keep_near(product_gram(copies)) == list(range(6))
-    assert keep_near(product_gram(make_fleet(0)[-3:])) == [0, 1, 2]
-    assert keep_near(product_gram([*copies, make_update(2)])) == list(range(6))
+    assert keep_near(product_gram(copies)).kept == list(range(6))
+    assert keep_near(product_gram(make_fleet(0)[-3:])).kept == [0, 1, 2]
+    assert keep_near(product_gram([*copies, make_update(2)])).kept == list(range(6))
 
 
 def test_what_cannot_be_filtered_is_refused():
@@ -104,7 +138,7 @@ def test_what_cannot_be_filtered_is_refused():
         multi_krum(gram, 4)
     with pytest.raises(MergeError, match="keep 11 of 10"):
         multi_krum(gram, 1, keep=11)
-    assert len(multi_krum(gram, 2, keep=3)) == 3
+    assert len(multi_krum(gram, 2, keep=3).kept) == 3
     with pytest.raises(MergeError, match="Limit"):
         clip_norms(gram, -1.0)
     other = LoraTensors({NAMES[0]: LoraModule(np.ones((1, IN + 1), np.float32), np.ones((OUT, 1), np.float32))})
