@@ -1,51 +1,75 @@
-"""The node's round as a Flower ClientApp, for `flwr run` and simulation.
+"""The node's round and its evaluation as a Flower ClientApp, for `flwr run` and simulation.
 
-In: a train message whose `arrays` hold the start release's factors (`<module>/A` float32 [rank, in_features],
-`<module>/B` float32 [out_features, rank], scale 1; none for the base itself) and whose `config` may hold `round`. Out:
-the increment's factors under the same names, with the scale in B, and metrics with `num-examples`. Equal settings give
-equal shapes, so a stock flwr strategy can aggregate them. Only flwr's public packages are imported.
+Train. In: `arrays` with the start release's factors (`<module>/A` float32 [rank, in_features], `<module>/B` float32
+[out_features, rank], scale 1; none for the base itself); `config` may hold `round`, and `max_rank` and `gram_rank` of central's
+offer. Out: the increment's factors under the same names, with the scale in B, and metrics with `num-examples`; further sections of
+the update, where the offer asks for them, in a second record. Equal settings give equal shapes, so a stock flwr strategy can
+aggregate them.
+
+Evaluate. In: `arrays/<release>` of the candidate and its references, and `config` with central's offer: `candidate`, `reference`,
+`tasks`, and as JSON `references` (environment -> release, where it is not `reference`) and `suites` (environment -> first task and
+number of tasks; empty: `tasks` of every environment). Out: `report` with `results` (JSON, the fields of
+lorikeet.releases.v1.EnvironmentResult).
+
+Every reply says in `node` who it is from. Only flwr's public packages are imported.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore
 from edge_node.learning.records import plan_round
+from edge_node.releases.evaluation import evaluation_seed
 from edge_node.releases.peft_directory import peft_files
 from edge_node.settings import EdgeSettings, load_settings
 from protos.base import BaseModelInfo, read_base_model
 from protos.lora import LoraModule, LoraTensors, encode
-from protos.manifest import Payload, ReleaseManifest, sha256_hex
+from protos.manifest import Payload, ReleaseManifest, canonical_json, sha256_hex
+
+ARRAYS, SECTIONS, CONFIG, METRICS, REPORT, NODE = "arrays", "sections", "config", "metrics", "report", "node"
+"""Names of the records in a message's content."""
 
 
 def make_client_app(settings_for: Callable[[Context], EdgeSettings]) -> ClientApp:
     """An app whose virtual node's settings (data directory, environments) come from its Flower context."""
 
     def train(message: Message, context: Context) -> Message:
-        return Message(train_message(message.content, settings_for(context), str(context.node_id)), reply_to=message)
+        content = train_message(message.content, settings_for(context), node_name(context))
+        return Message(content, reply_to=message)
+
+    def evaluate(message: Message, context: Context) -> Message:
+        content = evaluate_message(message.content, settings_for(context), node_name(context))
+        return Message(content, reply_to=message)
 
     app = ClientApp()
     app.train()(train)
+    app.evaluate()(evaluate)
     return app
+
+
+def node_name(context: Context) -> str:
+    """A virtual node is called by its partition, which is the same in every run; Flower's node id is another one each time."""
+    return str(context.node_config.get("partition-id", context.node_id))
 
 
 def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> RecordDict:
     """The content of the reply to a train message; raises what a round raises, and ValueError for unusable arrays."""
     from edge_node.learning.round import train_on_experience  # torch: only where a round runs
 
-    if settings.base.path is None:
-        raise ValueError("EDGE_BASE__PATH is not set; a round needs the Hugging Face directory of the base model.")
-    base = read_base_model(settings.base.path)
+    base = read_base_model(_base(settings))
     arrays = next(iter(content.array_records.values()), ArrayRecord())
-    config = next(iter(content.config_records.values()), None)
-    number = int(str(config["round"])) if config is not None and "round" in config else 1
+    config = dict(next(iter(content.config_records.values()), {}))
+    number = int(str(config.get("round", 1)))
     start = read_arrays(arrays)
     plan = plan_round(
         settings.learning,
@@ -53,7 +77,8 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
         node_id=node_id,
         release=_manifest_of(start, base, version=number - 1),
         cursor=ExperienceStore(settings.data_dir / "experience.db").cursor(),
-        max_rank=None,
+        max_rank=int(str(config.get("max_rank", 0))) or None,
+        gram_rank=int(str(config.get("gram_rank", 0))),
     )
     with tempfile.TemporaryDirectory() as folder:
         release = Path(folder) / "release"
@@ -63,7 +88,34 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
         trained = train_on_experience(plan, settings, release, Path(folder) / "round")
     metrics = MetricRecord({"num-examples": int(trained.metrics["examples"])})
     metrics.update({name: value for name, value in trained.metrics.items() if name != "examples"})
-    return RecordDict({"arrays": write_arrays(trained.tensors), "metrics": metrics})
+    records: dict[str, Any] = {ARRAYS: write_arrays(trained.tensors), METRICS: metrics, NODE: _sender(node_id)}
+    if trained.tensors.sections:
+        records[SECTIONS] = _write_sections(trained.tensors)
+    return RecordDict(records)
+
+
+def evaluate_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> RecordDict:
+    """The content of the reply to an evaluate message; raises SettingsError, and ValueError for unusable arrays."""
+    from edge_node.federation.answering import Comparison, compare
+
+    config = content.config_records[CONFIG]
+    suites, references = json.loads(str(config["suites"])), json.loads(str(config["references"]))
+    reference, everything = str(config["reference"]), [0, int(str(config["tasks"]))]
+    offered = {
+        spec.name: Comparison(references.get(spec.name, reference), *suites.get(spec.name, everything))
+        for spec in settings.environments
+        if not suites or spec.name in suites
+    }
+    releases = {
+        name.removeprefix(f"{ARRAYS}/"): read_arrays(arrays)
+        for name, arrays in content.array_records.items()
+        if name.startswith(f"{ARRAYS}/")
+    }
+    results = compare(
+        _base(settings), releases, str(config["candidate"]), settings.environments, offered, evaluation_seed(node_id)
+    )
+    report = ConfigRecord({"results": canonical_json(results).decode()})
+    return RecordDict({REPORT: report, NODE: _sender(node_id)})
 
 
 def write_arrays(tensors: LoraTensors) -> ArrayRecord:
@@ -86,6 +138,24 @@ def read_arrays(record: ArrayRecord) -> LoraTensors:
             record[f"{name}/A"].numpy().astype(np.float32), record[f"{name}/B"].numpy().astype(np.float32)
         )
     return LoraTensors(modules)
+
+
+def _write_sections(tensors: LoraTensors) -> ArrayRecord:
+    record = ArrayRecord()
+    for section, arrays in sorted(tensors.sections.items()):
+        for key, array in sorted(arrays.items()):
+            record[f"{section}/{key}"] = Array(np.ascontiguousarray(array))
+    return record
+
+
+def _sender(node_id: str) -> ConfigRecord:
+    return ConfigRecord({"name": node_id})
+
+
+def _base(settings: EdgeSettings) -> Path:
+    if settings.base.path is None:
+        raise SettingsError("EDGE_BASE__PATH is not set; a round needs the Hugging Face directory of the base model.")
+    return settings.base.path
 
 
 def _manifest_of(start: LoraTensors, base: BaseModelInfo, version: int) -> ReleaseManifest:

@@ -1,0 +1,55 @@
+"""The node's ClientApp with virtual nodes: each has a small experience store of its own, made when it is first asked."""
+
+from __future__ import annotations
+
+from flwr.app import Context
+
+from edge_node.environments import load_environment
+from edge_node.experience import ExperienceStore
+from edge_node.experience.store import Feedback, Interaction
+from edge_node.federation.client_app import make_client_app
+from edge_node.settings import EdgeSettings
+from examples.simulation.config import SimulationConfig
+
+WRONG = "I do not know."
+
+
+def settings_for(context: Context) -> EdgeSettings:
+    """Settings of the virtual node with this context, and its store."""
+    config = SimulationConfig.read(context.run_config)
+    partition = int(context.node_config["partition-id"])
+    settings = config.node(partition)
+    remember(settings, config.examples, seed=1 + partition)
+    return settings
+
+
+def remember(settings: EdgeSettings, examples: int, seed: int) -> None:
+    """Fill the node's store: tasks of its own environment, each answered wrongly and corrected."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    try:
+        if store.counts().examples >= examples:
+            return
+        environment = load_environment(settings.environments[0])
+        tasks = environment.tasks("train", count=examples, seed=seed)
+        interactions = [
+            Interaction(
+                id=task.id,
+                created_at="2026-11-22T00:00:00Z",
+                model=f"{settings.serving.alias}@v0",
+                messages=list(task.messages),
+                answer=WRONG,
+                finish_reason="stop",
+                endpoint="/v1/chat/completions",
+            )
+            for task in tasks
+        ]
+        store.add_interactions(interactions)
+        for task in tasks:
+            outcome = environment.verify(task, WRONG)
+            store.add_feedback(Feedback(task.id, score=outcome.score, correction=outcome.correction))
+    finally:
+        store.close()
+
+
+app = make_client_app(settings_for)
