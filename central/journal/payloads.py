@@ -43,7 +43,7 @@ def stored_blobs(state: State) -> dict[str, int]:
 
 def needed_blobs(state: State) -> set[str]:
     """Digests that must not be collected."""
-    releases, updates = set(_kept_releases(state)), set[str]()
+    releases, updates = set(_reachable(state)), set[str]()
     plans = [state.plans[state.releases[r].plan_id or ""].plan for r in releases if state.releases[r].plan_id]
     plans += [record.plan for record in state.plans.values() if not record.decided]
     for plan in plans:
@@ -52,6 +52,7 @@ def needed_blobs(state: State) -> set[str]:
         if plan.removal is not None:
             _add_removal(state, plan, releases, updates)
     updates |= {update.update_id for update in state.updates.values() if update.state in _LIVE}
+    releases |= set(_served(state))
     # A merge that solves over absolute solutions reads what an update starts from.
     releases |= {state.updates[update].manifest.start.release for update in updates}
     found: set[str] = set()
@@ -62,14 +63,17 @@ def needed_blobs(state: State) -> set[str]:
     return found
 
 
-def _kept_releases(state: State) -> Iterator[str]:
-    """Releases that can be served or built on, and those that were ever served, unless they were withdrawn: nodes that were
-    away still send updates that start from them."""
+def _reachable(state: State) -> Iterator[str]:
+    """Releases that can be served or built on."""
     yield from state.channels.values()
+    yield from (r.release_id for r in state.releases.values() if r.state in ("candidate", "accepted"))
+
+
+def _served(state: State) -> Iterator[str]:
+    """Releases that were ever served and not withdrawn: nodes that were away still send updates that start from them."""
     for changes in state.channel_changes.values():
         served = (change.release_id for change in changes if change.release_id is not None)
         yield from (release for release in served if state.releases[release].state != "withdrawn")
-    yield from (r.release_id for r in state.releases.values() if r.state in ("candidate", "accepted"))
 
 
 def _add_removal(state: State, plan: MergePlan, releases: set[str], updates: set[str]) -> None:
