@@ -74,10 +74,10 @@ async def test_a_watch_brings_what_is_there_and_every_change(central: Central, n
     journal = central.rooms.journal
     await asyncio.to_thread(journal.append, NewEvent(EventKind.TRAIN_OFFERED, "shared", "train-1", {"max_rank": 4}))
     watch = node.fleet.Watch(fleet_pb2.WatchRequest(status=fleet_pb2.NodeStatus(experiences=3)), timeout=20)
-    first = [await watch.read() for _ in range(3)]
-    assert [event.WhichOneof("event") for event in first] == ["head", "head", "train"]
+    first = [await watch.read() for _ in range(4)]
+    assert [event.WhichOneof("event") for event in first] == ["head", "head", "standing", "train"]
     assert {event.head.channel for event in first[:2]} == {"stable", "canary"}
-    assert first[2].train.max_rank == 4
+    assert (first[2].standing.quarantine, first[3].train.max_rank) == ("", 4)
     listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
     assert (listed.connected, listed.status.experiences) == (True, 3)
 
@@ -162,8 +162,8 @@ async def test_a_watch_beats(tmp_path: Path) -> None:
     async with harness.running_central(harness.make_settings(tmp_path), heartbeat_s=0.02) as central:
         node = await central.enroll("a", await central.token())
         watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
-        kinds = [(await watch.read()).WhichOneof("event") for _ in range(4)]
-    assert kinds == ["head", "head", "heartbeat", "heartbeat"]
+        kinds = [(await watch.read()).WhichOneof("event") for _ in range(5)]
+    assert kinds == ["head", "head", "standing", "heartbeat", "heartbeat"]
 
 
 # The operator.
