@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +13,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.federation import JournalGrid
+from central.federation.screening import screen_of
 from central.federation.server_app import CohortLoop
-from central.journal import EventKind, Journal, NewEvent, ReleaseRecord
+from central.journal import EvaluationRecord, EventKind, Journal, NewEvent, ReleaseRecord, State
 from central.registry import DirectoryBlobs, Registry
 from central.settings import CentralSettings
 from protos.lora import LoraModule, LoraTensors, decode, encode
@@ -102,7 +103,8 @@ def take_steps(
     is_connected: Callable[[str], bool] = lambda node: True,
 ) -> None:
     """The loop in this thread; `until` is asked before every step."""
-    grid = JournalGrid(cohort, central.journal, settings, threading.Event(), is_connected, clock)
+    screen = screen_of(settings.merge.policy(cohort), central.blobs)
+    grid = JournalGrid(cohort, central.journal, settings, threading.Event(), is_connected, clock, screen)
     loop = CohortLoop(cohort, central.journal, central.registry, central.blobs, settings)
     for _ in range(10):
         if until():
@@ -123,15 +125,24 @@ def result(environment: str, both: int = 10, b: int = 0, c: int = 5, neither: in
     }
 
 
-@contextmanager
-def answering(journal: Journal, answer: Callable[[str], tuple[list[dict[str, object]], str] | None]) -> Iterator[None]:
+Reply = tuple[list[dict[str, object]], str]
+"""Results, or none and why."""
+
+
+def answering(journal: Journal, answer: Callable[[str], Reply | None]) -> AbstractContextManager[None]:
     """Nodes that answer every evaluation offer with `answer(node_id)`; None stays silent."""
+    return answering_offers(journal, lambda offer, node: answer(node))
+
+
+@contextmanager
+def answering_offers(journal: Journal, answer: Callable[[EvaluationRecord, str], Reply | None]) -> Iterator[None]:
+    """The same, by what is asked; once a candidate is decided, its offers are no longer answered."""
     done = threading.Event()
 
-    def pending(state: object) -> NewEvent | bool | None:
-        for offer in state.evaluations.values():  # type: ignore[attr-defined]
-            for node in offer.nodes:
-                if node not in offer.reports and (reply := answer(node)) is not None:
+    def pending(state: State) -> NewEvent | bool | None:
+        for offer in state.evaluations.values():
+            for node in offer.nodes if state.releases[offer.candidate].state == "candidate" else ():
+                if node not in offer.reports and (reply := answer(offer, node)) is not None:
                     body = {"node_id": node, "results": reply[0], "abstain_reason": reply[1]}
                     return NewEvent(EventKind.EVALUATION_REPORTED, offer.cohort, offer.offer_id, body)
         return done.is_set() or None

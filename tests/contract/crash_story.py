@@ -29,7 +29,7 @@ from central.registry import DirectoryBlobs
 from central.settings import CentralSettings
 from protos.base import read_base_model
 from protos.fleet.v1 import fleet_pb2
-from protos.manifest import ReleaseManifest, Start, verify
+from protos.manifest import ReleaseManifest, Start, sha256_hex, verify
 from protos.operator.v1 import operator_pb2
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
@@ -51,6 +51,8 @@ class Ending:
     """Version of the release that holds each update, in order of upload, and the update's state."""
     admissions: int
     verdicts: list[bool]
+    looks: list[int]
+    """Of every evaluation offer."""
     rollbacks: int
     leftovers: list[str]
     """Unfinished uploads and temporary files."""
@@ -161,14 +163,20 @@ class Story:
         await self._again(step)
 
     async def _evaluate(self) -> None:
-        """Node a answers every evaluation offer: 10 of 20 tasks only with the candidate."""
+        """Node a answers every evaluation offer: a few tasks more with the candidate, too few to be sure at the first look."""
         node = self._nodes[0]
         while True:
             try:
                 async for event in node.fleet.Watch(fleet_pb2.WatchRequest()):
                     if event.WhichOneof("event") == "evaluation":
+                        first_task = next((suite.first_task for suite in event.evaluation.suites), 0)
                         result = releases_pb2.EnvironmentResult(
-                            environment="e", tasks_digest="0" * 64, both_passed=10, only_candidate_passed=10
+                            environment="e",
+                            tasks_digest=sha256_hex(str(first_task).encode()),
+                            first_task=first_task,
+                            both_passed=14,
+                            only_reference_passed=2,
+                            only_candidate_passed=4,
                         )
                         report = releases_pb2.ReportEvaluationRequest(
                             offer_id=event.evaluation.offer_id, results=[result]
@@ -189,7 +197,7 @@ class Story:
             "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
             "CENTRAL_MERGE__STRATEGY": settings.merge.strategy,
             "CENTRAL_GATE__TASKS": "20",
-            "CENTRAL_GATE__MAX_TASKS": "20",
+            "CENTRAL_GATE__MAX_TASKS": "40",  # a second look decides
             "CENTRAL_GATE__ABSENT_GRACE_S": "0.5",  # node b never evaluates
             **({VARIABLE: fault} if fault else {}),
         }
@@ -228,6 +236,7 @@ class Story:
         try:
             journal.verify()
             kinds = [event.kind for event in journal.events()]
+            looks = [e.body.get("look", 1) for e in journal.events() if e.kind is EventKind.EVALUATION_OFFERED]
             verdicts = [bool(e.body["accepted"]) for e in journal.events() if e.kind is EventKind.VERDICT]
             with journal.read() as state:
                 line = _stable_line(state)
@@ -244,6 +253,7 @@ class Story:
                     ],
                     admissions=kinds.count(EventKind.UPDATE_ADMITTED),
                     verdicts=verdicts,
+                    looks=looks,
                     rollbacks=kinds.count(EventKind.ROLLED_BACK),
                     leftovers=[p.name for pattern in ("*.part", "*.tmp") for p in data.rglob(pattern)],
                 )

@@ -16,19 +16,23 @@ from tests.contract.crash_story import Ending, prepare, tell
 
 Prepared = tuple[CentralSettings, list[harness.Node]]
 # What happens before the first node is there, or only while an earlier kill is recovered from, is reached otherwise.
-QUICK = ("intake.kept#2", "journal.verdict.stored#1")
+QUICK = ("intake.kept#2", "journal.evaluation_offered.stored#2", "journal.verdict.stored#1")
 WITH_STATE = ("merge.state_kept#2", "journal.candidate_built.applied#2", "journal.candidate_built.stored#2")
 """Points of a strategy that carries state from merge to merge."""
 EVERY = [
     *(
         f"{point}#1"
         for point in faults.POINTS
-        if point not in faults.RETENTION and not point.startswith("journal.cohort_created") and point != "merge.state_kept"
+        if point not in faults.RETENTION
+        and not point.startswith("journal.cohort_created")
+        and point != "merge.state_kept"
     ),
     "intake.chunk_written#5",
     "intake.admitted#4",
     "merge.candidate_kept#3",
     "journal.merge_planned.stored#3",
+    "journal.evaluation_offered.applied#2",  # the second look
+    "journal.evaluation_reported.stored#2",
     "journal.verdict.applied#3",
 ]
 
@@ -59,6 +63,7 @@ async def undisturbed(
 async def check(prepared: Prepared, undisturbed: Ending, folder: Path, fault: str) -> None:
     assert undisturbed.merged_in == [(1, "merged"), (1, "merged"), (2, "merged"), (2, "merged")]
     assert (undisturbed.admissions, undisturbed.verdicts, undisturbed.rollbacks) == (4, [True] * 3, 1)
+    assert undisturbed.looks == [1, 2] * 3
     ending, kills = await tell(prepared, folder, fault)
     assert (kills, ending) == (1, undisturbed)
 

@@ -1,0 +1,378 @@
+"""An evaluation in several looks, on a real journal: who is asked what, against which release, and what a crash leaves."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import central.federation.grid as grid_module
+from central.federation.looks import high_water_releases
+from central.fleet.revocation import revoke_node
+from central.journal import EvaluationRecord, EventKind, NewEvent, Suite
+from central.settings import CentralSettings
+from protos.manifest import sha256_hex
+from tests.contract.cohort_loop import (
+    Central,
+    Reply,
+    answering_offers,
+    make_increment,
+    make_settings,
+    opened,
+    take_steps,
+)
+
+
+class Crash(Exception):
+    """Stands for kill -9."""
+
+
+@pytest.fixture
+def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
+    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+    with opened(tmp_path) as central:
+        central.join("shared", "a-1", "b-2", "c-3")
+        yield central
+
+
+def settings(max_tasks: int = 160, **gate: object) -> CentralSettings:
+    made = make_settings(quorum=1, min_updates=1)
+    return made.model_copy(update={"gate": made.gate.model_copy(update={"max_tasks": max_tasks, **gate})})
+
+
+def measured(offer: EvaluationRecord, node: str, name: str, shares: tuple[int, int, int, int], of: int = 10) -> dict:
+    """As many tasks as asked; of every `of` tasks `shares` are (both, only reference, only candidate, neither)."""
+    suite = offer.suite(name)
+    assert suite is not None
+    scale = suite.tasks / of
+    counts = [round(share * scale) for share in shares]
+    counts[0] += suite.tasks - sum(counts)
+    kinds = ("both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed")
+    return {
+        "environment": name,
+        "tasks_digest": sha256_hex(f"{node} {name} {suite.first_task}".encode()),
+        "anchor": False,
+        **dict(zip(kinds, counts, strict=True)),
+        **({"first_task": suite.first_task} if suite.first_task else {}),
+    }
+
+
+SAME, WORSE, BETTER, FEWER, MIXED = (8, 0, 0, 2), (5, 4, 0, 1), (1, 0, 8, 1), (7, 1, 1, 1), (4, 3, 3, 0)
+"""Surely the same; surely worse; surely better; neither for some time; neither for long."""
+
+
+def nodes_with(**environments: tuple[int, int, int, int]) -> Callable[[EvaluationRecord, str], Reply]:
+    """Nodes a and b have "both", node a has "own-a"; c has nothing."""
+    here = {"a-1": ("both", "own_a"), "b-2": ("both",), "c-3": ()}
+
+    def answer(offer: EvaluationRecord, node: str) -> Reply:
+        found = [
+            measured(offer, node, name, environments[name])
+            for name in here[node]
+            if offer.suite(name) is not None and name in environments
+        ]
+        return (found, "") if found else ([], "none of these environments")
+
+    return answer
+
+
+def offers(central: Central) -> list[EvaluationRecord]:
+    with central.journal.read() as state:
+        return list(state.evaluations.values())
+
+
+def decide(
+    central: Central,
+    answer: Callable[[EvaluationRecord, str], Reply | None],
+    made: CentralSettings | None = None,
+    sequence: int = 1,
+    **steps: object,
+) -> str:
+    """The verdict's text on a candidate of one update of node a."""
+    if sequence:
+        central.admit("a-1", make_increment(sequence), sequence=sequence)
+    with answering_offers(central.journal, answer):
+        take_steps(central, made or settings(), lambda: not waiting(central), **steps)  # type: ignore[arg-type]
+    with central.journal.read() as state:
+        last = list(state.releases.values())[-1]
+    assert last.verdict is not None
+    return last.verdict.text
+
+
+def waiting(central: Central) -> bool:
+    with central.journal.read() as state:
+        return any(update.state in ("waiting", "planned") for update in state.updates.values())
+
+
+def test_only_what_is_undecided_is_asked_again_and_only_from_those_who_have_it(central: Central) -> None:
+    text = decide(central, nodes_with(both=MIXED, own_a=SAME), settings(tolerance_points=15))
+    first, second, third, *more = offers(central)
+    assert (first.look, first.nodes, first.suites, first.tasks) == (1, ("a-1", "b-2", "c-3"), {}, 20)
+    # Both nodes measured tasks of their own, so a look doubles 40 tasks with 20 of each.
+    assert (second.look, second.nodes) == (2, ("a-1", "b-2"))
+    assert second.suites == {"both": Suite(first_task=20, tasks=20), "own_a": Suite(first_task=20, tasks=20)}
+    assert third.suites == {"both": Suite(40, 40)}
+    assert third.tasks == 40
+    assert third.so_far["both"]["total"] == 80
+    assert third.so_far["own_a"]["standing"] == "fine"
+    assert not more
+    assert text.startswith("accepted: no environment fell. ")
+    assert "both: 112 -> 112 of 160" in text
+    assert "own_a: 32 -> 32 of 40" in text
+    central.journal.verify()
+
+
+def test_a_fall_that_the_first_look_cannot_show_is_found_by_the_next(central: Central) -> None:
+    mild = (6, 3, 1, 0)
+    assert decide(central, nodes_with(own_a=mild), settings(20)).startswith("accepted")
+    assert decide(central, nodes_with(own_a=mild), sequence=2).startswith("rejected: own_a fell")
+    assert [offer.look for offer in offers(central)] == [1, 1, 2, 3]
+
+
+def test_one_fallen_environment_ends_it_at_once(central: Central) -> None:
+    assert decide(central, nodes_with(both=WORSE, own_a=FEWER), settings(40)).startswith("rejected: both fell")
+    assert len(offers(central)) == 1
+
+
+def test_nodes_that_vanish_between_looks_hold_up_nothing(central: Central) -> None:
+    second = 0
+
+    def clock() -> str:
+        nonlocal second
+        second += 1
+        return f"2026-11-22T12:{second // 60:02}:{second % 60:02}.000000Z"
+
+    answer = nodes_with(both=FEWER, own_a=FEWER)
+
+    def vanishing(offer: EvaluationRecord, node: str) -> Reply | None:
+        return answer(offer, node) if offer.look == 1 else None
+
+    made = settings(absent_grace_s=20, deadline_s=3000)
+    text = decide(
+        central, vanishing, made, clock=clock, is_connected=lambda node: not any(o.look > 1 for o in offers(central))
+    )
+    assert "Too few tasks to be sure of both, own_a" in text
+    assert [offer.look for offer in offers(central)] == [1, 2]
+    assert second < 300
+
+
+def test_a_connected_node_that_stays_silent_is_waited_for_until_the_looks_own_deadline(central: Central) -> None:
+    second = 0
+
+    def clock() -> str:
+        nonlocal second
+        second += 1
+        return f"2026-11-22T{12 + second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}.000000Z"
+
+    answer = nodes_with(both=FEWER)
+
+    def slow(offer: EvaluationRecord, node: str) -> Reply | None:
+        return None if offer.look > 1 and node == "b-2" else answer(offer, node)
+
+    text = decide(central, slow, settings(320), clock=clock)
+    assert "both: " in text
+    looks = offers(central)
+    assert {node for offer in looks[2:] for node in offer.nodes} == {"a-1"}, "who did not answer is not asked again"
+    assert looks[2].suites["both"].tasks == 60, "one node has to double what two had"
+
+
+def test_an_environment_without_further_tasks_is_decided_on_what_there_is(central: Central) -> None:
+    def finite(offer: EvaluationRecord, node: str) -> Reply:
+        suite = offer.suite("own_a")
+        if node != "a-1" or suite is None:
+            return [], "nothing"
+        left = max(0, min(suite.tasks, 30 - suite.first_task))
+        found = measured(offer, node, "own_a", FEWER)
+        return [{**found, "both_passed": left, **dict.fromkeys(KINDS, 0)}] if left == 0 else [shrunk(found, left)], ""
+
+    text = decide(central, finite)
+    assert [offer.look for offer in offers(central)] == [1, 2]
+    assert "of 30 " in text
+
+
+KINDS = ("only_reference_passed", "only_candidate_passed", "neither_passed")
+
+
+def shrunk(found: dict, total: int) -> dict:
+    return {**found, "both_passed": total - sum(found[kind] for kind in KINDS)}
+
+
+def test_a_revoked_nodes_tasks_no_longer_count(central: Central) -> None:
+    answer = nodes_with(both=FEWER)
+
+    def revoking(offer: EvaluationRecord, node: str) -> Reply | None:
+        if offer.look == 2 and node == "a-1":
+            with central.journal.read() as state:
+                if not state.nodes["b-2"].revoked:
+                    revoke_node(central.journal, "b-2", "operator")
+        return answer(offer, node)
+
+    text = decide(central, revoking, settings(80))
+    assert "1 node)" in text
+
+
+# The release that is compared with.
+
+
+def test_candidates_are_compared_with_the_best_release_of_each_environment(central: Central) -> None:
+    decide(central, nodes_with(both=BETTER, own_a=SAME), settings(20))
+    best = central.head()
+    base = best.manifest.parent
+    decide(central, nodes_with(both=SAME, own_a=SAME), settings(20), 2)
+    decide(central, nodes_with(both=SAME, own_a=SAME), settings(20), 3)
+    assert central.head().manifest.version == 3
+    with central.journal.read() as state:
+        assert high_water_releases(state, "shared") == {"both": best.release_id, "own_a": base}
+    last = offers(central)[-1]
+    assert last.reference == central.head().manifest.parent
+    assert last.references == {"both": best.release_id, "own_a": base}
+    assert "both: 32 -> 32 of 40 (only reference 0, only candidate 0, p 1) (against v1-" in central.head().verdict.text  # type: ignore[union-attr]
+    # An abandoned release is no reference any more; where it was the best, another is.
+    central.registry.rollback("shared", base, "set_aside", "operator")
+    with central.journal.read() as state:
+        assert high_water_releases(state, "shared") == {}
+
+
+def test_small_losses_within_the_tolerance_of_each_parent_do_not_add_up(central: Central) -> None:
+    """Each candidate loses 5 points of its parent: against one release that stays the same this shows."""
+    made = settings(400, tasks=400, tolerance_points=8)
+    decide(central, nodes_with(own_a=BETTER), made)
+    best = central.head().release_id
+    texts = []
+    for number in range(1, 4):
+        loss = 20 * number  # of 400
+
+        def losing(offer: EvaluationRecord, node: str, loss: int = loss) -> Reply:
+            against_best = offer.compared_with("own_a") == best
+            lost = loss if against_best else 20
+            found = measured(offer, node, "own_a", (10, 0, 0, 0))
+            return (
+                ([{**found, "both_passed": 400 - lost, "only_reference_passed": lost}], "")
+                if node == "a-1"
+                else ([], "no")
+            )
+
+        texts.append(decide(central, losing, made, number + 1))
+    assert [text.split(":")[0] for text in texts] == ["accepted", "rejected", "rejected"]
+
+
+def test_nodes_that_cannot_load_the_best_release_are_heard_against_the_parent(central: Central) -> None:
+    decide(central, nodes_with(own_a=BETTER, both=BETTER), settings(20))
+    best = central.head()
+    decide(central, nodes_with(own_a=SAME, both=SAME), settings(20), 2)
+    parent = central.head()
+    answer = nodes_with(both=SAME, own_a=SAME)
+
+    def without(offer: EvaluationRecord, node: str) -> Reply:
+        results, reason = answer(offer, node)
+        if node == "a-1":
+            results = [
+                {**found, "reference_id": offer.reference, "fallback_reason": "rank 9 is too much"} for found in results
+            ]
+        return results, reason
+
+    text = decide(central, without, settings(20), 3)
+    label = parent.manifest.label
+    # own_a is measured at node a alone; of both, node b's comparison with the best release counts.
+    assert f"own_a: 16 -> 16 of 20 (only reference 0, only candidate 0, p 1) (against {label}" in text
+    assert "not against its high-water release, because rank 9 is too much" in text
+    assert f"both: 16 -> 16 of 20 (only reference 0, only candidate 0, p 1) (against {best.manifest.label}" in text
+    with central.journal.read() as state:
+        assert set(high_water_releases(state, "shared").values()) == {best.release_id}
+
+
+def test_an_offer_for_several_attempts_carries_them_to_every_look(central: Central) -> None:
+    answer = nodes_with(own_a=FEWER)
+
+    def several(offer: EvaluationRecord, node: str) -> Reply:
+        results, reason = answer(offer, node)
+        every = {"both_passed": 2, "only_reference_passed": 0, "only_candidate_passed": 0}
+        return [
+            {**found, "attempts": 3, "every_attempt": {**every, "neither_passed": offer.suite("own_a").tasks - 2}}  # type: ignore[union-attr]
+            for found in results
+        ], reason
+
+    text = decide(central, several, settings(40, attempts=3, temperature=0.5))
+    assert {(offer.attempts, offer.temperature) for offer in offers(central)} == {(3, 0.5)}
+    assert "own_a: 32 -> 32 of 40 (only reference 4, only candidate 4, p 0.64), all 3 attempts 4 -> 4 of 40" in text
+
+
+# Crashes.
+
+
+def test_a_crash_at_any_append_ends_with_the_same_looks_and_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    with opened(origin) as central:
+        central.join("shared", "a-1", "b-2", "c-3")
+        central.admit("a-1", make_increment(1))
+    ends, crashes, point = set(), 0, 0
+    while True:
+        root = tmp_path / str(point)
+        shutil.copytree(origin, root)
+        crashed = _run_with_crash(root, point)
+        crashes += crashed
+        if crashed:
+            assert not _run_with_crash(root, None)
+        with opened(root) as central, central.journal.read() as state:
+            assert central.journal.verify() == state.sequence
+            looks = tuple((offer.look, *sorted(offer.suites.items())) for offer in state.evaluations.values())
+            assert central.head().verdict is not None
+            ends.add((central.head().release_id, central.head().verdict.text, looks))  # type: ignore[union-attr]
+        if not crashed:
+            break
+        point += 1
+    # Offer, plan, candidate, three looks, verdict: each with a crash before and after it.
+    assert crashes == 2 * 7
+    assert len(ends) == 1
+
+
+def _run_with_crash(root: Path, crash_at: int | None) -> bool:
+    """True when it crashed: at the loop's append crash_at // 2, before it (even) or after it (odd)."""
+    with opened(root) as central:
+        append, loop_thread, count = central.journal.append, threading.current_thread(), 0
+
+        def crashing(*events: NewEvent) -> list:
+            nonlocal count
+            if threading.current_thread() is not loop_thread:
+                return append(*events)
+            count += 1
+            if crash_at == 2 * (count - 1):
+                raise Crash
+            recorded = append(*events)
+            if crash_at == 2 * (count - 1) + 1:
+                raise Crash
+            return recorded
+
+        central.journal.append = crashing  # type: ignore[method-assign]
+        try:
+            decide(central, nodes_with(both=MIXED, own_a=SAME), settings(tolerance_points=15), sequence=0)
+        except Crash:
+            return True
+        return False
+
+
+def test_an_offer_from_before_there_were_looks_is_still_waited_for_and_decided(central: Central) -> None:
+    central.admit("a-1", make_increment(1))
+    take_steps(central, settings(20), lambda: len(_candidates(central)) == 1)
+    body = {
+        "candidate": _candidates(central)[0],
+        "reference": central.head().release_id,
+        "tasks": 20,
+        "deadline_at": "2026-11-22T12:05:00.000000Z",
+        "nodes": ["a-1"],
+    }
+    central.journal.append(NewEvent(EventKind.EVALUATION_OFFERED, "shared", "old", body))
+    assert decide(central, nodes_with(own_a=SAME), settings(20), sequence=0).startswith("accepted")
+    assert [offer.offer_id for offer in offers(central)] == ["old"]
+
+
+def _candidates(central: Central) -> list[str]:
+    with central.journal.read() as state:
+        return [plan.candidate for plan in state.plans.values() if plan.candidate]
