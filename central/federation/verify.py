@@ -26,8 +26,13 @@ from central.journal import ReleaseRecord, State
 from protos.lora import LoraTensors, encode
 from protos.manifest import ManifestError, sha256_hex, verify
 
-Outcome = Literal["identical", "differs", "failed", "forgotten"]
-"""forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was forgotten."""
+Outcome = Literal["identical", "differs", "failed", "forgotten", "collected"]
+"""forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was forgotten; collected: because
+retention collected payloads that no release on a reachable line needs."""
+
+
+class PayloadCollected(StorageError):
+    """What is read was collected; the message says when and why."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,11 @@ class _Rebuilder:
 
     def read(self, digest: str) -> bytes:
         """What the merge reads: its parent, its parent's server state, and the updates of its plan."""
-        return self._last[digest] if digest in self._last else self._blobs.read(digest)
+        if digest in self._last:
+            return self._last[digest]
+        if gone := self._state.collected.get(digest):
+            raise PayloadCollected(f"payload {digest[:12]} was {gone.text}")
+        return self._blobs.read(digest)
 
     def _merge(self, release: ReleaseRecord) -> MergedPayload:
         if release.plan_id is None:
@@ -111,6 +120,8 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
         problem = str(error)
         if why := _forgotten(state, release):
             outcome, problem = "forgotten", f"{why}: {problem}"
+        elif isinstance(error, PayloadCollected):
+            outcome = "collected"
     except (FederationError, ManifestError) as error:
         problem = str(error)
     manifest = release.manifest

@@ -80,6 +80,12 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
             f"{name} starts from release {manifest.start.release}, which is not known in cohort {node.cohort!r}.",
         )
     expected = start.manifest.payload.digest_sha256
+    if gone := state.collected.get(expected):
+        raise _refused(
+            Reason.UNKNOWN_START,
+            f"{name} starts from release {start.manifest.label}, whose payload was {gone.text}. The next round starts from a newer "
+            "release.",
+        )
     if manifest.start.payload != expected or manifest.start.prefix_rank > start.manifest.rank:
         raise _refused(
             Reason.UNKNOWN_START,

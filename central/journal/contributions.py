@@ -39,7 +39,7 @@ class Contributions(Transitions):
         if node.revoked or node.quarantine:
             raise conflict(event, REVOKED if node.revoked else f"its node is in quarantine: {node.quarantine}")
         if gone := self.collected.get(update.manifest.payload.digest_sha256):
-            raise conflict(event, f"its payload is gone, {gone.text}")
+            raise conflict(event, f"its payload was {gone.text}")
         self._cancel_plan_of(event, event.subject)
         self._move(event, event.subject, "waiting", ("waiting", "set_aside"))
 

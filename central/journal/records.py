@@ -188,7 +188,7 @@ class CollectedBlob:
     @property
     def text(self) -> str:
         """For messages."""
-        return f"it was collected on {self.at[:10]}: {self.reason}"
+        return f"collected on {self.at[:10]} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,8 @@ class TrainOfferRecord:
     offer_id: str
     cohort: str
     max_rank: int
+    gram_rank: int = 0
+    """Rank of the activation sketches that the merge rule reads; 0: none."""
 
 
 @dataclass(frozen=True)

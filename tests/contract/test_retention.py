@@ -1,0 +1,152 @@
+"""Retention with a real central: the command, uploads beside it, verify afterwards, and SIGKILL at every step."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from central import faults
+from central.intake.admission import Admission
+from central.journal import verify_journal
+from central.journal.payloads import stored_blobs
+from central.registry import DirectoryBlobs
+from central.settings import CentralSettings
+from protos.manifest import UpdateManifest
+from tests.contract import central_harness as harness
+
+ROOT = Path(__file__).resolve().parents[2]
+AT_ONCE = {"superseded_days": 0, "set_aside_days": 0, "rejected_days": 0}
+QUICK = ("retention.deleted#1",)
+EVERY = [f"{point}#1" for point in faults.RETENTION] + ["retention.deleted#2"]
+
+
+async def superseded(node: harness.Node, count: int) -> list[UpdateManifest]:
+    """`count` superseded updates and one that waits."""
+    manifests = []
+    for number in range(count + 1):
+        payload = harness.encode_factors(number)
+        manifests.append(node.manifest(payload, number + 1))
+        await node.upload(payload, manifests[-1])
+    return manifests
+
+
+async def test_the_same_bytes_uploaded_beside_a_collection_are_never_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blob is there when the upload ends, and is collected before the update is in the journal."""
+    settings = harness.make_settings(tmp_path, retention=AT_ONCE)
+    async with harness.running_central(settings) as central:
+        token = await central.token()
+        node, other = await central.enroll("a", token), await central.enroll("b", token)
+        old, _ = await superseded(node, 1)
+        admit = Admission.admit
+
+        def collect_first(*arguments: object) -> object:
+            monkeypatch.setattr(Admission, "admit", admit)
+            assert len(central.rooms.collector.collect("tests").blobs) == 1
+            return admit(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Admission, "admit", collect_first)
+        payload = harness.encode_factors(0)
+        twin = other.manifest(payload, 1)
+        assert twin.payload == old.payload
+        status, reason, text = await harness.refusal(other.upload(payload, twin))
+        assert (status, reason) == (grpc.StatusCode.ABORTED, "WRONG_OFFSET")
+        assert "retention collected" in text
+        assert (await other.query(twin.digest)).committed_bytes == 0
+        await other.upload(payload, twin)
+        assert central.rooms.blobs.read(twin.payload.digest_sha256) == payload
+        assert central.rooms.collector.collect("tests").blobs == ()
+
+
+def central(settings: CentralSettings, *arguments: str, fault: str = "") -> subprocess.Popen[bytes]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("CENTRAL_", faults.VARIABLE))}
+    environment |= {
+        "CENTRAL_DATA_DIR": str(settings.data_dir),
+        "CENTRAL_BASE__PATH": str(settings.base.path),
+        "CENTRAL_LISTEN__PORT": str(settings.listen.port),
+        "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
+        "CENTRAL_MERGE__MIN_UPDATES": "99",
+        **{f"CENTRAL_RETENTION__{name.upper()}": str(value) for name, value in AT_ONCE.items()},
+        **({faults.VARIABLE: fault} if fault else {}),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "central.cli", *arguments], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def ask(settings: CentralSettings, *arguments: str) -> tuple[int, str]:
+    running = central(settings, *arguments)
+    out, err = running.communicate(timeout=60)
+    return running.returncode, out.decode() + err.decode()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> CentralSettings:
+    """A central with three superseded updates, not running; copied for every test."""
+    settings = harness.make_settings(tmp_path_factory.mktemp("retention"))
+
+    async def prepare() -> None:
+        async with harness.running_central(settings) as running:
+            await superseded(await running.enroll("a", await running.token()), 3)
+
+    asyncio.run(prepare())
+    return settings
+
+
+def check(prepared: CentralSettings, folder: Path, fault: str) -> None:
+    shutil.copytree(prepared.data_dir, folder / "central")
+    settings = prepared.model_copy(
+        update={"data_dir": folder / "central", "listen": harness.make_settings(folder).listen}
+    )
+    serving = central(settings, "serve", fault=fault)
+    try:
+        assert serving.stdout is not None
+        assert serving.stdout.readline().startswith(b"central is ready")
+        code, text = ask(settings, "retention", "--json")
+        preview = json.loads(text)
+        assert (code, len(preview["blobs"])) == (0, 3)
+        assert preview["total_bytes"] == sum(blob["size_bytes"] for blob in preview["blobs"]) > 0
+        code, _ = ask(settings, "retention", "--apply")
+        assert code == 4, "central was killed"
+        assert serving.wait(30) == -signal.SIGKILL
+        serving.communicate()
+
+        serving = central(settings, "serve")
+        assert serving.stdout is not None
+        assert serving.stdout.readline().startswith(b"central is ready")
+        code, text = ask(settings, "retention", "--apply")
+        assert code == 0, text
+        assert ask(settings, "retention")[1] == "Would delete 0 payloads and 0 unfinished uploads, 0 bytes together.\n"
+    finally:
+        serving.kill()
+        serving.communicate()
+    state = verify_journal(settings.journal_url)
+    blobs = DirectoryBlobs(settings.data_dir / "blobs")
+    assert state.collected.keys() == {blob["digest"] for blob in preview["blobs"]}
+    assert not any(digest in blobs for digest in state.collected)
+    assert state.collections == {}
+    for digest in stored_blobs(state):
+        blobs.read(digest)
+    assert [len(update.reason) > 0 for update in state.updates.values()] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("fault", QUICK)
+def test_a_killed_collection_is_finished(prepared: CentralSettings, tmp_path: Path, fault: str) -> None:
+    check(prepared, tmp_path, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault for fault in EVERY if fault not in QUICK])
+def test_every_fault_point_of_a_collection(prepared: CentralSettings, tmp_path: Path, fault: str) -> None:
+    check(prepared, tmp_path, fault)
