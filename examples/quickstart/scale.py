@@ -89,16 +89,21 @@ CENTRAL: Mapping[str, str] = {
     # One look decides: further ones would cost minutes on two cores.
     "CENTRAL_GATE__MAX_TASKS": "50",
     "CENTRAL_GATE__DEADLINE_S": "60",
-    # How far own work and what the base could do may fall below the best release so far before a candidate is rejected. With
-    # 50 tasks a fall is significant only from about 16 points on, and the releases of a cohort that learns still swing.
+    # How far own work and what the base could do may fall below the best release so far before a candidate is rejected. The
+    # releases of a cohort that learns still swing in their own work; base skill does not.
     "CENTRAL_GATE__TOLERANCE_POINTS": "20",
-    "CENTRAL_GATE__ANCHOR_TOLERANCE_POINTS": "20",
+    "CENTRAL_GATE__ANCHOR_TOLERANCE_POINTS": "10",
 }
 
 
 def min_failures(cohort: str) -> int:
     """New failures before another round of a node in `cohort`."""
-    return 0 if cohort == "shared" else MIN_FAILURES_ALONE
+    return 0 if is_shared(cohort) else MIN_FAILURES_ALONE
+
+
+def is_shared(cohort: str) -> bool:
+    """Whether several nodes of the demo learn in this cohort."""
+    return cohort == "shared"
 
 
 def edge_settings(size: Size, cohort: str) -> dict[str, str]:
@@ -107,7 +112,7 @@ def edge_settings(size: Size, cohort: str) -> dict[str, str]:
         "EDGE_SERVING__DTYPE": "float32",
         "EDGE_SERVING__MAX_MODEL_LEN": "128",
         "EDGE_SERVING__MAX_LORA_RANK": "32",
-        **recipe.LEARNING,
+        **(recipe.LEARNING if is_shared(cohort) else recipe.LEARNING_ALONE),
         "EDGE_LEARNING__MIN_EXAMPLES": str(round(FEEDBACK_SHARE * size.first_wave)),
         "EDGE_LEARNING__MIN_NEW_FEEDBACK": str(round(FEEDBACK_SHARE * size.next_wave)),
         "EDGE_LEARNING__MIN_NEW_FAILURES": str(min_failures(cohort)),
