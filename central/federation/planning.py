@@ -6,7 +6,7 @@ Weights are equal shares, derived here; what a node claims (its number of exampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -19,6 +19,16 @@ PRODUCT_MEAN, REGMEAN = "product-mean", "regmean"
 IN_PRODUCT_SPACE = frozenset({PRODUCT_MEAN, REGMEAN})
 """Strategies that add products, so that increments from any start can be merged."""
 SOFTWARE = f"lorikeet-central {central.__version__}"
+
+
+def least_updates(name: str, options: Mapping[str, Any]) -> int:
+    """Fewest updates that the strategy can merge, with the protection that it promises."""
+    malicious = int(options.get("num_malicious_nodes", 0))
+    if name == "Bulyan":  # El Mhamdi et al., arXiv:1802.07927
+        return 4 * malicious + 3
+    if name in ("Krum", "MultiKrum") and malicious:  # Blanchard et al., arXiv:1703.02757: 2 f + 2 < n
+        return 2 * malicious + 3
+    return 1
 
 
 def parse_time(text: str) -> datetime:
@@ -149,6 +159,7 @@ def _planned(update: UpdateRecord, weight: float) -> PlannedUpdate:
 
 def _due(waiting: Sequence[UpdateRecord], policy: MergePolicy, now: datetime) -> Sequence[UpdateRecord]:
     """The updates to merge now, in admission order; empty while neither number nor age suffices."""
+    fewest = max(policy.fewest_updates, least_updates(policy.strategy, policy.strategy_options))
     groups: dict[str, list[UpdateRecord]] = {}
     for update in waiting:
         # A stock strategy averages factors, which means something only for increments from one start.
@@ -156,6 +167,6 @@ def _due(waiting: Sequence[UpdateRecord], policy: MergePolicy, now: datetime) ->
         groups.setdefault(start, []).append(update)
     for group in groups.values():
         age_s = (now - parse_time(group[0].admitted_at)).total_seconds()
-        if len(group) >= policy.min_updates or (age_s >= policy.max_age_s and len(group) >= policy.fewest_updates):
+        if len(group) >= policy.min_updates or (age_s >= policy.max_age_s and len(group) >= fewest):
             return group
     return ()

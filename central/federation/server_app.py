@@ -24,6 +24,7 @@ from central.federation.composition import build_payload, standing_of
 from central.federation.deciding import Deciding
 from central.federation.errors import FederationError, StrategyFailed, UnusableUpdate
 from central.federation.grid import JournalGrid
+from central.federation.planning import least_updates
 from central.federation.stock import make_strategy
 from central.federation.strategy import ProductMean
 from central.federation.trial import check_strategy
@@ -178,10 +179,14 @@ class CohortLoop:
         )
 
     def _can_isolate(self, state: State, candidate: str) -> bool:
-        """Whether parts of the rejected candidate are tried next; otherwise its updates are set aside."""
+        """Whether parts of the rejected candidate are tried next; otherwise its updates are set aside. A strategy that needs
+        several updates cannot try fewer.
+        """
         isolation = state.isolations.get(self._cohort)
         tries = isolation.tries if isolation else 0
-        return len(state.releases[candidate].manifest.updates) > 1 and tries < self._settings.isolation_tries
+        plan = state.plans[state.releases[candidate].plan_id or ""].plan
+        half = len(plan.updates) // 2
+        return half >= least_updates(plan.strategy, plan.strategy_options) and tries < self._settings.isolation_tries
 
     def _set_aside(self, update_ids: list[str], error: FederationError) -> None:
         # The journal cancels the plan that loses an update; the plan's other updates wait again.

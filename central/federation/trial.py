@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord
 
 from central.errors import SettingsError
 from central.federation.errors import StrategyFailed
-from central.federation.planning import PRODUCT_MEAN, REGMEAN
+from central.federation.planning import PRODUCT_MEAN, REGMEAN, least_updates
 from central.federation.regmean import Options
 from central.federation.server_state import CARRIED, ServerState
 from central.federation.stock import aggregate, construct
@@ -44,16 +44,6 @@ def check_strategy(name: str, options: Mapping[str, Any], min_updates: int) -> N
         state = ServerState()
         for _ in range(2):
             state = _merge(name, options, count, state)
-
-
-def least_updates(name: str, options: Mapping[str, Any]) -> int:
-    """Fewest updates that the strategy can merge, with the protection that it promises."""
-    malicious = int(options.get("num_malicious_nodes", 0))
-    if name == "Bulyan":  # El Mhamdi et al., arXiv:1802.07927
-        return 4 * malicious + 3
-    if name in ("Krum", "MultiKrum") and malicious:  # Blanchard et al., arXiv:1703.02757: 2 f + 2 < n
-        return 2 * malicious + 3
-    return 1
 
 
 def _merge(name: str, options: Mapping[str, Any], count: int, before: ServerState) -> ServerState:

@@ -15,6 +15,7 @@ from flwr.serverapp import strategy as stock_strategies
 import central.federation.grid as grid_module
 from central.errors import SettingsError
 from central.federation import check_strategy
+from central.federation.planning import plan_merge
 from central.federation.server_state import CARRIED, ServerState
 from central.federation.stock import UNUSABLE, StockMean, usable_strategies
 from central.federation.strategy import to_arrays, to_tensors
@@ -101,6 +102,7 @@ def test_flwr_has_no_strategy_that_is_neither_usable_nor_refused_with_its_reason
         ("FedAvg", {"fraction_train": 0.5}, 2, "not sampled"),
         ("FedAvg", {"min_train_nodes": 3}, 2, "MIN_UPDATES"),
         ("FedAvg", {"nonsense": 1}, 2, "nonsense"),
+        ("Fedavg", {}, 2, r"unknown strategy 'Fedavg'\. Expected product-mean.*FedAvg"),
         ("FedAvg", {"train_metrics_aggr_fn": "mean"}, 2, "failed on 1 update"),
         ("FedProx", {"proximal_mu": 0.1}, 2, "at the nodes"),
         ("Krum", {"num_malicious_nodes": "many"}, 2, "many"),
@@ -313,3 +315,23 @@ def test_a_state_blob_is_the_same_bytes_for_the_same_state() -> None:
     assert again.to_bytes() == data
     assert again.merges == 3
     assert again.shapes == {"x": ((2, 3), (4, 2))}
+
+
+def test_a_strategy_that_needs_several_updates_waits_for_them_beyond_the_age(central: Central) -> None:
+    late = "2026-11-23T12:00:00.000000Z"
+    settings = make_settings(strategy="Bulyan", min_updates=4, max_age_s=60).merge
+    with central.journal.read() as state:
+        for number, tensors in enumerate(increments(1), start=1):
+            assert plan_merge(state, "shared", settings, late) is None, f"{number - 1} updates wait"
+            central.admit(NODES[number - 1], tensors)
+        plan = plan_merge(state, "shared", settings, late)
+    assert plan is not None
+    assert len(plan.updates) == 3
+
+
+def test_a_rejected_candidate_is_not_cut_into_parts_that_the_strategy_cannot_merge(central: Central) -> None:
+    ids = [central.admit(node, tensors) for node, tensors in zip(NODES, increments(1), strict=True)]
+    settings = make_settings(quorum=1, strategy="Bulyan", min_updates=3)
+    with answering(central.journal, lambda node: ([result("acme", both=2, b=14, c=0, neither=4)], "")):
+        take_steps(central, settings, lambda: "rejected" in release_states(central))
+    assert {state_of(central, update) for update in ids} == {"set_aside"}

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from central.errors import SettingsError
 from central.federation.planning import plan_merge
-from central.federation.stock import check_strategy
 from central.journal import Journal
 from central.settings import MergePolicy
 from tests.unit.central.builders import (
@@ -81,26 +79,3 @@ def test_a_stock_strategy_gets_updates_of_one_start_only(journal: Journal) -> No
     assert [update.update_id for update in stock.updates] == [update.digest for update in fresh]
     assert [update.update_id for update in ours.updates] == [stale.digest, *(update.digest for update in fresh)]
     assert ours.parent == stock.parent == candidate.digest
-
-
-@pytest.mark.parametrize("name", ["product-mean", "FedAvg", "FedMedian", "FedTrimmedAvg", "FedProx", "Krum"])
-def test_strategies_that_work(name: str) -> None:
-    check_strategy(name, {}, 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("Fedavg", {}, "unknown strategy 'Fedavg'; expected product-mean or one of .*FedAvg"),
-        ("FedXgbCyclic", {}, "unknown strategy"),
-        ("FedAvg", {"fraction": 1}, "STRATEGY_OPTIONS: FedAvg cannot be made"),
-        ("FedAdam", {}, r"server state \(m_t, v_t\)"),
-        ("FedAvgM", {"server_momentum": 0.9}, r"server state \(momentum_vector\)"),
-        ("Bulyan", {}, "returns nothing for 1 update"),
-        ("FedAvg", {"min_train_nodes": 9}, "min_train_nodes cannot be set"),
-        ("FedTrimmedAvg", {"weighted_by_key": "m", "beta": "x"}, "fails with 1 update"),
-    ],
-)
-def test_strategies_that_cannot_work_are_refused_at_start(name: str, options: dict, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        check_strategy(name, options, 2)
