@@ -16,15 +16,16 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from central.federation.errors import FederationError
+from central.federation.errors import FederationError, UnusableUpdate
 from central.federation.looks import Ask, is_result, offers_of, reports_of_look
-from central.federation.planning import parse_time, plan_merge
+from central.federation.planning import parse_time, plan_merge, still_stands
 from central.federation.replies import flower_id, request, train_replies
 from central.federation.soaking import SoakWatch
 from central.federation.strategy import CONFIG, REPORT
@@ -33,6 +34,7 @@ from central.journal import (
     EvaluationReport,
     EventKind,
     Journal,
+    MergePlan,
     NewEvent,
     PlanRecord,
     State,
@@ -50,11 +52,25 @@ STOP_CHECK_S = 1.0
 """Longest time until `stop`, an age or a deadline is seen."""
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A plan in the journal that has no verdict; None of a draft."""
+
+    planned: PlanRecord | None
+
+
+@dataclass(frozen=True)
+class _Draft(_Ready):
+    """A plan whose updates are to be filtered first."""
+
+    plan: MergePlan
+
+
 class JournalGrid(Grid):  # type: ignore[misc]
     """One per cohort, used by one thread. `stop` ends every wait; a pull that was stopped returns nothing.
 
     `is_connected` says of a node id whether the node can hear us now: reports of others are not waited for beyond
-    the gate's grace.
+    the gate's grace. `screen` filters a drafted plan (screening.py); None: what is due is merged.
     """
 
     def __init__(
@@ -65,7 +81,9 @@ class JournalGrid(Grid):  # type: ignore[misc]
         stop: threading.Event,
         is_connected: Callable[[str], bool] = lambda node_id: True,
         clock: Callable[[], str] = utc_now,
+        screen: Callable[[MergePlan], MergePlan] | None = None,
     ) -> None:
+        self._screen = screen
         self._cohort = cohort
         self._journal = journal
         self._policy = settings.merge.policy(cohort)
@@ -113,7 +131,8 @@ class JournalGrid(Grid):  # type: ignore[misc]
         evaluate: list[Message] = []
         for message in messages:
             if message.metadata.message_type == MessageType.TRAIN:
-                ids.append(self._offer_training(int(message.content[CONFIG]["max_rank"])))
+                config = message.content[CONFIG]
+                ids.append(self._offer_training(int(config["max_rank"]), int(config.get("gram_rank", 0))))
             elif message.metadata.message_type == MessageType.EVALUATE:
                 evaluate.append(message)
             else:
@@ -154,35 +173,80 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
     # Train.
 
-    def _offer_training(self, max_rank: int) -> str:
+    def _offer_training(self, max_rank: int, gram_rank: int) -> str:
         with self._journal.read() as state:
             standing = state.train_offers.get(self._cohort)
-            if standing is not None and standing.max_rank == max_rank:
+            if standing is not None and (standing.max_rank, standing.gram_rank) == (max_rank, gram_rank):
                 return standing.offer_id
             offer_id = uuid.uuid4().hex
-            self._journal.append(NewEvent(EventKind.TRAIN_OFFERED, self._cohort, offer_id, {"max_rank": max_rank}))
+            body = {"max_rank": max_rank, "gram_rank": gram_rank}
+            self._journal.append(NewEvent(EventKind.TRAIN_OFFERED, self._cohort, offer_id, body))
             return offer_id
 
     def _pull_updates(self, timeout_s: float | None) -> list[Message]:
-        planned = self._wait(self._resume_or_plan, timeout_s)
+        ready = self._wait(self._resume_or_plan, timeout_s)
+        while isinstance(ready, _Draft):
+            self._screen_and_record(ready.plan)
+            ready = self._wait(self._resume_or_plan, timeout_s)
+        planned = ready.planned if ready else None
         if planned is None or planned.candidate is not None:
             return []
         with self._journal.read() as state:
             return train_replies(state, planned)
 
-    def _resume_or_plan(self, state: State) -> PlanRecord | None:
+    def _resume_or_plan(self, state: State) -> _Ready | None:
         # Runs under the journal's lock: nothing can change between the decision to merge and its record.
         under_way = next(iter(state.open_plans(self._cohort)), None)
         if under_way is not None:
-            return under_way
+            return _Ready(under_way)
         self._soak.look(state)
         plan = plan_merge(state, self._cohort, self._policy, self._clock())
         if plan is None:
             return None
+        # Parts of a rejected plan were filtered as a whole.
+        if self._screen is not None and plan.updates and not state.suspects(self._cohort):
+            return _Draft(None, plan)
+        return _Ready(self._record_plan(state, plan))
+
+    def _screen_and_record(self, draft: MergePlan) -> None:
+        """Record the filtered plan, or set aside an update that cannot be read; neither when the state has moved on meanwhile."""
+        assert self._screen is not None
+        try:
+            plan, unusable = self._screen(draft), None
+        except UnusableUpdate as error:
+            plan, unusable = draft, error
+        with self._journal.read() as state:
+            if not still_stands(state, draft):
+                return
+            if unusable is None:
+                self._record_plan(state, plan)
+                return
+            self._journal.append(self._set_aside(unusable.update_id, str(unusable)))
+        log.error(
+            "update set aside",
+            extra={"cohort": self._cohort, "update_id": unusable.update_id, "reason": str(unusable)},
+        )
+
+    def _record_plan(self, state: State, plan: MergePlan) -> PlanRecord:
+        """In one transaction: what a filter left out is set aside, the rest is planned."""
         body = {"plan": plan.to_bytes().decode()}
-        self._journal.append(NewEvent(EventKind.MERGE_PLANNED, self._cohort, plan.digest, body))
-        log.info("merge planned", extra={"cohort": self._cohort, "plan": plan.digest, "updates": len(plan.updates)})
+        self._journal.append(
+            *(self._set_aside(left_out.update_id, left_out.reason) for left_out in plan.left_out),
+            NewEvent(EventKind.MERGE_PLANNED, self._cohort, plan.digest, body),
+        )
+        log.info(
+            "merge planned",
+            extra={
+                "cohort": self._cohort,
+                "plan": plan.digest,
+                "updates": len(plan.updates),
+                "left_out": len(plan.left_out),
+            },
+        )
         return state.plans[plan.digest]
+
+    def _set_aside(self, update_id: str, reason: str) -> NewEvent:
+        return NewEvent(EventKind.UPDATE_SET_ASIDE, self._cohort, update_id, {"reason": reason})
 
     # Evaluate.
 

@@ -110,6 +110,19 @@ def _base_id(state: State, head: ReleaseRecord) -> str | None:
     return base.release_id if base else None
 
 
+def still_stands(state: State, draft: MergePlan) -> bool:
+    """Whether a draft can be recorded now: nothing that it depends on has changed since it was made."""
+    head = state.head(draft.cohort)
+    if head is None or head.release_id != draft.parent or _base_id(state, head) != draft.builds_on:
+        return False
+    if state.open_plans(draft.cohort) or state.soaking(draft.cohort) is not None:
+        return False
+    updates = [state.updates[planned.update_id] for planned in draft.updates]
+    solutions = latest_solutions(state, head, updates) if draft.resolve else ()
+    same = [update.update_id for update in solutions] == [planned.update_id for planned in draft.solutions]
+    return same and all(update.state == "waiting" for update in updates)
+
+
 def latest_solutions(
     state: State, head: ReleaseRecord, without_nodes_of: Sequence[UpdateRecord]
 ) -> Sequence[UpdateRecord]:

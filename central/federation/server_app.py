@@ -25,6 +25,7 @@ from central.federation.deciding import Deciding
 from central.federation.errors import FederationError, StrategyFailed, UnusableUpdate
 from central.federation.grid import JournalGrid
 from central.federation.planning import least_updates
+from central.federation.screening import screen_of
 from central.federation.stock import make_strategy
 from central.federation.strategy import ProductMean
 from central.federation.trial import check_strategy
@@ -54,7 +55,7 @@ def run_cohort(
     policy = settings.merge.policy(cohort)
     check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
     registry.ensure_cohort(cohort)
-    grid = JournalGrid(cohort, journal, settings, stop, is_connected, clock)
+    grid = JournalGrid(cohort, journal, settings, stop, is_connected, clock, screen_of(policy, blobs))
     loop = CohortLoop(cohort, journal, registry, blobs, settings)
     context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={"cohort": cohort})
     make_server_app(loop, stop)(grid, context)

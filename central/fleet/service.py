@@ -141,7 +141,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             wanted[f"standing {standing.quarantine}"] = fleet_pb2.WatchResponse(standing=standing)
             offer = state.train_offers.get(node.cohort)
             if offer is not None:
-                train = fleet_pb2.TrainOffer(offer_id=offer.offer_id, max_rank=offer.max_rank)
+                train = fleet_pb2.TrainOffer(
+                    offer_id=offer.offer_id, max_rank=offer.max_rank, gram_rank=offer.gram_rank
+                )
                 wanted[f"train {offer.offer_id}"] = fleet_pb2.WatchResponse(train=train)
             for record in state.evaluations.values():
                 left_s = self._left_s(state, record, node)

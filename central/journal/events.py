@@ -36,7 +36,7 @@ class EventKind(StrEnum):
     NODE_QUARANTINED = "node_quarantined"  # node id: reason, by
     NODE_RELEASED = "node_released"  # node id, out of quarantine: by
     COHORT_CREATED = "cohort_created"  # release id of version 0: manifest, signature (base64), builds_on (absent: none)
-    TRAIN_OFFERED = "train_offered"  # offer id: max_rank
+    TRAIN_OFFERED = "train_offered"  # offer id: max_rank, gram_rank (absent: 0)
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)
     UPDATE_SUPERSEDED = "update_superseded"  # update id: by
     UPDATE_SET_ASIDE = "update_set_aside"  # update id: reason, by (an operator's name; absent: central)

@@ -95,9 +95,9 @@ class State(Channels, Collections):
 
     def _train_offered(self, event: Event) -> None:
         known(event, self._genesis, event.cohort, "cohort")
-        self._changes.put(
-            self.train_offers, event.cohort, TrainOfferRecord(event.subject, event.cohort, event.body["max_rank"])
-        )
+        body = event.body
+        offer = TrainOfferRecord(event.subject, event.cohort, body["max_rank"], body.get("gram_rank", 0))
+        self._changes.put(self.train_offers, event.cohort, offer)
 
     def _update_admitted(self, event: Event) -> None:
         self._expect_new(event, self.updates)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from central.fleet.presence import NodePresence
-from central.journal import ReleaseRecord, State
+from central.journal import PlannedUpdate, ReleaseRecord, State
 from central.operator.listing import NO_SETTINGS, release_message, release_state, update_message
 from central.registry.difference import ModuleDifference
 from central.settings import ChannelSettings
@@ -32,7 +32,17 @@ def explain_release(
     base = state.base_of(release) if release.manifest.composition else None
     return operator_pb2.ExplainReleaseResponse(
         release=release_message(state, release, channels),
-        contributions=_contributions(state, release),
+        contributions=_contributions(state, plan.updates if plan else ()),
+        filter=plan.filter if plan else "",
+        left_out=[
+            operator_pb2.LeftOut(
+                update_id=left_out.update_id,
+                node_id=state.updates[left_out.update_id].manifest.node_id,
+                reason=left_out.reason,
+            )
+            for left_out in (plan.left_out if plan else ())
+        ],
+        solutions=_contributions(state, plan.solutions if plan else ()),
         environments=[_finding(name, figures) for name, figures in _environments(release).items()],
         periods=_periods(state, release),
         serving=[
@@ -78,10 +88,8 @@ def diff_releases(
     )
 
 
-def _contributions(state: State, release: ReleaseRecord) -> Iterator[operator_pb2.Contribution]:
-    if release.plan_id is None:
-        return
-    for planned in state.plans[release.plan_id].plan.updates:
+def _contributions(state: State, planned_updates: Iterable[PlannedUpdate]) -> Iterator[operator_pb2.Contribution]:
+    for planned in planned_updates:
         update = state.updates[planned.update_id]
         yield operator_pb2.Contribution(
             update_id=update.update_id,
@@ -90,6 +98,7 @@ def _contributions(state: State, release: ReleaseRecord) -> Iterator[operator_pb
             sequence=update.manifest.sequence,
             start_release_id=update.manifest.start.release,
             admitted_at=update.admitted_at,
+            factor=planned.factor,
         )
 
 

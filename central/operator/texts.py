@@ -30,10 +30,17 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
         yield f"{answer.builds_on_version} was withdrawn since, it holds something forgotten: the next composition is without it"
     yield f"updates: {len(answer.contributions) or _why_none(answer)}"
     for part in answer.contributions:
+        clipped = f" (clipped to {part.factor:.3g} of itself)" if part.factor != 1 else ""
         yield (
-            f"  {part.update_id[:12]} from {part.node_id}, weight {part.weight:.6g}, its number {part.sequence}, trained on "
-            f"{part.start_release_id[:8]}, admitted {part.admitted_at}"
+            f"  {part.update_id[:12]} from {part.node_id}, weight {part.weight:.6g}{clipped}, its number {part.sequence}, trained "
+            f"on {part.start_release_id[:8]}, admitted {part.admitted_at}"
         )
+    if answer.filter:
+        yield f"filter: {answer.filter}; left out: {len(answer.left_out) or 'none'}"
+    for left_out in answer.left_out:
+        yield f"  {left_out.update_id[:12]} from {left_out.node_id}: {left_out.reason}"
+    for solution in answer.solutions:
+        yield f"  solved anew with {solution.update_id[:12]} from {solution.node_id}, weight {solution.weight:.6g}"
     if answer.updates_in_lineage:
         nodes = ", ".join(f"{node} {count}" for node, count in sorted(answer.updates_in_lineage.items()))
         yield f"with its ancestors it holds updates from: {nodes}"

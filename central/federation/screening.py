@@ -1,0 +1,112 @@
+"""Robust filters as a part of planning: which of the due updates are merged, and how much of each.
+
+In: a drafted plan, the merge policy, blobs. Out: the plan that is journaled: a factor per update that was clipped, and what is left
+out, with the reason. So the plan alone says what was merged, `central releases verify` needs no filter, and `explain` shows every
+decision. Weights stay equal shares, of those that are kept. Reads payloads: call it without the journal's lock.
+
+At most HELD_BYTES of payloads are in memory at once, or two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import overload
+
+import numpy as np
+
+from central.federation.errors import UnusableUpdate
+from central.journal import LeftOut, MergePlan, PlannedUpdate
+from central.merging import Selection, clip_norms, keep_near, multi_krum, product_gram
+from central.merging.errors import MergeError
+from central.merging.gram import Matrix
+from central.registry import BlobStore
+from central.settings import MergePolicy
+from protos.lora import LoraCodecError, LoraTensors, decode
+
+HELD_BYTES = 1 << 30
+
+
+def screen_of(policy: MergePolicy, blobs: BlobStore) -> Callable[[MergePlan], MergePlan] | None:
+    """The policy's filter; None when it has none."""
+    return None if policy.filter == "none" else partial(screen, policy=policy, blobs=blobs)
+
+
+def screen(plan: MergePlan, policy: MergePolicy, blobs: BlobStore) -> MergePlan:
+    """The draft after the policy's filter.
+
+    Raises UnusableUpdate for a payload that cannot be judged, StorageError when one cannot be read.
+    """
+    stored = _Stored(plan.updates, blobs)
+    block = max(1, HELD_BYTES // (2 * max(blobs.size(update.payload) for update in plan.updates)))
+    try:
+        gram = product_gram(stored, block=block)
+    except MergeError as error:  # features that do not fit the others'; the one read last brought them
+        raise UnusableUpdate(stored.last, str(error)) from error
+    if policy.filter == "clip":
+        return _clipped(plan, policy, gram)
+    count = f"of {len(plan.updates)} updates"
+    if policy.filter == "near":
+        name = f"near, threshold {policy.filter_threshold:g}, {count}"
+        return _selected(plan, name, "median distance to the others", keep_near(gram, policy.filter_threshold))
+    name = f"multi-krum, {policy.filter_malicious} malicious {count}"
+    return _selected(plan, name, "Krum score", multi_krum(gram, policy.filter_malicious))
+
+
+def _clipped(plan: MergePlan, policy: MergePolicy, gram: Matrix) -> MergePlan:
+    factors = clip_norms(gram, policy.filter_norm)
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    limit = policy.filter_norm or float(np.median(norms))
+    updates = [
+        planned.model_copy(update={"factor": float(factor)})
+        for planned, factor in zip(plan.updates, factors, strict=True)
+    ]
+    of = "" if policy.filter_norm else f", the median of {len(updates)} updates"
+    return plan.model_copy(update={"filter": f"clip, norm {limit:.6g}{of}", "updates": updates})
+
+
+def _selected(plan: MergePlan, name: str, score: str, selection: Selection) -> MergePlan:
+    kept = set(selection.kept)
+    left_out = [
+        LeftOut(
+            update_id=planned.update_id,
+            reason=f"left out of a merge on {plan.parent[:8]} by the filter {name}: its {score} is {selection.scores[i]:.4g}, the "
+            f"largest accepted is {selection.limit:.4g}",
+        )
+        for i, planned in enumerate(plan.updates)
+        if i not in kept
+    ]
+    weight = 1 / (len(kept) + len(plan.solutions))
+    changed = {
+        "filter": name,
+        "left_out": left_out,
+        "updates": [plan.updates[i].model_copy(update={"weight": weight}) for i in selection.kept],
+        "solutions": [solution.model_copy(update={"weight": weight}) for solution in plan.solutions],
+    }
+    return plan.model_copy(update=changed)
+
+
+class _Stored(Sequence[LoraTensors]):
+    """A plan's increments, read when they are asked for. `last`: the update that was read last."""
+
+    def __init__(self, updates: Sequence[PlannedUpdate], blobs: BlobStore) -> None:
+        self._updates = updates
+        self._blobs = blobs
+        self.last = ""
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    @overload
+    def __getitem__(self, index: int) -> LoraTensors: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LoraTensors]: ...
+    def __getitem__(self, index: int | slice) -> LoraTensors | Sequence[LoraTensors]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        update = self._updates[index]
+        self.last = update.update_id
+        try:
+            return LoraTensors(decode(self._blobs.read(update.payload)).modules)
+        except LoraCodecError as error:
+            raise UnusableUpdate(update.update_id, str(error)) from error

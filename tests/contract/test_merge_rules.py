@@ -1,0 +1,324 @@
+"""Merge rules that an operator chooses, through the loop: RegMean, re-solving, robust filters, and the plan that says it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+import central.federation.grid as grid_module
+from central.errors import SettingsError
+from central.federation import screening
+from central.federation.planning import plan_merge
+from central.federation.trial import check_strategy
+from central.federation.verify import Finding, verify_releases
+from central.fleet.presence import NodePresence
+from central.fleet.revocation import revoke_node
+from central.journal import EventKind, MergePlan, NewEvent, UpdateRecord
+from central.operator.lineage import explain_release
+from central.settings import CentralSettings
+from protos.fleet.v1 import fleet_pb2
+from protos.lora import LoraModule, LoraTensors, encode
+from protos.manifest import Payload, ReleaseManifest, Start
+from tests.contract.cohort_loop import (
+    IN,
+    KEY,
+    NAMES,
+    Central,
+    dense,
+    make_increment,
+    make_settings,
+    opened,
+    take_steps,
+)
+from tests.unit.central.builders import admitted, make_update
+
+EPS = 0.1
+
+
+@pytest.fixture
+def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
+    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+    with opened(tmp_path) as central:
+        central.join("shared", *(f"{letter}-0" for letter in "abcdefgh"))
+        yield central
+
+
+def make_sketched(seed: int, rank: int = 3) -> LoraTensors:
+    rng = np.random.default_rng([seed, 9])
+    sections = {
+        f"gram/{name}": {
+            "U": (3 * rng.standard_normal((IN, 2))).astype(np.float32),
+            "c": np.asarray(rng.uniform(0.1, 1), np.float32),
+        }
+        for name in NAMES
+    }
+    return LoraTensors(make_increment(seed, rank).modules, sections)
+
+
+def gram(update: LoraTensors, name: str) -> np.ndarray:
+    section = update.sections.get(f"gram/{name}")
+    if section is None:
+        return (1 + EPS) * np.eye(IN)
+    whole = float(section["c"]) * np.eye(IN) + section["U"].astype(np.float64) @ section["U"].T
+    return whole / np.mean(np.diag(whole)) + EPS * np.eye(IN)
+
+
+def solve(entries: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(sum W_i G_i) (sum G_i)^-1, dense."""
+    return np.linalg.solve(sum(g for _, g in entries).T, sum(w @ g for w, g in entries).T).T
+
+
+def admit_from(
+    central: Central,
+    node: str,
+    tensors: LoraTensors,
+    start: ReleaseManifest,
+    prefix_rank: int | None = None,
+    sequence: int = 9,
+) -> str:
+    data = encode(tensors)
+    payload = Payload(digest_sha256=central.blobs.put(data), size_bytes=len(data))
+    begin = Start(
+        release=start.digest,
+        payload=start.payload.digest_sha256,
+        prefix_rank=start.rank if prefix_rank is None else prefix_rank,
+        dtype="float32",
+    )
+    update = make_update(start, node, sequence, payload=payload).model_copy(update={"start": begin})
+    central.journal.append(admitted(update, "shared"))
+    return update.digest
+
+
+def merge(central: Central, settings: CentralSettings) -> ReleaseManifest:
+    version = central.head().manifest.version + 1
+    take_steps(central, settings, lambda: central.head().manifest.version == version)
+    return central.head().manifest
+
+
+def plan_of(central: Central) -> MergePlan:
+    with central.journal.read() as state:
+        return state.plans[central.head().manifest.plan or ""].plan
+
+
+def record(central: Central, update_id: str) -> UpdateRecord:
+    with central.journal.read() as state:
+        return state.updates[update_id]
+
+
+def verified(central: Central) -> list[Finding]:
+    key = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    with central.journal.read() as state:
+        return list(verify_releases(state, list(state.releases.values()), central.blobs, key, deep=True))
+
+
+def all_identical(central: Central) -> bool:
+    return {finding.outcome for finding in verified(central)} == {"identical"}
+
+
+def test_regmean_is_the_dense_solve_from_any_start_and_with_nodes_that_send_no_sketches(central: Central) -> None:
+    settings = make_settings(strategy="regmean", rank=12, server_step=0.7)
+    genesis = central.head().manifest
+    first = [make_sketched(1), make_increment(2)]
+    for node, update in zip(("a-0", "b-0"), first, strict=True):
+        central.admit(node, update)
+    merge(central, settings)
+    with central.journal.read() as state:
+        assert (state.train_offers["shared"].max_rank, state.train_offers["shared"].gram_rank) == (64, 16)
+    expected = {name: 0.7 * solve([(dense(u, name), gram(u, name)) for u in first]) for name in NAMES}
+    second = [make_sketched(3, rank=2), make_sketched(4)]
+    admit_from(central, "c-0", second[0], genesis)
+    central.admit("a-0", second[1], sequence=2)
+    merge(central, settings)
+    for name in NAMES:
+        total = expected[name] + 0.7 * solve([(dense(u, name), gram(u, name)) for u in second])
+        np.testing.assert_allclose(central.product(central.head(), name), total, atol=2e-4)
+        mean = expected[name] + 0.35 * sum(dense(u, name) for u in second)
+        assert np.abs(total - mean).max() > 0.1, "the product mean is another matrix"
+    plan = plan_of(central)
+    assert (plan.strategy, plan.kernel and plan.kernel.streamed) == ("regmean", False)
+    assert all_identical(central)
+
+
+def test_resolve_solves_over_the_latest_solution_of_every_node(central: Central) -> None:
+    settings = make_settings(strategy="regmean", resolve=True, rank=12, min_updates=3)
+    updates = {node: make_sketched(seed) for seed, node in enumerate(("a-0", "b-0", "c-0"))}
+    for node, update in updates.items():
+        central.admit(node, update)
+    first = merge(central, settings)
+    # a works on, from a prefix; b starts from version 0 again; c, d and e: nothing new, new, and revoked.
+    newer, stale = make_sketched(10), make_sketched(11)
+    parent = {name: central.product(central.head(), name) for name in NAMES}
+    u, s, vt = {}, {}, {}
+    for name in NAMES:
+        u[name], s[name], vt[name] = np.linalg.svd(parent[name], full_matrices=False)
+    merged = record(central, first.updates[2])
+    admit_from(central, "a-0", newer, first, prefix_rank=2)
+    with central.journal.read() as state:
+        genesis = state.genesis("shared").manifest
+    admit_from(central, "b-0", stale, genesis, sequence=10)
+    merge(central, make_settings(strategy="regmean", resolve=True, rank=12, min_updates=2))
+    plan = plan_of(central)
+    assert [solution.update_id for solution in plan.solutions] == [merged.update_id]
+    assert central.head().manifest.updates == [update.update_id for update in plan.updates], (
+        "what is read again is not new"
+    )
+    assert record(central, merged.update_id).release_id == first.digest
+    for name in NAMES:
+        start = (u[name][:, :2] * s[name][:2]) @ vt[name][:2]
+        entries = [
+            (start + dense(newer, name), gram(newer, name)),
+            (dense(stale, name), gram(stale, name)),
+            (dense(updates["c-0"], name), gram(updates["c-0"], name)),
+        ]
+        np.testing.assert_allclose(central.product(central.head(), name), solve(entries), atol=2e-4)
+    revoke_node(central.journal, "c-0", "operator")
+    for sequence, node in enumerate(("a-0", "b-0"), start=20):
+        central.admit(node, make_sketched(sequence), sequence=sequence)
+    merge(central, make_settings(strategy="regmean", resolve=True, rank=12, min_updates=2, server_step=0.5))
+    assert plan_of(central).solutions == []
+    assert all_identical(central)
+
+
+def test_a_sketch_that_is_none_sets_its_update_aside_and_the_others_are_merged(central: Central) -> None:
+    broken = make_sketched(1)
+    sections = {**broken.sections, f"gram/{NAMES[0]}": {"U": np.ones((IN, 1), np.float32)}}
+    central.admit("a-0", make_sketched(0))
+    bad = central.admit("b-0", LoraTensors(broken.modules, sections))
+    central.admit("c-0", make_sketched(2))
+    merge(central, make_settings(strategy="regmean"))
+    assert record(central, bad).state == "set_aside"
+    assert "expected U and c" in record(central, bad).reason
+    assert len(central.head().manifest.updates) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 0}, "eps"),
+        ({"sketch_rank": 300}, "sketch_rank"),
+        ({"epsilon": 1}, "epsilon.*Expected eps and sketch_rank"),
+    ],
+)
+def test_options_of_regmean_are_checked_at_start(options: dict[str, float], message: str) -> None:
+    check_strategy("regmean", {"eps": 0.3}, 2)
+    with pytest.raises(SettingsError, match=message):
+        check_strategy("regmean", options, 2)
+
+
+def fleet(central: Central, outliers: int = 1) -> tuple[list[str], list[LoraTensors]]:
+    """Six nodes that learnt mostly the same, and `outliers` that send ten times the opposite; all in factors of their own."""
+    shared, ids, updates = make_increment(100), [], []
+    for number, letter in enumerate("abcdefgh"[: 6 + outliers]):
+        rng, own = np.random.default_rng(number), make_increment(number, rank=1)
+        sign = np.float32(1.0 if number < 6 else -10.0)
+        modules = {}
+        for name, module in shared.modules.items():
+            turn = np.linalg.qr(rng.standard_normal((4, 4)))[0].astype(np.float32)
+            a = np.concatenate([module.A, own.modules[name].A])
+            b = np.concatenate([sign * module.B, np.float32(0.3) * own.modules[name].B], axis=1)
+            modules[name] = LoraModule(turn @ a, b @ turn.T, module.scale)
+        updates.append(LoraTensors(modules))
+        ids.append(central.admit(f"{letter}-0", updates[-1]))
+    return ids, updates
+
+
+@pytest.mark.parametrize(("name", "words"), [("near", "median distance"), ("multi-krum", "Krum score")])
+@pytest.mark.parametrize("strategy", ["product-mean", "regmean", "FedMedian"])
+def test_what_a_filter_leaves_out_is_set_aside_with_its_score_and_can_come_back(
+    central: Central, name: str, words: str, strategy: str
+) -> None:
+    ids, updates = fleet(central)
+    settings = make_settings(strategy=strategy, filter=name, min_updates=7)
+    release = merge(central, settings)
+    plan = plan_of(central)
+    assert release.updates == ids[:6]
+    assert [(left.update_id, words in left.reason) for left in plan.left_out] == [(ids[6], True)]
+    assert (record(central, ids[6]).state, record(central, ids[6]).reason) == ("set_aside", plan.left_out[0].reason)
+    assert name in plan.filter
+    assert {update.weight for update in plan.updates} == {1 / 6}
+    if strategy == "product-mean":
+        expected = sum(dense(update, NAMES[0]) for update in updates[:6]) / 6
+        u, s, vt = np.linalg.svd(expected)
+        np.testing.assert_allclose(central.product(central.head(), NAMES[0]), (u[:, :8] * s[:8]) @ vt[:8], atol=1e-3)
+    assert all_identical(central)
+    central.journal.append(NewEvent(EventKind.UPDATE_REQUEUED, "shared", ids[6], {}))
+    merge(central, make_settings(strategy=strategy, min_updates=1))
+    assert record(central, ids[6]).state == "merged"
+
+
+def test_explain_shows_what_a_filter_decided(central: Central) -> None:
+    ids, _ = fleet(central)
+    merge(central, make_settings(filter="near", min_updates=7))
+    with central.journal.read() as state:
+        answer = explain_release(state, central.head(), lambda node: NodePresence(False, "", fleet_pb2.NodeStatus()))
+    assert answer.filter == "near, threshold 3.5, of 7 updates"
+    assert [(left.update_id, left.node_id) for left in answer.left_out] == [(ids[6], "g-0")]
+    assert "left out of a merge on" in answer.left_out[0].reason
+    assert [part.factor for part in answer.contributions] == [1.0] * 6
+
+
+@pytest.mark.parametrize("limit", [None, 2.0])
+def test_clip_bounds_every_increment_by_the_median_or_a_limit(central: Central, limit: float | None) -> None:
+    ids, updates = fleet(central)
+    release = merge(central, make_settings(filter="clip", filter_norm=limit, min_updates=7, rank=12))
+    norms = [np.sqrt(sum(np.sum(dense(update, name) ** 2) for name in NAMES)) for update in updates]
+    bound = limit or np.median(norms)
+    plan = plan_of(central)
+    assert release.updates == ids
+    for planned, norm in zip(plan.updates, norms, strict=True):
+        assert planned.factor == pytest.approx(min(1.0, bound / norm), rel=1e-5)
+    expected = sum(min(1.0, bound / norm) * dense(u, NAMES[0]) for u, norm in zip(updates, norms, strict=True)) / 7
+    np.testing.assert_allclose(central.product(central.head(), NAMES[0]), expected, atol=1e-3)
+    assert f"norm {bound:.6g}" in plan.filter
+    assert all_identical(central)
+
+
+def test_multi_krum_waits_for_its_number_however_old_the_updates_are(central: Central) -> None:
+    settings = make_settings(filter="multi-krum", min_updates=6, max_age_s=60)
+    late = "2026-11-22T18:00:00.000000Z"
+    for seed, letter in enumerate("abcd"):
+        central.admit(f"{letter}-0", make_increment(seed))
+    with central.journal.read() as state:
+        assert plan_merge(state, "shared", settings.merge.policy("shared"), late) is None
+        assert plan_merge(state, "shared", make_settings().merge.policy("shared"), late) is not None
+    central.admit("e-0", make_increment(9))
+    take_steps(central, settings, lambda: central.head().manifest.version == 1, clock=lambda: late)
+    assert len(central.head().manifest.updates) == 4
+    with pytest.raises(ValueError, match="needs at least 5 updates"):
+        make_settings(filter="multi-krum")
+
+
+def test_a_draft_is_dropped_when_the_state_moves_on_while_it_is_filtered(
+    central: Central, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, _ = fleet(central, outliers=2)
+    real, seen = screening.product_gram, []
+
+    def slow(updates: object, **options: object) -> np.ndarray:
+        seen.append(len(updates))  # type: ignore[arg-type]
+        if len(seen) == 1:
+            revoke_node(central.journal, "a-0", "operator")
+        return real(updates, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(screening, "product_gram", slow)
+    release = merge(central, make_settings(filter="near", min_updates=7))
+    assert seen == [8, 7]
+    assert release.updates == ids[1:6]
+    assert "revoked" in record(central, ids[0]).reason
+    assert {record(central, update).state for update in ids[6:]} == {"set_aside"}
+
+
+def test_a_payload_that_cannot_be_judged_is_set_aside_and_the_others_are_filtered(central: Central) -> None:
+    ids, _ = fleet(central)
+    data = b"not a payload"
+    update = make_update(
+        central.head().manifest, "h-0", 1, payload=Payload(digest_sha256=central.blobs.put(data), size_bytes=len(data))
+    )
+    central.journal.append(admitted(update, "shared"))
+    release = merge(central, make_settings(filter="near", min_updates=7))
+    assert "cannot be merged" in record(central, update.digest).reason
+    assert release.updates == ids[:6]
