@@ -14,11 +14,12 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import grpc
 
@@ -35,7 +36,7 @@ from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 
 ROOT = Path(__file__).resolve().parents[2]
-PAYLOADS = [harness.encode_factors(seed) for seed in range(4)]
+PAYLOADS = [harness.encode_factors(seed) for seed in range(5)]
 LIMIT_S = 90.0
 
 
@@ -44,7 +45,7 @@ class Ending:
     """What must be the same with and without a kill."""
 
     payloads: list[str]
-    """Digests of the stable line's payloads, oldest first: bit-identical."""
+    """Digests of the payloads of every cohort's stable line, oldest first: bit-identical."""
     server_states: list[str | None]
     """Of the same releases."""
     merged_in: list[tuple[int, str]]
@@ -61,6 +62,9 @@ class Ending:
 class Story:
     """Runs `central serve` on a data directory of its own."""
 
+    policy: ClassVar[Mapping[str, str]] = {}
+    """Further settings of central."""
+
     def __init__(self, folder: Path, settings: CentralSettings, nodes: list[harness.Node], fault: str | None) -> None:
         self.kills = 0
         self._folder = folder
@@ -74,12 +78,13 @@ class Story:
         try:
             async with asyncio.timeout(LIMIT_S):
                 await self._start(self._fault)
-                watch = asyncio.create_task(self._evaluate())
+                watches = [asyncio.create_task(work) for work in self._node_work()]
                 try:
                     await self._tell()
                 finally:
-                    watch.cancel()
-                    await asyncio.gather(watch, return_exceptions=True)
+                    for watch in watches:
+                        watch.cancel()
+                    await asyncio.gather(*watches, return_exceptions=True)
                 await self._stop()
         finally:
             await self._stack.aclose()
@@ -87,6 +92,10 @@ class Story:
                 self._process.kill()
                 await self._process.wait()
         return await asyncio.to_thread(self._ending)
+
+    def _node_work(self) -> list[Coroutine[Any, Any, None]]:
+        """What nodes do by themselves; node b never evaluates."""
+        return [self._evaluate(self._nodes[0])]
 
     async def _tell(self) -> None:
         genesis = self._nodes[0].genesis
@@ -118,8 +127,8 @@ class Story:
                 with suppress(TimeoutError):  # the process that died may not have been waited for yet
                     await asyncio.wait_for(self._process.wait(), 0.5)
 
-    async def _upload(self, number: int, start: ReleaseManifest) -> None:
-        node, payload = self._nodes[number % 2], PAYLOADS[number]
+    async def _upload(self, number: int, start: ReleaseManifest, node: harness.Node | None = None) -> None:
+        node, payload = node or self._nodes[number % 2], PAYLOADS[number]
         begin = Start(release=start.digest, payload=start.payload.digest_sha256, prefix_rank=0, dtype="float32")
         manifest = node.manifest(payload, number + 1, start=begin)
 
@@ -133,11 +142,13 @@ class Story:
 
         await self._again(step)
 
-    async def _head_with(self, wanted: Callable[[ReleaseManifest], bool]) -> ReleaseManifest:
+    async def _head_with(
+        self, wanted: Callable[[ReleaseManifest], bool], channel: str = "stable", node: harness.Node | None = None
+    ) -> ReleaseManifest:
         async def step(central: harness.Central) -> ReleaseManifest | None:
             del central
-            request = releases_pb2.GetHeadRequest(channel="stable")
-            answer = await self._nodes[0].releases.GetHead(request, timeout=10)
+            request = releases_pb2.GetHeadRequest(channel=channel)
+            answer = await (node or self._nodes[0]).releases.GetHead(request, timeout=10)
             head = ReleaseManifest.from_bytes(answer.head.manifest)
             return head if wanted(head) else None
 
@@ -148,7 +159,7 @@ class Story:
                 return found
             await asyncio.sleep(0.05)
 
-    async def _roll_back(self, target: ReleaseManifest) -> None:
+    async def _roll_back(self, target: ReleaseManifest, channel: str = "stable") -> None:
         """An operator asks again only when the journal does not show the rollback."""
 
         async def step(central: harness.Central) -> None:
@@ -156,15 +167,17 @@ class Story:
             if any(event.kind == EventKind.ROLLED_BACK for event in events.events):
                 return
             request = operator_pb2.RollbackReleaseRequest(
-                cohort="shared", release=target.digest, updates=operator_pb2.ABANDONED_UPDATES_REQUEUE
+                cohort="shared",
+                release=target.digest,
+                updates=operator_pb2.ABANDONED_UPDATES_REQUEUE,
+                channel=channel,
             )
             await central.operator.RollbackRelease(request, timeout=10)
 
         await self._again(step)
 
-    async def _evaluate(self) -> None:
-        """Node a answers every evaluation offer: a few tasks more with the candidate, too few to be sure at the first look."""
-        node = self._nodes[0]
+    async def _evaluate(self, node: harness.Node) -> None:
+        """The node answers every evaluation offer: a few tasks more with the candidate, too few to be sure at the first look."""
         while True:
             try:
                 async for event in node.fleet.Watch(fleet_pb2.WatchRequest()):
@@ -199,6 +212,7 @@ class Story:
             "CENTRAL_GATE__TASKS": "20",
             "CENTRAL_GATE__MAX_TASKS": "40",  # a second look decides
             "CENTRAL_GATE__ABSENT_GRACE_S": "0.5",  # node b never evaluates
+            **self.policy,
             **({VARIABLE: fault} if fault else {}),
         }
         with (self._folder / "central.log").open("ab") as log:
@@ -239,7 +253,7 @@ class Story:
             looks = [e.body.get("look", 1) for e in journal.events() if e.kind is EventKind.EVALUATION_OFFERED]
             verdicts = [bool(e.body["accepted"]) for e in journal.events() if e.kind is EventKind.VERDICT]
             with journal.read() as state:
-                line = _stable_line(state)
+                line = [release for cohort in state.cohorts() for release in _stable_line(state, cohort)]
                 for release in state.releases.values():
                     blobs.read(release.manifest.payload.digest_sha256)
                 updates = sorted(state.updates.values(), key=lambda update: update.manifest.sequence)
@@ -261,22 +275,23 @@ class Story:
             journal.close()
 
 
-def _stable_line(state: State) -> list[ReleaseManifest]:
+def _stable_line(state: State, cohort: str) -> list[ReleaseManifest]:
     line: list[ReleaseManifest] = []
-    head = state.head("shared")
+    head = state.head(cohort)
     while head is not None:
         line.insert(0, head.manifest)
         head = state.releases.get(head.manifest.parent or "")
     return line
 
 
-async def prepare(folder: Path) -> tuple[CentralSettings, list[harness.Node]]:
-    """A central with two enrolled nodes, not running; copied for every story."""
-    settings = harness.make_settings(folder)
+async def prepare(
+    folder: Path, nodes: Mapping[str, str] = MappingProxyType({"a": "shared", "b": "shared"}), **groups: Any
+) -> tuple[CentralSettings, list[harness.Node]]:
+    """A central with enrolled nodes (cohort by name), not running; copied for every story."""
+    settings = harness.make_settings(folder, **groups)
     async with harness.running_central(settings) as central:
-        token = await central.token()
-        nodes = [await central.enroll(name, token) for name in ("a", "b")]
-    return settings, nodes
+        enrolled = [await central.enroll(name, await central.token(cohort)) for name, cohort in nodes.items()]
+    return settings, enrolled
 
 
 async def tell(
@@ -284,6 +299,7 @@ async def tell(
     folder: Path,
     fault: str | None,
     strategy: str = "product-mean",
+    kind: type[Story] = Story,
 ) -> tuple[Ending, int]:
     """The ending of the story on a copy of the prepared central, and how often central was killed."""
     settings, nodes = prepared
@@ -293,7 +309,7 @@ async def tell(
     settings = settings.model_copy(update={"data_dir": folder / "central", "listen": ports, "merge": merge})
     async with AsyncExitStack() as stack:
         own = [await _reconnect(node, settings, stack) for node in nodes]
-        story = Story(folder, settings, own, fault)
+        story = kind(folder, settings, own, fault)
         return await story.run(), story.kills
 
 

@@ -19,13 +19,18 @@ Prepared = tuple[CentralSettings, list[harness.Node]]
 QUICK = ("intake.kept#2", "journal.evaluation_offered.stored#2", "journal.verdict.stored#1")
 WITH_STATE = ("merge.state_kept#2", "journal.candidate_built.applied#2", "journal.candidate_built.stored#2")
 """Points of a strategy that carries state from merge to merge."""
+ELSEWHERE = (
+    "merge.state_kept",
+    "merge.own_kept",
+    "journal.canary_reported.applied",
+    "journal.canary_reported.stored",
+)
+"""Points that this story does not reach: those of strategies with state (below) and of channels (test_crash_channels.py)."""
 EVERY = [
     *(
         f"{point}#1"
         for point in faults.POINTS
-        if point not in faults.RETENTION
-        and not point.startswith("journal.cohort_created")
-        and point != "merge.state_kept"
+        if point not in (*faults.RETENTION, *ELSEWHERE) and not point.startswith("journal.cohort_created")
     ),
     "intake.chunk_written#5",
     "intake.admitted#4",
