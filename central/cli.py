@@ -198,6 +198,7 @@ def _promote(client: OperatorClient, options: Options) -> None:
 
 
 def _rollback(client: OperatorClient, options: Options) -> None:
+    from central.operator.texts import freed
     from protos.operator.v1 import operator_pb2
 
     choice = {
@@ -212,11 +213,9 @@ def _rollback(client: OperatorClient, options: Options) -> None:
         print_one(options, answer)
     else:
         what = "canary ended, stable stays" if options.channel == "canary" else "stable is"
-        freed = "wait to be merged again" if options.updates == "requeue" else "are set aside"
         abandoned = ", ".join(release_id[:8] for release_id in answer.abandoned_release_ids)
-        print(
-            f"{options.cohort}: {what} {answer.release.version}; abandoned {abandoned}; {len(answer.updates)} updates {freed}."
-        )
+        print(f"{options.cohort}: {what} {answer.release.version}; abandoned {abandoned}; updates freed: {len(answer.updates)}")
+        print_text(options, answer, freed)
 
 
 def _events(client: OperatorClient, options: Options) -> None:

@@ -143,8 +143,10 @@ class Records:
         return found
 
     def forgotten_in(self, release_id: str) -> list[str]:
-        """Forgotten updates that the release still holds, oldest merge first."""
-        return [held for held in self.contributions(release_id) if self.updates[held].state == "forgotten"]
+        """Forgotten updates that the release still holds, itself or in what it is composed with; oldest merge first."""
+        base = self.base_of(self.releases[release_id])
+        held = [*self.contributions(release_id), *(self.contributions(base.release_id) if base else ())]
+        return [update_id for update_id in held if self.updates[update_id].state == "forgotten"]
 
     def pending_forgets(self, cohort: str) -> list[ForgetRecord]:
         """Orders whose removal is not released yet, oldest first."""

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from central.fleet.presence import NodePresence
-from central.journal import PlannedUpdate, ReleaseRecord, State
+from central.journal import MergePlan, PlannedUpdate, ReleaseRecord, State, UpdateRecord
+from central.journal.removal import exactness
 from central.operator.listing import NO_SETTINGS, release_message, release_state, update_message
 from central.registry.difference import ModuleDifference
 from central.settings import ChannelSettings
@@ -64,6 +65,14 @@ def explain_release(
         builds_on_version=base.manifest.label if base else "",
         builds_on_state=release_state(base) if base else operator_pb2.RELEASE_STATE_UNSPECIFIED,
         updates_in_lineage=Counter(state.updates[u].manifest.node_id for u in _updates_in_lineage(state, release)),
+        removed=_contributions(state, plan.removal.updates if plan and plan.removal else ()),
+        exactness=_exactness(state, plan),
+        served=[
+            operator_pb2.ServedPeriod(node_id=period.node_id, since=period.since, until=period.until)
+            for period in state.served.get(release.release_id, ())
+        ],
+        fate=_fate(state, release),
+        forgotten_update_ids=state.forgotten_in(release.release_id),
     )
 
 
@@ -112,6 +121,28 @@ def _updates_in_lineage(state: State, release: ReleaseRecord) -> list[str]:
     """What it holds: of its own line, and of the other cohort's release that it is composed with."""
     base = state.base_of(release)
     return [*state.contributions(release.release_id), *(state.contributions(base.release_id) if base else ())]
+
+
+def _exactness(state: State, plan: MergePlan | None) -> str:
+    if plan is None or plan.removal is None:
+        return ""
+    removal = plan.removal
+    return exactness(removal.method, state.releases[removal.since].manifest.label, removal.merges, removal.truncated)
+
+
+def _fate(state: State, release: ReleaseRecord) -> str:
+    """What became of the updates of a release or candidate that is not used: where each stands now."""
+    if release.state not in ("rejected", "abandoned", "withdrawn"):
+        return ""
+    standing = Counter(_stands(state, state.updates[update_id]) for update_id in release.manifest.updates)
+    return "; ".join(f"{number} {words}" for words, number in standing.items())
+
+
+def _stands(state: State, update: UpdateRecord) -> str:
+    if update.state == "merged" and update.release_id:
+        return f"merged in {state.releases[update.release_id].manifest.label}"
+    words = {"waiting": "waiting to be merged", "planned": "in a merge under way"}
+    return words.get(update.state, f"{update.state.replace('_', ' ')}: {update.reason}")
 
 
 def _periods(state: State, release: ReleaseRecord) -> list[operator_pb2.ChannelPeriod]:

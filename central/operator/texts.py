@@ -41,6 +41,14 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
         yield f"  {left_out.update_id[:12]} from {left_out.node_id}: {left_out.reason}"
     for solution in answer.solutions:
         yield f"  solved anew with {solution.update_id[:12]} from {solution.node_id}, weight {solution.weight:.6g}"
+    if answer.fate:
+        yield f"what became of them: {answer.fate}"
+    if answer.exactness:
+        yield f"taken out: {len(answer.removed)}; {answer.exactness}"
+    for part in answer.removed:
+        yield f"  {part.update_id[:12]} from {part.node_id}, which had weight {part.weight:.6g}"
+    if answer.forgotten_update_ids:
+        yield f"it holds what was forgotten since: {', '.join(u[:12] for u in answer.forgotten_update_ids)}"
     if answer.updates_in_lineage:
         nodes = ", ".join(f"{node} {count}" for node, count in sorted(answer.updates_in_lineage.items()))
         yield f"with its ancestors it holds updates from: {nodes}"
@@ -58,8 +66,22 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
         yield f"{period.channel} from {period.since} until {period.until or 'now'}, by {period.by}"
     if not answer.periods:
         yield "no channel ever pointed here"
+    for served in answer.served:
+        yield f"served at {served.node_id} from {served.since} until {served.until or 'it says otherwise'}"
     serving = ", ".join(f"{n.node_id}{'' if n.connected else f' (last seen {n.last_seen})'}" for n in answer.serving)
     yield f"serves now on: {serving or 'no node that has called since central started'}"
+
+
+def freed(answer: operator_pb2.RollbackReleaseResponse) -> Iterator[str]:
+    """What became of the updates of the releases that a rollback abandoned."""
+    groups: dict[str, list[str]] = {}
+    for update in answer.updates:
+        state = plain(update)["state"]
+        why = f": {update.reason}" if update.reason else ""
+        words = "waiting to be merged again" if state == "waiting" else f"{state.replace('_', ' ')}{why}"
+        groups.setdefault(words, []).append(f"{update.update_id[:12]} of {update.node_id}")
+    for words, updates in groups.items():
+        yield f"  {len(updates)} {words} ({', '.join(updates)})"
 
 
 def soak_line(release: operator_pb2.Release) -> str:
