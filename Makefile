@@ -9,12 +9,16 @@ PACKAGES := edge_node central protos examples
 SEED ?= 0
 SIZE ?= full
 KEEP ?=
+NODES ?= 50
 export TORCH_INDEX
 
 # One thread a process: several processes share the cores, and contended threads are 4 times slower.
 export OMP_NUM_THREADS = 1
 
-.PHONY: help demo stop test test-slow lint protos bench clean install
+# Ray is only for Flower's simulation, so it is installed by the targets that use it.
+SIMULATION := $(VENV)/.simulation-$(shell sha256sum requirements/simulation.lock | cut -c1-16)
+
+.PHONY: help demo simulation stop test test-slow lint protos bench clean install
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -28,6 +32,9 @@ demo: $(STAMP) ## One central and four nodes learn together; writes demo-report.
 	@$(BIN)/python -m examples.quickstart.demo --seed $(SEED) --size $(SIZE) $(if $(filter 1,$(KEEP)),--keep) \
 		--install-seconds "$$(awk -v started=$(STARTED) '{print ($$2 >= started) ? $$1 : 0}' $(STAMP))"
 
+simulation: $(SIMULATION) ## 50 virtual nodes under `flwr run`; writes simulation-run/ (NODES)
+	@$(BIN)/python -m examples.simulation.run --nodes $(NODES)
+
 stop: ## Stops the system that `make demo KEEP=1` left running
 	@$(BIN)/python -m examples.quickstart.demo --stop
 
@@ -37,7 +44,7 @@ test: $(STAMP) ## lint, then unit, contract and integration tests (15 minutes at
 	@.ci/timed contract $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/contract
 	@.ci/timed integration $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/integration
 
-test-slow: $(STAMP) ## Tests marked slow, bad input as a new user would meet it, and kill -9 of every process
+test-slow: $(SIMULATION) ## Tests marked slow, bad input as a new user would meet it, and kill -9 of every process
 	@.ci/timed slow $(BIN)/python -m pytest -q -m "slow and not gpu" tests
 	@.ci/timed bad-input $(BIN)/python -m examples.quickstart.bad_input
 	@.ci/timed kill $(BIN)/python -m examples.quickstart.kill_test
@@ -58,11 +65,15 @@ bench: $(STAMP) ## Every published figure (benchmarks/), one JSON line each
 
 clean: ## Removes the demo's run and report, the cached base model and tool caches; .venv too with VENV_TOO=1
 	@if [ -e demo-run/processes.json ] && [ -x $(BIN)/python ]; then $(BIN)/python -m examples.quickstart.demo --stop; fi
-	@rm -rf demo-run demo-run.* demo-report.json demo-plot.png .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	@rm -rf demo-run demo-run.* simulation-run demo-report.json demo-plot.png .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 	@$(if $(filter 1,$(VENV_TOO)),rm -rf $(VENV))
 
 install: $(STAMP) ## Only the set-up that the other targets start with
+
+$(SIMULATION): $(STAMP)
+	@$(BIN)/python -m pip install --no-deps --no-input --disable-pip-version-check --progress-bar off -q -r requirements/simulation.lock
+	@rm -f $(VENV)/.simulation-* && touch $@
 
 $(STAMP):
 	@bash requirements/install.sh $(PYTHON) $(VENV) $@
