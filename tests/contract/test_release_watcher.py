@@ -220,7 +220,12 @@ IDLE = {"idle": (EnvironmentSpec(name="idle", factory="x:Y"), Idle())}
 
 @asynccontextmanager
 async def watching(
-    store: ReleaseStore, channel: grpc.aio.Channel, control: Control, environments: Any = IDLE, **settings: Any
+    store: ReleaseStore,
+    channel: grpc.aio.Channel,
+    control: Control,
+    environments: Any = IDLE,
+    evaluation_url: str = "http://127.0.0.1:9",
+    **settings: Any,
 ) -> AsyncIterator[asyncio.Task[None]]:
     watcher = ReleaseWatcher(
         EdgeSettings(data_dir=store.partial("x").parents[2], **settings),
@@ -228,7 +233,7 @@ async def watching(
         store,
         Vllm(),
         control,  # type: ignore[arg-type]
-        Evaluator("http://127.0.0.1:9", dict(environments)),
+        Evaluator(evaluation_url, dict(environments)),
         fleet_pb2.NodeStatus,
         tuple,
     )
