@@ -19,13 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from central.durable import storage
 from central.errors import Reason, Refused
+from central.intake.sections import check_sections, is_known
 from central.journal import NodeRecord, State
 from central.settings import LimitSettings
 from protos.lora import Array, LoraCodecError, LoraModule, LoraTensors, assemble, read_scales
 from protos.manifest import ManifestError, UpdateManifest, verify
 
-KNOWN_SECTIONS: frozenset[str] = frozenset()
-"""Named sections that a merge rule of this software reads. The exact product mean reads none."""
 MAX_MANIFEST_BYTES = 64 << 10
 MAX_HEADER_BYTES = 8 << 20
 """Of a payload's safetensors header; parsed, it takes many times as much memory."""
@@ -103,12 +102,11 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
             f"{name} has {manifest.payload.size_bytes} bytes; central admits at most {limits.max_update_bytes} "
             "(CENTRAL_LIMITS__MAX_UPDATE_BYTES).",
         )
-    unknown = sorted(set(manifest.sections) - KNOWN_SECTIONS)
+    unknown = sorted(section for section in manifest.sections if not is_known(section))
     if unknown:
         raise _refused(
             Reason.UNKNOWN_SECTION,
-            f"{name} has section {unknown[0]!r}; this central reads {sorted(KNOWN_SECTIONS) or 'none'}. "
-            "Leave it out, or upgrade central.",
+            f"{name} has section {unknown[0]!r}; this central reads gram/<module>. Leave it out, or upgrade central.",
         )
 
 
@@ -132,6 +130,7 @@ def check_payload(path: Path, manifest: UpdateManifest, shapes: Shapes, limits: 
         for name, layout in tensors.modules.items():
             a, b = (_read_factor(stream, len(header), entries[name, factor]) for factor in ("A", "B"))
             _check_values(name, LoraModule(a, b, layout.scale), limits.max_norm)
+        check_sections(stream, header, shapes, limits)
 
 
 def _read_header(stream: BinaryIO) -> bytes:

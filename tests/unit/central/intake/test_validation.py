@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from central.errors import Reason, Refused
 from central.intake.validation import MAX_HEADER_BYTES, check_payload, increment_norm
+from central.merging.regmean import check_sketches
 from central.settings import LimitSettings
 from protos.lora import LoraModule, LoraTensors, decode, encode
 from tests.unit.central import builders as make
@@ -96,6 +97,75 @@ def test_a_huge_header_is_refused_before_it_is_parsed() -> None:
 def test_no_factors_at_all_are_refused() -> None:
     with pytest.raises(Refused, match="at least one module"):
         check(encode(LoraTensors()))
+
+
+def sketched(**changes: np.ndarray) -> LoraTensors:
+    """An update with a sketch of module m, changed."""
+    sketch = {"U": np.ones((5, 2), np.float32), "c": np.asarray(0.5, np.float32)}
+    return LoraTensors({"m": make_module()}, {"gram/m": sketch | changes})
+
+
+def check_sketched(tensors: LoraTensors) -> None:
+    data = encode(tensors)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "payload"
+        path.write_bytes(data)
+        update = make.make_update(make.make_release(), sections=sorted(tensors.sections))
+        check_payload(path, update, SHAPES, LimitSettings(max_gram_rank=3))
+
+
+def test_a_sketch_that_regmean_can_read_is_admitted() -> None:
+    from central.merging import regmean
+
+    for good in (sketched(), sketched(U=np.zeros((5, 1), np.float32)), sketched(c=np.zeros(1, np.float32))):
+        check_sketched(good)
+        regmean([(good, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason", "message"),
+    [
+        (sketched(U=np.ones((4, 2), np.float32)), Reason.BAD_SHAPE, r"expected \[5, k\]"),
+        (sketched(U=np.ones((5, 0), np.float32)), Reason.BAD_SHAPE, r"shape \[5, 0\]"),
+        (sketched(U=np.ones(5, np.float32)), Reason.BAD_SHAPE, "one number"),
+        (sketched(c=np.ones(2, np.float32)), Reason.BAD_SHAPE, "one number"),
+        (sketched(U=np.ones((5, 4), np.float32)), Reason.RANK_TOO_LARGE, "CENTRAL_LIMITS__MAX_GRAM_RANK"),
+        (sketched(U=np.ones((5, 2))), Reason.BAD_DTYPE, "U in F64"),
+        (sketched(c=np.asarray(1)), Reason.BAD_DTYPE, "c in I64"),
+        (sketched(U=np.full((5, 2), np.nan, np.float32)), Reason.NOT_FINITE, "NaN"),
+        (sketched(c=np.asarray(np.inf, np.float32)), Reason.NOT_FINITE, "infinite"),
+        (sketched(c=np.asarray(-1, np.float32)), Reason.NORM_OUT_OF_BOUNDS, "zero or more"),
+        (sketched(U=np.zeros((5, 2), np.float32), c=np.asarray(0, np.float32)), Reason.NORM_OUT_OF_BOUNDS, "both zero"),
+        (sketched(V=np.ones(1, np.float32)), Reason.UNKNOWN_SECTION, "expected gram/<module> with U and c"),
+        (
+            LoraTensors({"m": make_module()}, {"gram/n": dict(sketched().sections["gram/m"])}),
+            Reason.UNKNOWN_MODULE,
+            "'m'",
+        ),
+        (LoraTensors({"m": make_module()}, {"loss": {"x": np.ones(1)}}), Reason.UNKNOWN_SECTION, "'loss'"),
+    ],
+)
+def test_a_sketch_that_is_none_is_refused(tensors: LoraTensors, reason: Reason, message: str) -> None:
+    with pytest.raises(Refused, match=message) as caught:
+        check_sketched(tensors)
+    assert caught.value.reason is reason
+
+
+def test_sections_that_the_manifest_does_not_name_are_refused() -> None:
+    with pytest.raises(Refused, match=r"the manifest says \[\]"):
+        check(encode(sketched()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, 700), replacement=st.binary(max_size=12))
+def test_damaged_sketches_are_refused_or_still_readable(position: int, replacement: bytes) -> None:
+    good = encode(sketched())
+    data = good[:position] + replacement + good[position + len(replacement) :]
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Refused):
+        path = Path(folder) / "payload"
+        path.write_bytes(data)
+        check_payload(path, make.make_update(make.make_release(), sections=["gram/m"]), SHAPES, LimitSettings())
+        check_sketches(decode(data))
 
 
 @settings(max_examples=200, deadline=None)
