@@ -13,12 +13,13 @@ from typing import Any
 
 from central.settings import CentralSettings
 from edge_node.settings import EdgeSettings
-from examples.quickstart.demo import CACHE
 from examples.quickstart.model import build_base
 from examples.quickstart.recipe import LEARNING
 
 LETTERS = "ABC"
 """Virtual nodes take turns in these parts of acme's work (examples/quickstart/environments.py)."""
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "quickstart"
+"""Where the quickstart keeps its base model."""
 ENVIRONMENTS = "examples.quickstart.environments"
 
 

@@ -16,9 +16,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from central.federation.simulation import Round, simulate
-from examples.quickstart.demo import CACHE
 from examples.quickstart.model import build_base
-from examples.simulation.config import SimulationConfig
+from examples.simulation.config import CACHE, SimulationConfig
 from examples.simulation.plot import write_plot
 from protos.base import read_base_model
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from central.cli import main
@@ -14,10 +15,11 @@ from central.federation.errors import FederationError
 from central.federation.simulation import Round, simulate
 from central.journal import verify_journal
 from central.settings import CentralSettings
-from edge_node.federation.client_app import make_client_app
+from edge_node.federation.client_app import make_client_app, node_name, write_arrays
 from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors
+from tests.contract.cohort_loop import make_increment, result
 from tests.fakes.flower_grid import InProcessGrid
 from tests.fakes.node_data import activate, make_node, meet
 from tests.fakes.tiny_model import tiny_model
@@ -40,6 +42,30 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> ClientApp:
         return settings
 
     return make_client_app(settings_for)
+
+
+@pytest.fixture
+def stub() -> ClientApp:
+    """Trains nothing: factors drawn from node and round; every candidate passes all its tasks."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        seed = 100 * int(message.content["config"]["round"]) + int(node_name(context))
+        metrics = MetricRecord({"num-examples": 1, "loss_first": 1.0})
+        records = {"arrays": write_arrays(make_increment(seed)), "metrics": metrics, "node": sender(context)}
+        return Message(RecordDict(records), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        report = ConfigRecord({"results": json.dumps([result("words", both=4, c=0, neither=0)])})
+        return Message(RecordDict({"report": report, "node": sender(context)}), reply_to=message)
+
+    return app
+
+
+def sender(context: Context) -> ConfigRecord:
+    return ConfigRecord({"name": node_name(context)})
 
 
 def settings(folder: Path, **merge: object) -> CentralSettings:
@@ -97,23 +123,23 @@ def test_virtual_nodes_go_through_the_loop_of_central(
     assert capsys.readouterr().out.count("identical") == 3
 
 
-@pytest.mark.parametrize("strategy", ["FedAdam", "FedMedian", "Krum"])
-def test_strategies_of_flwr_take_the_same_way(app: ClientApp, tmp_path: Path, strategy: str) -> None:
-    rounds = run(InProcessGrid(app, NODES), settings(tmp_path / "b", strategy=strategy), 2)
+@pytest.mark.parametrize("strategy", ["FedAdam", "FedMedian", "Krum", "product-mean"])
+def test_strategies_of_flwr_take_the_same_way(stub: ClientApp, tmp_path: Path, strategy: str) -> None:
+    rounds = run(InProcessGrid(stub, NODES), settings(tmp_path / "b", strategy=strategy), 2)
     assert [r.accepted for r in rounds] == [True, True]
     state = verify_journal(f"sqlite:///{tmp_path}/b/journal.db")
     assert [bool(r.server_state) for r in state.releases.values()] == [False, *[strategy == "FedAdam"] * 2]
 
 
-def test_a_run_can_be_repeated_and_a_broken_node_holds_up_nobody(app: ClientApp, tmp_path: Path) -> None:
+def test_a_run_can_be_repeated_and_a_broken_node_holds_up_nobody(stub: ClientApp, tmp_path: Path) -> None:
     for folder in ("one", "two"):
-        (first,) = run(InProcessGrid(app, NODES, frozenset({2})), settings(tmp_path / folder), 1, nodes_per_round=4)
+        (first,) = run(InProcessGrid(stub, NODES, frozenset({2})), settings(tmp_path / folder), 1, nodes_per_round=4)
         assert first.trained + first.failed == 4
     assert payloads(tmp_path / "one") == payloads(tmp_path / "two")
 
 
-def test_what_cannot_work_is_said(app: ClientApp, tmp_path: Path) -> None:
-    grid = InProcessGrid(app, NODES, frozenset({0, 1, 2}))
+def test_what_cannot_work_is_said(stub: ClientApp, tmp_path: Path) -> None:
+    grid = InProcessGrid(stub, NODES, frozenset({0, 1, 2}))
     with pytest.raises(FederationError, match=r"2 of 5 virtual nodes trained; a merge needs 3.*out of memory"):
         run(grid, settings(tmp_path / "few"), 1)
     with pytest.raises(FederationError, match="holds something already"):
