@@ -214,7 +214,9 @@ def _rollback(client: OperatorClient, options: Options) -> None:
     else:
         what = "canary ended, stable stays" if options.channel == "canary" else "stable is"
         abandoned = ", ".join(release_id[:8] for release_id in answer.abandoned_release_ids)
-        print(f"{options.cohort}: {what} {answer.release.version}; abandoned {abandoned}; updates freed: {len(answer.updates)}")
+        print(
+            f"{options.cohort}: {what} {answer.release.version}; abandoned {abandoned}; updates freed: {len(answer.updates)}"
+        )
         print_text(options, answer, freed)
 
 

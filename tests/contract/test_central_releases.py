@@ -101,7 +101,7 @@ async def test_a_watch_brings_what_is_there_and_every_change(central: Central, n
     with journal.read() as state:
         assert state.evaluations["offer-1"].reports[node.node_id].results[0]["both_passed"] == 8
     again = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
-    assert [(await again.read()).WhichOneof("event") for _ in range(3)] == ["head", "head", "train"]
+    assert [(await again.read()).WhichOneof("event") for _ in range(4)] == ["head", "head", "standing", "train"]
 
     await accept(central, release_id)
     heads = [await watch.read() for _ in range(2)]
