@@ -262,12 +262,12 @@ def _expect_same_base(journal: Journal, base: BaseModelInfo) -> None:
 
 def _expect_same_cohorts(journal: Journal, settings: CentralSettings) -> None:
     with journal.read() as state:
-        for cohort in settings.cohorts.keys() & set(state.cohorts()):
-            wanted, made = settings.cohorts[cohort].builds_on, state.builds_on.get(cohort, "none")
-            if wanted != made:
+        for cohort, wanted in settings.cohorts.builds_on.items():
+            made = state.builds_on.get(cohort, "none")
+            if cohort in state.cohorts() and wanted != made:
                 raise SettingsError(
-                    f"CENTRAL_COHORTS says that cohort {cohort!r} builds on {wanted}; it was made to build on {made}, and its "
-                    "releases do. Set it back, or make a cohort of another name and enrol the nodes there."
+                    f"CENTRAL_COHORTS__BUILDS_ON says that cohort {cohort!r} builds on {wanted}; it was made to build on {made}, and "
+                    "its releases do. Set it back, or make a cohort of another name and enrol the nodes there."
                 )
 
 

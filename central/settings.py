@@ -128,9 +128,9 @@ class ChannelSettings(ChannelPolicy):
 
 
 class CohortSettings(Group):
-    builds_on: Literal["none", "shared"] = "none"
-    """shared: the cohort's nodes are served shared's stable release and what they learnt themselves, together; nothing flows back.
-    It is fixed when the cohort is created."""
+    builds_on: dict[str, Literal["none", "shared"]] = Field(default_factory=dict)
+    """By cohort, as JSON, e.g. {"acme": "shared"}: its nodes are served shared's stable release and what they learnt themselves,
+    together; nothing flows back. Fixed when the cohort is created."""
 
 
 class GateSettings(Group):
@@ -222,8 +222,7 @@ class CentralSettings(BaseSettings):
     blobs: BlobSettings = BlobSettings()
     merge: MergeSettings = MergeSettings()
     channels: ChannelSettings = ChannelSettings()
-    cohorts: dict[str, CohortSettings] = Field(default_factory=dict)
-    """Cohorts that are not like the others, as JSON, e.g. {"acme": {"builds_on": "shared"}}."""
+    cohorts: CohortSettings = CohortSettings()
     gate: GateSettings = GateSettings()
     quarantine: QuarantineSettings = QuarantineSettings()
     limits: LimitSettings = LimitSettings()
@@ -232,7 +231,7 @@ class CentralSettings(BaseSettings):
     @property
     def builds_on(self) -> dict[str, str]:
         """The cohort that a cohort builds on, by name, without those that build on none."""
-        return {name: cohort.builds_on for name, cohort in self.cohorts.items() if cohort.builds_on != "none"}
+        return {cohort: other for cohort, other in self.cohorts.builds_on.items() if other != "none"}
 
     @property
     def journal_url(self) -> str:
@@ -253,8 +252,8 @@ def load_settings() -> CentralSettings:
         settings = CentralSettings()
         mistakes += _cohort_mistakes("MERGE", settings.merge)
         mistakes += _cohort_mistakes("CHANNELS", settings.channels)
-        if settings.cohorts.get("shared", CohortSettings()).builds_on != "none":
-            mistakes.append(f"{PREFIX}COHORTS shared.builds_on: expected none, it is what others build on")
+        if "shared" in settings.builds_on:
+            mistakes.append(f"{PREFIX}COHORTS__BUILDS_ON shared: expected none, it is what others build on")
     except ValidationError as error:
         mistakes += [f"{PREFIX}{'__'.join(place).upper()}: {text}" for place, text in _mistakes(error)]
     except ValueError as error:  # pydantic-settings: a list or object that is not JSON

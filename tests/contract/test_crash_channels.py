@@ -41,7 +41,7 @@ class ChannelStory(Story):
     """Node a follows canary, node c is of cohort acme."""
 
     policy: ClassVar[Mapping[str, str]] = {
-        "CENTRAL_COHORTS": '{"acme": {"builds_on": "shared"}}',
+        "CENTRAL_COHORTS__BUILDS_ON": '{"acme": "shared"}',
         "CENTRAL_CHANNELS__COHORTS": '{"shared": {"first": "canary", "soak_s": 0.3}}',
         "CENTRAL_MERGE__COHORTS": '{"acme": {"min_updates": 1}}',
     }
@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def check(folder: Path, tmp_path: Path, fault: str) -> None:
     nodes = {"a": "shared", "b": "shared", "c": "acme"}
-    prepared = await prepare(folder, nodes, cohorts={"acme": {"builds_on": "shared"}})
+    prepared = await prepare(folder, nodes, cohorts={"builds_on": {"acme": "shared"}})
     ending, kills = await tell(prepared, tmp_path, fault, kind=ChannelStory)
     assert kills == 1
     expect_whole(ending)
