@@ -29,8 +29,8 @@ import grpc
 
 from central import faults
 from central.cohorts import CohortThreads
-from central.data_lock import DataLock
 from central.errors import ListenError, SettingsError
+from central.file_lock import DataLock
 from central.fleet.enrollment import EnrollmentService
 from central.fleet.identity import Authenticator
 from central.fleet.pki import Pki

@@ -2,7 +2,7 @@
 
 from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
 from central.journal.isolation import Isolation
-from central.journal.journal import Journal, verify_journal
+from central.journal.journal import Journal, import_journal, read_journal, verify_journal
 from central.journal.lock import WriterLock
 from central.journal.plan import LeftOut, MergePlan, PlannedKernel, PlannedUpdate
 from central.journal.records import (
@@ -49,6 +49,8 @@ __all__ = [
     "UpdateRecord",
     "VerdictRecord",
     "WriterLock",
+    "import_journal",
+    "read_journal",
     "utc_now",
     "verify_journal",
 ]

@@ -12,8 +12,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -73,7 +74,7 @@ class Journal:
             self._engine = _open(url)
             upgrade_schema(self._engine, _METADATA)
             for event in _chain(self._engine):
-                _replay(self._state, event)
+                replay(self._state, event)
         except (SQLAlchemyError, ImportError) as error:  # ImportError: the database's driver is not installed
             raise StorageError(
                 f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
@@ -199,33 +200,70 @@ def verify_journal(url: str) -> State:
     read, JournalCorrupt naming the first bad event.
     """
     state = State()
+    for event in read_journal(url):
+        replay(state, event)
+    return state
+
+
+def read_journal(url: str) -> Iterator[Event]:
+    """Every event of an existing journal, its chain checked on the way; the same errors as verify_journal."""
     try:
         engine = _open(url, read_only=True)
     except (SQLAlchemyError, ImportError) as error:
         raise StorageError(f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL.") from error
     try:
-        for event in _chain(engine):
-            _replay(state, event)
+        yield from _chain(engine)
     finally:
         engine.dispose()
-    return state
+
+
+def import_journal(url: str, events: Iterable[Event]) -> None:
+    """Write a whole chain into an empty database, in one transaction; raises StorageError for one that is not empty."""
+    try:
+        engine = _open(url)
+        try:
+            upgrade_schema(engine, _METADATA)
+            with engine.begin() as connection:
+                count = connection.execute(sa.select(sa.func.count()).select_from(_EVENTS)).scalar_one()
+                if count:
+                    raise StorageError(f"The journal has {count} events already. Expected an empty database.")
+                left = iter(events)
+                while page := [_row(event) for event in islice(left, _PAGE)]:
+                    connection.execute(sa.insert(_EVENTS), page)
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, ImportError) as error:
+        raise StorageError(
+            f"The journal cannot be written: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
+        ) from error
+
+
+def checked_chain(events: Iterable[Event]) -> Iterator[Event]:
+    """The same events; raises JournalCorrupt at the first that does not follow from the one before."""
+    previous_hash = FIRST_HASH
+    for sequence, event in enumerate(events, 1):
+        if (event.sequence, event.previous_hash, event.hash) != (sequence, previous_hash, event.expected_hash):
+            raise JournalCorrupt(
+                f"Journal event {event.sequence} ({event.kind} of {event.subject}) does not fit the chain: "
+                f"expected number {sequence} after hash {previous_hash[:8]}. Restore the journal from a backup."
+            )
+        previous_hash = event.hash
+        yield event
 
 
 def _chain(engine: sa.Engine) -> Iterator[Event]:
-    previous_hash, sequence = FIRST_HASH, 0
-    while page := _rows(engine, sequence, _PAGE):
-        for event in map(_event, page):  # one by one, so that the first bad event is the one that is named
-            sequence += 1
-            if (event.sequence, event.previous_hash, event.hash) != (sequence, previous_hash, event.expected_hash):
-                raise JournalCorrupt(
-                    f"Journal event {event.sequence} ({event.kind} of {event.subject}) does not fit the chain: "
-                    f"expected number {sequence} after hash {previous_hash[:8]}. Restore the journal from a backup."
-                )
-            previous_hash = event.hash
-            yield event
+    return checked_chain(_stored(engine))
 
 
-def _replay(state: State, event: Event) -> None:
+def _stored(engine: sa.Engine) -> Iterator[Event]:
+    """One by one, so that the first bad event is the one that is named."""
+    after = 0
+    while page := _rows(engine, after, _PAGE):
+        yield from map(_event, page)
+        after = page[-1].sequence
+
+
+def replay(state: State, event: Event) -> None:
     try:
         state.apply(event)
         state.mark()

@@ -8,17 +8,17 @@ Should the lock be lost with its connection, the journal's own numbering still r
 
 from __future__ import annotations
 
-import fcntl
-import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from central.durable import make_directory, storage
 from central.errors import StorageError
+from central.file_lock import FileLock
 
+SUFFIX = ".lock"
+"""Beside a SQLite file."""
 KEY = int.from_bytes(b"lorikeet", "big", signed=True)
 """One lock per database of PostgreSQL."""
 KEEPALIVE = {"tcp_keepalives_idle": 15, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}
@@ -30,18 +30,16 @@ class WriterLock:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._descriptor = -1
-        self._engine: sa.Engine | None = None
-        self._connection: Any = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> WriterLock:
         try:
-            parsed = sa.make_url(self._url)
-            if parsed.get_backend_name() == "sqlite":
-                if parsed.database:
-                    self._lock_file(Path(f"{parsed.database}.lock"))
-            elif parsed.get_backend_name() == "postgresql":
-                self._lock_postgres(parsed)
+            url = sa.make_url(self._url)
+            if url.get_backend_name() == "postgresql":
+                self._lock_postgres(url)
+            elif url.get_backend_name() == "sqlite" and url.database:
+                path = Path(f"{url.database}{SUFFIX}")
+                self._stack.enter_context(FileLock(path, _taken(str(path))))
         except (SQLAlchemyError, ImportError) as error:
             cause = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise StorageError(
@@ -50,43 +48,22 @@ class WriterLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        if self._engine is not None:
-            self._connection.close()
-            self._engine.dispose()
-            self._engine = None
-
-    def _lock_file(self, path: Path) -> None:
-        make_directory(path.parent)
-        with storage(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise _taken(str(path)) from None
-        self._descriptor = descriptor
+        self._stack.close()
 
     def _lock_postgres(self, url: sa.URL) -> None:
-        self._engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
-        try:
-            self._connection = self._engine.connect()
+        engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+        with ExitStack() as opened:
+            opened.callback(engine.dispose)
+            connection = opened.enter_context(engine.connect())
             for name, value in KEEPALIVE.items():
-                self._connection.execute(sa.text(f"set {name} = {value}"))
-            if self._connection.execute(sa.select(sa.func.pg_try_advisory_lock(KEY))).scalar() is not True:
-                raise _taken(url.render_as_string(hide_password=True))
-        except BaseException:
-            if self._connection is not None:
-                self._connection.close()
-            self._engine.dispose()
-            self._engine = None
-            raise
+                connection.execute(sa.text(f"set {name} = {value}"))
+            if connection.execute(sa.select(sa.func.pg_try_advisory_lock(KEY))).scalar() is not True:
+                raise StorageError(_taken(url.render_as_string(hide_password=True)))
+            self._stack = opened.pop_all()
 
 
-def _taken(where: str) -> StorageError:
-    return StorageError(
+def _taken(where: str) -> str:
+    return (
         f"Another central writes to this journal ({where}). A journal has one writer: stop that central first, or set "
         "CENTRAL_JOURNAL__URL to a database of its own."
     )

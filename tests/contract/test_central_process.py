@@ -13,8 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from central.data_lock import DataLock
 from central.errors import StorageError
+from central.file_lock import DataLock
 from central.fleet.pki import Pki
 from central.journal import Journal
 from central.settings import CentralSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,18 @@ import grpc
 import pytest
 
 from central import faults
+from central.cli import main
 from central.intake.admission import Admission
-from central.journal import verify_journal
+from central.intake.partial import PartialUploads
+from central.journal import EventKind, NewEvent, verify_journal
 from central.journal.payloads import stored_blobs
 from central.registry import DirectoryBlobs
-from central.settings import CentralSettings
+from central.settings import CentralSettings, RetentionSettings
+from central.storage.collector import Collector
 from protos.manifest import UpdateManifest
 from tests.contract import central_harness as harness
+from tests.contract import cohort_loop as loop
+from tests.contract.test_releases_verify import write_key
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = {"superseded_days": 0, "set_aside_days": 0, "rejected_days": 0}
@@ -150,3 +156,41 @@ def test_a_killed_collection_is_finished(prepared: CentralSettings, tmp_path: Pa
 @pytest.mark.parametrize("fault", [fault for fault in EVERY if fault not in QUICK])
 def test_every_fault_point_of_a_collection(prepared: CentralSettings, tmp_path: Path, fault: str) -> None:
     check(prepared, tmp_path, fault)
+
+
+def test_verify_says_that_a_rejected_candidate_was_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
+    bad = loop.result("acme", both=5, b=15, c=0, neither=0)
+    with loop.opened(tmp_path) as running:
+        running.join("shared", "a-1", "b-2")
+        for sequence in (1, 2):
+            for number, node in enumerate(("a-1", "b-2")):
+                running.admit(node, loop.make_increment(10 * sequence + number), sequence=sequence)
+            settings = loop.make_settings(quorum=sequence - 1)
+            with loop.answering(running.journal, lambda node: ([bad], "")):
+                loop.take_steps(running, settings, lambda n=sequence: len(decided(running)) >= n)  # type: ignore[misc]
+        assert decided(running) == ["accepted", "rejected"]
+        with running.journal.read() as state:
+            for update in list(state.updates.values()):
+                if update.state == "waiting":
+                    body = {"reason": "a test"}
+                    running.journal.append(NewEvent(EventKind.UPDATE_SET_ASIDE, "shared", update.update_id, body))
+        uploads = PartialUploads(tmp_path / "uploads")
+        gone = Collector(running.journal, running.blobs, uploads, RetentionSettings(**AT_ONCE)).collect("tests").blobs
+        assert len(gone) == 3, "a candidate and its two updates"
+    write_key(tmp_path, loop.KEY)
+    with pytest.raises(SystemExit) as ended:
+        main(["releases", "verify", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["outcome"] for row in rows] == ["identical", "identical", "collected"]
+    assert re.search(
+        r"payload \w{12} was collected on \d{4}-\d\d-\d\d \(update \w{12} of node a-1 is set aside", rows[2]["problem"]
+    )
+    assert ended.value.code == 0, "only what is reachable must be rebuilt"
+
+
+def decided(running: loop.Central) -> list[str]:
+    with running.journal.read() as state:
+        return [release.state for release in state.releases.values() if release.manifest.version and release.verdict]
