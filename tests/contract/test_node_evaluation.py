@@ -1,5 +1,7 @@
 """A node answers evaluation offers: real HTTP to a stand-in for vLLM, looks, references, attempts, and what cannot be had."""
 
+# ruff: noqa: F811 (pytest fixtures of another module)
+
 from __future__ import annotations
 
 import hashlib
@@ -22,7 +24,7 @@ from edge_node.settings import EnvironmentSpec
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import sha256_hex
 from protos.releases.v1 import releases_pb2
-from tests.contract.test_release_watcher import (  # noqa: F401 (fixtures)
+from tests.contract.test_release_watcher import (  # noqa: F401
     Central,
     Connect,
     Control,
@@ -275,7 +277,7 @@ async def test_a_reference_that_the_node_no_longer_has_is_downloaded_loaded_and_
     store: ReleaseStore,
     key: ec.EllipticCurvePrivateKey,
     connect: Connect,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     payload = make_payload()
     best, parent, candidate = (make_signed(key, payload, version=number) for number in (1, 4, 5))
