@@ -133,7 +133,9 @@ class Services:
         self._settings = settings
         self._authenticator = Authenticator(rooms.journal)
         self._presence = presence
-        self._fleet = FleetService(rooms.journal, self._authenticator, self._presence, heartbeat_s)
+        self._fleet = FleetService(
+            rooms.journal, self._authenticator, self._presence, heartbeat_s, settings.limits.node_watches
+        )
         self._servers: list[grpc.aio.Server] = []
 
     async def __aenter__(self) -> Services:
@@ -190,7 +192,7 @@ class Services:
         server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
         updates_pb2_grpc.add_UpdateServiceServicer_to_server(
-            UpdateService(admission, rooms.partial, authenticator), server
+            UpdateService(admission, rooms.partial, authenticator, self._settings.limits), server
         )
         releases_pb2_grpc.add_ReleaseServiceServicer_to_server(
             ReleaseService(rooms.journal, rooms.blobs, authenticator), server

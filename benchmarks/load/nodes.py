@@ -79,7 +79,8 @@ async def drive(seed: int) -> None:
         if request["do"] == "enroll":
             await fleet.enroll(Path(request["pki"]), request["ports"])
         elif request["do"] == "payload":
-            fleet.payload = make_payload(request["rank"], request["modules"], seed)
+            fleet.rank = request["rank"]
+            fleet.payload = make_payload(fleet.rank, request["modules"], seed)
         else:
             phase = await asyncio.wait_for(
                 fleet.send(request["port"], request["each"], request["label"]), PHASE_LIMIT_S
@@ -105,6 +106,7 @@ class Fleet:
 
     def __init__(self, seed: int) -> None:
         self.payload = b""
+        self.rank = 0
         self._seed = seed
         self._ca = b""
         self._clients: list[Client] = []
@@ -176,7 +178,7 @@ class Fleet:
             sequence=self._sequence,
             base=genesis.base,
             start=Start(release=genesis.digest, payload=genesis.payload.digest_sha256, prefix_rank=0, dtype="float32"),
-            rank=64 if len(payload) > 4 * CHUNK_BYTES else 16,
+            rank=self.rank,
             payload=Payload(digest_sha256=sha256_hex(payload), size_bytes=len(payload)),
             round_id=f"round-{self._sequence}",
             experiences=1,

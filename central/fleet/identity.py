@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
@@ -100,6 +101,7 @@ def read_peer(context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
         ) from error
 
 
+@lru_cache(maxsize=4096)  # every call of a connection shows the same one
 def parse_certificate(pem: bytes) -> Peer:
     """Raises ValueError, KeyError or ExtensionNotFound when it is not one of ours."""
     certificate = x509.load_pem_x509_certificate(pem)

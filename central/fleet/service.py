@@ -18,6 +18,7 @@ import grpc
 from central.fleet.identity import Authenticator, read_peer
 from central.fleet.presence import Presence
 from central.fleet.served import record_served
+from central.fleet.streams import OpenStreams
 from central.journal import EvaluationRecord, Event, EventKind, Journal, NodeRecord, State
 from central.registry.canary import record_report
 from central.registry.registry import CHANNELS
@@ -51,6 +52,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         authenticator: Authenticator,
         presence: Presence,
         heartbeat_s: float,
+        max_watches: int,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._journal = journal
@@ -59,35 +61,37 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         self._heartbeat_s = heartbeat_s
         self._clock = clock
         self._closing = False
+        self._open = OpenStreams("watches", max_watches, "CENTRAL_LIMITS__NODE_WATCHES")
         self._watches: dict[asyncio.Event, str] = {}
         self._loop = asyncio.get_running_loop()
         self._unsubscribe = journal.add_listener(self._heard)
 
     async def Watch(self, request: fleet_pb2.WatchRequest, context: Context) -> AsyncIterator[fleet_pb2.WatchResponse]:
         node = await self._authenticator.node(context)
-        changed = asyncio.Event()
-        self._watches[changed] = node.cohort
-        self._presence.opened(node.node_id)
-        log.info("node connected", extra={"node_id": node.node_id, "cohort": node.cohort})
-        told: set[str] = set()
-        try:
-            await self._told(node, request.status)
-            while not self._closing:
-                changed.clear()
-                node = await asyncio.to_thread(self._authenticator.enrolled, read_peer(context))
-                wanted = await asyncio.to_thread(self._wanted, node)
-                for key, event in wanted.items():
-                    if key not in told:
-                        yield event
-                told = set(wanted)
-                try:
-                    await asyncio.wait_for(changed.wait(), self._heartbeat_s)
-                except TimeoutError:
-                    yield fleet_pb2.WatchResponse(heartbeat=fleet_pb2.Heartbeat())
-        finally:
-            del self._watches[changed]
-            self._presence.closed(node.node_id)
-            log.info("node disconnected", extra={"node_id": node.node_id})
+        with self._open.one(node.node_id):
+            changed = asyncio.Event()
+            self._watches[changed] = node.cohort
+            self._presence.opened(node.node_id)
+            log.info("node connected", extra={"node_id": node.node_id, "cohort": node.cohort})
+            told: set[str] = set()
+            try:
+                await self._told(node, request.status)
+                while not self._closing:
+                    changed.clear()
+                    node = await asyncio.to_thread(self._authenticator.enrolled, read_peer(context))
+                    wanted = await asyncio.to_thread(self._wanted, node)
+                    for key, event in wanted.items():
+                        if key not in told:
+                            yield event
+                    told = set(wanted)
+                    try:
+                        await asyncio.wait_for(changed.wait(), self._heartbeat_s)
+                    except TimeoutError:
+                        yield fleet_pb2.WatchResponse(heartbeat=fleet_pb2.Heartbeat())
+            finally:
+                del self._watches[changed]
+                self._presence.closed(node.node_id)
+                log.info("node disconnected", extra={"node_id": node.node_id})
 
     async def ReportStatus(
         self, request: fleet_pb2.ReportStatusRequest, context: Context

@@ -1,8 +1,8 @@
 """Admission: a validated update becomes part of the journal, exactly once.
 
-In: a manifest and its complete payload on disk. Out: a signed receipt. Guarantees: the payload is durable before the
-event, the event before the receipt; a repeat returns the same receipt, byte for byte; at most one waiting update per
-node and start, also while the node is in quarantine. Blocks on disk and CPU: call it off the event loop.
+In: a manifest and its payload, of which the last piece may not be on disk yet. Out: a signed receipt. Guarantees: the
+payload is durable before the event, the event before the receipt; a repeat returns the same receipt, byte for byte; at
+most one waiting update per node and start, also while the node is in quarantine. Blocks on disk and CPU: call it off the event loop.
 """
 
 from __future__ import annotations
@@ -65,15 +65,29 @@ class Admission:
             if update_id in state.updates:
                 return document, None
             check_manifest(state, node, document, self._base, self._limits)
-            self._check_quota(state, node.cohort, document)
+            self._check_quota(state, document)
         faults.reach("intake.begun")
         return document, self._partial.open(node.node_id, update_id, header.offset)
 
-    def keep(self, manifest: UpdateManifest, header: updates_pb2.UploadHeader, incoming: Incoming) -> None:
-        """Check the complete payload and put it among the blobs; raises Refused, and then the payload is discarded."""
+    def finish(
+        self, peer: Peer, manifest: UpdateManifest, header: updates_pb2.UploadHeader, incoming: Incoming, last: bytes
+    ) -> updates_pb2.Receipt:
+        """Write the payload's last piece, check all of it, keep it and admit the update: central's receipt for it.
+
+        One call for all of this, because each change of threads costs as much as hashing 100 KB. Raises Refused.
+        """
+        try:
+            self._keep(manifest, header, incoming, last)
+        finally:
+            incoming.close()
+        return self.receipt(self._admit(peer, manifest, header).result())
+
+    def _keep(
+        self, manifest: UpdateManifest, header: updates_pb2.UploadHeader, incoming: Incoming, last: bytes
+    ) -> None:
         # Another stream of the same update must not change the bytes between their check and their place among the blobs.
         with incoming.held():
-            incoming.expect_unchanged()
+            incoming.write(last)
             try:
                 _check_digest(manifest, incoming.digest, resumed=header.offset > 0)
                 check_payload(incoming.path, manifest, self._shapes, self._limits)
@@ -82,8 +96,9 @@ class Admission:
                 raise
             faults.reach("intake.checked")
             self._blobs.put_file(incoming.path, manifest.payload.digest_sha256)
+            self._partial.discard(manifest.node_id, incoming.update_id)
 
-    def admit(self, peer: Peer, manifest: UpdateManifest, header: updates_pb2.UploadHeader) -> Future[UpdateRecord]:
+    def _admit(self, peer: Peer, manifest: UpdateManifest, header: updates_pb2.UploadHeader) -> Future[UpdateRecord]:
         """Record the update whose payload is kept; the future raises Refused when it may not be admitted any more."""
         update_id = manifest.digest
         signature = base64.b64encode(header.signature).decode()
@@ -93,7 +108,7 @@ class Admission:
             if update_id in state.updates:
                 return []
             check_manifest(state, node, manifest, self._base, self._limits)
-            self._check_quota(state, node.cohort, manifest)
+            self._check_quota(state, manifest)
             self._check_kept(state, manifest)
             body = {"manifest": header.manifest.decode(), "signature": signature}
             admitted = NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body)
@@ -133,15 +148,9 @@ class Admission:
                 "came. Start again at byte 0.",
             )
 
-    def _check_quota(self, state: State, cohort: str, manifest: UpdateManifest) -> None:
-        node = state.nodes[manifest.node_id]
-        kept = state.updates_of(node.node_id) if node.quarantine else state.waiting(cohort)
-        waiting = sum(
-            update.manifest.payload.size_bytes
-            for update in kept
-            if update.manifest.node_id == manifest.node_id and update.state in ("waiting", "quarantined")
-        )
-        held = waiting + self._partial.held_bytes(manifest.node_id, besides=manifest.digest)
+    def _check_quota(self, state: State, manifest: UpdateManifest) -> None:
+        kept = state.kept_bytes(manifest.node_id)
+        held = kept + self._partial.held_bytes(manifest.node_id, besides=manifest.digest)
         if held + manifest.payload.size_bytes > self._limits.node_quota_bytes:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,

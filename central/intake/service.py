@@ -16,17 +16,22 @@ import grpc
 
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, read_peer
+from central.fleet.streams import OpenStreams
 from central.intake.admission import Admission
 from central.intake.partial import Incoming, PartialUploads
 from central.journal import UpdateRecord
 from central.journal.records import UpdateStateName
-from protos.manifest import CHUNK_BYTES, UpdateManifest
+from central.settings import LimitSettings
+from protos.manifest import UpdateManifest
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
 
 P = ParamSpec("P")
 T = TypeVar("T")
 THREADS = 8
 """They wait for the disk most of the time; with many more they would wait for Python's lock."""
+MAX_CHUNK_BYTES = 1 << 20
+"""What updates.proto allows; nodes send smaller ones."""
+Requests = AsyncIterator[updates_pb2.UploadRequest]
 Context = grpc.aio.ServicerContext[Any, Any]
 _STATES: dict[UpdateStateName, updates_pb2.UpdateState] = {
     "waiting": updates_pb2.UPDATE_STATE_WAITING,
@@ -42,10 +47,14 @@ _STATES: dict[UpdateStateName, updates_pb2.UpdateState] = {
 class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
     """Served on the mutual-TLS port."""
 
-    def __init__(self, admission: Admission, unfinished: PartialUploads, authenticator: Authenticator) -> None:
+    def __init__(
+        self, admission: Admission, unfinished: PartialUploads, authenticator: Authenticator, limits: LimitSettings
+    ) -> None:
         self._admission = admission
         self._partial = unfinished
         self._authenticator = authenticator
+        self._idle_s = limits.upload_idle_s
+        self._uploads = OpenStreams("uploads", limits.node_uploads, "CENTRAL_LIMITS__NODE_UPLOADS")
         self._threads = ThreadPoolExecutor(THREADS, "intake")
 
     async def _blocking(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
@@ -66,50 +75,61 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
             state=update_state(update),
         )
 
-    async def Upload(
-        self, request_iterator: AsyncIterator[updates_pb2.UploadRequest], context: Context
-    ) -> updates_pb2.UploadResponse:
+    async def Upload(self, request_iterator: Requests, context: Context) -> updates_pb2.UploadResponse:
         peer = read_peer(context)
-        header = await _read_header(request_iterator)
-        manifest, incoming = await self._blocking(self._admission.begin, peer, header)
-        if incoming is None:
-            return updates_pb2.UploadResponse(receipt=await self._blocking(self._receipt, manifest))
-        try:
-            await self._receive(request_iterator, incoming, manifest)
-            await self._blocking(self._admission.keep, manifest, header, incoming)
-        finally:
-            self._threads.submit(incoming.close)  # not awaited: the call may be cancelled
-        # Shielded: who hangs up now changes nothing, the update will be admitted.
-        update = await asyncio.shield(asyncio.wrap_future(self._admission.admit(peer, manifest, header)))
-        return updates_pb2.UploadResponse(receipt=await self._blocking(self._admission.receipt, update))
+        with self._uploads.one(peer.name):
+            header = await self._read_header(request_iterator)
+            manifest, incoming = await self._blocking(self._admission.begin, peer, header)
+            if incoming is None:
+                return updates_pb2.UploadResponse(receipt=await self._blocking(self._receipt, manifest))
+            try:
+                last = await self._receive(request_iterator, incoming, manifest)
+                # Who hangs up from here on changes nothing: a thread that has begun goes on to the end.
+                receipt = await self._blocking(self._admission.finish, peer, manifest, header, incoming, last)
+            except BaseException:
+                self._threads.submit(incoming.close)  # not awaited: the call may be cancelled
+                raise
+        return updates_pb2.UploadResponse(receipt=receipt)
 
     def _receipt(self, manifest: UpdateManifest) -> updates_pb2.Receipt:
         known = self._admission.find(manifest.node_id, manifest.digest)
         assert known is not None, "an admitted update stays admitted"
         return self._admission.receipt(known)
 
-    async def _receive(
-        self, requests: AsyncIterator[updates_pb2.UploadRequest], incoming: Incoming, manifest: UpdateManifest
-    ) -> None:
+    async def _read_header(self, requests: Requests) -> updates_pb2.UploadHeader:
+        request = await self._next(requests, "an upload without a header")
+        if request is None or request.WhichOneof("part") != "header":
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT, Reason.BAD_ARGUMENT, "An upload begins with its header; none came."
+            )
+        return request.header
+
+    async def _receive(self, requests: Requests, incoming: Incoming, manifest: UpdateManifest) -> bytes:
+        """Write every chunk but the last one of a complete payload, which is returned."""
         update_id, size = manifest.digest, manifest.payload.size_bytes
-        async for request in requests:
+        last = b""
+        while request := await self._next(requests, f"update {update_id}, of which {incoming.size} bytes are here"):
             chunk = request.chunk
             del request  # it holds a second copy, and many streams wait for the disk at once
-            if not 0 < len(chunk) <= CHUNK_BYTES:
+            if not 0 < len(chunk) <= MAX_CHUNK_BYTES:
                 raise Refused(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     Reason.BAD_ARGUMENT,
-                    f"A chunk of update {update_id} has {len(chunk)} bytes; expected 1 to {CHUNK_BYTES}.",
+                    f"A chunk of update {update_id} has {len(chunk)} bytes; expected 1 to {MAX_CHUNK_BYTES}.",
                 )
-            if incoming.size + len(chunk) > size:
+            missing = size - incoming.size - len(last) - len(chunk)
+            if missing < 0:
                 await self._blocking(self._partial.discard, manifest.node_id, update_id)
                 raise Refused(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     Reason.TOO_LARGE,
                     f"Update {update_id} goes on after the {size} bytes that its manifest names.",
                 )
-            await self._blocking(incoming.write, chunk)
-        if incoming.size < size:
+            if missing == 0:
+                last = chunk
+            else:
+                await self._blocking(incoming.write, chunk)
+        if incoming.size + len(last) < size:
             # The bytes stay: the next attempt goes on from here.
             await self._blocking(self._partial.committed, manifest.node_id, update_id)
             raise Refused(
@@ -117,19 +137,25 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 Reason.WRONG_OFFSET,
                 f"The upload of update {update_id} ended after {incoming.size} of {size} bytes. Go on from there.",
             )
+        return last
+
+    async def _next(self, requests: Requests, what: str) -> updates_pb2.UploadRequest | None:
+        """The next message, None at the end of the stream; raises Refused when none comes for too long."""
+        try:
+            async with asyncio.timeout(self._idle_s):
+                return await anext(requests, None)
+        except TimeoutError:
+            raise Refused(
+                grpc.StatusCode.ABORTED,
+                Reason.SILENT_STREAM,
+                f"Nothing came for {self._idle_s:g} s (CENTRAL_LIMITS__UPLOAD_IDLE_S) of {what}; central closed the stream. "
+                "Ask QueryUpload and go on from there.",
+            ) from None
 
 
 def update_state(update: UpdateRecord) -> updates_pb2.UpdateState:
     """The wire's word for the state of an update."""
     return _STATES[update.state]
-
-
-async def _read_header(requests: AsyncIterator[updates_pb2.UploadRequest]) -> updates_pb2.UploadHeader:
-    async for request in requests:
-        if request.WhichOneof("part") == "header":
-            return request.header
-        break
-    raise Refused(grpc.StatusCode.INVALID_ARGUMENT, Reason.BAD_ARGUMENT, "An upload begins with its header; none came.")
 
 
 def _expect_update_id(text: str) -> str:

@@ -2,27 +2,28 @@
 
 In: a manifest as sent with its signature; later the payload's file. Out: nothing, or `Refused` that names what was
 wrong and what was expected. Guarantee: nothing is changed here. Headers are checked before tensors are read, so that a
-bad shape costs no memory; values are read one module at a time, so that memory does not grow with the update.
+bad shape costs no memory; values are read in blocks (values.py), so that memory does not grow with the update.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from central.durable import storage
 from central.errors import Reason, Refused
 from central.intake.sections import check_sections, is_known
+from central.intake.values import Entry, Factor, check_values
 from central.journal import NodeRecord, State
 from central.settings import LimitSettings
-from protos.lora import Array, LoraCodecError, LoraModule, LoraTensors, assemble, read_scales
+from protos.lora import LoraCodecError, LoraTensors, assemble, read_scales
 from protos.manifest import ManifestError, UpdateManifest, verify
 
 MAX_MANIFEST_BYTES = 64 << 10
@@ -31,16 +32,8 @@ MAX_HEADER_BYTES = 8 << 20
 Shapes = Mapping[str, tuple[int, int]]
 
 
-class Entry(NamedTuple):
-    """One factor in a payload's header; `begin` counts from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, int]
-    begin: int
-
-
-Entries = dict[tuple[str, str], Entry]
-"""By module and factor (A or B)."""
+Entries = dict[Factor, Entry]
+_ZERO = b"\0\0\0\0"
 
 
 def check_signature(node: NodeRecord, manifest: bytes, signature: bytes) -> UpdateManifest:
@@ -111,7 +104,7 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
 
 
 def check_payload(path: Path, manifest: UpdateManifest, shapes: Shapes, limits: LimitSettings) -> None:
-    """The structure of the payload at `path`, then its values, one module in memory at a time.
+    """The structure of the payload at `path`, then its values.
 
     Uses CPU and disk: call it off the event loop. Raises Refused, and StorageError when the file cannot be read.
     """
@@ -127,9 +120,8 @@ def check_payload(path: Path, manifest: UpdateManifest, shapes: Shapes, limits: 
                 Reason.UNKNOWN_SECTION,
                 f"Sections are {sorted(tensors.sections)}; the manifest says {manifest.sections}.",
             )
-        for name, layout in tensors.modules.items():
-            a, b = (_read_factor(stream, len(header), entries[name, factor]) for factor in ("A", "B"))
-            _check_values(name, LoraModule(a, b, layout.scale), limits.max_norm)
+        scales = {name: layout.scale for name, layout in tensors.modules.items()}
+        check_values(stream.fileno(), len(header), entries, scales, limits.max_norm)
         check_sections(stream, header, shapes, limits)
 
 
@@ -148,11 +140,10 @@ def _read_header(stream: BinaryIO) -> bytes:
 def _decode_layout(path: Path, header: bytes) -> LoraTensors:
     """What `protos.lora.decode` would return, with stand-ins that take no memory for the values."""
     try:
-        with safe_open(
-            path, framework="numpy"
-        ) as payload:  # the same parser as decode's; it maps, and reads the header
+        # The same parser as decode's; it maps the file, and reads the header.
+        with safe_open(path, framework="numpy") as payload:
             standins = {
-                name: np.broadcast_to(np.float32(0), payload.get_slice(name).get_shape())
+                name: _standin(payload.get_slice(name).get_shape())
                 for name in payload.keys()  # noqa: SIM118
             }
         return assemble(read_scales(header), standins)
@@ -160,10 +151,9 @@ def _decode_layout(path: Path, header: bytes) -> LoraTensors:
         raise _refused(Reason.MALFORMED_PAYLOAD, f"The payload is not a LoRA safetensors file: {error}.") from error
 
 
-def _read_factor(stream: BinaryIO, start: int, entry: Entry) -> Array:
-    """One factor, float32 as its header says; `start` is where the tensors begin."""
-    stream.seek(start + entry.begin)
-    return np.fromfile(stream, np.float32, entry.shape[0] * entry.shape[1]).reshape(entry.shape)
+def _standin(shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    """An array of this shape that is one zero, as `np.broadcast_to` makes it at ten times the cost."""
+    return np.ndarray(shape, np.float32, _ZERO, 0, (0,) * len(shape))
 
 
 def _check_shapes(entries: Entries, manifest: UpdateManifest, shapes: Shapes) -> None:
@@ -213,28 +203,6 @@ def _lora_entries(header: bytes) -> Entries:
             Reason.MALFORMED_PAYLOAD, f"The payload is not a readable safetensors file: {error!r}. See protos/lora.py."
         ) from error
     return found
-
-
-def _check_values(name: str, module: LoraModule, max_norm: float) -> None:
-    norm = increment_norm(module)
-    # A value that is not finite makes the norm so (0 * inf is NaN): the values are looked at again only then.
-    if not np.isfinite(norm) and not (np.isfinite(module.A).all() and np.isfinite(module.B).all()):
-        raise _refused(Reason.NOT_FINITE, f"Module {name!r} has NaN or infinite values; expected finite numbers.")
-    if not norm <= max_norm:
-        raise _refused(
-            Reason.NORM_OUT_OF_BOUNDS,
-            f"Module {name!r} has an increment of norm {norm:g}; central admits at most {max_norm:g} "
-            "(CENTRAL_LIMITS__MAX_NORM).",
-        )
-
-
-def increment_norm(module: LoraModule) -> float:
-    """||scale * B @ A||_F from the rank x rank Grams (float64), never from the dense product."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        a = module.A.astype(np.float64)
-        b = module.B.astype(np.float64)
-        squared = float(np.sum((b.T @ b) * (a @ a.T)))
-    return abs(module.scale) * math.sqrt(squared if not squared < 0 else 0.0)  # max() would lose a NaN
 
 
 def _refused(reason: Reason, message: str) -> Refused:

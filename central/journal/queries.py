@@ -54,6 +54,7 @@ class Records:
         self._genesis: dict[str, str] = {}
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
         self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._kept_bytes: dict[str, int] = {}
 
     def cohorts(self) -> list[str]:
         """Cohorts in the order of their creation."""
@@ -112,6 +113,10 @@ class Records:
             ]:
                 return sorted(waiting, key=lambda update: update.admitted_sequence)
         return []
+
+    def kept_bytes(self, node_id: str) -> int:
+        """Bytes of the node's updates that wait or are in quarantine: what its quota counts."""
+        return self._kept_bytes.get(node_id, 0)
 
     def updates_of(self, node_id: str) -> list[UpdateRecord]:
         """The node's admitted updates in admission order."""

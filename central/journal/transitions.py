@@ -29,6 +29,8 @@ V = TypeVar("V")
 
 REVOKED = "its node was revoked"
 """Why the updates of a revoked node are set aside."""
+KEPT_STATES: tuple[UpdateStateName, ...] = ("waiting", "quarantined")
+"""States in which an update takes of its node's quota."""
 
 
 class Transitions(Records):
@@ -123,6 +125,11 @@ class Transitions(Records):
         )
 
     def _put_update(self, record: UpdateRecord) -> None:
+        before = self.updates.get(record.update_id)
+        moved = (record.state in KEPT_STATES) - (before is not None and before.state in KEPT_STATES)
+        if moved:
+            node_id, payload = record.manifest.node_id, record.manifest.payload
+            self._changes.put(self._kept_bytes, node_id, self.kept_bytes(node_id) + moved * payload.size_bytes)
         self._changes.put(self.updates, record.update_id, record)
         waiting = self._waiting.setdefault(record.cohort, {})
         if record.state == "waiting":

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from central.errors import Reason, Refused
-from central.intake.validation import MAX_HEADER_BYTES, check_payload, increment_norm
+from central.intake.validation import MAX_HEADER_BYTES, check_payload
+from central.intake.values import increment_norm
 from central.merging.regmean import check_sketches
 from central.settings import LimitSettings
 from protos.lora import LoraModule, LoraTensors, decode, encode
