@@ -47,12 +47,26 @@ EVENTS = (
     "rolled_back",
 )
 """Each has two points: `journal.<event>.applied` (not on disk yet) and `journal.<event>.stored` (nobody knows yet)."""
+CONTRIBUTIONS = (
+    "token_created",
+    "node_enrolled",
+    "node_revoked",
+    "node_quarantined",
+    "node_released",
+    "update_superseded",
+    "update_set_aside",
+    "update_requeued",
+    "forget_ordered",
+    "forget_failed",
+    "release_served",
+)
+"""The same of what nodes and operators do besides."""
 POINTS = (
     *INTAKE,
     *BLOBS,
     *RETENTION,
     *MERGE,
-    *(f"journal.{event}.{step}" for event in EVENTS for step in ("applied", "stored")),
+    *(f"journal.{event}.{step}" for event in (*EVENTS, *CONTRIBUTIONS) for step in ("applied", "stored")),
 )
 
 log = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 
 ROOT = Path(__file__).resolve().parents[2]
-PAYLOADS = [harness.encode_factors(seed) for seed in range(5)]
+PAYLOADS = [harness.encode_factors(seed) for seed in range(6)]
 LIMIT_S = 90.0
 
 
@@ -49,7 +49,7 @@ class Ending:
     server_states: list[str | None]
     """Of the same releases."""
     merged_in: list[tuple[int, str]]
-    """Version of the release that holds each update, in order of upload, and the update's state."""
+    """Version of the release that holds each update (0: none), in order of upload, and the update's state."""
     admissions: int
     verdicts: list[bool]
     looks: list[int]
@@ -73,6 +73,8 @@ class Story:
         self._fault = fault
         self._process: asyncio.subprocess.Process | None = None
         self._stack = AsyncExitStack()
+        self._sent: dict[int, str] = {}
+        """Update ids by number."""
 
     async def run(self) -> Ending:
         try:
@@ -131,6 +133,7 @@ class Story:
         node, payload = node or self._nodes[number % 2], PAYLOADS[number]
         begin = Start(release=start.digest, payload=start.payload.digest_sha256, prefix_rank=0, dtype="float32")
         manifest = node.manifest(payload, number + 1, start=begin)
+        self._sent[number] = manifest.digest
 
         async def step(central: harness.Central) -> None:
             del central
@@ -263,7 +266,8 @@ class Story:
                     payloads=[release.payload.digest_sha256 for release in line],
                     server_states=[state.releases[release.digest].server_state for release in line],
                     merged_in=[
-                        (state.releases[update.release_id or ""].manifest.version, update.state) for update in updates
+                        (state.releases[update.release_id].manifest.version if update.release_id else 0, update.state)
+                        for update in updates
                     ],
                     admissions=kinds.count(EventKind.UPDATE_ADMITTED),
                     verdicts=verdicts,

@@ -10,6 +10,7 @@ import pytest
 
 from central import faults
 from central.errors import SettingsError
+from central.journal import EventKind
 from central.settings import CentralSettings
 from tests.contract import central_harness as harness
 from tests.contract.crash_story import Ending, prepare, tell
@@ -24,8 +25,10 @@ ELSEWHERE = (
     "merge.own_kept",
     "journal.canary_reported.applied",
     "journal.canary_reported.stored",
+    *(f"journal.{event}.{step}" for event in faults.CONTRIBUTIONS for step in ("applied", "stored")),
 )
-"""Points that this story does not reach: those of strategies with state (below) and of channels (test_crash_channels.py)."""
+"""Points that this story does not reach: those of strategies with state (below), of channels (test_crash_channels.py), and of what
+nodes and operators do besides (test_crash_contributions.py)."""
 EVERY = [
     *(
         f"{point}#1"
@@ -107,6 +110,11 @@ def test_a_fault_that_is_not_one_ends_the_start(value: str, monkeypatch: pytest.
     monkeypatch.setenv(faults.VARIABLE, value)
     with pytest.raises(SettingsError, match="unset it"):
         faults.arm()
+
+
+def test_every_event_of_the_journal_has_fault_points() -> None:
+    missing = {f"journal.{kind}.{step}" for kind in EventKind for step in ("applied", "stored")} - set(faults.POINTS)
+    assert not missing
 
 
 def test_without_the_variable_nothing_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
