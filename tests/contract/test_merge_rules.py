@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import central.federation.grid as grid_module
 from central.errors import SettingsError
 from central.federation import screening
 from central.federation.planning import plan_merge
+from central.federation.server_app import run_cohort
 from central.federation.trial import check_strategy
 from central.federation.verify import Finding, verify_releases
 from central.fleet.presence import NodePresence
@@ -21,8 +24,10 @@ from central.journal import EventKind, MergePlan, NewEvent, UpdateRecord
 from central.operator.lineage import explain_release
 from central.settings import CentralSettings
 from protos.fleet.v1 import fleet_pb2
-from protos.lora import LoraModule, LoraTensors, encode
+from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import Payload, ReleaseManifest, Start
+from protos.releases.v1 import releases_pb2
+from tests.contract import central_harness as harness
 from tests.contract.cohort_loop import (
     IN,
     KEY,
@@ -59,12 +64,12 @@ def make_sketched(seed: int, rank: int = 3) -> LoraTensors:
     return LoraTensors(make_increment(seed, rank).modules, sections)
 
 
-def gram(update: LoraTensors, name: str) -> np.ndarray:
+def gram(update: LoraTensors, name: str, features: int = IN) -> np.ndarray:
     section = update.sections.get(f"gram/{name}")
     if section is None:
-        return (1 + EPS) * np.eye(IN)
-    whole = float(section["c"]) * np.eye(IN) + section["U"].astype(np.float64) @ section["U"].T
-    return whole / np.mean(np.diag(whole)) + EPS * np.eye(IN)
+        return (1 + EPS) * np.eye(features)
+    whole = float(section["c"]) * np.eye(features) + section["U"].astype(np.float64) @ section["U"].T
+    return whole / np.mean(np.diag(whole)) + EPS * np.eye(features)
 
 
 def solve(entries: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -322,3 +327,53 @@ def test_a_payload_that_cannot_be_judged_is_set_aside_and_the_others_are_filtere
     release = merge(central, make_settings(filter="near", min_updates=7))
     assert "cannot be merged" in record(central, update.digest).reason
     assert release.updates == ids[:6]
+
+
+async def test_over_the_wire_central_asks_for_sketches_admits_them_and_merges_by_them(tmp_path: Path) -> None:
+    merge = {"strategy": "regmean", "strategy_options": {"sketch_rank": 3}, "min_updates": 2, "rank": 8}
+    settings = harness.make_settings(tmp_path, merge=merge, gate={"quorum": 0})
+    stop, updates = threading.Event(), []
+    async with harness.running_central(settings) as running:
+        rooms, token = running.rooms, await running.token()
+        arguments = ("shared", rooms.journal, rooms.registry, rooms.blobs, settings, stop)
+        loop = asyncio.create_task(asyncio.to_thread(run_cohort, *arguments))
+        for seed, name in enumerate(("a", "b")):
+            node = await running.enroll(name, token)
+            watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
+            events = aiter(watch)
+            while not (event := await anext(events)).HasField("train"):
+                pass
+            assert event.train.gram_rank == 3
+            watch.cancel()
+            factors, rng = harness.make_factors(seed), np.random.default_rng(seed)
+            sections = {
+                f"gram/{module}": {
+                    "U": rng.standard_normal((shape[1], 3)).astype(np.float32),
+                    "c": np.asarray(0.1, np.float32),
+                }
+                for module, shape in harness.SHAPES.items()
+            }
+            updates.append(LoraTensors(factors.modules, sections))
+            payload = encode(updates[-1])
+            await node.upload(payload, node.manifest(payload, sections=sorted(sections)))
+        try:
+            async with asyncio.timeout(20):
+                while (head := (await node.releases.GetHead(stable(), timeout=20)).head) == node.answer.genesis:
+                    await asyncio.sleep(0.05)
+        finally:
+            stop.set()
+            await loop
+        release = ReleaseManifest.from_bytes(head.manifest)
+        released = decode(rooms.blobs.read(release.payload.digest_sha256))
+    for module, shape in harness.SHAPES.items():
+        entries = [(product(u, module), gram(u, module, shape[1])) for u in updates]
+        np.testing.assert_allclose(product(released, module), solve(entries), atol=2e-4)
+
+
+def stable() -> releases_pb2.GetHeadRequest:
+    return releases_pb2.GetHeadRequest(channel="stable")
+
+
+def product(tensors: LoraTensors, name: str) -> np.ndarray:
+    module = tensors.modules[name]
+    return module.scale * (module.B.astype(np.float64) @ module.A.astype(np.float64))
