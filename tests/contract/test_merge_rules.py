@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,20 @@ import central.federation.grid as grid_module
 from central.errors import SettingsError
 from central.federation import screening
 from central.federation.planning import plan_merge
+from central.federation.replies import train_replies
 from central.federation.server_app import run_cohort
+from central.federation.strategy import terms_of
 from central.federation.trial import check_strategy
 from central.federation.verify import Finding, verify_releases
 from central.fleet.presence import NodePresence
 from central.fleet.revocation import revoke_node
-from central.journal import EventKind, MergePlan, NewEvent, UpdateRecord
+from central.journal import EventKind, MergePlan, NewEvent, PlannedKernel, UpdateRecord
+from central.merging import merge as product_merge
 from central.operator.lineage import explain_release
 from central.settings import CentralSettings
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import LoraModule, LoraTensors, decode, encode
-from protos.manifest import Payload, ReleaseManifest, Start
+from protos.manifest import Payload, ReleaseManifest, Start, sha256_hex
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 from tests.contract.cohort_loop import (
@@ -253,6 +257,25 @@ def test_what_a_filter_leaves_out_is_set_aside_with_its_score_and_can_come_back(
     central.journal.append(NewEvent(EventKind.UPDATE_REQUEUED, "shared", ids[6], {}))
     merge(central, make_settings(strategy=strategy, min_updates=1))
     assert record(central, ids[6]).state == "merged"
+
+
+def test_the_kernel_is_the_plans_and_not_todays(central: Central) -> None:
+    updates = [make_increment(seed) for seed in range(8)]
+    for letter, update in zip("abcdefgh", updates, strict=True):
+        central.admit(f"{letter}-0", update)
+    merge(central, make_settings(rank=2, exact_rank=9, min_updates=8))
+    plan = plan_of(central)
+    assert plan.kernel == PlannedKernel(streamed=True, exact_rank=9)
+    weighted = [(update, 1 / 8) for update in updates]
+    exact = encode(product_merge(LoraTensors(), weighted, rank=2, server_step=1.0, seed=0).tensors)
+    assert sha256_hex(exact) != central.head().manifest.payload.digest_sha256, (
+        "a fold of 9 gives other bytes than one step"
+    )
+    assert all_identical(central)
+    with central.journal.read() as state:
+        old = replace(state.plans[plan.digest], plan=plan.model_copy(update={"kernel": None}))
+        terms = terms_of(train_replies(state, old))
+    assert (terms.streamed, terms.exact_rank) == (True, 512), "what merged the plans that do not say"
 
 
 def test_explain_shows_what_a_filter_decided(central: Central) -> None:
