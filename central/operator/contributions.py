@@ -111,7 +111,8 @@ def _expect_requeueable(state: State, update: UpdateRecord, blobs: Payloads, tog
             f"{_words(rival)}: the same experience would count twice. Requeue one of them only; first set the other one aside, or "
             "forget it."
         )
-    if update.manifest.payload.digest_sha256 not in blobs:
+    digest = update.manifest.payload.digest_sha256
+    if digest in state.collected or digest not in blobs:
         raise refused(
             f"The payload of update {name} is no longer kept (retention collected it). Restore it from a backup, or let the node "
             "train anew."

@@ -105,7 +105,8 @@ def _absent(journal: Journal, blobs: Payloads, target: str) -> frozenset[str]:
         held = set(state.contributions(head.release_id)).intersection(_ids(updates))
         line = line_of(state, head, held) if held else None
         needed = {*replay_blobs(state, line), *(u.manifest.payload.digest_sha256 for u in updates)} if line else set()
-    return frozenset(digest for digest in needed if digest not in blobs)
+        collected = needed.intersection(state.collected)  # perhaps not deleted yet, but on the way
+    return frozenset(collected.union(digest for digest in needed - collected if digest not in blobs))
 
 
 def _propose(
