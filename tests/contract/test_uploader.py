@@ -245,6 +245,8 @@ async def test_final_refusal_is_kept_with_its_reason_and_blocks_nobody(outbox: O
         (grpc.StatusCode.PERMISSION_DENIED, "REVOKED_NODE"),
         (grpc.StatusCode.PERMISSION_DENIED, ""),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS"),
+        (grpc.StatusCode.ABORTED, "SILENT_STREAM"),
     ],
 )
 async def test_passing_failure_is_tried_again(outbox: Outbox, status: grpc.StatusCode, reason: str) -> None:

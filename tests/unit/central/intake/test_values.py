@@ -1,0 +1,95 @@
+"""Values of a payload: the bound that is read in blocks never lets through what the exact norm would refuse."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from central.errors import Reason, Refused
+from central.intake import values
+from central.intake.values import Entry, Factor, check_values, increment_norm, sums_of_squares
+from protos.lora import LoraModule
+
+START = 24
+"""Bytes before the first tensor."""
+
+
+@contextmanager
+def written(modules: dict[str, LoraModule], gap: int = 0) -> Iterator[tuple[int, dict[Factor, Entry]]]:
+    """A file with the modules' factors, `gap` bytes between two of them, and where they lie."""
+    entries: dict[Factor, Entry] = {}
+    with tempfile.TemporaryFile() as file:
+        file.write(b"h" * START)
+        for name, module in modules.items():
+            for factor, array in (("A", module.A), ("B", module.B)):
+                entries[name, factor] = Entry("F32", (array.shape[0], array.shape[1]), file.tell() - START)
+                file.write(array.tobytes() + b"\xff" * gap)
+        file.flush()
+        yield os.dup(file.fileno()), entries
+
+
+def make(seed: int, rank: int, scale: float = 0.5) -> LoraModule:
+    random = np.random.default_rng(seed)
+    return LoraModule(
+        random.standard_normal((rank, 7)).astype(np.float32),
+        random.standard_normal((9, rank)).astype(np.float32),
+        scale,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4), gap=st.integers(0, 9), block=st.integers(1, 80))
+def test_the_sums_are_upper_bounds_whatever_the_blocks(ranks: list[int], gap: int, block: int) -> None:
+    modules = {f"m{number}": make(number, rank) for number, rank in enumerate(ranks)}
+    with pytest.MonkeyPatch.context() as patch, written(modules, gap) as (descriptor, entries):
+        patch.setattr(values, "BLOCK_BYTES", 4 * block)
+        found = sums_of_squares(descriptor, START, entries)
+    for name, module in modules.items():
+        for factor, array in (("A", module.A), ("B", module.B)):
+            true = float(np.sum(array.astype(np.float64) ** 2))
+            assert true <= found[name, factor] <= true * 1.021
+
+
+def check(module: LoraModule, max_norm: float) -> None:
+    with written({"m": module}) as (descriptor, entries):
+        check_values(descriptor, START, entries, {"m": module.scale}, max_norm)
+
+
+def test_the_exact_norm_decides_where_the_bound_does_not_tell() -> None:
+    module = make(0, 4)
+    norm = increment_norm(module)
+    # Far below the product of the factors' norms, so only the exact norm can admit it.
+    check(module, norm * 1.0001)
+    with pytest.raises(Refused) as caught:
+        check(module, norm * 0.9999)
+    assert caught.value.reason is Reason.NORM_OUT_OF_BOUNDS
+
+
+def test_the_exact_norm_is_not_computed_where_the_bound_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "increment_norm", lambda _: pytest.fail("was computed"))
+    check(make(0, 4), 1e3)
+
+
+@pytest.mark.parametrize("position", [0, 31, 32, 62])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_value_is_found_in_every_block(position: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "BLOCK_BYTES", 128)
+    module = make(0, 9)
+    module.A.flat[position] = value
+    with pytest.raises(Refused) as caught:
+        check(module, 1e3)
+    assert caught.value.reason is Reason.NOT_FINITE
+
+
+def test_values_whose_squares_vanish_in_float32_do_not_slip_through() -> None:
+    module = LoraModule(np.full((1, 7), 1e-23, np.float32), np.full((9, 1), 1e18, np.float32), 1.0)
+    with pytest.raises(Refused) as caught:
+        check(module, increment_norm(module) / 2)
+    assert caught.value.reason is Reason.NORM_OUT_OF_BOUNDS
