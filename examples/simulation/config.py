@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from central.federation.planning import least_updates
 from central.settings import CentralSettings
 from edge_node.settings import EdgeSettings
 from examples.quickstart.model import build_base
@@ -48,7 +49,7 @@ class SimulationConfig:
             ("strategy-options", json.loads), ("rank", int), ("server-step", float), ("seed", int), ("folder", Path),
         ):  # fmt: skip
             try:
-                values[name.replace("-", "_")] = kind(run_config[name])  # type: ignore[operator]
+                values[name.replace("-", "_")] = kind(run_config[name])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"Run config {name!r} is {run_config.get(name)!r}: {error!r}.") from error
         return cls(**{**values, "folder": values["folder"].absolute()})
@@ -57,15 +58,15 @@ class SimulationConfig:
         """Central's settings; each run has a data directory of its own. One look of the gate, and no search after a rejection."""
         return CentralSettings(
             data_dir=self.folder / f"central-{run_id}",
-            merge={  # type: ignore[arg-type]
-                "min_updates": 1,
+            merge={
+                "min_updates": least_updates(self.strategy, self.strategy_options),
                 "strategy": self.strategy,
                 "strategy_options": self.strategy_options,
                 "rank": self.rank,
                 "server_step": self.server_step,
                 "seed": self.seed,
             },
-            gate={"tasks": self.tasks, "max_tasks": self.tasks, "isolation_tries": 0},  # type: ignore[arg-type]
+            gate={"tasks": self.tasks, "max_tasks": self.tasks, "isolation_tries": 0},
         )
 
     def node(self, partition: int) -> EdgeSettings:
@@ -74,8 +75,8 @@ class SimulationConfig:
         learning = {key.removeprefix("EDGE_LEARNING__").lower(): value for key, value in LEARNING.items()}
         return EdgeSettings(
             data_dir=self.folder / "nodes" / f"{self.seed}-{self.examples}" / str(partition),
-            base={"path": build_base(CACHE)},  # type: ignore[arg-type]
-            environments=[  # type: ignore[list-item]
+            base={"path": build_base(CACHE)},
+            environments=[
                 {
                     "name": f"acme-{letter.lower()}",
                     "factory": f"{ENVIRONMENTS}:CompanyApi",
@@ -83,5 +84,5 @@ class SimulationConfig:
                 },
                 {"name": "public", "factory": f"{ENVIRONMENTS}:PublicTenants", "anchor": True},
             ],
-            learning={**learning, "steps": self.steps, "seed": self.seed, "checkpoint_steps": 1000},  # type: ignore[arg-type]
+            learning={**learning, "steps": self.steps, "seed": self.seed, "checkpoint_steps": 1000},
         )

@@ -24,7 +24,7 @@ from protos.base import read_base_model
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Run the simulation of this run config."""
     config = SimulationConfig.read(context.run_config)
