@@ -5,6 +5,7 @@ tolerance of each parent would add up; losses against one release that stays the
 
 A release becomes an environment's high-water release when it was accepted after it had been compared, paired and in one run,
 with the one before, and was significantly better (`BETTER_ALPHA`, small: a release that only looked better would hide a loss).
+Where an operator accepted a release although an environment fell (a removal that costs skill), that loss is the new mark.
 An environment's first verdict makes the reference of that verdict the high-water release, or the candidate if it was better.
 """
 
@@ -42,7 +43,8 @@ def high_water(
             if reference not in accepted:
                 reference = candidate
             # Better than another release than the high-water one says nothing of that one.
-            if best.setdefault(name, reference) == reference and _was_better(figures):
+            compared = best.setdefault(name, reference) == reference
+            if figures.get("standing") == "fell" or (compared and _was_better(figures)):
                 best[name] = candidate
     return best
 

@@ -28,6 +28,11 @@ def test_better_than_another_release_moves_nothing() -> None:
     assert high_water([*verdicts, fallen_back], EVERY) == {"e": "r1"}
 
 
+def test_a_loss_that_an_operator_accepted_is_no_longer_held_against_later_releases() -> None:
+    removal = ("r2", "r1", {"e": {**figures("r1")["e"], "standing": "fell"}})
+    assert high_water([("r1", "r0", figures("r0", better=True)), removal], EVERY) == {"e": "r2"}
+
+
 def test_an_abandoned_release_is_none() -> None:
     first, second = ("r1", "r0", figures("r0", better=True)), ("r2", "r0", figures("r1"))
     assert high_water([second], EVERY - {"r1"}) == {"e": "r2"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from central.evaluation import Evidence, Gate, PairedCounts
+from central.evaluation import Evidence, Gate, Outcomes, PairedCounts, Verdict
 from central.fleet.presence import NodePresence, Presence
 from central.journal import EventKind, Journal, NewEvent
 from central.operator.client import plain
@@ -38,13 +38,23 @@ class World:
         self.journal.append(*events)
         return candidate
 
-    def planned(self, parent: ReleaseManifest, *nodes: str, passes: int = 30) -> tuple[ReleaseManifest, list[NewEvent]]:
+    def decided(self, verdict: Verdict) -> ReleaseManifest:
+        """A release of node a that was accepted with this verdict."""
+        candidate, events = self.planned(self.genesis, "a-1", verdict=verdict)
+        self.journal.append(*events)
+        return candidate
+
+    def planned(
+        self, parent: ReleaseManifest, *nodes: str, passes: int = 30, verdict: Verdict | None = None
+    ) -> tuple[ReleaseManifest, list[NewEvent]]:
         """A release and the events that make it."""
         self.sequence += 1
         updates = [make.make_update(parent, node, 10 * self.sequence + n) for n, node in enumerate(nodes)]
         plan = make.make_plan(parent, *updates)
         candidate = make.make_candidate(plan)
-        verdict = GATE.verdict(GATE.look([Evidence(PairedCounts("acme", False, passes, 1, 2, 10), parent.digest)]))
+        evidence = Evidence(PairedCounts("acme", False, passes, 1, 2, 10), parent.digest)
+        verdict = verdict or GATE.verdict(GATE.look([evidence]))
+        assert verdict is not None
         decided = NewEvent(EventKind.VERDICT, "shared", candidate.digest, dict(vars(verdict)))
         made = [make.planned(plan), make.built(candidate), decided, make.promoted(candidate)]
         return candidate, [*map(make.admitted, updates), *made]
@@ -147,3 +157,33 @@ def test_diff_names_updates_modules_and_pass_rates(world: World) -> None:
     assert "  v new, norm 2" in lines
     assert "acme: 74.4 % (32 of 43) -> 66.7 % (22 of 33)" in lines
     assert list(difference(genesis))[-1] == "acme: not measured -> 66.7 % (22 of 33)"
+
+
+def test_explain_shows_pass_1_and_pass_k_and_what_was_compared_with(world: World) -> None:
+    counts = PairedCounts("acme", False, 80, 6, 4, 10, nodes=2, attempts=4, every_attempt=Outcomes(40, 6, 4, 50))
+    found = GATE.look([Evidence(counts, world.genesis.digest, "v0-aaaaaaaa", fallback_reason="NOT_FOUND: gone")])
+    verdict = GATE.verdict(found)
+    assert verdict is not None
+    candidate = world.decided(verdict)
+    told = world.explain(candidate)["environments"][0]
+    assert (told["attempts"], told["standing"], told["better"]) == (4, "fine", False)
+    assert told["every_attempt"]["outcomes"]["only_reference_passed"] == 6
+    assert told["every_attempt"]["fall_points"] == 2.0
+    with world.journal.read() as state:
+        answer = explain_release(state, state.releases[candidate.digest], lambda node_id: NodePresence())
+    (line,) = [line for line in explanation(answer) if line.startswith("  acme")]
+    assert line == (
+        "  acme: 86.0 % (86 of 100) -> 84.0 % (84 of 100), all of 4 attempts 46.0 % (46 of 100) -> 44.0 % (44 of 100), against "
+        f"{world.genesis.digest[:8]} (its high-water release could not be used: NOT_FOUND: gone), 2 nodes, fine"
+    )
+
+
+def test_verdicts_from_before_there_were_high_water_releases_are_explained(world: World) -> None:
+    old = {
+        "environment": "acme", "anchor": False, "both": 10, "only_reference": 9, "only_candidate": 1, "neither": 20,
+        "nodes": 1, "total": 40, "fall_points": 20.0, "tolerance_points": 5.0, "p_reference": 0.01, "p_mark": None,
+        "mark": None, "below_reference": True, "below_mark": False,
+    }  # fmt: skip
+    candidate = world.decided(Verdict(True, "accepted: as it was", {"acme": old}, {"acme": {"passed": 1, "total": 2}}))
+    told = world.explain(candidate)["environments"][0]
+    assert (told["fell"], told["p_mark"], told["reference_id"], told["standing"]) == (True, 1.0, "", "")
