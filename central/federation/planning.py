@@ -39,8 +39,8 @@ def parse_time(text: str) -> datetime:
 def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> MergePlan | None:
     """The next plan on the cohort's stable head, or None. `now` is RFC 3339 and becomes the plan's `created_at`.
 
-    What an operator ordered to be forgotten goes first. While a rejected candidate's updates are searched for the one that hurts, parts of it are planned, and nothing else; while a
-    canary is ahead of stable, nothing is.
+    What an operator ordered to be forgotten goes first. While a rejected candidate's updates are searched for the one that hurts,
+    parts of it are planned, and nothing else; while a canary is ahead of stable, nothing is.
     """
     head = state.head(cohort)
     if head is None or state.soaking(cohort) is not None:
@@ -106,7 +106,10 @@ def _plan(head: ReleaseRecord, policy: MergePolicy, now: str, **fields: Any) -> 
 
 
 def _base_id(state: State, head: ReleaseRecord) -> str | None:
+    """What the next merge is composed with: what `head` is, unless something in that was forgotten since."""
     base = state.base_of(head)
+    if base is not None and base.state == "withdrawn":
+        base = state.head(base.cohort)
     return base.release_id if base else None
 
 
