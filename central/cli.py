@@ -17,7 +17,7 @@ from central.command import Options, asking, command, json_option, print_one, pr
 from central.errors import CentralError
 from central.operator.commands import add_forget, add_nodes, add_updates
 from central.settings import CentralSettings, load_settings
-from central.storage.commands import add_retention
+from central.storage.commands import add_backup, add_restore, add_retention
 
 if TYPE_CHECKING:
     from central.operator.client import OperatorClient
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add_updates(commands)
     add_forget(commands)
     add_retention(commands)
+    add_backup(commands)
+    add_restore(commands)
     events = command(commands, "events", asking(_events), "the journal")
     events.add_argument("--after", type=int, default=0, help="events after this number (default 0)")
     events.add_argument("--limit", type=int, default=1000, help="at most this many (default 1000)")

@@ -32,6 +32,15 @@ RETENTION = (
     "journal.collection_finished.applied",
     "journal.collection_finished.stored",
 )
+TRANSFER = (  # backup and restore: processes of their own
+    "backup.journal",
+    "backup.blob",
+    "backup.complete",  # all of it is on disk, and has not its name yet
+    "restore.begun",
+    "restore.blob",
+    "restore.keys",
+    "restore.journal",  # all of it is there, but not checked
+)
 MERGE = ("merge.computed", "merge.candidate_kept", "merge.state_kept", "merge.own_kept")
 EVENTS = (
     "cohort_created",
@@ -65,6 +74,7 @@ POINTS = (
     *INTAKE,
     *BLOBS,
     *RETENTION,
+    *TRANSFER,
     *MERGE,
     *(f"journal.{event}.{step}" for event in (*EVENTS, *CONTRIBUTIONS) for step in ("applied", "stored")),
 )

@@ -46,6 +46,7 @@ from central.registry.service import ReleaseService
 from central.rpc import SERVER_OPTIONS, ErrorTranslator
 from central.settings import CentralSettings
 from central.storage.collector import Collector
+from central.storage.restore import expect_no_unfinished_restore
 from protos.base import BaseModelError, BaseModelInfo, read_base_model
 from protos.fleet.v1 import fleet_pb2_grpc
 from protos.operator.v1 import operator_pb2_grpc
@@ -107,6 +108,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     """Open everything on disk, recovering what a kill left; `stack` closes it again. Blocks."""
     base = _read_base(settings)
     stack.enter_context(DataLock(settings.data_dir))
+    expect_no_unfinished_restore(settings.data_dir)
     stack.enter_context(WriterLock(settings.journal_url))
     pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
     blobs = open_blobs(settings)

@@ -2,7 +2,7 @@
 
 from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
 from central.journal.isolation import Isolation
-from central.journal.journal import Journal, import_journal, read_journal, verify_journal
+from central.journal.journal import Journal, count_events, import_journal, read_journal, verify_journal
 from central.journal.lock import WriterLock
 from central.journal.plan import LeftOut, MergePlan, PlannedKernel, PlannedUpdate
 from central.journal.records import (
@@ -49,6 +49,7 @@ __all__ = [
     "UpdateRecord",
     "VerdictRecord",
     "WriterLock",
+    "count_events",
     "import_journal",
     "read_journal",
     "utc_now",

@@ -238,6 +238,24 @@ def import_journal(url: str, events: Iterable[Event]) -> None:
         ) from error
 
 
+def count_events(url: str) -> int:
+    """How many events a database has that may not be a journal yet; makes nothing. Raises StorageError."""
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).is_file():
+            return 0
+        engine = _open(url, read_only=True)
+        try:
+            if not sa.inspect(engine).has_table(_EVENTS.name):
+                return 0
+            with engine.connect() as connection:
+                return int(connection.execute(sa.select(sa.func.count()).select_from(_EVENTS)).scalar_one())
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, ImportError) as error:
+        raise StorageError(f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL.") from error
+
+
 def checked_chain(events: Iterable[Event]) -> Iterator[Event]:
     """The same events; raises JournalCorrupt at the first that does not follow from the one before."""
     previous_hash = FIRST_HASH
