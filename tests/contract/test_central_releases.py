@@ -147,6 +147,37 @@ async def test_a_report_that_no_evaluation_can_make_is_refused(
         assert not state.evaluations["offer-1"].reports
 
 
+async def test_a_later_look_names_its_environments_tasks_and_references(central: Central, node: Node) -> None:
+    release_id, _ = await make_candidate(central, node, encode_factors())
+    genesis = node.genesis.digest
+    body = {
+        "candidate": release_id,
+        "reference": release_id,  # any two releases of the cohort will do
+        "tasks": 40,
+        "deadline_at": "2999-01-01T00:00:00Z",
+        "nodes": [node.node_id],
+        "look": 2,
+        "references": {"e": genesis},
+        "suites": {"e": {"first_task": 20, "tasks": 40}, "f": {"first_task": 10, "tasks": 5}},
+        "attempts": 3,
+        "temperature": 0.5,
+    }
+    offered = NewEvent(EventKind.EVALUATION_OFFERED, "shared", "offer-2", body)
+    await asyncio.to_thread(central.rooms.journal.append, offered)
+    watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
+    async for event in watch:
+        if event.WhichOneof("event") == "evaluation":
+            break
+    offer = event.evaluation
+    assert [sha256_hex(signed.manifest) for signed in offer.references] == [genesis]
+    assert offer.only_suites
+    assert (offer.attempts, offer.temperature) == (3, 0.5)
+    assert [(s.environment, s.reference_id, s.first_task, s.tasks) for s in offer.suites] == [
+        ("e", genesis, 20, 40),
+        ("f", "", 10, 5),
+    ]
+
+
 async def test_texts_of_callers_are_kept_short(central: Central, node: Node) -> None:
     long = "x" * 1_000_000
     status = fleet_pb2.NodeStatus(problem=long, environments=[long, *("e" for _ in range(1000))], experiences=3)
