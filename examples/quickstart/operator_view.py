@@ -27,12 +27,15 @@ UPDATE_STATES = {
     updates_pb2.UPDATE_STATE_MERGED: "merged",
     updates_pb2.UPDATE_STATE_SUPERSEDED: "superseded",
     updates_pb2.UPDATE_STATE_SET_ASIDE: "set_aside",
+    updates_pb2.UPDATE_STATE_QUARANTINED: "quarantined",
+    updates_pb2.UPDATE_STATE_FORGOTTEN: "forgotten",
 }
 RELEASE_STATES = {
     operator_pb2.RELEASE_STATE_CANDIDATE: "candidate",
     operator_pb2.RELEASE_STATE_ACCEPTED: "accepted",
     operator_pb2.RELEASE_STATE_REJECTED: "rejected",
     operator_pb2.RELEASE_STATE_ABANDONED: "abandoned",
+    operator_pb2.RELEASE_STATE_WITHDRAWN: "withdrawn",
 }
 
 
