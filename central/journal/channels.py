@@ -25,6 +25,7 @@ class Channels(Contributions):
             self._point(event, channel, None, event.body["by"])
         self._point(event, event.body["channel"], event.subject, event.body["by"])
         self._settle_forgets(event)
+        self._withdraw_composed(event.cohort)
 
     def _rolled_back(self, event: Event) -> None:
         body = event.body

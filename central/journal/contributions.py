@@ -167,9 +167,20 @@ class Contributions(Transitions):
                 if release.release_id not in line:
                     self._release_updates(event, held, ("merged",), True, release.manifest.label)
         self._cancel_built_on(event, holders, "withdrawn", requeue=True)
+        for cohort in [cohort for cohort, other in self.builds_on.items() if other == event.cohort]:
+            self._withdraw_composed(cohort)
         for (cohort, channel), head in list(self.channels.items()):
             if cohort == event.cohort and channel != "stable" and head in holders:
                 self._point(event, channel, None, "central")
+
+    def _withdraw_composed(self, cohort: str) -> None:
+        """The same for a cohort that builds on another: what its stable head has left behind; the head goes when it moves."""
+        other = self.builds_on.get(cohort)
+        if other is None or not any((o.cohort, o.state) == (other, "done") for o in self.forgets.values()):
+            return
+        for release in self.lineage(self.channels[(cohort, "stable")])[1:]:
+            if release.state == "accepted" and self.forgotten_in(release.release_id):
+                self._changes.put(self.releases, release.release_id, replace(release, state="withdrawn"))
 
     def _expect_member(self, event: Event) -> NodeRecord:
         node = known(event, self.nodes, event.subject, "node")

@@ -31,6 +31,8 @@ class Proposal:
     merges: int
     holders: tuple[str, ...]
     """Versions of the releases that hold any of it, oldest first."""
+    composed: tuple[str, ...]
+    """Cohorts that build on this one, and whose stable release is composed with one of those."""
 
 
 def propose_forget(
@@ -93,7 +95,13 @@ def describe(state: State, order: ForgetRecord) -> Proposal:
         exactness=words,
         merges=merges,
         holders=tuple(state.releases[release_id].manifest.label for release_id in holders),
+        composed=tuple(cohort for cohort in state.builds_on if _base_id(state, cohort) in holders),
     )
+
+
+def _base_id(state: State, cohort: str) -> str:
+    base = state.base_of(state.releases[state.channels[(cohort, "stable")]])
+    return base.release_id if base else ""
 
 
 def _absent(journal: Journal, blobs: Payloads, target: str) -> frozenset[str]:

@@ -144,6 +144,7 @@ def forget_message(state: State, proposal: Proposal) -> operator_pb2.ForgetOrder
         by=order.by,
         at=order.at,
         holders=proposal.holders,
+        composed_cohorts=proposal.composed,
     )
 
 

@@ -124,6 +124,8 @@ def proposal(order: operator_pb2.ForgetOrder) -> Iterator[str]:
     if order.in_release:
         who = f"released whatever the gate finds, as {order.by} says" if order.accept_loss else "the gate decides on it"
         yield f"the new release: {who}; what others learnt from a release that held it is not taken out"
+    for cohort in order.composed_cohorts:
+        yield f"{cohort} builds on a release that holds it: it is composed anew, and holds it until its gate accepts that"
     if order.holders:
         yield f"can no longer be promoted or returned to afterwards: {', '.join(order.holders)}"
 

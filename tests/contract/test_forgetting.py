@@ -16,6 +16,7 @@ from central.federation.verify import verify_releases
 from central.journal import EventKind, NewEvent, ReleaseRecord
 from central.operator.contributions import requeue
 from central.operator.forgetting import order_forget, propose_forget
+from central.settings import ChannelSettings
 from protos.lora import decode
 from tests.contract.cohort_loop import (
     KEY,
@@ -412,3 +413,50 @@ def remove(central: Central, update_id: str) -> None:
     with central.journal.read() as state:
         digest = state.updates[update_id].manifest.payload.digest_sha256
     central.blobs.delete(digest)
+
+
+def test_a_cohort_that_builds_on_it_is_composed_anew(tmp_path: Path) -> None:
+    settings = {"min_updates": 1}
+    with opened(tmp_path, {"acme": "shared"}) as central:
+        central.join("shared", *NODES)
+        ids = release(central, 1)
+        central.join("acme", "d-4")
+        own = central.admit("d-4", make_increment(90), "acme")
+        take_steps(central, make_settings(**settings), lambda: "merged" in states(central, [own]), "acme")  # type: ignore[arg-type]
+        take_steps(central, make_settings(**settings), lambda: central.head("acme").manifest.version == 2, "acme")  # type: ignore[arg-type]
+        holding = central.head("acme")
+        proposal = propose_forget(central.journal, central.blobs, ids[1], None, False, "tests")
+        assert proposal.composed == ("acme",)
+        assert run_until(central, forget(central, ids[1])) == "done"
+        with central.journal.read() as state:
+            assert state.forgotten_in(holding.release_id) == [ids[1]]
+            assert state.releases[holding.release_id].state == "accepted", "what acme serves until it has another"
+        take_steps(central, make_settings(**settings), lambda: central.head("acme") != holding, "acme")  # type: ignore[arg-type]
+        with central.journal.read() as state:
+            assert state.forgotten_in(central.head("acme").release_id) == []
+            assert state.releases[holding.release_id].state == "withdrawn"
+        # Its own contribution goes from its own chain, and what it is composed with stays.
+        assert run_until_in(central, forget(central, "d-4"), "acme") == "done"
+        served, shared = (central.product(central.head(cohort), NAMES[0]) for cohort in ("acme", "shared"))
+        np.testing.assert_allclose(served, shared, atol=1e-5)
+
+
+def run_until_in(central: Central, order_id: str, cohort: str) -> str:
+    over = ("done", "rejected", "failed")
+    take_steps(central, make_settings(), lambda: order_state(central, order_id) in over, cohort)
+    return order_state(central, order_id)
+
+
+def test_what_only_a_canary_holds_is_forgotten_and_its_others_wait_again(central: Central) -> None:
+    central.join("shared", *NODES)
+    release(central, 1, NODES[:1])
+    ids = [central.admit(node, increment(2, node), sequence=2) for node in NODES]  # type: ignore[arg-type]
+    settings = make_settings(min_updates=3).model_copy(update={"channels": ChannelSettings(first="canary")})
+    take_steps(central, settings, lambda: "merged" in states(central, ids))
+    with central.journal.read() as state:
+        canary = state.channels[("shared", "canary")]
+    assert order_state(central, forget(central, ids[1])) == "done"
+    assert states(central, ids) == ["waiting", "forgotten", "waiting"]
+    with central.journal.read() as state:
+        assert state.releases[canary].state == "withdrawn"
+        assert ("shared", "canary") not in state.channels

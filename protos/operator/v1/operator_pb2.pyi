@@ -598,7 +598,7 @@ class ReleaseNodeResponse(_message.Message):
     def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
 
 class ForgetOrder(_message.Message):
-    __slots__ = ("order_id", "cohort", "node_id", "state", "method", "in_release", "unreleased", "exactness", "merges", "candidate", "verdict", "accept_loss", "by", "at", "holders")
+    __slots__ = ("order_id", "cohort", "node_id", "state", "method", "in_release", "unreleased", "exactness", "merges", "candidate", "verdict", "accept_loss", "by", "at", "holders", "composed_cohorts")
     ORDER_ID_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -614,6 +614,7 @@ class ForgetOrder(_message.Message):
     BY_FIELD_NUMBER: _ClassVar[int]
     AT_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    COMPOSED_COHORTS_FIELD_NUMBER: _ClassVar[int]
     order_id: str
     cohort: str
     node_id: str
@@ -629,7 +630,8 @@ class ForgetOrder(_message.Message):
     by: str
     at: str
     holders: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, order_id: _Optional[str] = ..., cohort: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[_Union[ForgetState, str]] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., in_release: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., unreleased: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., exactness: _Optional[str] = ..., merges: _Optional[int] = ..., candidate: _Optional[str] = ..., verdict: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., by: _Optional[str] = ..., at: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ...) -> None: ...
+    composed_cohorts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, order_id: _Optional[str] = ..., cohort: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[_Union[ForgetState, str]] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., in_release: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., unreleased: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., exactness: _Optional[str] = ..., merges: _Optional[int] = ..., candidate: _Optional[str] = ..., verdict: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., by: _Optional[str] = ..., at: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., composed_cohorts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ForgetRequest(_message.Message):
     __slots__ = ("target", "method", "accept_loss", "dry_run")
