@@ -162,6 +162,11 @@ def _method(
     if not held:
         return wished or "replay"
     line = line_of(state, head, held)
+    if any(record.plan.resolve for record in line.merges):
+        raise refused(
+            f"It cannot be taken out: a merge since {line.since.manifest.label} solved over absolute solutions (CENTRAL_MERGE__RESOLVE), "
+            f"and the releases that these start from hold it too. Return to {line.since.manifest.label} with `central releases rollback`."
+        )
     missing = [digest for digest in replay_blobs(state, line) if digest in absent]
     if not missing and wished != "subtract":
         return "replay"
