@@ -189,7 +189,11 @@ class ReleaseStore:
 
     def keep_standing(self, quarantine: str) -> None:
         """Remember why central keeps this node's updates aside; empty when it merges them."""
-        if quarantine != self.quarantine():
+        try:
+            known = self.quarantine()
+        except StorageError:  # a damaged file is written anew
+            known = None
+        if quarantine != known:
             log.info("standing at central changed", extra={"quarantine": quarantine})
             write_durably(self._root / "standing.json", json.dumps({"quarantine": quarantine}).encode())
 
@@ -199,7 +203,7 @@ class ReleaseStore:
             return str(json.loads((self._root / "standing.json").read_bytes())["quarantine"])
         except FileNotFoundError:
             return ""
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{self._root / 'standing.json'} cannot be read: {error}. Delete it; central says it again."
             ) from error

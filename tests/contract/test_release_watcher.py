@@ -162,6 +162,7 @@ async def test_the_alias_follows_the_head_and_an_offer_is_answered_once(
         [
             fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="canary", head=other_cohort)),
             fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="stable", head=signed)),
+            fleet_pb2.WatchResponse(standing=fleet_pb2.NodeStanding(quarantine="odd labels")),
             fleet_pb2.WatchResponse(train=fleet_pb2.TrainOffer(offer_id="t1", max_rank=4)),
             fleet_pb2.WatchResponse(evaluation=offer),
         ],
@@ -189,6 +190,7 @@ async def test_the_alias_follows_the_head_and_an_offer_is_answered_once(
     assert control.calls.index(("load", name)) < control.calls.index(("point", name))
     assert [report.offer_id for report in central.reports] == ["o1"]
     assert (tmp_path / "releases" / "offer.json").is_file()
+    assert store.quarantine() == "odd labels"
     assert not any("zeta" in name for _, name in control.calls)
 
 

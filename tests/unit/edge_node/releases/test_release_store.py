@@ -35,6 +35,20 @@ def store(tmp_path: Path, release_key: ec.EllipticCurvePrivateKey) -> ReleaseSto
     return ReleaseStore(tmp_path, identity, BaseModelInfo(tmp_path, BASE, SHAPES))
 
 
+def test_what_central_said_of_a_quarantine_is_kept_and_a_damaged_file_is_written_anew(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
+    assert store.quarantine() == ""
+    store.keep_standing("odd labels")
+    assert store.quarantine() == "odd labels"
+    for damage in ("", "[]", "{}"):
+        (tmp_path / "releases" / "standing.json").write_text(damage)
+        with pytest.raises(StorageError, match=r"standing\.json cannot be read"):
+            store.quarantine()
+        store.keep_standing("")
+        assert store.quarantine() == ""
+
+
 def make_payload(rank: int = 2) -> bytes:
     rng = np.random.default_rng(0)
     modules = {
