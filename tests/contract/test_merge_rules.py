@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import central.federation.grid as grid_module
-from central.errors import SettingsError
+from central.errors import Refused, SettingsError
 from central.federation import screening
 from central.federation.planning import plan_merge
 from central.federation.replies import train_replies
@@ -24,7 +24,9 @@ from central.federation.verify import Finding, verify_releases
 from central.fleet.presence import NodePresence
 from central.fleet.revocation import revoke_node
 from central.journal import EventKind, MergePlan, NewEvent, PlannedKernel, UpdateRecord
+from central.journal.payloads import needed_blobs
 from central.merging import merge as product_merge
+from central.operator.forgetting import propose_forget
 from central.operator.lineage import explain_release
 from central.settings import CentralSettings
 from protos.fleet.v1 import fleet_pb2
@@ -190,6 +192,12 @@ def test_resolve_solves_over_the_latest_solution_of_every_node(central: Central)
     merge(central, make_settings(strategy="regmean", resolve=True, rank=12, min_updates=2, server_step=0.5))
     assert plan_of(central).solutions == []
     assert all_identical(central)
+    with central.journal.read() as state:
+        kept = needed_blobs(state)
+    assert {planned.payload for planned in (*plan.updates, *plan.solutions)} <= kept
+    assert {genesis.payload.digest_sha256, first.payload.digest_sha256} <= kept, "solutions are built on these"
+    with pytest.raises(Refused, match="solved over absolute solutions"):
+        propose_forget(central.journal, central.blobs, merged.update_id, None, False, "operator")
 
 
 def test_a_sketch_that_is_none_sets_its_update_aside_and_the_others_are_merged(central: Central) -> None:
