@@ -137,6 +137,18 @@ def test_one_fallen_environment_ends_it_at_once(central: Central) -> None:
     assert len(offers(central)) == 1
 
 
+def test_a_node_that_only_evaluates_is_a_suite_at_central(central: Central) -> None:
+    """Node c learns nothing and uploads nothing; its held-out tasks reject what the others' cannot show."""
+
+    def answer(offer: EvaluationRecord, node: str) -> Reply:
+        if node != "c-3" or offer.suite("suite") is None:
+            return [], "no environment"
+        return [measured(offer, node, "suite", (6, 3, 1, 0))], ""
+
+    assert decide(central, answer).startswith("rejected: suite fell")
+    assert [(offer.look, offer.nodes) for offer in offers(central)][1:] == [(2, ("c-3",)), (3, ("c-3",))]
+
+
 def test_nodes_that_vanish_between_looks_hold_up_nothing(central: Central) -> None:
     second = 0
 
