@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from central.evaluation import Gate, Verdict
 from central.federation.grid import JournalGrid
-from central.federation.looks import Ask, current_look, evidence, is_result, next_look, offers_of, reports_of_look
+from central.federation.looks import Ask, current_look, evidence, has_quorum, next_look
 from central.federation.strategy import ProductMean
 from central.journal import Journal, PlanRecord
 from central.settings import GateSettings
@@ -58,8 +58,7 @@ class Deciding:
         with self._journal.read() as state:
             if state.releases[candidate].state != "candidate":
                 return None  # decided elsewhere, for example by a rollback of its parent
-            results = sum(map(is_result, reports_of_look(state, offers_of(state, candidate, 1)).values()))
-            if results < self._settings.quorum:
+            if not has_quorum(state, candidate, self._settings.quorum):
                 return None  # the next step offers the first look again, and the grid logs it
             found = self._gate.look(*evidence(state, candidate))
             verdict = self._gate.verdict(found)

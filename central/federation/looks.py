@@ -68,9 +68,10 @@ def high_water_releases(state: State, cohort: str) -> dict[str, str]:
 
 
 def current_look(state: State, candidate: str, parent: str, settings: GateSettings) -> Ask:
-    """The look that the candidate is at: the last one that was offered, or the first."""
+    """The look that the candidate is at: the last one that was offered, or the first while too few nodes answered that (also when
+    one that had was revoked since)."""
     offers = offers_of(state, candidate)
-    if offers and offers[-1].look > 1:
+    if offers and offers[-1].look > 1 and has_quorum(state, candidate, settings.quorum):
         last = offers[-1]
         return Ask(
             candidate,
@@ -94,6 +95,11 @@ def current_look(state: State, candidate: str, parent: str, settings: GateSettin
         settings.temperature if several else 0.0,
         references={name: release for name, release in sorted(best.items()) if release != parent},
     )
+
+
+def has_quorum(state: State, candidate: str, quorum: int) -> bool:
+    """Whether enough nodes that are not revoked evaluated at the first look."""
+    return sum(map(is_result, reports_of_look(state, offers_of(state, candidate, 1)).values())) >= quorum
 
 
 def evidence(state: State, candidate: str) -> tuple[list[Evidence], dict[str, Figures]]:
@@ -123,7 +129,7 @@ def next_look(state: State, candidate: str, found: Mapping[str, Figures], settin
         max(suite.tasks for suite in suites.values()),
         last.attempts,
         last.temperature,
-        last.look + 1,
+        max(offer.look for offer in offers) + 1,
         {name: found[name]["reference"] for name in suites if found[name]["reference"] != last.reference},
         suites,
         found,

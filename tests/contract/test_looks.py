@@ -226,6 +226,36 @@ def test_a_revoked_nodes_tasks_no_longer_count(central: Central) -> None:
     assert "1 node)" in text
 
 
+def test_a_quorum_that_a_revocation_breaks_between_looks_is_asked_for_anew(central: Central) -> None:
+    second = 0
+
+    def clock() -> str:
+        nonlocal second
+        second += 1
+        return f"2026-11-22T{12 + second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}.000000Z"
+
+    answer = nodes_with(both=FEWER)
+
+    def revoked_at_the_second(offer: EvaluationRecord, node: str) -> Reply | None:
+        if offer.look == 2 and node == "a-1":
+            with central.journal.read() as state:
+                if not state.nodes["a-1"].revoked:
+                    central.journal.append(NewEvent(EventKind.NODE_REVOKED, "shared", "a-1", {}))
+        if node == "b-2" and len(offers(central)) < 3:
+            return [], "busy"
+        return answer(offer, node)
+
+    text = decide(central, revoked_at_the_second, settings(40), clock=clock)
+    assert [(offer.look, offer.nodes) for offer in offers(central)] == [
+        (1, ("a-1", "b-2", "c-3")),
+        (2, ("a-1",)),
+        (1, ("b-2", "c-3")),
+        (3, ("b-2",)),
+    ]
+    assert "both: 32 -> 32 of 40" in text
+    assert "1 node)" in text
+
+
 # The release that is compared with.
 
 
