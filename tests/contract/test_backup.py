@@ -31,8 +31,7 @@ from central.storage.collector import Collector
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 from tests.contract import cohort_loop as loop
-from tests.contract.postgres import binaries, running_postgres
-from tests.contract.s3 import BUCKET, running_s3
+from tests.contract.s3 import BUCKET, S3
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str]]
@@ -151,34 +150,31 @@ def identity(node: harness.Node) -> tuple[bytes, bytes]:
 
 
 def test_a_backup_of_sqlite_and_a_directory_restores_to_postgresql_and_s3(
-    backups: Path, tmp_path: Path, run: Run
+    backups: Path, tmp_path: Path, run: Run, postgres: sa.URL, s3: S3
 ) -> None:
-    if binaries() is None:
-        pytest.skip("PostgreSQL is not on PATH: install Debian's postgresql, or put its bin folder on PATH")
-    with running_postgres() as url, running_s3() as s3:
-        engines = {
-            "CENTRAL_JOURNAL__URL": url.render_as_string(hide_password=False),
-            "CENTRAL_BLOBS__URL": f"s3://{BUCKET}/central",
-            "CENTRAL_BLOBS__OPTIONS": json.dumps(s3.options),
-        }
-        code, text = run(tmp_path / "new", "restore", str(backups), **engines)
-        assert code == 0, text
-        assert not (tmp_path / "new" / "journal.db").exists()
-        code, text = run(tmp_path / "new", "releases", "verify", **engines)
-        assert (code, text.count("identical")) == (0, 2), text
-        code, text = run(tmp_path / "new", "backup", str(tmp_path / "back"), **engines)
-        assert code == 0, text
-        for name in ("journal.jsonl", "pki/ca.key"):
-            assert (newest(tmp_path / "back") / name).read_bytes() == (newest(backups) / name).read_bytes()
-        assert files(tmp_path / "back" / "blobs") == files(backups / "blobs")
+    engines = {
+        "CENTRAL_JOURNAL__URL": postgres.render_as_string(hide_password=False),
+        "CENTRAL_BLOBS__URL": f"s3://{BUCKET}/restored",
+        "CENTRAL_BLOBS__OPTIONS": json.dumps(s3.options),
+    }
+    code, text = run(tmp_path / "new", "restore", str(backups), **engines)
+    assert code == 0, text
+    assert not (tmp_path / "new" / "journal.db").exists()
+    code, text = run(tmp_path / "new", "releases", "verify", **engines)
+    assert (code, text.count("identical")) == (0, 2), text
+    code, text = run(tmp_path / "new", "backup", str(tmp_path / "back"), **engines)
+    assert code == 0, text
+    for name in ("journal.jsonl", "pki/ca.key"):
+        assert (newest(tmp_path / "back") / name).read_bytes() == (newest(backups) / name).read_bytes()
+    assert files(tmp_path / "back" / "blobs") == files(backups / "blobs")
 
-        code, text = run(tmp_path / "newer", "restore", str(backups), **engines)
-        assert code == 5
-        assert "CENTRAL_JOURNAL__URL is not empty: its journal has" in text
-        assert [path.name for path in (tmp_path / "newer").iterdir()] == ["central.lock"]
-        execute(url, "drop table events")
-        code, text = run(tmp_path / "newer", "restore", str(backups), **engines)
-        assert code == 0, "the bucket outlived its central"
+    code, text = run(tmp_path / "newer", "restore", str(backups), **engines)
+    assert code == 5
+    assert "CENTRAL_JOURNAL__URL is not empty: its journal has" in text
+    assert [path.name for path in (tmp_path / "newer").iterdir()] == ["central.lock"]
+    execute(postgres, "drop table events")
+    code, text = run(tmp_path / "newer", "restore", str(backups), **engines)
+    assert code == 0, "the bucket outlived its central"
 
 
 def execute(url: sa.URL, statement: str) -> None:

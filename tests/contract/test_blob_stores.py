@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -16,22 +15,13 @@ from central.registry import BlobStore, DirectoryBlobs, open_blobs
 from central.registry.objects import PART_BYTES, ObjectBlobs
 from central.settings import CentralSettings
 from protos.manifest import sha256_hex
-from tests.contract.s3 import BUCKET, S3, running_s3
-
-Alter = Callable[[str, bytes], None]
+from tests.contract.s3 import BUCKET, S3
 
 
 class InPlace(LocalFileSystem):
     """A backend whose files can be seen while they are written."""
 
     protocol = "inplace"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    pytest.importorskip("s3fs")
-    with running_s3() as server:
-        yield server
 
 
 @pytest.fixture(params=["directory", "memory", "s3", "inplace"])

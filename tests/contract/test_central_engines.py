@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ from protos.lora import decode
 from protos.manifest import ReleaseManifest
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
-from tests.contract.postgres import binaries, running_postgres
-from tests.contract.s3 import BUCKET, S3, running_s3
+from tests.contract.s3 import BUCKET, S3
 from tests.contract.test_central_process import outside, ready
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +39,7 @@ class Engines:
             "CENTRAL_LISTEN__PORT": str(settings.listen.port),
             "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
             "CENTRAL_JOURNAL__URL": self.journal.render_as_string(hide_password=False),
-            "CENTRAL_BLOBS__URL": f"s3://{BUCKET}/central",
+            "CENTRAL_BLOBS__URL": f"s3://{BUCKET}/engines",
             "CENTRAL_BLOBS__OPTIONS": f'{{"endpoint_url": "{self.s3.endpoint}"}}',
             "AWS_ACCESS_KEY_ID": self.s3.key,
             "AWS_SECRET_ACCESS_KEY": self.s3.secret,
@@ -48,12 +47,9 @@ class Engines:
         }
 
 
-@pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    if binaries() is None:
-        pytest.skip("PostgreSQL is not on PATH: install Debian's postgresql, or put its bin folder on PATH")
-    with running_postgres() as url, running_s3() as s3:
-        yield Engines(url, s3)
+@pytest.fixture
+def engines(postgres: sa.URL, s3: S3) -> Engines:
+    return Engines(postgres, s3)
 
 
 @asynccontextmanager
@@ -111,13 +107,13 @@ async def test_a_release_on_postgresql_and_s3_survives_a_kill_and_has_one_writer
                 data = b"".join([part.chunk async for part in stream])
                 assert len(data) == released.payload.size_bytes - 7
 
-    stored = {Path(key).name for key in engines.s3.files.find(f"{BUCKET}/central")}
+    stored = {Path(key).name for key in engines.s3.files.find(f"{BUCKET}/engines")}
     assert {
         released.payload.digest_sha256,
         *(node.manifest(p).payload.digest_sha256 for node, p in zip(nodes, payloads, strict=True)),
     } <= stored
     whole = engines.s3.files.cat_file(
-        f"{BUCKET}/central/{released.payload.digest_sha256[:2]}/{released.payload.digest_sha256}"
+        f"{BUCKET}/engines/{released.payload.digest_sha256[:2]}/{released.payload.digest_sha256}"
     )
     assert whole[7:] == data
     assert decode(whole).rank > 0
@@ -133,9 +129,8 @@ async def test_a_release_on_postgresql_and_s3_survives_a_kill_and_has_one_writer
 def test_the_lock_of_postgresql_ends_with_its_holder(engines: Engines, tmp_path: Path) -> None:
     urls = (engines.journal.render_as_string(hide_password=False), f"sqlite:///{tmp_path}/journal.db")
     for url in urls:
-        with WriterLock(url):
-            with pytest.raises(StorageError, match="Another central writes"), WriterLock(url):
-                pass
+        with WriterLock(url), pytest.raises(StorageError, match="Another central writes"), WriterLock(url):
+            pass
         with WriterLock(url):
             pass
     with pytest.raises(StorageError, match="cannot be opened"), WriterLock("postgresql+psycopg://127.0.0.1:9/none"):

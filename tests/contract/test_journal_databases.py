@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,7 @@ from central.errors import StorageError
 from central.journal import Journal, JournalConflict, JournalCorrupt, verify_journal
 from central.journal.journal import _METADATA
 from central.journal.migrations.upgrade import FIRST, HEAD, configuration
-from tests.contract.postgres import binaries, running_postgres
 from tests.unit.central import builders as make
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[sa.URL]:
-    if binaries() is None:
-        pytest.skip("PostgreSQL is not on PATH: install Debian's postgresql, or put its bin folder on PATH")
-    pytest.importorskip("psycopg")
-    with running_postgres() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -34,13 +23,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/journal.db"
-    server: sa.URL = request.getfixturevalue("postgres")
-    name = f"journal_{abs(hash(request.node.nodeid)) % 10**9}"
-    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sa.text(f"create database {name}"))
-    engine.dispose()
-    return server.set(database=name).render_as_string(hide_password=False)
+    found: sa.URL = request.getfixturevalue("postgres")
+    return found.render_as_string(hide_password=False)
 
 
 def execute(url: str, statement: str) -> None:

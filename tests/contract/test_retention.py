@@ -54,14 +54,14 @@ async def test_the_same_bytes_uploaded_beside_a_collection_are_never_lost(
         token = await central.token()
         node, other = await central.enroll("a", token), await central.enroll("b", token)
         old, _ = await superseded(node, 1)
-        admit = Admission.admit
+        admit = Admission._admit
 
         def collect_first(*arguments: object) -> object:
-            monkeypatch.setattr(Admission, "admit", admit)
+            monkeypatch.setattr(Admission, "_admit", admit)
             assert len(central.rooms.collector.collect("tests").blobs) == 1
             return admit(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Admission, "admit", collect_first)
+        monkeypatch.setattr(Admission, "_admit", collect_first)
         payload = harness.encode_factors(0)
         twin = other.manifest(payload, 1)
         assert twin.payload == old.payload

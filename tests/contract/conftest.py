@@ -1,0 +1,38 @@
+"""Servers that several contract tests share: started when the first one asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from tests.contract.postgres import binaries, running_postgres
+from tests.contract.s3 import S3, running_s3
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[sa.URL]:
+    """A PostgreSQL; skips where there is none."""
+    if binaries() is None:
+        pytest.skip("PostgreSQL is not on PATH: install Debian's postgresql, or put its bin folder on PATH")
+    with running_postgres() as url:
+        yield url
+
+
+@pytest.fixture
+def postgres(postgres_server: sa.URL, request: pytest.FixtureRequest) -> sa.URL:
+    """An empty database of its own."""
+    name = f"test_{abs(hash(request.node.nodeid)) % 10**9}"
+    engine = sa.create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"create database {name}"))
+    engine.dispose()
+    return postgres_server.set(database=name)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 with one bucket."""
+    with running_s3() as server:
+        yield server
