@@ -39,7 +39,7 @@ def steps_of(state: State, plan: MergePlan) -> Steps:
     assert plan.removal is not None
     parent = state.releases[plan.parent]
     line = line_of(state, parent, [update.update_id for update in plan.removal.updates])
-    named = [planned for record in line.merges for planned in (*record.plan.updates, *record.plan.solutions)]
+    named = [planned for record in line.merges for planned in record.plan.updates]
     return Steps(
         line=line,
         senders={planned.update_id: state.updates[planned.update_id].manifest.node_id for planned in named},
@@ -53,6 +53,10 @@ def take_out(plan: MergePlan, head: str, steps: Steps, blobs: Blobs) -> MergedPa
     Raises FederationError when a merge cannot be done again, StorageError when a payload cannot be read.
     """
     assert plan.removal is not None
+    if any(record.plan.resolve for record in steps.line.merges):  # one that was under way when the order came
+        raise FederationError(
+            "A merge since solved over absolute solutions, and the releases that these start from hold the contribution too."
+        )
     if plan.removal.method == "subtract":
         return _subtract(plan, plan.removal, head, blobs)
     return _replay(steps, blobs)
@@ -61,13 +65,12 @@ def take_out(plan: MergePlan, head: str, steps: Steps, blobs: Blobs) -> MergedPa
 def without(plan: MergePlan, update_ids: frozenset[str]) -> MergePlan | None:
     """The plan without these updates, the others as strong as they were; None when nothing new is left."""
     updates = [planned for planned in plan.updates if planned.update_id not in update_ids]
-    solutions = [planned for planned in plan.solutions if planned.update_id not in update_ids]
     if not updates:
         return None
     step = plan.server_step
-    if plan.strategy != PRODUCT_MEAN and not plan.resolve:  # it divides by the sum of the weights
+    if plan.strategy != PRODUCT_MEAN:  # it divides by the sum of the weights
         step *= sum(planned.weight for planned in updates) / sum(planned.weight for planned in plan.updates)
-    return plan.model_copy(update={"updates": updates, "solutions": solutions, "server_step": step})
+    return plan.model_copy(update={"updates": updates, "server_step": step})
 
 
 def _replay(steps: Steps, blobs: Blobs) -> MergedPayload:
