@@ -346,3 +346,38 @@ async def test_rejected_candidates_do_not_pile_up(
         await until(lambda: len(store.newest()) == 3)
     assert {release.manifest.version for release in store.newest()} == {1, 3, 4}, "the active one and the newest two"
     assert ("unload", f"lorikeet@{store.check(others[0]).label}") in control.calls
+
+
+async def test_central_hears_the_channel_and_what_is_wrong_with_its_release(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    canary = fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="canary", head=signed))
+    central = Central(payload, [canary], cuts=0)
+    statuses: list[fleet_pb2.NodeStatus] = []
+
+    async def report(request: fleet_pb2.ReportStatusRequest, context: object) -> fleet_pb2.ReportStatusResponse:
+        statuses.append(request.status)
+        return fleet_pb2.ReportStatusResponse()
+
+    broken = [True]
+
+    class Refusing(Control):
+        async def load(self, name: str, path: Path) -> None:
+            if broken:
+                raise ServingError("vLLM refused the adapter")
+            await super().load(name, path)
+
+    monkeypatch.setattr(central, "ReportStatus", report)
+    monkeypatch.setattr("edge_node.releases.watcher.STATUS_PERIOD_S", 0.02)
+    monkeypatch.setattr("edge_node.releases.watcher.HEAD_RETRY_LAST_S", 0.02)
+    async with watching(store, await connect(central), Refusing(), releases=ReleasesSettings(channel="canary")):
+        await until(lambda: bool(statuses) and statuses[-1].release_problem == "vLLM refused the adapter")
+        assert statuses[-1].channel == "canary"
+        broken.clear()
+        served = store.check(signed).digest
+        await until(lambda: (statuses[-1].release_problem, statuses[-1].serving_release_id) == ("", served))
+        monkeypatch.setattr(Vllm, "generation", 2)
+        monkeypatch.setattr(Vllm, "wait_ready", lambda self: asyncio.Event().wait())
+        await until(lambda: "started anew" in statuses[-1].release_problem)
