@@ -17,6 +17,7 @@ import pytest
 
 from central import faults
 from central.cli import main
+from central.federation.verify import verify_releases
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
 from central.journal import EventKind, NewEvent, verify_journal
@@ -27,7 +28,8 @@ from central.storage.collector import Collector
 from protos.manifest import UpdateManifest
 from tests.contract import central_harness as harness
 from tests.contract import cohort_loop as loop
-from tests.contract.test_releases_verify import write_key
+from tests.contract import test_forgetting as forgetting
+from tests.contract.test_releases_verify import public_key, write_key
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = {"superseded_days": 0, "set_aside_days": 0, "rejected_days": 0}
@@ -194,3 +196,28 @@ def test_verify_says_that_a_rejected_candidate_was_collected(
 def decided(running: loop.Central) -> list[str]:
     with running.journal.read() as state:
         return [release.state for release in state.releases.values() if release.manifest.version and release.verdict]
+
+
+@pytest.mark.parametrize("method", ["replay", "subtract"])
+@pytest.mark.parametrize("strategy", ["product-mean", "FedAdam"])
+def test_what_was_forgotten_goes_when_no_release_subtracts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str
+) -> None:
+    if (method, strategy) == ("subtract", "FedAdam"):
+        pytest.skip("its merges are not sums")
+    monkeypatch.setattr("central.federation.grid.STOP_CHECK_S", 0.02)
+    with loop.opened(tmp_path) as running:
+        running.join("shared", *forgetting.NODES)
+        ids = [forgetting.release(running, version, strategy=strategy)[1] for version in (1, 2)]
+        order = forgetting.forget(running, "b-2", wished=method)
+        assert forgetting.run_until(running, order, strategy=strategy) == "done"
+        forgetting.release(running, 4, ("a-1", "c-3"), strategy=strategy)
+        uploads = PartialUploads(tmp_path / "uploads")
+        Collector(running.journal, running.blobs, uploads, RetentionSettings(**AT_ONCE)).collect("tests")
+        with running.journal.read() as state:
+            gone = [state.updates[update].manifest.payload.digest_sha256 in state.collected for update in ids]
+            found = list(verify_releases(state, state.releases.values(), running.blobs, public_key(loop.KEY), False))
+            deep = list(verify_releases(state, [running.head()], running.blobs, public_key(loop.KEY), True))
+        assert gone == [method == "replay"] * 2
+        assert {finding.outcome for finding in found if finding.state == "accepted"} == {"identical"}
+        assert {finding.outcome for finding in found + deep} <= {"identical", "forgotten", "collected"}
