@@ -28,6 +28,7 @@ from central.journal.payloads import needed_blobs
 from central.merging import merge as product_merge
 from central.operator.forgetting import propose_forget
 from central.operator.lineage import explain_release
+from central.operator.texts import explanation
 from central.settings import CentralSettings
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import LoraModule, LoraTensors, decode, encode
@@ -295,6 +296,10 @@ def test_explain_shows_what_a_filter_decided(central: Central) -> None:
     assert [(left.update_id, left.node_id) for left in answer.left_out] == [(ids[6], "g-0")]
     assert "left out of a merge on" in answer.left_out[0].reason
     assert [part.factor for part in answer.contributions] == [1.0] * 6
+    text = "\n".join(explanation(answer))
+    assert "filter: near, threshold 3.5, of 7 updates; left out: 1\n" in text
+    assert f"  {ids[6][:12]} from g-0: left out of a merge on" in text
+    assert "clipped" not in text
 
 
 @pytest.mark.parametrize("limit", [None, 2.0])
