@@ -15,7 +15,7 @@ from central.operator.lineage import diff_releases, explain_release
 from central.operator.texts import difference, explanation
 from central.registry.difference import ModuleDifference
 from protos.fleet.v1 import fleet_pb2
-from protos.manifest import ReleaseManifest
+from protos.manifest import Composition, ReleaseManifest
 from tests.unit.central import builders as make
 
 GATE = Gate(0.05, 5.0, 10.0)
@@ -187,3 +187,38 @@ def test_verdicts_from_before_there_were_high_water_releases_are_explained(world
     candidate = world.decided(Verdict(True, "accepted: as it was", {"acme": old}, {"acme": {"passed": 1, "total": 2}}))
     told = world.explain(candidate)["environments"][0]
     assert (told["fell"], told["p_mark"], told["reference_id"], told["standing"]) == (True, 1.0, "", "")
+
+
+def test_a_composed_release_is_explained_with_its_base_and_a_canary_with_what_nodes_told(world: World) -> None:
+    base = world.release(world.genesis, "a-1")
+    created = make.cohort_created(make.make_release("acme"))
+    plan = make.make_plan(make.make_release("acme")).model_copy(update={"builds_on": base.digest})
+    bare = make.make_candidate(plan)
+    composition = Composition(builds_on=base.digest, own=bare.payload, own_truncation_error=0.0)
+    composed = bare.model_copy(update={"composition": composition})
+    world.journal.append(
+        NewEvent(created.kind, "acme", created.subject, {**created.body, "builds_on": "shared"}),
+        make.token_created("acme", "token-acme"),
+        make.node_enrolled("c-3", "acme", "token-acme"),
+        make.planned(plan),
+        make.built(composed),
+        make.decided(composed, True),
+        make.promoted(composed, "canary"),
+        NewEvent(
+            EventKind.CANARY_REPORTED,
+            "acme",
+            composed.digest,
+            {"node_id": "c-3", "condition": "trouble", "problem": "vLLM refused it"},
+        ),
+        make.rolled_back(world.genesis, base),
+    )
+    with world.journal.read() as state:
+        answer = explain_release(state, state.releases[composed.digest], lambda node_id: NodePresence())
+        added = diff_releases(state, state.genesis("acme"), state.releases[composed.digest], []).added
+    lines = list(explanation(answer))
+    assert any(f"composed with {base.label} by product-mean" in line for line in lines)
+    assert f"{base.label} was rolled back since: the next composition is with its cohort's stable release" in lines
+    assert "updates: none of its own" in lines
+    assert any(line.startswith("canary at c-3") and line.endswith("trouble, vLLM refused it") for line in lines)
+    assert any("trouble at c-3: vLLM refused it; waits for the end of the trouble" in line for line in lines)
+    assert [update.node_id for update in added] == ["a-1"]
