@@ -150,7 +150,7 @@ class Contributions(Transitions):
             for update_id in order.updates:
                 if update_id not in held and self.updates[update_id].state != "forgotten":
                     self._cancel_plan_of(event, update_id)
-                    self._move(event, update_id, "forgotten", _FORGETTABLE, f"forgotten by order of {order.by}")
+                    self._move(event, update_id, "forgotten", _FORGETTABLE, f"by order of {order.by}, {order.at}")
             if held.isdisjoint(order.updates):
                 self._changes.put(self.forgets, order.order_id, replace(order, state="done"))
         self._withdraw(event)

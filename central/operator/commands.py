@@ -199,8 +199,8 @@ def _expect_done(order: operator_pb2.ForgetOrder, options: Options) -> None:
 
     if order.state == operator_pb2.FORGET_STATE_REJECTED:
         raise CentralError(
-            f"The gate rejected {order.candidate or 'the release without it'}: {order.verdict} What was merged is still there. If this "
-            f"skill may be lost with the contribution, repeat with --accept-loss."
+            f"{order.candidate or 'The release without it'} was {order.verdict} What was merged is still there. If this skill may be "
+            "lost with the contribution, repeat with --accept-loss."
         )
     if order.state == operator_pb2.FORGET_STATE_FAILED:
         raise CentralError(f"The release without it could not be made: {order.verdict} What was merged is still there.")
@@ -213,6 +213,7 @@ def _print_orders(options: Options, client: OperatorClient) -> None:
     if not options.json:
         for row in rows:
             row["order"], row["updates"] = row["order_id"][:8], len(row["in_release"]) + len(row["unreleased"])
+            row["verdict"] = row["verdict"].partition(". ")[0]
     print_rows(
         options, rows, ("order", "at", "by", "cohort", "node_id", "updates", "state", "method", "candidate", "verdict")
     )

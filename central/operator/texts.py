@@ -67,7 +67,7 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
     if not answer.periods:
         yield "no channel ever pointed here"
     for served in answer.served:
-        yield f"served at {served.node_id} from {served.since} until {served.until or 'it says otherwise'}"
+        yield f"served at {served.node_id} from {served.since} until {served.until or 'now, as it said last'}"
     serving = ", ".join(f"{n.node_id}{'' if n.connected else f' (last seen {n.last_seen})'}" for n in answer.serving)
     yield f"serves now on: {serving or 'no node that has called since central started'}"
 
@@ -114,7 +114,7 @@ def difference(answer: operator_pb2.DiffReleasesResponse) -> Iterator[str]:
 def proposal(order: operator_pb2.ForgetOrder) -> Iterator[str]:
     """`central forget`: what is or would be done."""
     whose = f"node {order.node_id}" if order.node_id else "one update"
-    word = "would be forgotten" if order.state == operator_pb2.FORGET_STATE_PROPOSED else "are forgotten"
+    word = "would be forgotten" if order.state == operator_pb2.FORGET_STATE_PROPOSED else "are to be forgotten"
     yield f"{whose} of {order.cohort}: {len(order.in_release) + len(order.unreleased)} updates {word}"
     for update in order.unreleased:
         yield f"  {update.update_id[:12]} from {update.node_id}: in no release that stable stands on; with the order itself"

@@ -227,7 +227,7 @@ def test_what_no_release_in_use_holds_is_forgotten_with_the_order(central: Centr
         requeue(central.journal, central.blobs, [aside], "tests")
     with pytest.raises(Refused, match="no update here that is not forgotten already"):
         forget(central, "b-2")
-    with pytest.raises(Refused, match="is forgotten already: forgotten by order of tests"):
+    with pytest.raises(Refused, match="is forgotten already: by order of tests"):
         forget(central, aside)
 
 
