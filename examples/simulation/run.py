@@ -60,11 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     (folder / "flower").mkdir(parents=True)
     build_base(CACHE, _show_base)
     begun = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     try:
         with _superlink(folder) as process:
             memory = _Memory(process.pid)
             status = _flwr_run(options, folder)
             peak_mb = memory.stop()
+    except KeyboardInterrupt:
+        print("Stopped.")
+        return 130
     except (OSError, TimeoutError) as error:
         print(f"simulation: {error}", file=sys.stderr)
         return 1
@@ -141,11 +145,15 @@ def _flwr_run(options: argparse.Namespace, folder: Path) -> int:
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            if line.startswith("lorikeet: "):
-                print(line.removeprefix("lorikeet: "), end="", flush=True)
+        try:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                if line.startswith("lorikeet: "):
+                    print(line.removeprefix("lorikeet: "), end="", flush=True)
+        except KeyboardInterrupt:
+            process.terminate()  # it would follow the run for as long as the SuperLink is there
+            raise
     return process.returncode
 
 
