@@ -1,8 +1,8 @@
-"""`central`: serve | nodes | tokens | releases | updates | events | journal.
+"""`central`: serve | nodes | tokens | releases | updates | forget | events | journal | retention | backup | restore.
 
-In: arguments and CENTRAL_* variables. Out: text or JSON, and one clear line with an exit code for every error. All
-commands but `serve`, `journal` and `releases verify` ask the running central as its operator. Heavy imports happen inside the commands, so that
-`--help` answers at once.
+In: arguments and CENTRAL_* variables. Out: text or JSON, and one clear line with an exit code for every error. All commands but `serve`,
+`journal`, `releases verify`, `backup` and `restore` ask the running central as its operator. Heavy imports happen inside the commands,
+so that `--help` answers at once.
 """
 
 from __future__ import annotations

@@ -131,8 +131,7 @@ class ObjectBlobs(BlobStore):
             cause = (str(error).splitlines() or [""])[0]
             raise StorageError(
                 f"The blobs at {self._shown} cannot be used: {type(error).__name__}: {cause}. Check CENTRAL_BLOBS__URL, "
-                "CENTRAL_BLOBS__OPTIONS and the credentials in central's environment; S3 needs the package s3fs "
-                "(pip install 'lorikeet-federated[s3]')."
+                "CENTRAL_BLOBS__OPTIONS and the credentials in central's environment; S3 needs the package s3fs."
             ) from error
 
 

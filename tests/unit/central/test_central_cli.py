@@ -33,7 +33,18 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("serve", "nodes", "tokens", "releases", "updates", "events", "journal"):
+    for command in (
+        "serve",
+        "nodes",
+        "tokens",
+        "releases",
+        "updates",
+        "events",
+        "journal",
+        "backup",
+        "restore",
+        "retention",
+    ):
         assert command in done.stdout
 
 
