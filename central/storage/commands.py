@@ -37,7 +37,9 @@ def add_backup(commands: Any) -> None:
     backup = command(commands, "backup", _backup, text)
     backup.add_argument("directory", type=Path, help="new, empty, or with earlier backups")
     backup.add_argument(
-        "--without-keys", action="store_true", help="leave the private keys out; keep them elsewhere, nodes trust no others"
+        "--without-keys",
+        action="store_true",
+        help="leave the private keys out; keep them elsewhere, nodes trust no others",
     )
     json_option(backup)
 
@@ -81,8 +83,14 @@ def _restore(settings: CentralSettings, options: Options) -> None:
     if options.json:
         print(json.dumps({"path": str(source.path), "restored": not options.check, **manifest.model_dump()}))
         return
-    what = f"Backup {source.path} of {manifest.created_at} is whole" if options.check else f"Restored {source.path} to {settings.data_dir}"
-    print(f"{what}: {manifest.events} events, {manifest.blobs} payloads with {manifest.blob_bytes} bytes, each one checked.")
+    what = (
+        f"Backup {source.path} of {manifest.created_at} is whole"
+        if options.check
+        else f"Restored {source.path} to {settings.data_dir}"
+    )
+    print(
+        f"{what}: {manifest.events} events, {manifest.blobs} payloads with {manifest.blob_bytes} bytes, each one checked."
+    )
 
 
 def _bar(text: str) -> Any:
