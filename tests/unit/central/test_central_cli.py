@@ -73,6 +73,16 @@ def test_messages_become_plain_values() -> None:
             "CENTRAL_MERGE__COHORTS zeta.rank: Input should be a valid integer, unable to parse string as an integer "
             "(value 'x'); CENTRAL_MERGE__COHORTS zeta.nope: unknown setting",
         ),
+        (
+            ["nodes"],
+            {
+                "CENTRAL_CHANNELS__COHORTS": '{"acme": {"first": "beta"}}',
+                "CENTRAL_COHORTS__BUILDS_ON": '{"shared": "shared"}',
+            },
+            2,
+            "CENTRAL_CHANNELS__COHORTS acme.first: Input should be 'stable' or 'canary' (value 'beta'); "
+            "CENTRAL_COHORTS__BUILDS_ON shared: expected none, it is what others build on",
+        ),
         (["journal", "verify"], {}, 5, "unable to open database file"),
         (["journal", "verify"], {"CENTRAL_JOURNAL__URL": "sqlite://"}, 5, "in memory"),
         (["journal", "verify"], {"CENTRAL_JOURNAL__URL": "no url"}, 5, "Could not parse"),
