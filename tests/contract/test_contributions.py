@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+import central.operator.commands as commands_module
 from central.cli import main
 from central.journal import EventKind, NewEvent
 from protos.fleet.v1 import fleet_pb2
 from protos.operator.v1 import operator_pb2
 from tests.contract import central_harness as harness
 from tests.contract.central_harness import Central, Node, encode_factors, make_candidate, refusal
+from tests.contract.cohort_loop import take_steps
 from tests.unit.central import builders as make
 
 
@@ -165,6 +167,34 @@ async def test_an_operator_forgets_on_the_command_line(
     assert "0 of its updates are kept aside, and those to come" in told
     assert "wrong labels" in (await run("nodes"))[1]
     assert "0 of its updates wait" in (await run("nodes", "release", node.node_id))[1]
+
+
+async def test_the_command_waits_for_the_new_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands_module, "POLL_S", 0.05)
+    settings = harness.make_settings(tmp_path, gate={"quorum": 0}, merge={"min_updates": 1})
+    async with harness.running_central(settings) as central:
+        node = await central.enroll("a", await central.token())
+        await node.upload(encode_factors(), node.manifest(encode_factors()))
+        journal = central.rooms.journal
+
+        def until(version: int) -> None:
+            def reached() -> bool:
+                with journal.read() as state:
+                    head = state.head("shared")
+                    return head is not None and head.manifest.version == version
+
+            take_steps(central.rooms, settings, reached)  # type: ignore[arg-type]
+
+        await asyncio.to_thread(until, 1)
+        run = commands(central, monkeypatch, capsys)
+        command = asyncio.create_task(run("forget", node.node_id, "--yes"))
+        while journal.events()[-1].kind != EventKind.FORGET_ORDERED:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(until, 2)
+        code, told, _ = await command
+    assert (code, "is done: v2-" in told.splitlines()[-1], "are to be forgotten" in told) == (0, True, True)
 
 
 async def test_where_a_release_served_outlives_central(tmp_path: Path) -> None:
