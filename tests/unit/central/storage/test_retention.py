@@ -176,9 +176,7 @@ def test_an_update_whose_payload_is_gone_is_not_requeued(world: World) -> None:
     world.set_aside(update)
     world.collector().collect("tests")
     requeue = NewEvent(EventKind.UPDATE_REQUEUED, "shared", update.digest)
-    with pytest.raises(
-        JournalConflict, match=r"its payload was collected on 2026-11-22 \(update .* set aside"
-    ):
+    with pytest.raises(JournalConflict, match=r"its payload was collected on 2026-11-22 \(update .* set aside"):
         world.journal.append(requeue)
 
 
@@ -240,3 +238,37 @@ def test_a_collection_that_is_none_is_refused() -> None:
     for kind, body in ((EventKind.BLOBS_COLLECTED, {"blobs": []}), (EventKind.COLLECTION_FINISHED, {})):
         with pytest.raises(JournalConflict):
             state.apply(chain(NewEvent(kind, subject="x", body=body), 1, make.AT, "0" * 64))
+
+
+class Stop:
+    """An event that is set after so many waits."""
+
+    def __init__(self, rounds: int) -> None:
+        self.waited: list[float] = []
+        self._rounds = rounds
+
+    def wait(self, timeout_s: float) -> bool:
+        self.waited.append(timeout_s)
+        return len(self.waited) > self._rounds
+
+
+def test_retention_by_itself_collects_in_turns_and_outlives_a_failing_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = world.collector(RetentionSettings(set_aside_days=0, every_hours=2))
+    world.set_aside(world.update())
+    stop, calls = Stop(3), list[str]()
+
+    def collect(by: str) -> None:
+        calls.append(by)
+        if len(calls) == 1:
+            raise StorageError("the disk is away")
+        Collector.collect(collector, by)
+
+    monkeypatch.setattr(collector, "collect", collect)
+    collector.run(stop)  # type: ignore[arg-type]
+    assert (stop.waited, calls) == ([7200.0] * 4, ["retention"] * 3)
+    assert len(marked(world)) == 1
+    never = Stop(0)
+    world.collector().run(never)  # type: ignore[arg-type]
+    assert never.waited == [], "without a time it never runs"
