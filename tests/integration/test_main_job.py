@@ -39,7 +39,7 @@ def central(tmp_path: Path) -> Iterator[Program]:
             "CENTRAL_MERGE__MIN_UPDATES": "1",
             "CENTRAL_MERGE__RANK": "16",
             "CENTRAL_GATE__TASKS": "8",
-            "CENTRAL_GATE__MAX_TASKS": "8",
+            "CENTRAL_GATE__MAX_TASKS": "16",
         },
         tmp_path / "central.log",
     )
@@ -145,6 +145,9 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
     assert list(released["update_weights"]) == [held[0]["update_id"]]
     evaluated = {r["environment"] for e in released["evaluations"] for r in e["results"]}
     assert evaluated == {"words", "anchor"}
+    # Eight tasks decide nothing, so there was a second look at eight others.
+    looks = [{r["first_task"] for r in e["results"]} for e in released["evaluations"]]
+    assert looks == [{0}, {8}]
     assert [u["state"].lower().removeprefix("update_state_") for u in central.json("updates")] == ["merged"]
 
     # Back to where it was; the update waits again or is set aside, as the operator says.
