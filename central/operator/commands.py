@@ -86,9 +86,10 @@ def _nodes(client: OperatorClient, options: Options) -> None:
     rows = rows_of(answer.nodes)
     for row in rows:
         row["link"] = "revoked" if row["revoked"] else "connected" if row["connected"] else "away"
+        row["channel"] = row["status"]["channel"]
         row["serving"] = row["status"]["serving_release_id"][:8]
         row["problem"] = row["status"]["problem"]
-    print_rows(options, rows, ("node_id", "cohort", "link", "last_seen", "serving", "quarantine", "problem"))
+    print_rows(options, rows, ("node_id", "cohort", "link", "last_seen", "channel", "serving", "quarantine", "problem"))
 
 
 def _revoke(client: OperatorClient, options: Options) -> None:

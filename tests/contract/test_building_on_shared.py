@@ -12,7 +12,7 @@ import pytest
 import central.federation.grid as grid_module
 from central.cli import main
 from central.federation.planning import plan_merge
-from central.journal import Event, ReleaseRecord
+from central.journal import Event, EventKind, NewEvent, ReleaseRecord
 from central.settings import CentralSettings
 from protos.lora import decode
 from tests.contract.cohort_loop import (
@@ -161,6 +161,24 @@ def test_a_composition_with_a_release_that_is_rolled_back_meanwhile_is_cancelled
 def candidate(central: Central, cohort: str) -> bool:
     with central.journal.read() as state:
         return any(r.cohort == cohort and r.state == "candidate" for r in state.releases.values())
+
+
+def test_what_shared_forgets_is_in_no_release_that_is_made_afterwards(central: Central) -> None:
+    learn(central, "shared", 1)
+    compose(central, "acme")
+    with central.journal.read() as state:
+        updates = [update.update_id for update in state.updates.values() if update.cohort == "shared"]
+    body = {"node_id": "s-1", "updates": updates, "method": "replay", "accept_loss": True, "by": "ops"}
+    central.journal.append(NewEvent(EventKind.FORGET_ORDERED, "shared", "0" * 64, body))
+    without = compose(central, "shared")
+    gated = make_settings(quorum=1, min_updates=1, rank=RANK)
+    bad = [result("acme", both=2, b=18, c=0, neither=0)]
+    with answering(central.journal, lambda node: (bad, "")):
+        take_steps(central, gated, lambda: rejections(central) == 1, "acme")
+    moved = learn(central, "acme", 2)
+    assert base(moved) == without.release_id, "whatever the gate said of the composition"
+    for name in NAMES:
+        np.testing.assert_allclose(central.product(moved, name), dense(make_increment(2), name), atol=1e-4)
 
 
 def test_nothing_of_a_private_cohort_is_known_to_shared_or_to_another_one(central: Central) -> None:
