@@ -58,6 +58,13 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
         node = await self._authenticator.node(context)
         release = await asyncio.to_thread(self._release, node, request.release_id)
         payload = release.manifest.payload
+        if release.state == "withdrawn":
+            raise Refused(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                Reason.NOT_ACCEPTED,
+                f"Release {release.manifest.label} is withdrawn: it holds a contribution that was forgotten, and is given to nobody any "
+                "more. Ask for the head of a channel instead.",
+            )
         if request.offset > payload.size_bytes:
             raise Refused(
                 grpc.StatusCode.OUT_OF_RANGE,

@@ -15,6 +15,7 @@ from central.cli import main
 from central.journal import EventKind, NewEvent
 from protos.fleet.v1 import fleet_pb2
 from protos.operator.v1 import operator_pb2
+from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 from tests.contract.central_harness import Central, Node, encode_factors, make_candidate, refusal
 from tests.contract.cohort_loop import take_steps
@@ -194,6 +195,10 @@ async def test_the_command_waits_for_the_new_release(
             await asyncio.sleep(0.02)
         await asyncio.to_thread(until, 2)
         code, told, _ = await command
+        with journal.read() as state:
+            (held,) = [release_id for release_id, r in state.releases.items() if r.state == "withdrawn"]
+        told_node = await refusal(anext(aiter(node.releases.Download(releases_pb2.DownloadRequest(release_id=held)))))
+        assert (told_node[1], "holds a contribution that was forgotten" in told_node[2]) == ("NOT_ACCEPTED", True)
     assert (code, "is done: v2-" in told.splitlines()[-1], "are to be forgotten" in told) == (0, True, True)
 
 
