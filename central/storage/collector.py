@@ -70,12 +70,10 @@ class Collector:
 
     def collect(self, by: str) -> Collection:
         """Collect what may go; raises StorageError when the store refuses, and the next run goes on from there."""
-        taken: list[Collectable] = []
         with self._one_at_a_time:
             self._finish()
-            while blobs := self._record(by):
-                taken += blobs
-                self._finish()
+            taken = self._record(by)
+            self._finish()
         count, size_bytes = self._uploads.stale(self._policy.uploads_days * DAY_S, drop=True)
         if taken or count:
             log.info("blobs collected", extra={"blobs": len(taken), "uploads": count, "by": by})
@@ -99,12 +97,14 @@ class Collector:
 
     def _record(self, by: str) -> list[Collectable]:
         with self._journal.read() as state:
-            found = collectable(state, self._clock(), self._policy)[:BLOBS_PER_EVENT]
-            if found:
-                found = [self._sized(blob) for blob in found]
-                body = {"blobs": [dict(vars(blob)) for blob in found], "by": by}
+            found = [self._sized(blob) for blob in collectable(state, self._clock(), self._policy)]
+            events = []
+            for begin in range(0, len(found), BLOBS_PER_EVENT):
+                blobs = [dict(vars(blob)) for blob in found[begin : begin + BLOBS_PER_EVENT]]
+                body = {"blobs": blobs, "by": by}
                 subject = sha256_hex(canonical_json({"after": state.sequence, **body}))
-                self._journal.append(NewEvent(EventKind.BLOBS_COLLECTED, subject=subject, body=body))
+                events.append(NewEvent(EventKind.BLOBS_COLLECTED, subject=subject, body=body))
+            self._journal.append(*events)
             return found
 
     def _finish(self) -> None:

@@ -167,7 +167,7 @@ def _expect_room(settings: CentralSettings, source: Source) -> None:
                 "the database."
             )
         return
-    expected = {DataLock.NAME, *(() if source.manifest.has_keys else (PKI,))}
+    expected = {DataLock.NAME, "lost+found", *(() if source.manifest.has_keys else (PKI,))}
     with storage(data):
         strange = sorted(p.name for p in data.iterdir() if p.name not in expected and not p.name.endswith(LOCK_SUFFIX))
     if strange:
