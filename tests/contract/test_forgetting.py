@@ -460,3 +460,37 @@ def test_what_only_a_canary_holds_is_forgotten_and_its_others_wait_again(central
     with central.journal.read() as state:
         assert state.releases[canary].state == "withdrawn"
         assert ("shared", "canary") not in state.channels
+
+
+def test_a_removal_soaks_on_canary_like_any_release(central: Central) -> None:
+    central.join("shared", *NODES)
+    ids = release(central, 1)
+    order = forget(central, ids[1])
+    settings = make_settings().model_copy(update={"channels": ChannelSettings(first="canary")})
+
+    def on_canary() -> bool:
+        with central.journal.read() as state:
+            return ("shared", "canary") in state.channels
+
+    take_steps(central, settings, on_canary)
+    assert (order_state(central, order), states(central, ids)) == ("planned", ["merged"] * 3), "stable still holds it"
+    with central.journal.read() as state:
+        canary = state.channels[("shared", "canary")]
+    central.registry.promote(canary, "stable", "tests")
+    assert (order_state(central, order), states(central, ids)) == ("done", ["merged", "forgotten", "merged"])
+
+
+def test_a_removal_that_is_rolled_back_from_canary_leaves_everything_as_it_was(central: Central) -> None:
+    central.join("shared", *NODES)
+    ids = release(central, 1)
+    order = forget(central, ids[1])
+    settings = make_settings().model_copy(update={"channels": ChannelSettings(first="canary")})
+    take_steps(central, settings, lambda: len(line_states(central)) == 3)
+    central.registry.rollback("shared", None, "requeue", "tests", "canary")
+    assert (order_state(central, order), states(central, ids)) == ("failed", ["merged"] * 3)
+    assert line_states(central) == ["accepted", "accepted", "abandoned"]
+
+
+def line_states(central: Central) -> list[str]:
+    with central.journal.read() as state:
+        return [r.state for r in state.releases.values() if r.state != "candidate"]
