@@ -161,7 +161,7 @@ def test_a_replay_is_bit_identical_to_a_history_without_the_node(
 
 def test_a_subtraction_differs_from_the_replay_by_what_was_cut_off(central: Central, tmp_path: Path) -> None:
     central.join("shared", *NODES)
-    for rank, tolerance in ((8, 0.5), (12, 1e-5)):  # rank 12 cuts nothing off
+    for rank in (8, 12):  # rank 12 cuts nothing off
         root = tmp_path / str(rank)
         root.mkdir()
         with opened(root) as one:
@@ -183,8 +183,8 @@ def test_a_subtraction_differs_from_the_replay_by_what_was_cut_off(central: Cent
         for name, a, b in zip(NAMES, subtracted, replayed, strict=True):
             exact = sum(dense(increment(v, node), name) / 3 for v in (1, 2) for node in NODES[:2])  # type: ignore[arg-type]
             size = np.linalg.norm(exact)
-            assert np.linalg.norm(a - b) / size < tolerance
-            assert np.linalg.norm(b - exact) / size < tolerance
+            for difference in (a - b, b - exact):  # the stated figure is the scale of it, not a bound per module
+                assert np.linalg.norm(difference) / size < 2 * removal.truncated + 1e-5
 
 
 def test_without_the_payloads_of_a_replay_it_is_subtracted_and_without_any_refused(central: Central) -> None:
