@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -351,6 +352,47 @@ def test_a_draft_is_dropped_when_the_state_moves_on_while_it_is_filtered(
     assert release.updates == ids[1:6]
     assert "revoked" in record(central, ids[0]).reason
     assert {record(central, update).state for update in ids[6:]} == {"set_aside"}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_at_the_record_of_a_filtered_plan_ends_the_same(
+    tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+    settings, ends = make_settings(filter="near", min_updates=7), []
+    for crash in (False, True):
+        root = tmp_path / str(crash)
+        root.mkdir()
+        with opened(root) as central:
+            central.join("shared", *(f"{letter}-0" for letter in "abcdefgh"))
+            ids, _ = fleet(central)
+            if crash:
+                append = central.journal.append
+
+                def crashing(*events: NewEvent, append: Any = append) -> Any:
+                    if events[-1].kind is EventKind.MERGE_PLANNED:
+                        if after:
+                            append(*events)
+                        raise Crash
+                    return append(*events)
+
+                central.journal.append = crashing  # type: ignore[method-assign]
+                with pytest.raises(Crash):
+                    merge(central, settings)
+            else:
+                merge(central, settings)
+        with opened(root) as central:
+            if central.head().manifest.version == 0:
+                take_steps(central, settings, lambda central=central: central.head().manifest.version == 1)
+            states = [record(central, update).state for update in ids]
+            places = [ids.index(left.update_id) for left in plan_of(central).left_out]
+            ends.append((central.head().manifest.payload, states, places))
+    assert ends[0] == ends[1]
+    assert ends[0][1:] == (["merged"] * 6 + ["set_aside"], [6])
+
+
+class Crash(Exception):
+    """Stands for kill -9."""
 
 
 def test_a_payload_that_cannot_be_judged_is_set_aside_and_the_others_are_filtered(central: Central) -> None:

@@ -96,6 +96,19 @@ def test_sketches_alone_pull_towards_the_parent():
         np.testing.assert_allclose(dense(held, name), dense(update, name) / 2, atol=1e-5)
 
 
+@pytest.mark.parametrize(("U", "c"), [(3e38, 0.0), (3e38, 3e38), (1e-30, 0.0), (0.0, 1e-38), (0.0, 3e38)])
+def test_any_admitted_size_of_a_sketch_is_solved(U, c):
+    # U of rank one in one direction: the most that a lying node can claim. It weighs in - in that direction - and breaks nothing.
+    name = NAMES[0]
+    section = {"U": np.zeros((IN, 1), np.float32), "c": np.asarray(c, np.float32)}
+    section["U"][0] = U
+    liar = LoraTensors(make_update(1, names=(name,)).modules, {f"gram/{name}": section})
+    honest = make_sketched(2, names=(name,))
+    combined = regmean([(liar, 0.5), (honest, 0.5)])
+    expected = dense_regmean([(liar, 0.5), (honest, 0.5)], name, 0.1)
+    np.testing.assert_allclose(dense(combined, name), expected, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("count", [6, 150])
 def test_goes_into_the_same_truncation(count):
     # 150 x 4 directions are above the exact limit: the held factors go through the range finder.
