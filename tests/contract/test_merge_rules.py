@@ -202,6 +202,29 @@ def test_resolve_solves_over_the_latest_solution_of_every_node(central: Central)
         propose_forget(central.journal, central.blobs, merged.update_id, None, False, "operator")
 
 
+def test_a_cohort_that_builds_on_another_re_solves_over_its_own_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+    settings = make_settings(strategy="regmean", resolve=True, rank=12, min_updates=1)
+    with opened(tmp_path, {"acme": "shared"}) as central:
+        central.join("shared", "s-1")
+        central.join("acme", "a-1", "a-2")
+        steps = [("acme", "a-1", 1), ("shared", "s-1", 2), ("acme", "", 0), ("acme", "a-2", 3)]
+        for version, (cohort, node, seed) in zip((1, 1, 2, 3), steps, strict=True):
+            if node:
+                central.admit(node, make_increment(seed), cohort, seed)
+            take_steps(central, settings, lambda: central.head(cohort).manifest.version == version, cohort)  # noqa: B023
+        head = central.head("acme").manifest
+        own = decode(central.blobs.read(head.own_payload.digest_sha256))
+        assert head.own_payload != head.payload
+        for name in NAMES:
+            one, three = (dense(make_increment(seed), name) for seed in (1, 3))
+            # Solutions: one of a-1, and one + three of a-2; what shared learnt is in neither.
+            np.testing.assert_allclose(dense(own, name), one + three / 2, atol=1e-4)
+        assert all_identical(central)
+
+
 def test_a_sketch_that_is_none_sets_its_update_aside_and_the_others_are_merged(central: Central) -> None:
     broken = make_sketched(1)
     sections = {**broken.sections, f"gram/{NAMES[0]}": {"U": np.ones((IN, 1), np.float32)}}
