@@ -57,9 +57,9 @@ def needed_blobs(state: State) -> set[str]:
     releases |= {state.updates[update].manifest.start.release for update in updates}
     found: set[str] = set()
     for update_id in updates:
-        found |= update_blobs(state.updates[update_id]).keys()
+        found.update(update_blobs(state.updates[update_id]))
     for release_id in releases & state.releases.keys():
-        found |= release_blobs(state.releases[release_id]).keys()
+        found.update(release_blobs(state.releases[release_id]))
     return found
 
 
