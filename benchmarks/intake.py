@@ -66,11 +66,12 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
     """All phases; the figures that are published."""
     make_base(folder / "base")
     phases: dict[str, list[Phase]] = {"bare": [], "intake": [], "large": []}
+    used_s: dict[str, list[float]] = {"bare": [], "intake": []}
     with contextlib.ExitStack() as stack:
         central, ports = stack.enter_context(serving(folder, "small"))
         bare_port = free_port()
         command = [sys.executable, "-m", "benchmarks.intake", "--bare", f"{folder / 'small' / 'pki'},{bare_port}"]
-        stack.enter_context(child(command, {}))
+        bare = stack.enter_context(child(command, {}))
         clients = stack.enter_context(Clients(seed))
         clients.ask({"do": "enroll", "pki": str(folder / "small" / "pki"), "ports": ports})
         clients.ask({"do": "payload", "rank": 16, "modules": 16})
@@ -78,10 +79,12 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         clients.ask({"do": "send", "port": bare_port, "each": 1, "label": "warm up"})
         clients.ask({"do": "send", "port": ports[0], "each": 1, "label": "warm up"})
         for number in range(ROUNDS):
-            for kind, port in (("bare", bare_port), ("intake", ports[0])):
+            for kind, port, server in (("bare", bare_port, bare), ("intake", ports[0], central)):
                 label = f"{kind} {number + 1}/{ROUNDS}"
+                before = cpu_s(server.pid)
                 answer = clients.ask({"do": "send", "port": port, "each": PER_CLIENT, "label": label})
                 phases[kind].append(Phase(**answer))
+                used_s[kind].append((cpu_s(server.pid) - before) / phases[kind][-1].updates)
         small_mb = peak_rss_mb(central.pid)
     admitted = count_admitted(folder / "small")
     with contextlib.ExitStack() as stack:
@@ -92,10 +95,17 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         phases["large"].append(Phase(**clients.ask({"do": "send", "port": ports[0], "each": 1, "label": "16 MB"})))
         large_mb = peak_rss_mb(central.pid)
     lost = CLIENTS * (1 + ROUNDS * PER_CLIENT) - admitted + CLIENTS - count_admitted(folder / "large")
-    return figures(phases, small_mb, large_mb, lost, seed)
+    return figures(phases, used_s, small_mb, large_mb, lost, seed)
 
 
-def figures(phases: dict[str, list[Phase]], small_mb: float, large_mb: float, lost: int, seed: int) -> dict[str, Any]:
+def figures(
+    phases: dict[str, list[Phase]],
+    used_s: dict[str, list[float]],
+    small_mb: float,
+    large_mb: float,
+    lost: int,
+    seed: int,
+) -> dict[str, Any]:
     """The published keys."""
     intake, bare, large = phases["intake"], phases["bare"], phases["large"][0]
     rate = statistics.median(phase.bytes_per_s for phase in intake)
@@ -110,6 +120,9 @@ def figures(phases: dict[str, list[Phase]], small_mb: float, large_mb: float, lo
         "p50_ms": round(float(np.percentile(latencies, 50)) * 1e3),
         "bare_stream_bytes_per_s": round(bare_rate),
         "share_of_bare_stream": round(rate / bare_rate, 3),
+        # Of the server's process per update, median: other load on the machine changes it less than the rates.
+        "cpu_ms": round(statistics.median(used_s["intake"]) * 1e3, 2),
+        "bare_stream_cpu_ms": round(statistics.median(used_s["bare"]) * 1e3, 2),
         "peak_rss_mb": round(small_mb, 1),
         "large_update_bytes": large.size_bytes,
         "large_bytes_per_s": round(large.bytes_per_s),
@@ -200,6 +213,12 @@ def peak_rss_mb(pid: int) -> float:
     """The largest resident set of a process so far."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far, of all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def count_admitted(data_dir: Path) -> int:

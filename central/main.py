@@ -43,7 +43,7 @@ from central.journal import Journal, WriterLock
 from central.operator.service import OperatorService
 from central.registry import BlobStore, Registry, open_blobs
 from central.registry.service import ReleaseService
-from central.rpc import SERVER_OPTIONS, ErrorTranslator
+from central.rpc import SERVER_OPTIONS, ErrorTranslator, bound_heaps
 from central.settings import CentralSettings
 from central.storage.collector import Collector
 from central.storage.restore import expect_no_unfinished_restore
@@ -78,6 +78,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
     Raises SettingsError, StorageError or ListenError when central cannot start.
     """
     faults.arm()
+    bound_heaps()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

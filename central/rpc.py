@@ -6,6 +6,7 @@ known errors as a fitting status, and anything else as INTERNAL with the traceba
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -39,6 +40,21 @@ SERVER_OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 256 << 10),
 )
+
+
+_M_ARENA_MAX = -8
+"""Of mallopt(3)."""
+ARENAS = 2
+
+
+def bound_heaps() -> None:
+    """Let gRPC's threads share heaps, before the first server is made; without glibc nothing happens.
+
+    Each thread would keep what passed through a heap of its own: 0.15 GB more with 200 uploads at once (benchmarks.intake).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, ARENAS)
 
 
 class ErrorTranslator(Interceptor):

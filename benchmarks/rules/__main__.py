@@ -27,7 +27,7 @@ from edge_node.learning.batches import Lesson
 from edge_node.learning.records import plan_round
 from edge_node.releases.peft_directory import peft_files
 from edge_node.settings import LearningSettings
-from examples.quickstart.environments import CompanyApi, PublicTenants, ToolApi
+from examples.quickstart.environments import CompanyApi, Node, PublicTenants, ToolApi
 from examples.quickstart.model import build_base
 from examples.quickstart.recipe import FIRST_WAVE, LEARNING, NEXT_WAVE
 from protos.base import BaseModelInfo, read_base_model
@@ -108,7 +108,8 @@ class World:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(base)
         public = PublicTenants()
         self._anchors = lessons(public, public.tasks("train", count=self._learning.anchor_pool, seed=seed))
-        self._companies = {letter: CompanyApi(letter, seed=seed) for letter in ("A", "B", "C")}
+        companies: tuple[Node, ...] = ("A", "B", "C")
+        self._companies: dict[str, CompanyApi] = {letter: CompanyApi(letter, seed=seed) for letter in companies}
         environments: dict[str, ToolApi] = {**self._companies, "base": public}
         self._held_out = {
             name: (environment, environment.tasks("held_out", count=TASKS, seed=7))
