@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import central.federation.grid as grid_module
-from central.federation.looks import high_water_releases
 from central.fleet.revocation import revoke_node
 from central.journal import EvaluationRecord, EventKind, NewEvent, Suite
-from central.settings import CentralSettings
-from protos.manifest import sha256_hex
-from tests.contract.cohort_loop import (
-    Central,
-    Reply,
-    answering_offers,
-    make_increment,
-    make_settings,
-    opened,
-    take_steps,
-)
+from tests.contract.cohort_loop import Central, Reply, make_increment, opened, take_steps
+from tests.contract.looks import FEWER, MIXED, SAME, WORSE, decide, measured, nodes_with, offers, settings
 
 
 class Crash(Exception):
@@ -36,75 +26,6 @@ def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central
     with opened(tmp_path) as central:
         central.join("shared", "a-1", "b-2", "c-3")
         yield central
-
-
-def settings(max_tasks: int = 160, **gate: object) -> CentralSettings:
-    made = make_settings(quorum=1, min_updates=1)
-    return made.model_copy(update={"gate": made.gate.model_copy(update={"max_tasks": max_tasks, **gate})})
-
-
-def measured(offer: EvaluationRecord, node: str, name: str, shares: tuple[int, int, int, int], of: int = 10) -> dict:
-    """As many tasks as asked; of every `of` tasks `shares` are (both, only reference, only candidate, neither)."""
-    suite = offer.suite(name)
-    assert suite is not None
-    scale = suite.tasks / of
-    counts = [round(share * scale) for share in shares]
-    counts[0] += suite.tasks - sum(counts)
-    kinds = ("both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed")
-    return {
-        "environment": name,
-        "tasks_digest": sha256_hex(f"{node} {name} {suite.first_task}".encode()),
-        "anchor": False,
-        **dict(zip(kinds, counts, strict=True)),
-        **({"first_task": suite.first_task} if suite.first_task else {}),
-    }
-
-
-SAME, WORSE, BETTER, FEWER, MIXED = (8, 0, 0, 2), (5, 4, 0, 1), (1, 0, 8, 1), (7, 1, 1, 1), (4, 3, 3, 0)
-"""Surely the same; surely worse; surely better; neither for some time; neither for long."""
-
-
-def nodes_with(**environments: tuple[int, int, int, int]) -> Callable[[EvaluationRecord, str], Reply]:
-    """Nodes a and b have "both", node a has "own-a"; c has nothing."""
-    here = {"a-1": ("both", "own_a"), "b-2": ("both",), "c-3": ()}
-
-    def answer(offer: EvaluationRecord, node: str) -> Reply:
-        found = [
-            measured(offer, node, name, environments[name])
-            for name in here[node]
-            if offer.suite(name) is not None and name in environments
-        ]
-        return (found, "") if found else ([], "none of these environments")
-
-    return answer
-
-
-def offers(central: Central) -> list[EvaluationRecord]:
-    with central.journal.read() as state:
-        return list(state.evaluations.values())
-
-
-def decide(
-    central: Central,
-    answer: Callable[[EvaluationRecord, str], Reply | None],
-    made: CentralSettings | None = None,
-    sequence: int = 1,
-    **steps: object,
-) -> str:
-    """The verdict's text on a candidate of one update of node a."""
-    if sequence:
-        central.admit("a-1", make_increment(sequence), sequence=sequence)
-    with answering_offers(central.journal, answer):
-        take_steps(central, made or settings(), lambda: not waiting(central), **steps)  # type: ignore[arg-type]
-    with central.journal.read() as state:
-        last = list(state.releases.values())[-1]
-    assert last.verdict is not None
-    return last.verdict.text
-
-
-def waiting(central: Central) -> bool:
-    with central.journal.read() as state:
-        return any(update.state in ("waiting", "planned") for update in state.updates.values())
 
 
 def test_only_what_is_undecided_is_asked_again_and_only_from_those_who_have_it(central: Central) -> None:
@@ -254,76 +175,6 @@ def test_a_quorum_that_a_revocation_breaks_between_looks_is_asked_for_anew(centr
     ]
     assert "both: 32 -> 32 of 40" in text
     assert "1 node)" in text
-
-
-# The release that is compared with.
-
-
-def test_candidates_are_compared_with_the_best_release_of_each_environment(central: Central) -> None:
-    decide(central, nodes_with(both=BETTER, own_a=SAME), settings(20))
-    best = central.head()
-    base = best.manifest.parent
-    decide(central, nodes_with(both=SAME, own_a=SAME), settings(20), 2)
-    decide(central, nodes_with(both=SAME, own_a=SAME), settings(20), 3)
-    assert central.head().manifest.version == 3
-    with central.journal.read() as state:
-        assert high_water_releases(state, "shared") == {"both": best.release_id, "own_a": base}
-    last = offers(central)[-1]
-    assert last.reference == central.head().manifest.parent
-    assert last.references == {"both": best.release_id, "own_a": base}
-    assert "both: 32 -> 32 of 40 (only reference 0, only candidate 0, p 1) (against v1-" in central.head().verdict.text  # type: ignore[union-attr]
-    # An abandoned release is no reference any more; where it was the best, another is.
-    central.registry.rollback("shared", base, "set_aside", "operator")
-    with central.journal.read() as state:
-        assert high_water_releases(state, "shared") == {}
-
-
-def test_small_losses_within_the_tolerance_of_each_parent_do_not_add_up(central: Central) -> None:
-    """Each candidate loses 5 points of its parent: against one release that stays the same this shows."""
-    made = settings(400, tasks=400, tolerance_points=8)
-    decide(central, nodes_with(own_a=BETTER), made)
-    best = central.head().release_id
-    texts = []
-    for number in range(1, 4):
-        loss = 20 * number  # of 400
-
-        def losing(offer: EvaluationRecord, node: str, loss: int = loss) -> Reply:
-            against_best = offer.compared_with("own_a") == best
-            lost = loss if against_best else 20
-            found = measured(offer, node, "own_a", (10, 0, 0, 0))
-            return (
-                ([{**found, "both_passed": 400 - lost, "only_reference_passed": lost}], "")
-                if node == "a-1"
-                else ([], "no")
-            )
-
-        texts.append(decide(central, losing, made, number + 1))
-    assert [text.split(":")[0] for text in texts] == ["accepted", "rejected", "rejected"]
-
-
-def test_nodes_that_cannot_load_the_best_release_are_heard_against_the_parent(central: Central) -> None:
-    decide(central, nodes_with(own_a=BETTER, both=BETTER), settings(20))
-    best = central.head()
-    decide(central, nodes_with(own_a=SAME, both=SAME), settings(20), 2)
-    parent = central.head()
-    answer = nodes_with(both=SAME, own_a=SAME)
-
-    def without(offer: EvaluationRecord, node: str) -> Reply:
-        results, reason = answer(offer, node)
-        if node == "a-1":
-            results = [
-                {**found, "reference_id": offer.reference, "fallback_reason": "rank 9 is too much"} for found in results
-            ]
-        return results, reason
-
-    text = decide(central, without, settings(20), 3)
-    label = parent.manifest.label
-    # own_a is measured at node a alone; of both, node b's comparison with the best release counts.
-    assert f"own_a: 16 -> 16 of 20 (only reference 0, only candidate 0, p 1) (against {label}" in text
-    assert "not against its high-water release, because rank 9 is too much" in text
-    assert f"both: 16 -> 16 of 20 (only reference 0, only candidate 0, p 1) (against {best.manifest.label}" in text
-    with central.journal.read() as state:
-        assert set(high_water_releases(state, "shared").values()) == {best.release_id}
 
 
 def test_an_offer_for_several_attempts_carries_them_to_every_look(central: Central) -> None:
