@@ -129,6 +129,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 last = chunk
             else:
                 await self._blocking(incoming.write, chunk)
+            del chunk  # not held while the next one is waited for
         if incoming.size + len(last) < size:
             # The bytes stay: the next attempt goes on from here.
             await self._blocking(self._partial.committed, manifest.node_id, update_id)
