@@ -33,7 +33,8 @@ EVERY = [
     *(
         f"{point}#1"
         for point in faults.POINTS
-        if point not in (*faults.RETENTION, *faults.TRANSFER, *ELSEWHERE) and not point.startswith("journal.cohort_created")
+        if point not in (*faults.RETENTION, *faults.TRANSFER, *ELSEWHERE)
+        and not point.startswith("journal.cohort_created")
     ),
     "intake.chunk_written#5",
     "intake.admitted#4",

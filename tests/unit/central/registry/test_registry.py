@@ -114,5 +114,7 @@ def test_a_release_is_found_by_id_prefix_and_version(world: World) -> None:
 def test_a_prefix_of_two_releases_names_both(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("central.registry.registry.MIN_PREFIX_DIGITS", 0)
     first = world.release(world.genesis, 1)
-    with pytest.raises(Refused, match=f"fits 2 releases: {world.genesis.manifest.label} of shared, {first.manifest.label}"):
+    with pytest.raises(
+        Refused, match=f"fits 2 releases: {world.genesis.manifest.label} of shared, {first.manifest.label}"
+    ):
         world.registry.resolve("")
