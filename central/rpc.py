@@ -114,7 +114,7 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
         log.error("storage failed", extra={"method": method, "detail": str(error)})
         await context.abort(
             grpc.StatusCode.UNAVAILABLE,
-            "Central cannot use its disk at the moment; its log says why. Try again later.",
+            "Central cannot use its storage at the moment; its log says why. Try again later.",
             ((REASON_KEY, Reason.STORAGE_FAILED.value),),
         )
     if isinstance(error, CentralError):
