@@ -90,6 +90,8 @@ class Admission:
             incoming.write(last)
             try:
                 _check_digest(manifest, incoming.digest, resumed=header.offset > 0)
+                with self._journal.read() as state:
+                    _check_not_forgotten(state, manifest)  # whoever asks has the bytes: it learns of nobody else's
                 check_payload(incoming.path, manifest, self._shapes, self._limits)
             except Refused:
                 self._partial.discard(manifest.node_id, incoming.update_id)
@@ -109,6 +111,7 @@ class Admission:
                 return []
             check_manifest(state, node, manifest, self._base, self._limits)
             self._check_quota(state, manifest)
+            _check_not_forgotten(state, manifest)
             self._check_kept(state, manifest)
             body = {"manifest": header.manifest.decode(), "signature": signature}
             admitted = NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body)
@@ -176,6 +179,18 @@ def _check_digest(manifest: UpdateManifest, digest: str, resumed: bool) -> None:
         Reason.DIGEST_MISMATCH,
         f"The payload has digest {digest}; the manifest says {manifest.payload.digest_sha256}.",
     )
+
+
+def _check_not_forgotten(state: State, manifest: UpdateManifest) -> None:
+    """The same bytes under another manifest, perhaps of a site that enrolled again, would undo an operator's order."""
+    cohort = state.releases[manifest.start.release].cohort
+    if state.is_forgotten_payload(cohort, manifest.payload.digest_sha256):
+        raise Refused(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            Reason.FORGOTTEN,
+            f"Update {manifest.digest[:12]} has the same bytes as a contribution that an operator of central ordered to be forgotten "
+            f"(payload {manifest.payload.digest_sha256[:12]}). It is not taken again; send what a later round learns.",
+        )
 
 
 def _consequences(state: State, manifest: UpdateManifest, cohort: str) -> list[NewEvent]:

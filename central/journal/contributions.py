@@ -40,8 +40,6 @@ class Contributions(Transitions):
             raise conflict(event, REVOKED if node.revoked else f"its node is in quarantine: {node.quarantine}")
         if gone := self.collected.get(update.manifest.payload.digest_sha256):
             raise conflict(event, f"its payload was {gone.text}")
-        if update.manifest.payload.digest_sha256 in self.collected:
-            raise conflict(event, "its payload was collected")
         self._cancel_plan_of(event, event.subject)
         self._move(event, event.subject, "waiting", ("waiting", "set_aside"))
 

@@ -49,6 +49,8 @@ class Records:
         self.forgets: dict[str, ForgetRecord] = {}
         self.serving: dict[str, ServedPeriod] = {}
         self.served: dict[str, tuple[ServedPeriod, ...]] = {}
+        self.forgotten_payloads: dict[tuple[str, str], str] = {}
+        """Forgotten update by cohort and digest of its payload."""
         self.collected: dict[str, CollectedBlob] = {}
         self.collections: dict[str, tuple[str, ...]] = {}
         self._genesis: dict[str, str] = {}
@@ -152,6 +154,13 @@ class Records:
         base = self.base_of(self.releases[release_id])
         held = [*self.contributions(release_id), *(self.contributions(base.release_id) if base else ())]
         return [update_id for update_id in held if self.updates[update_id].state == "forgotten"]
+
+    def is_forgotten_payload(self, cohort: str, digest: str) -> bool:
+        """Whether an update of the cohort with just these bytes is forgotten, or is ordered to be."""
+        ordered = (update_id for order in self.pending_forgets(cohort) for update_id in order.updates)
+        return (cohort, digest) in self.forgotten_payloads or any(
+            self.updates[update_id].manifest.payload.digest_sha256 == digest for update_id in ordered
+        )
 
     def pending_forgets(self, cohort: str) -> list[ForgetRecord]:
         """Orders whose removal is not released yet, oldest first."""

@@ -130,6 +130,9 @@ class Transitions(Records):
         if moved:
             node_id, payload = record.manifest.node_id, record.manifest.payload
             self._changes.put(self._kept_bytes, node_id, self.kept_bytes(node_id) + moved * payload.size_bytes)
+        if record.state == "forgotten":
+            key = (record.cohort, record.manifest.payload.digest_sha256)
+            self._changes.put(self.forgotten_payloads, key, record.update_id)
         self._changes.put(self.updates, record.update_id, record)
         waiting = self._waiting.setdefault(record.cohort, {})
         if record.state == "waiting":

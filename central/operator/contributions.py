@@ -103,6 +103,10 @@ def _expect_requeueable(state: State, update: UpdateRecord, blobs: Payloads, tog
             f"Update {name} is of node {node.node_id}, which is in quarantine: {node.quarantine}. First "
             f"`central nodes release {node.node_id}`."
         )
+    if state.is_forgotten_payload(update.cohort, update.manifest.payload.digest_sha256):
+        raise refused(
+            f"Update {name} has the same bytes as one that is forgotten, or ordered to be. Nothing brings it back."
+        )
     same = state.updates_from(node.node_id, update.manifest.start.release)
     rival = next((u for u in same if u != update and (u.state in _COUNTING or u.update_id in together)), None)
     if rival is not None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import central.operator.commands as commands_module
@@ -168,6 +169,38 @@ async def test_an_operator_forgets_on_the_command_line(
     assert "0 of its updates are kept aside, and those to come" in told
     assert "wrong labels" in (await run("nodes"))[1]
     assert "0 of its updates wait" in (await run("nodes", "release", node.node_id))[1]
+
+
+async def test_the_bytes_of_a_forgotten_update_are_not_taken_again(central: Central, node: Node) -> None:
+    payload = encode_factors()
+    twin = await central.enroll("b", await central.token())  # the same site, enrolled again
+    release_id, _ = await make_candidate(central, node, payload)
+    journal = central.rooms.journal
+    with journal.read() as state:
+        accepted = state.releases[release_id].manifest
+    await asyncio.to_thread(journal.append, make.decided(accepted, True), make.promoted(accepted))
+    first = twin.manifest(payload)
+    await twin.upload(payload, first)
+    await central.operator.SetAsideUpdates(set_aside(first.digest), timeout=20)
+
+    request = operator_pb2.ForgetRequest(target=node.node_id)
+    order = (await central.operator.Forget(request, timeout=20)).order
+    assert order.state == operator_pb2.FORGET_STATE_ORDERED  # the stable head holds it still
+    for uploader, manifest in ((twin, twin.manifest(payload, 2)), (node, node.manifest(payload, 2))):
+        status, code, text = await refusal(uploader.upload(payload, manifest))
+        assert (status, code) == (grpc.StatusCode.FAILED_PRECONDITION, "FORGOTTEN")
+        assert "ordered to be forgotten" in text
+    await central.operator.RollbackRelease(
+        operator_pb2.RollbackReleaseRequest(cohort="shared", updates=operator_pb2.ABANDONED_UPDATES_REQUEUE), timeout=20
+    )
+    assert await states(central) == ["FORGOTTEN", "SET_ASIDE"]
+    assert (await refusal(node.upload(payload, node.manifest(payload, 3))))[1] == "FORGOTTEN"
+    assert_matches(
+        "the same bytes as one that is forgotten",
+        await refusal(central.operator.RequeueUpdates(requeue(first.digest), timeout=20)),
+    )
+    assert (await node.query(node.manifest(payload, 3).digest)).committed_bytes == 0
+    await node.upload(encode_factors(5), node.manifest(encode_factors(5), 4))
 
 
 async def test_the_command_waits_for_the_new_release(
