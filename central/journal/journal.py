@@ -70,6 +70,7 @@ class Journal:
         self._listeners: list[Callable[[Event], None]] = []
         self._state = State()
         self._closed = False
+        self._doubtful: list[list[Event]] = []
         try:
             self._engine = _open(url)
             upgrade_schema(self._engine, _METADATA)
@@ -85,11 +86,13 @@ class Journal:
         """Record `events` in one durable transaction.
 
         Raises JournalConflict when one of them does not fit the state, StorageError when the disk refuses or the journal
-        is closed; in all cases nothing was recorded.
+        is closed; then nothing was recorded. Only a database that vanishes during the commit may have recorded them all:
+        the next append finds out, takes them over, and raises JournalConflict because its caller did not know of them.
         """
         with self._changed:
             if self._closed:  # a merge that outlives central's stop must not write beside the next central
                 raise StorageError("The journal is closed because central stops. The next start goes on from here.")
+            self._take_over()
             self._state.mark()
             try:
                 recorded = [self._apply(new) for new in events]
@@ -99,20 +102,7 @@ class Journal:
             except BaseException:
                 self._state.rollback()
                 raise
-            self._state.mark()
-            for event in recorded:
-                log.info(
-                    "event recorded",
-                    extra={
-                        "sequence": event.sequence,
-                        "kind": event.kind,
-                        "cohort": event.cohort,
-                        "subject": event.subject,
-                    },
-                )
-                for listener in tuple(self._listeners):
-                    listener(event)
-            self._changed.notify_all()
+            self._tell(recorded)
             return recorded
 
     @contextmanager
@@ -176,6 +166,39 @@ class Journal:
         self._state.apply(event)
         return event
 
+    def _tell(self, recorded: list[Event]) -> None:
+        """What is recorded stays: everybody hears of it."""
+        self._state.mark()
+        for event in recorded:
+            log.info(
+                "event recorded",
+                extra={
+                    "sequence": event.sequence,
+                    "kind": event.kind,
+                    "cohort": event.cohort,
+                    "subject": event.subject,
+                },
+            )
+            for listener in tuple(self._listeners):
+                listener(event)
+        self._changed.notify_all()
+
+    def _take_over(self) -> None:
+        """Find out whether events whose commit failed are in the database all the same; raises JournalConflict when they are."""
+        if not self._doubtful:
+            return
+        found = self.events(self._state.sequence, max(map(len, self._doubtful)) + 1)
+        hashes = [event.hash for event in found]
+        if hashes not in ([event.hash for event in events] for events in self._doubtful):
+            return  # nothing, or another central's: then the next commit is refused
+        self._doubtful.clear()
+        for event in found:
+            self._state.apply(event)
+        self._tell(found)
+        raise JournalConflict(
+            f"The database vanished while event {found[0].sequence} ({found[0].kind}) was recorded, and has it all the same."
+        )
+
     def _store(self, recorded: list[Event]) -> None:
         if not recorded:
             return
@@ -188,9 +211,11 @@ class Journal:
                 "Stop one of the two and start the other again."
             ) from error
         except SQLAlchemyError as error:
+            self._doubtful.append(recorded)
             raise StorageError(
-                f"The journal cannot be written: {_cause(error)}. Check the disk of the data directory."
+                f"The journal cannot be written: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the disk of its database."
             ) from error
+        self._doubtful.clear()
 
 
 def verify_journal(url: str) -> State:

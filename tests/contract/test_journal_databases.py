@@ -102,6 +102,52 @@ def test_a_refusing_database_changes_nothing(url: str) -> None:
     journal.close()
 
 
+def test_a_database_that_vanishes_during_the_commit_costs_no_event(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has recorded the events, and central was not told."""
+    journal = Journal(url)
+    genesis = make.start_cohort(journal)
+    count, heard = journal.verify(), list[str]()
+    journal.add_listener(lambda event: heard.append(event.subject))
+    dialect = journal._engine.dialect
+    commit, first, second = dialect.do_commit, make.make_update(genesis), make.make_update(genesis, sequence=2)
+
+    def vanish(connection: object) -> None:
+        commit(connection)
+        raise sa.exc.OperationalError("commit", {}, Exception("server closed the connection unexpectedly"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dialect, "do_commit", vanish)
+        with pytest.raises(StorageError, match="closed the connection"):
+            journal.append(make.admitted(first))
+    with journal.read() as state:
+        assert (state.sequence, heard) == (count, [])
+    with pytest.raises(JournalConflict, match=f"event {count + 1} .update_admitted. was recorded"):
+        journal.append(make.admitted(second))
+    with journal.read() as state:
+        assert (list(state.updates), heard) == ([first.digest], [first.digest])
+    assert journal.append(make.admitted(second))[0].sequence == count + 2
+    assert journal.verify() == count + 2
+    journal.close()
+
+
+def test_a_commit_that_never_came_is_no_obstacle(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(url)
+    genesis = make.start_cohort(journal)
+    update = make.make_update(genesis)
+
+    def vanish(connection: object) -> None:
+        raise sa.exc.OperationalError("commit", {}, Exception("server closed the connection unexpectedly"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal._engine.dialect, "do_commit", vanish)
+        for _ in range(2):
+            with pytest.raises(StorageError):
+                journal.append(make.admitted(update))
+    journal.append(make.admitted(update))
+    assert [event.subject for event in journal.events()][-1] == update.digest
+    journal.close()
+
+
 @pytest.mark.parametrize(
     ("change", "number"),
     [
