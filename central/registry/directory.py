@@ -65,7 +65,9 @@ class DirectoryBlobs(BlobStore):
             return stream.read(end - start)
 
     def size(self, digest: str) -> int:
-        return self.path(digest).stat().st_size
+        path = self.path(digest)
+        with storage(path):
+            return path.stat().st_size
 
     def delete(self, digest: str) -> None:
         path = self._at(digest)

@@ -103,10 +103,13 @@ def _copy(settings: CentralSettings, work: Path, target: BlobStore, progress: Pr
         missing = set()
         with progress(new, len(new)) as shown:
             for blob in shown:
-                if blob not in source:  # collected since the journal was read, or lost: the journal knows
-                    missing.add(blob)
+                try:
+                    copy_blob(source, blob, target, work / f"blob{TEMPORARY_SUFFIX}")
+                except StorageError:
+                    if blob in source:
+                        raise
+                    missing.add(blob)  # collected since the journal was read, or lost: the journal knows
                     continue
-                copy_blob(source, blob, target, work / f"blob{TEMPORARY_SUFFIX}")
                 copied += 1
                 faults.reach("backup.blob")
         if not missing:

@@ -201,14 +201,23 @@ def test_a_backup_without_keys_needs_the_kept_ones(prepared: Prepared, tmp_path:
     assert files(new / "pki") == files(prepared.settings.data_dir / "pki")
 
 
+@pytest.mark.parametrize("during", [False, True], ids=["before it is copied", "while it is copied"])
 def test_blobs_that_are_collected_meanwhile_are_not_missed(
-    prepared: Prepared, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, during: bool
 ) -> None:
     data = tmp_path / "central"
     shutil.copytree(prepared.settings.data_dir, data)
     copy = backup_module.copy_blob
+    (late,) = [
+        update.manifest.payload.digest_sha256
+        for update in verify_journal(f"sqlite:///{data}/journal.db").updates.values()
+        if update.state == "set_aside"
+    ]
 
     def collect_first(source: BlobStore, digest: str, target: BlobStore, scratch: Path) -> None:
+        if during and digest != late:
+            copy(source, digest, target, scratch)
+            return
         monkeypatch.setattr(backup_module, "copy_blob", copy)
         with journal_of(data) as journal:
             uploads, policy = PartialUploads(data / "uploads"), RetentionSettings(set_aside_days=0)
