@@ -47,7 +47,7 @@ def release_node(journal: Journal, node_id: str, by: str) -> list[UpdateRecord]:
     """Release the node from quarantine; returns its updates, which wait again. Raises Refused when it is not in quarantine."""
     with journal.read() as state:
         node = _known(state, node_id)
-        if not node.quarantine:
+        if node.revoked or not node.quarantine:
             what = "revoked" if node.revoked else "not in quarantine"
             raise _refused(f"Node {node_id} is {what}; there is nothing to release. `central nodes` shows who is.")
         kept = [update.update_id for update in state.updates_of(node_id) if update.state == "quarantined"]

@@ -25,7 +25,7 @@ def revoke_node(journal: Journal, node_id: str, by: str) -> None:
         unmerged = [
             NewEvent(EventKind.UPDATE_SET_ASIDE, update.cohort, update.update_id, {"reason": REVOKED})
             for update in state.updates.values()
-            if update.manifest.node_id == node_id and update.state in ("waiting", "planned")
+            if update.manifest.node_id == node_id and update.state in ("waiting", "planned", "quarantined")
         ]
         journal.append(*unmerged, NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id, {"by": by}))
 

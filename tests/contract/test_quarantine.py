@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import central.federation.grid as grid_module
+from central.errors import Refused
 from central.fleet.quarantine import quarantine_node, release_node
+from central.fleet.revocation import revoke_node
 from central.journal import EventKind
 from central.settings import CentralSettings
 from tests.contract.cohort_loop import Central, answering, make_increment, make_settings, opened, result, take_steps
@@ -108,3 +110,13 @@ def test_quarantine_during_a_merge_cancels_it_and_the_others_wait_again(central:
     with central.journal.read() as state:
         assert [state.updates[update].state for update in ids] == ["waiting", "quarantined"]
         assert state.open_plans("shared") == []
+
+
+def test_what_a_revoked_node_had_in_quarantine_never_waits_again(central: Central) -> None:
+    quarantine_node(central.journal, "b-2", "odd answers", "operator")
+    kept = central.admit("b-2", make_increment(1))
+    revoke_node(central.journal, "b-2", "operator")
+    with pytest.raises(Refused, match="is revoked; there is nothing to release"):
+        release_node(central.journal, "b-2", "operator")
+    with central.journal.read() as state:
+        assert (state.updates[kept].state, state.updates[kept].reason) == ("set_aside", "its node was revoked")
