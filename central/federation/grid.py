@@ -256,11 +256,13 @@ class JournalGrid(Grid):  # type: ignore[misc]
         with self._journal.read() as state:
             earlier = offers_of(state, ask.candidate, ask.look)
             # Only the first look has a quorum to meet: what a later one lacks, the verdict does without.
-            if earlier and (ask.look > 1 or not self._expired(earlier[-1]) or self._enough(state, earlier)):
+            over = bool(earlier) and ask.look == 1 and self._expired(earlier[-1]) and not self._enough(state, earlier)
+            missed = bool(earlier) and self._ended_unheard(state, earlier)
+            if earlier and not over and not missed:
                 return earlier[-1].offer_id
             if earlier:
                 log.warning(
-                    "quorum not met, evaluation offered again",
+                    f"{'central was away' if missed else 'quorum not met'}, evaluation offered again",
                     extra={"cohort": self._cohort, "candidate": ask.candidate, "offers": len(earlier)},
                 )
             answered = {node for node, report in reports_of_look(state, earlier).items() if is_result(report)}
@@ -287,10 +289,8 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
         def complete(state: State) -> bool:
             offers = offers_of(state, offer.candidate, offer.look)
-            missing = set(state.evaluations[offer_id].nodes) - set(reports_of_look(state, offers))
-            everybody = not any(
-                self._worth_waiting(node, offer) for node in _nodes(state, self._cohort) if node in missing
-            )
+            missing = self._missing(state, offers)
+            everybody = not any(self._worth_waiting(state, node, state.evaluations[offer_id]) for node in missing)
             enough = offer.look > 1 or self._enough(state, offers)
             return self._expired(offer) or (everybody and enough) or _closed(state, offer)
 
@@ -301,11 +301,41 @@ class JournalGrid(Grid):  # type: ignore[misc]
             version = state.releases[offer.candidate].manifest.version
         return [self._reply(report, version) for report in reports.values()]
 
-    def _worth_waiting(self, node_id: str, offer: EvaluationRecord) -> bool:
-        """A node that is away gets the grace to come back, counted anew after a restart of central."""
-        offered = parse_time(offer.deadline_at) - timedelta(seconds=self._deadline_s(offer.tasks))
-        grace_over = max(offered, self._started) + timedelta(seconds=self._gate.absent_grace_s)
-        return self._is_connected(node_id) or parse_time(self._clock()) < grace_over
+    def _missing(self, state: State, offers: list[EvaluationRecord]) -> set[str]:
+        """Nodes of the look's last offer that are not revoked and have not reported."""
+        return set(offers[-1].nodes).intersection(_nodes(state, self._cohort)) - set(reports_of_look(state, offers))
+
+    def _worth_waiting(self, state: State, node_id: str, offer: EvaluationRecord) -> bool:
+        """A node that is away gets the grace to come back, counted anew after a restart of central. At a later look, whose deadline
+        may be hours away, one that is connected gets as long again as the slowest reporter took, or as it took itself for as many
+        tasks at a look before, and the grace: one that hangs holds up nobody.
+        """
+        now, grace = parse_time(self._clock()), timedelta(seconds=self._gate.absent_grace_s)
+        if now < max(self._offered(offer), self._started) + grace:
+            return True
+        if not self._is_connected(node_id):
+            return False
+        return offer.look == 1 or now < self._offered(offer) + 2 * self._longest(state, node_id, offer) + grace
+
+    def _longest(self, state: State, node_id: str, offer: EvaluationRecord) -> timedelta:
+        """What the slowest reporter of the offer took, or the node itself for as many tasks at an earlier look."""
+        took = [self._took(offer, report) for report in offer.reports.values()]
+        took += [
+            self._took(earlier, earlier.reports[node_id]) * (offer.tasks / earlier.tasks)
+            for earlier in offers_of(state, offer.candidate)
+            if earlier.look < offer.look and node_id in earlier.reports
+        ]
+        return max(took, default=timedelta())
+
+    def _took(self, offer: EvaluationRecord, report: EvaluationReport) -> timedelta:
+        return max(parse_time(report.at) - self._offered(offer), timedelta())
+
+    def _offered(self, offer: EvaluationRecord) -> datetime:
+        return parse_time(offer.deadline_at) - timedelta(seconds=self._deadline_s(offer.tasks))
+
+    def _ended_unheard(self, state: State, offers: list[EvaluationRecord]) -> bool:
+        """The look ended while central was away, so that nodes could not report."""
+        return parse_time(offers[-1].deadline_at) <= self._started and bool(self._missing(state, offers))
 
     def _reply(self, report: EvaluationReport, version: int) -> Message:
         asked = request(MessageType.EVALUATE, report.node_id, version)

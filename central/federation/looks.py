@@ -119,9 +119,9 @@ def next_look(state: State, candidate: str, found: Mapping[str, Figures], settin
     suites, nodes = {}, set()
     for name in open_environments(found):
         answering = _answering(state, offers, name, found[name]["reference"])
-        had, total = last.suite(name) or Suite(0, 0), found[name]["total"]
+        total = found[name]["total"]
         more = min(total, settings.max_tasks - total)
-        suites[name] = Suite(had.first_task + had.tasks, math.ceil(more / len(answering)))
+        suites[name] = Suite(_tasks_asked(offers, name), math.ceil(more / len(answering)))
         nodes |= answering
     return Ask(
         candidate,
@@ -135,6 +135,13 @@ def next_look(state: State, candidate: str, found: Mapping[str, Figures], settin
         found,
         tuple(sorted(nodes)),
     )
+
+
+def _tasks_asked(offers: Sequence[EvaluationRecord], name: str) -> int:
+    """How many tasks of an environment any node was asked; the last offer need not be the furthest (a first look is offered again
+    when a revocation breaks its quorum)."""
+    suites = [suite for offer in offers if (suite := offer.suite(name)) is not None]
+    return max(suite.first_task + suite.tasks for suite in suites)
 
 
 def offers_of(state: State, candidate: str, look: int | None = None) -> list[EvaluationRecord]:
@@ -178,14 +185,15 @@ def _evidence(state: State, offers: Sequence[EvaluationRecord], name: str) -> Ev
     counts = pool((node_id, [result]) for _, node_id, result in chosen)
     if not counts:
         return None
-    before = last.so_far.get(name, {})
+    # Not the totals of the look before: a node that was revoked since counts no longer, and that leaves others to ask.
+    before = pool((node_id, [result]) for offer, node_id, result in chosen if offer.look < last.look)
     reasons = [str(result.get("fallback_reason", "")) for _, _, result in chosen]
     return Evidence(
         counts=counts[0],
         reference=reference,
         label=state.releases[reference].manifest.label,
-        spent=before.get("spent", 0.0),
-        last=counts[0].total <= before.get("total", 0) or not _answering(state, offers, name, reference),
+        spent=max(offer.so_far.get(name, {}).get("spent", 0.0) for offer in offers),
+        last=(bool(before) and counts[0].total <= before[0].total) or not _answering(state, offers, name, reference),
         fallback_reason=next(filter(None, reasons), ""),
     )
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import central.federation.grid as grid_module
+from central.federation import JournalGrid
 from central.fleet.revocation import revoke_node
-from central.journal import EvaluationRecord, EventKind, NewEvent, Suite
-from tests.contract.cohort_loop import Central, Reply, make_increment, opened, take_steps
+from central.journal import EvaluationRecord, EvaluationReport, EventKind, NewEvent, Suite
+from tests.contract.cohort_loop import Central, Reply, answering_offers, make_increment, opened, take_steps
 from tests.contract.looks import FEWER, MIXED, SAME, WORSE, decide, measured, nodes_with, offers, settings
 
 
@@ -92,7 +94,7 @@ def test_nodes_that_vanish_between_looks_hold_up_nothing(central: Central) -> No
     assert second < 300
 
 
-def test_a_connected_node_that_stays_silent_is_waited_for_until_the_looks_own_deadline(central: Central) -> None:
+def test_a_connected_node_that_hangs_at_a_later_look_holds_it_up_for_the_grace_only(central: Central) -> None:
     second = 0
 
     def clock() -> str:
@@ -102,14 +104,68 @@ def test_a_connected_node_that_stays_silent_is_waited_for_until_the_looks_own_de
 
     answer = nodes_with(both=FEWER)
 
-    def slow(offer: EvaluationRecord, node: str) -> Reply | None:
+    def hanging(offer: EvaluationRecord, node: str) -> Reply | None:
         return None if offer.look > 1 and node == "b-2" else answer(offer, node)
 
-    text = decide(central, slow, settings(320), clock=clock)
+    text = decide(central, hanging, settings(320, deadline_s=3000), clock=clock)
     assert "both: " in text
     looks = offers(central)
     assert {node for offer in looks[2:] for node in offer.nodes} == {"a-1"}, "who did not answer is not asked again"
     assert looks[2].suites["both"].tasks == 60, "one node has to double what two had"
+    assert second < 300, "long before the deadline"
+
+
+def test_a_node_at_a_later_look_has_as_long_again_as_it_or_the_slowest_reporter_took(central: Central) -> None:
+    """Its own pace counts: a slow node that others overtake is no node that hangs."""
+    central.admit("a-1", make_increment(1))
+    take_steps(central, settings(), lambda: len(_candidates(central)) == 1)
+    at = "2026-11-22T12:{:02}:00.000000Z".format
+    asked = {"candidate": _candidates(central)[0], "reference": central.head().release_id}
+    # Offered at 12:00 and, with twice the tasks, at 12:10.
+    first = {**asked, "tasks": 20, "deadline_at": at(20), "nodes": ["a-1", "b-2"]}
+    second = {**asked, "tasks": 40, "deadline_at": at(50), "nodes": ["a-1", "b-2"], "look": 2}
+    reports = {("one", "a-1"): 1, ("one", "b-2"): 4, ("two", "a-1"): 15}
+    central.journal.append(
+        NewEvent(EventKind.EVALUATION_OFFERED, "shared", "one", first),
+        NewEvent(EventKind.EVALUATION_OFFERED, "shared", "two", second),
+    )
+    with central.journal.read() as state:
+        for (offer_id, node), minute in reports.items():
+            record = state.evaluations[offer_id]
+            report = EvaluationReport(node, (), "", at(minute))
+            state.evaluations[offer_id] = replace(record, reports={**record.reports, node: report})
+        record = state.evaluations["two"]
+        late = {"b-2": EvaluationReport("b-2", (), "", at(22))}
+
+        def waits(minute: int, offer: EvaluationRecord = record, connected: bool = True) -> bool:
+            made = settings(deadline_s=1200, absent_grace_s=60)
+            grid = JournalGrid(
+                "shared", central.journal, made, threading.Event(), lambda node: connected, lambda: at(minute)
+            )
+            grid._started = grid._offered(record)
+            return grid._worth_waiting(state, "b-2", offer)
+
+        assert waits(26), "4 minutes for 20 tasks are 8 for 40, twice that and the grace: until 12:27"
+        assert not waits(27)
+        assert waits(34, replace(record, reports=late)), "somebody took 12 minutes: until 12:35"
+        assert not waits(35, replace(record, reports=late))
+        assert not waits(12, connected=False)
+        assert waits(27, state.evaluations["one"]), "at the first look until its deadline"
+
+
+def test_a_look_that_ended_while_central_was_away_is_offered_again(central: Central) -> None:
+    answer = nodes_with(own_a=(6, 3, 1, 0))
+    central.admit("a-1", make_increment(1))
+    with answering_offers(central.journal, lambda offer, node: answer(offer, node) if offer.look == 1 else None):
+        take_steps(central, settings(), lambda: any(offer.look == 2 for offer in offers(central)))
+    ended = offers(central)[-1].offer_id
+
+    def again(offer: EvaluationRecord, node: str) -> Reply | None:
+        return None if offer.offer_id == ended else answer(offer, node)
+
+    text = decide(central, again, sequence=0, clock=lambda: "2026-11-22T18:00:00.000000Z")
+    assert text.startswith("rejected: own_a fell")
+    assert [offer.look for offer in offers(central)] == [1, 2, 2, 3]
 
 
 def test_an_environment_without_further_tasks_is_decided_on_what_there_is(central: Central) -> None:
@@ -175,6 +231,55 @@ def test_a_quorum_that_a_revocation_breaks_between_looks_is_asked_for_anew(centr
     ]
     assert "both: 32 -> 32 of 40" in text
     assert "1 node)" in text
+
+
+def test_after_a_first_look_that_was_asked_again_no_task_counts_twice_and_no_alpha_is_spent_twice(
+    central: Central,
+) -> None:
+    second = 0
+
+    def clock() -> str:
+        nonlocal second
+        second += 1
+        return f"2026-11-22T{12 + second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}.000000Z"
+
+    answer = nodes_with(both=FEWER, own_a=SAME)
+
+    def revoked_at_the_third(offer: EvaluationRecord, node: str) -> Reply | None:
+        if node == "c-3":
+            return ([measured(offer, "c-3", "both", FEWER)], "") if len(offers(central)) > 3 else ([], "busy")
+        if offer.look == 3:
+            with central.journal.read() as state:
+                if not state.nodes["b-2"].revoked:
+                    central.journal.append(NewEvent(EventKind.NODE_REVOKED, "shared", "b-2", {}))
+            return None
+        return answer(offer, node)
+
+    decide(central, revoked_at_the_third, settings(160, quorum=2), clock=clock)
+    assert [(offer.look, offer.nodes) for offer in offers(central)][:4] == [
+        (1, ("a-1", "b-2", "c-3")),
+        (2, ("a-1", "b-2")),
+        (3, ("a-1", "b-2")),
+        (1, ("c-3",)),
+    ]
+    fourth = offers(central)[4]
+    assert fourth.suites["both"].first_task == 80, "nobody was asked the tasks after these before"
+    # Two looks had spent on 80 tasks; the 60 of those who are left are no new share.
+    assert (fourth.so_far["both"]["total"], fourth.so_far["both"]["spent"]) == (60, pytest.approx(80 / 160))
+
+
+def test_a_node_that_is_revoked_at_a_look_does_not_end_the_looks_of_the_others(central: Central) -> None:
+    mild = (6, 3, 1, 0)
+    answer = nodes_with(both=mild)
+
+    def revoking(offer: EvaluationRecord, node: str) -> Reply | None:
+        if offer.look == 2 and node == "a-1":
+            with central.journal.read() as state:
+                if not state.nodes["b-2"].revoked:
+                    central.journal.append(NewEvent(EventKind.NODE_REVOKED, "shared", "b-2", {}))
+        return answer(offer, node)
+
+    assert decide(central, revoking, settings(160, alpha=0.01)).startswith("rejected: both fell")
 
 
 def test_an_offer_for_several_attempts_carries_them_to_every_look(central: Central) -> None:
