@@ -72,7 +72,10 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
             f"{name} starts from release {manifest.start.release}, which is not known in cohort {node.cohort!r}.",
         )
     expected = start.manifest.payload.digest_sha256
-    if gone := state.collected.get(expected):
+    gone = state.collected.get(expected)
+    if gone and not state.has_forgotten(
+        start.release_id
+    ):  # an increment needs no start; what re-solves leaves that one out
         raise _refused(
             Reason.UNKNOWN_START,
             f"{name} starts from release {start.manifest.label}, whose payload was {gone.text}. The next round starts from a newer "

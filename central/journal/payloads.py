@@ -47,14 +47,16 @@ def needed_blobs(state: State) -> set[str]:
     plans = [state.plans[state.releases[r].plan_id or ""].plan for r in releases if state.releases[r].plan_id]
     plans += [record.plan for record in state.plans.values() if not record.decided]
     for plan in plans:
-        releases |= {release for release in (plan.parent, plan.builds_on) if release is not None}
+        replays = plan.removal is not None and plan.removal.method == "replay"  # from a release before its parent
+        releases |= {release for release in (None if replays else plan.parent, plan.builds_on) if release is not None}
         updates |= {planned.update_id for planned in (*plan.updates, *plan.solutions)}
         if plan.removal is not None:
             _add_removal(state, plan, releases, updates)
     updates |= {update.update_id for update in state.updates.values() if update.state in _LIVE}
     releases |= set(_served(state))
-    # A merge that solves over absolute solutions reads what an update starts from.
-    releases |= {state.updates[update].manifest.start.release for update in updates}
+    # A merge that solves over absolute solutions reads what an update starts from, unless something in that was forgotten.
+    starts = {state.updates[update].manifest.start.release for update in updates}
+    releases |= {s for s in starts if state.releases[s].state != "withdrawn" or not state.has_forgotten(s)}
     found: set[str] = set()
     for update_id in updates:
         found.update(update_blobs(state.updates[update_id]))

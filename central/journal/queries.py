@@ -162,6 +162,10 @@ class Records:
             self.updates[update_id].manifest.payload.digest_sha256 == digest for update_id in ordered
         )
 
+    def has_forgotten(self, release_id: str) -> bool:
+        """Whether the release's own product holds something forgotten: nothing reads it any more to build another."""
+        return any(self.updates[update_id].state == "forgotten" for update_id in self.contributions(release_id))
+
     def pending_forgets(self, cohort: str) -> list[ForgetRecord]:
         """Orders whose removal is not released yet, oldest first."""
         return [o for o in self.forgets.values() if o.cohort == cohort and o.state in ("ordered", "planned")]

@@ -20,16 +20,18 @@ from central.cli import main
 from central.federation.verify import verify_releases
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
+from central.intake.validation import check_manifest
 from central.journal import EventKind, NewEvent, verify_journal
 from central.journal.payloads import stored_blobs
 from central.registry import DirectoryBlobs
-from central.settings import CentralSettings, RetentionSettings
+from central.settings import CentralSettings, LimitSettings, RetentionSettings
 from central.storage.collector import Collector
 from protos.manifest import UpdateManifest
 from tests.contract import central_harness as harness
 from tests.contract import cohort_loop as loop
 from tests.contract import test_forgetting as forgetting
 from tests.contract.test_releases_verify import public_key, write_key
+from tests.unit.central import builders as make
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = {"superseded_days": 0, "set_aside_days": 0, "rejected_days": 0}
@@ -217,6 +219,12 @@ def test_what_was_forgotten_goes_when_no_release_subtracts_it(
             gone = [state.updates[update].manifest.payload.digest_sha256 in state.collected for update in ids]
             found = list(verify_releases(state, state.releases.values(), running.blobs, public_key(loop.KEY), False))
             deep = list(verify_releases(state, [running.head()], running.blobs, public_key(loop.KEY), True))
+            withdrawn = [release for release in state.releases.values() if release.state == "withdrawn"]
+            held = [release.manifest.payload.digest_sha256 not in state.collected for release in withdrawn]
+            start = state.releases[withdrawn[0].release_id].manifest
+            late = make.make_update(start, "a-1", 9, base=state.nodes["a-1"].base)
+            check_manifest(state, state.nodes["a-1"], late, late.base, LimitSettings())
         assert gone == [method == "replay"] * 2
+        assert held == ([False, False] if method == "replay" else [False, True]), "a subtraction reads its parent"
         assert {finding.outcome for finding in found if finding.state == "accepted"} == {"identical"}
         assert {finding.outcome for finding in found + deep} <= {"identical", "forgotten", "collected"}
