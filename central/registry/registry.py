@@ -208,7 +208,9 @@ class Registry:
             return Rollback(state.releases[goal], tuple(abandoned))
 
     def difference(self, a: ReleaseRecord, b: ReleaseRecord) -> list[ModuleDifference]:
-        """How the products of `b` differ from those of `a`, module by module; raises StorageError."""
+        """How the products of `b` differ from those of `a`, module by module; raises Refused, StorageError."""
+        with self._journal.read() as state:
+            expect_kept(state, a, b)
         first, second = (decode(self._blobs.read(release.manifest.payload.digest_sha256)) for release in (a, b))
         return module_differences(first, second)
 
@@ -280,6 +282,17 @@ def _expect_ahead(state: State, release: ReleaseRecord, channel: str) -> None:
             f"{name} lacks what the canary {canary.manifest.label} holds. Promote that one to stable, or take it back with "
             f"`central releases rollback --cohort {release.cohort} --channel canary`, which says what happens to its updates."
         )
+
+
+def expect_kept(state: State, *releases: ReleaseRecord) -> None:
+    """Raises Refused when retention collected the payload of one."""
+    for release in releases:
+        if gone := state.collected.get(release.manifest.payload.digest_sha256):
+            raise Refused(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                Reason.NOT_ACCEPTED,
+                f"The payload of release {release.manifest.label} was {gone.text}; nobody can read it any more.",
+            )
 
 
 def unknown_cohort(state: State, cohort: str) -> Refused:

@@ -17,7 +17,7 @@ from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator
 from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord, State
 from central.registry.blobs import BlobStore
-from central.registry.registry import CHANNELS
+from central.registry.registry import CHANNELS, expect_kept
 from central.registry.reports import MAX_REASON, check_report, check_results, plain_result
 from protos.manifest import CHUNK_BYTES
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
@@ -56,7 +56,7 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
         self, request: releases_pb2.DownloadRequest, context: Context
     ) -> AsyncIterator[releases_pb2.DownloadResponse]:
         node = await self._authenticator.node(context)
-        release = await asyncio.to_thread(self._release, node, request.release_id)
+        release = await asyncio.to_thread(self._kept_release, node, request.release_id)
         payload = release.manifest.payload
         if release.state == "withdrawn":
             raise Refused(
@@ -96,6 +96,13 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
                 Reason.UNKNOWN_RELEASE,
                 f"Release {release_id!r} is not known in cohort {node.cohort!r}. Ask for the head of a channel instead.",
             )
+        return release
+
+    def _kept_release(self, node: NodeRecord, release_id: str) -> ReleaseRecord:
+        release = self._release(node, release_id)
+        if release.state != "withdrawn":  # which has its own answer
+            with self._journal.read() as state:
+                expect_kept(state, release)
         return release
 
     def _report(self, node: NodeRecord, request: releases_pb2.ReportEvaluationRequest) -> None:

@@ -27,6 +27,8 @@ from central.registry import DirectoryBlobs
 from central.settings import CentralSettings, LimitSettings, RetentionSettings
 from central.storage.collector import Collector
 from protos.manifest import UpdateManifest
+from protos.operator.v1 import operator_pb2
+from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 from tests.contract import cohort_loop as loop
 from tests.contract import test_forgetting as forgetting
@@ -76,6 +78,25 @@ async def test_the_same_bytes_uploaded_beside_a_collection_are_never_lost(
         await other.upload(payload, twin)
         assert central.rooms.blobs.read(twin.payload.digest_sha256) == payload
         assert central.rooms.collector.collect("tests").blobs == ()
+
+
+async def test_whoever_reads_a_collected_release_is_told_why(tmp_path: Path) -> None:
+    async with harness.running_central(harness.make_settings(tmp_path, retention=AT_ONCE)) as central:
+        node = await central.enroll("a", await central.token())
+        release_id, _ = await harness.make_candidate(central, node, harness.encode_factors())
+        with central.rooms.journal.read() as state:
+            rejected = state.releases[release_id].manifest
+        await asyncio.to_thread(central.rooms.journal.append, make.decided(rejected, False, "fell in acme"))
+        await asyncio.to_thread(central.rooms.collector.collect, "tests")
+        diff = operator_pb2.DiffReleasesRequest(release_a=node.genesis.digest, release_b=release_id)
+        download = releases_pb2.DownloadRequest(release_id=release_id)
+        for call in (
+            central.operator.DiffReleases(diff, timeout=20),
+            node.releases.Download(download, timeout=20).read(),
+        ):
+            status, reason, text = await harness.refusal(call)
+            assert (status, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_ACCEPTED")
+            assert re.search(r"was collected on .* is rejected: fell in acme", text)
 
 
 def central(settings: CentralSettings, *arguments: str, fault: str = "") -> subprocess.Popen[bytes]:
