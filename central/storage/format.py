@@ -73,7 +73,7 @@ def _events(path: Path) -> Iterator[Event]:
             try:
                 value: dict[str, Any] = json.loads(line)
                 yield Event(**{**value, "kind": EventKind(value["kind"])})
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise StorageError(
                     f"{path} was altered, or written by newer software: line {number} is no event ({error}). Restore another backup."
                 ) from error

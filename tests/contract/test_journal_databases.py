@@ -154,6 +154,9 @@ def test_a_commit_that_never_came_is_no_obstacle(url: str, monkeypatch: pytest.M
         ("update events set subject = 'x' where sequence = 2", 2),
         ("delete from events where sequence = 2", 3),
         ("update events set body = '{}' where sequence = 3", 3),
+        ("""update events set body = '{"uses": NaN}' where sequence = 2""", 2),
+        (r"""update events set body = '{"uses": "\ud800"}' where sequence = 2""", 2),
+        (f"update events set body = '{'[' * 100_000}' where sequence = 2", 2),
         ("update events set sequence = -2 where sequence = 2", 3),
     ],
 )
