@@ -51,11 +51,12 @@ def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> Merg
         rejected = state.plans[state.isolations[cohort].plan_id].plan
         return _plan_part(state, rejected, head, suspects, now)
     if (base := newer_base(state, head)) is not None:
-        return _plan(head, policy, now, builds_on=base.release_id)
+        return _plan(head, policy, now, builds_on=base.release_id, **_strategy_of(state, head))
     updates = _due(state.waiting(cohort), policy, parse_time(now))
     if not updates:
         return None
-    solutions = latest_solutions(state, head, updates) if policy.resolve else ()
+    resolve = policy.resolve and _can_resolve(state, updates)
+    solutions = latest_solutions(state, head, updates) if resolve else ()
     weight = 1 / (len(updates) + len(solutions))
     return _plan(
         head,
@@ -63,7 +64,7 @@ def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> Merg
         now,
         builds_on=_base_id(state, head),
         updates=[_planned(update, weight) for update in updates],
-        resolve=policy.resolve,
+        resolve=resolve,
         solutions=[_planned(update, weight) for update in solutions],
     )
 
@@ -86,14 +87,12 @@ def newer_base(state: State, head: ReleaseRecord) -> ReleaseRecord | None:
 
 
 def _plan(head: ReleaseRecord, policy: MergePolicy, now: str, **fields: Any) -> MergePlan:
-    values = {"updates": [], **fields}
+    values = {"updates": [], "strategy": policy.strategy, "strategy_options": policy.strategy_options, **fields}
     return MergePlan(
         cohort=head.cohort,
         parent=head.release_id,
         version=head.manifest.version + 1,
         base=head.manifest.base,
-        strategy=policy.strategy,
-        strategy_options=policy.strategy_options,
         rank=policy.rank,
         server_step=policy.server_step,
         seed=policy.seed,
@@ -103,6 +102,14 @@ def _plan(head: ReleaseRecord, policy: MergePolicy, now: str, **fields: Any) -> 
         created_at=now,
         **values,
     )
+
+
+def _strategy_of(state: State, head: ReleaseRecord) -> dict[str, Any]:
+    """A plan without updates merges nothing: what the head's strategy carries goes on with the head's strategy."""
+    if head.plan_id is None:
+        return {}
+    plan = state.plans[head.plan_id].plan
+    return {"strategy": plan.strategy, "strategy_options": plan.strategy_options}
 
 
 def _base_id(state: State, head: ReleaseRecord) -> str | None:
@@ -121,6 +128,8 @@ def still_stands(state: State, draft: MergePlan) -> bool:
     if state.open_plans(draft.cohort) or state.soaking(draft.cohort) is not None:
         return False
     updates = [state.updates[planned.update_id] for planned in draft.updates]
+    if draft.resolve and not _can_resolve(state, updates):
+        return False
     solutions = latest_solutions(state, head, updates) if draft.resolve else ()
     same = [update.update_id for update in solutions] == [planned.update_id for planned in draft.solutions]
     return same and all(update.state == "waiting" for update in updates)
@@ -129,7 +138,8 @@ def still_stands(state: State, draft: MergePlan) -> bool:
 def latest_solutions(
     state: State, head: ReleaseRecord, without_nodes_of: Sequence[UpdateRecord]
 ) -> Sequence[UpdateRecord]:
-    """The newest merged update of every other node in the head's line, in admission order; revoked nodes count no longer."""
+    """The newest merged update of every other node in the head's line, in admission order; without those of revoked nodes, and
+    those whose start holds something forgotten."""
     latest: dict[str, UpdateRecord] = {}
     for release in reversed(state.lineage(head.release_id)):
         for update in (state.updates[update_id] for update_id in release.manifest.updates):
@@ -137,7 +147,14 @@ def latest_solutions(
                 latest[update.manifest.node_id] = update
     for update in without_nodes_of:
         latest.pop(update.manifest.node_id, None)
-    return sorted(latest.values(), key=lambda update: update.admitted_sequence)
+    clean = [update for update in latest.values() if _can_resolve(state, [update])]
+    return sorted(clean, key=lambda update: update.admitted_sequence)
+
+
+def _can_resolve(state: State, updates: Sequence[UpdateRecord]) -> bool:
+    """Whether nothing forgotten would come back with the releases that the updates start from: an absolute solution holds its start,
+    an increment does not."""
+    return not any(state.has_forgotten(start) for start in {update.manifest.start.release for update in updates})
 
 
 def _plan_part(
@@ -146,13 +163,15 @@ def _plan_part(
     """A part of a rejected plan on today's head, as strong as it was in the whole: what hurt there hurts as much here."""
     tried = {update.update_id for update in suspects}
     part = [update for update in rejected.updates if update.update_id in tried]
-    solutions = latest_solutions(state, head, suspects) if rejected.resolve else ()
+    resolve = rejected.resolve and _can_resolve(state, suspects)
+    solutions = latest_solutions(state, head, suspects) if resolve else ()
     changed = {
         "parent": head.release_id,
         "builds_on": _base_id(state, head),
         "version": head.manifest.version + 1,
         "updates": part,
         "left_out": [],
+        "resolve": resolve,
         "solutions": [_planned(update, part[0].weight) for update in solutions],
         "software": SOFTWARE,
         "created_at": now,

@@ -21,7 +21,7 @@ from central.fleet.revocation import revoke_node
 from central.journal import PlannedKernel
 from central.journal.payloads import needed_blobs
 from central.merging import merge as product_merge
-from central.operator.forgetting import propose_forget
+from central.operator.forgetting import order_forget, propose_forget
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import LoraTensors, decode, encode
 from protos.manifest import Payload, ReleaseManifest, Start, sha256_hex
@@ -165,6 +165,26 @@ def test_resolve_solves_over_the_latest_solution_of_every_node(central: Central)
     assert {genesis.payload.digest_sha256, first.payload.digest_sha256} <= kept, "solutions are built on these"
     with pytest.raises(Refused, match="solved over absolute solutions"):
         propose_forget(central.journal, central.blobs, merged.update_id, None, False, "operator")
+
+
+def test_what_was_forgotten_does_not_come_back_with_the_start_of_a_solution(central: Central) -> None:
+    plain = make_settings(strategy="regmean", rank=12)
+    central.admit("a-0", make_increment(1))
+    kept = central.admit("b-0", make_increment(2))
+    held = merge(central, plain)
+    order_forget(central.journal, central.blobs, "a-0", None, False, "operator")
+    clean = merge(central, plain)
+    resolving = make_settings(strategy="regmean", resolve=True, rank=12, min_updates=1)
+    admit_from(central, "c-0", make_increment(3), held)
+    merge(central, resolving)
+    assert not plan_of(central).resolve, "its start holds what was forgotten; its increment does not"
+    for name in NAMES:
+        expected = dense(decode(central.blobs.read(clean.payload.digest_sha256)), name) + dense(make_increment(3), name)
+        np.testing.assert_allclose(central.product(central.head(), name), expected, atol=2e-4)
+    central.admit("d-0", make_increment(4))
+    merge(central, resolving)
+    assert plan_of(central).resolve
+    assert [solution.update_id for solution in plan_of(central).solutions] == [kept]
 
 
 def test_a_cohort_that_builds_on_another_re_solves_over_its_own_products(
