@@ -100,6 +100,9 @@ def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: 
     line = line_of(state, head, held)
     left = [record for record in line.merges if any(u.update_id not in line.without for u in record.plan.updates)]
     last = left[-1].plan if left else line.merges[-1].plan
+    # Whose state the result carries: that of the last of these merges, or of the release before them.
+    before = state.plans[line.since.plan_id].plan if line.since.plan_id else None
+    carries = left[-1].plan if left else before
     base = state.base_of(head)
     linear = order.method == "subtract"
     return MergePlan(
@@ -109,9 +112,8 @@ def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: 
         version=head.manifest.version + 1,
         base=head.manifest.base,
         updates=[],
-        # The next merge goes on from the server state that the last of these merges leaves.
-        strategy=LINEAR if linear or not left else last.strategy,
-        strategy_options={} if linear or not left else last.strategy_options,
+        strategy=LINEAR if linear or carries is None else carries.strategy,
+        strategy_options={} if linear or carries is None else carries.strategy_options,
         rank=last.rank,
         server_step=1.0,
         seed=last.seed,

@@ -12,6 +12,7 @@ import pytest
 import central.federation.grid as grid_module
 from central.cli import main
 from central.federation.planning import plan_merge
+from central.federation.server_state import ServerState
 from central.journal import Event, EventKind, NewEvent, ReleaseRecord
 from central.settings import CentralSettings
 from protos.lora import decode
@@ -179,6 +180,21 @@ def test_what_shared_forgets_is_in_no_release_that_is_made_afterwards(central: C
     assert base(moved) == without.release_id, "whatever the gate said of the composition"
     for name in NAMES:
         np.testing.assert_allclose(central.product(moved, name), dense(make_increment(2), name), atol=1e-4)
+
+
+def test_a_composition_carries_a_strategys_state_on_and_hands_it_to_no_other_strategy(central: Central) -> None:
+    adam, yogi = (make_settings(min_updates=1, rank=RANK, strategy=name) for name in ("FedAdam", "FedYogi"))
+
+    def merges(release: ReleaseRecord) -> int:
+        return ServerState.from_bytes(central.blobs.read(release.server_state or "")).merges
+
+    first = learn(central, "acme", 1, adam)
+    learn(central, "shared", 2)
+    assert compose(central, "acme", yogi).server_state == first.server_state
+    assert merges(learn(central, "acme", 3, adam)) == 2, "it goes on"
+    learn(central, "shared", 4)
+    compose(central, "acme", yogi)
+    assert merges(learn(central, "acme", 5, yogi)) == 1, "it starts afresh"
 
 
 def test_nothing_of_a_private_cohort_is_known_to_shared_or_to_another_one(central: Central) -> None:

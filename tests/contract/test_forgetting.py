@@ -12,6 +12,7 @@ import pytest
 
 import central.federation.grid as grid_module
 from central.errors import Refused
+from central.federation.server_state import ServerState
 from central.federation.verify import verify_releases
 from central.journal import EventKind, NewEvent, ReleaseRecord
 from central.operator.contributions import requeue
@@ -157,6 +158,18 @@ def test_a_replay_is_bit_identical_to_a_history_without_the_node(
     with central.journal.read() as state:
         found = list(verify_releases(state, [central.head()], central.blobs, public_key(KEY), True))
     assert {finding.outcome for finding in found} == {"identical"}
+
+
+def test_after_a_merge_is_taken_out_whole_the_strategy_goes_on_from_the_release_before(central: Central) -> None:
+    central.join("shared", *NODES)
+    release(central, 1, NODES[:1], strategy="FedAdam")
+    before = central.head()
+    release(central, 2, NODES[1:2], strategy="FedAdam")
+    assert run_until(central, forget(central, "b-2")) == "done"
+    assert central.head().server_state == before.server_state
+    release(central, 4, NODES[2:], strategy="FedAdam")
+    state = ServerState.from_bytes(central.blobs.read(central.head().server_state or ""))
+    assert state.merges == 2, "as if the merge of b had never been"
 
 
 def test_a_subtraction_differs_from_the_replay_by_what_was_cut_off(central: Central, tmp_path: Path) -> None:
