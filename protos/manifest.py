@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 as 64 lower-case hex digits."""
 
-CHUNK_BYTES = 256 << 10
+CHUNK_BYTES = 128 << 10
 """Piece of a payload in one message, both ways. With larger ones a server that serves hundreds holds more memory and is not
 faster (benchmarks.intake)."""
 
