@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from central.federation import JournalGrid
 from central.federation.screening import screen_of
 from central.federation.server_app import CohortLoop
-from central.journal import EvaluationRecord, EventKind, Journal, NewEvent, ReleaseRecord, State
+from central.journal import EvaluationRecord, Event, EventKind, Journal, NewEvent, ReleaseRecord, State
 from central.registry import DirectoryBlobs, Registry
 from central.settings import CentralSettings
 from protos.lora import LoraModule, LoraTensors, decode, encode
@@ -159,3 +159,39 @@ def answering_offers(journal: Journal, answer: Callable[[EvaluationRecord, str],
         done.set()
         journal.wake()
         thread.join()
+
+
+class _Killed(Exception):
+    """Stands for kill -9."""
+
+
+@dataclass
+class Crash:
+    """Whether it came to the crash that was asked for."""
+
+    happened: bool = False
+
+
+@contextmanager
+def crashing_at(central: Central, append_step: int | None) -> Iterator[Crash]:
+    """End the block as `kill -9` would at this thread's append `append_step // 2`: before it (even) or after it (odd)."""
+    append, loop_thread, count = central.journal.append, threading.current_thread(), 0
+
+    def crashing(*events: NewEvent) -> list[Event]:
+        nonlocal count
+        if threading.current_thread() is not loop_thread:
+            return append(*events)
+        count += 1
+        if append_step == 2 * (count - 1):
+            raise _Killed
+        recorded = append(*events)
+        if append_step == 2 * (count - 1) + 1:
+            raise _Killed
+        return recorded
+
+    central.journal.append = crashing  # type: ignore[method-assign]
+    crash = Crash()
+    try:
+        yield crash
+    except _Killed:
+        crash.happened = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tests.contract.cohort_loop import (
     NAMES,
     Central,
     answering,
+    crashing_at,
     dense,
     make_increment,
     make_settings,
@@ -34,10 +34,6 @@ from tests.contract.cohort_loop import (
 from tests.contract.test_releases_verify import public_key
 
 NODES = ("a-1", "b-2", "c-3")
-
-
-class Crash(Exception):
-    """Stands for kill -9."""
 
 
 @pytest.fixture(autouse=True)
@@ -394,31 +390,14 @@ def test_a_crash_at_any_append_ends_the_same(stride: int, tmp_path: Path) -> Non
 
 
 def _run_with_crash(root: Path, crash_at: int | None) -> bool:
-    """True when it crashed: at the loop's append crash_at // 2, before it (even) or after it (odd)."""
+    """True when it crashed."""
     with opened(root) as central:
-        append, loop_thread, count = central.journal.append, threading.current_thread(), 0
-
-        def crashing(*events: NewEvent) -> list:
-            nonlocal count
-            if threading.current_thread() is not loop_thread:
-                return append(*events)
-            count += 1
-            if crash_at == 2 * (count - 1):
-                raise Crash
-            recorded = append(*events)
-            if crash_at == 2 * (count - 1) + 1:
-                raise Crash
-            return recorded
-
-        central.journal.append = crashing  # type: ignore[method-assign]
         with central.journal.read() as state:
             (order,) = state.forgets
-        try:
-            with answering(central.journal, lambda node: ([result("acme")], "")):
-                assert run_until(central, order, quorum=1) == "done"
-        except Crash:
-            return True
-        return False
+        reports = answering(central.journal, lambda node: ([result("acme")], ""))
+        with crashing_at(central, crash_at) as crash, reports:
+            assert run_until(central, order, quorum=1) == "done"
+        return crash.happened
 
 
 def remove(central: Central, update_id: str) -> None:

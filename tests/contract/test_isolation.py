@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tests.contract.cohort_loop import (
     NAMES,
     Central,
     answering,
+    crashing_at,
     dense,
     make_increment,
     make_settings,
@@ -27,10 +27,6 @@ from tests.contract.cohort_loop import (
 )
 
 NODES = ("a-1", "b-2", "c-3", "d-4", "e-5")
-
-
-class Crash(Exception):
-    """Stands for kill -9."""
 
 
 @pytest.fixture
@@ -219,25 +215,8 @@ def test_a_crash_at_any_append_ends_the_same(stride: int, tmp_path: Path, monkey
 
 
 def _run_with_crash(root: Path, culprit: str, crash_at: int | None) -> bool:
-    """True when it crashed: at the loop's append crash_at // 2, before it (even) or after it (odd)."""
+    """True when it crashed."""
     with opened(root) as central:
-        append, loop_thread, count = central.journal.append, threading.current_thread(), 0
-
-        def crashing(*events: NewEvent) -> list:
-            nonlocal count
-            if threading.current_thread() is not loop_thread:
-                return append(*events)
-            count += 1
-            if crash_at == 2 * (count - 1):
-                raise Crash
-            recorded = append(*events)
-            if crash_at == 2 * (count - 1) + 1:
-                raise Crash
-            return recorded
-
-        central.journal.append = crashing  # type: ignore[method-assign]
-        try:
+        with crashing_at(central, crash_at) as crash:
             run(central, lambda held: culprit in held)
-        except Crash:
-            return True
-        return False
+        return crash.happened

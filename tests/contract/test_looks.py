@@ -14,12 +14,8 @@ import central.federation.grid as grid_module
 from central.federation import JournalGrid
 from central.fleet.revocation import revoke_node
 from central.journal import EvaluationRecord, EvaluationReport, EventKind, NewEvent, Suite
-from tests.contract.cohort_loop import Central, Reply, answering_offers, make_increment, opened, take_steps
+from tests.contract.cohort_loop import Central, Reply, answering_offers, crashing_at, make_increment, opened, take_steps
 from tests.contract.looks import FEWER, MIXED, SAME, WORSE, decide, measured, nodes_with, offers, settings
-
-
-class Crash(Exception):
-    """Stands for kill -9."""
 
 
 @pytest.fixture
@@ -332,28 +328,11 @@ def test_a_crash_at_any_append_ends_with_the_same_looks_and_verdict(
 
 
 def _run_with_crash(root: Path, crash_at: int | None) -> bool:
-    """True when it crashed: at the loop's append crash_at // 2, before it (even) or after it (odd)."""
+    """True when it crashed."""
     with opened(root) as central:
-        append, loop_thread, count = central.journal.append, threading.current_thread(), 0
-
-        def crashing(*events: NewEvent) -> list:
-            nonlocal count
-            if threading.current_thread() is not loop_thread:
-                return append(*events)
-            count += 1
-            if crash_at == 2 * (count - 1):
-                raise Crash
-            recorded = append(*events)
-            if crash_at == 2 * (count - 1) + 1:
-                raise Crash
-            return recorded
-
-        central.journal.append = crashing  # type: ignore[method-assign]
-        try:
+        with crashing_at(central, crash_at) as crash:
             decide(central, nodes_with(both=MIXED, own_a=SAME), settings(tolerance_points=15), sequence=0)
-        except Crash:
-            return True
-        return False
+        return crash.happened
 
 
 def test_an_offer_from_before_there_were_looks_is_still_waited_for_and_decided(central: Central) -> None:
