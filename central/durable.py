@@ -6,6 +6,7 @@ StorageError that names the path.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from central.errors import StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @contextmanager
@@ -57,6 +59,24 @@ def publish(temporary: Path, path: Path) -> None:
     with storage(path):
         temporary.replace(path)
         sync_directory(path.parent)
+
+
+def publish_link(file: Path, path: Path) -> bool:
+    """Give the finished and synced `file` the name `path` too, unless that is taken, and sync the directory.
+
+    False, and nothing done, where the two lie on different file systems or on one without links. Raises StorageError.
+    """
+    with storage(path):
+        try:
+            path.hardlink_to(file)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                return False
+            raise
+        sync_directory(path.parent)
+        return True
 
 
 def sync_file(path: Path) -> None:

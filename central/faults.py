@@ -22,6 +22,7 @@ INTAKE = (
     "intake.chunk_written",
     "intake.checked",  # the payload is complete and good, but not yet a blob
     "intake.kept",  # it is a blob, but not yet in the journal
+    "intake.recorded",  # it is in the journal, and its bytes still lie among the unfinished ones
     "intake.admitted",  # it is in the journal, but the node has no receipt
 )
 BLOBS = ("blob.written", "blob.published")

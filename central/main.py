@@ -120,6 +120,8 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     _expect_same_base(journal, base)
     _expect_same_cohorts(journal, settings)
     registry = Registry(journal, blobs, pki.release_key, base.digest, settings.builds_on)
+    with journal.read() as state:
+        partial.discard_all(state.updates)  # a kill may have come between an update's admission and this
     collector = Collector(journal, blobs, partial, settings.retention)
     collector.recover()
     return Rooms(base, journal, pki, blobs, registry, partial, collector)

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from protos.manifest import canonical_json
 
 Array = npt.NDArray[np.float32]
 METADATA_KEY = "lorikeet"
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError)
+"""What a header that somebody made up can raise."""
 
 
 class LoraCodecError(ValueError):
@@ -83,7 +85,7 @@ def encode(tensors: LoraTensors) -> bytes:
 
 def decode(data: bytes) -> LoraTensors:
     """Factors and sections in `data`; raises LoraCodecError. Values are not checked for NaN here."""
-    scales = read_scales(data)
+    scales = _read_scales(data)
     try:
         arrays = load(data)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -119,11 +121,9 @@ def assemble(scales: Mapping[str, float], arrays: Mapping[str, npt.NDArray[np.ge
     return LoraTensors(modules, sections)
 
 
-def read_scales(data: bytes) -> dict[str, float]:
-    """Scale of each module; `data` is a payload, or its beginning up to the end of the header. Raises LoraCodecError."""
+def scales_of(header: Mapping[str, Any]) -> dict[str, float]:
+    """Scale of each module by the parsed header of a payload; raises LoraCodecError."""
     try:
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
         document = json.loads(header["__metadata__"][METADATA_KEY])
         if document["format"] != 1:
             raise LoraCodecError(f"Payload has format {document['format']!r}; this software reads format 1.")
@@ -133,8 +133,17 @@ def read_scales(data: bytes) -> dict[str, float]:
         return {name: float(scale) for name, scale in scales}
     except LoraCodecError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise LoraCodecError(f"Payload has no readable header with a {METADATA_KEY!r} entry: {error!r}.") from error
+
+
+def _read_scales(data: bytes) -> dict[str, float]:
+    size = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + size])
+    except _UNREADABLE as error:
+        raise LoraCodecError(f"Payload has no readable header: {error!r}.") from error
+    return scales_of(header)
 
 
 def _check_module(name: str, a: Array, b: Array, scale: float) -> None:

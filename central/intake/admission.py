@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,7 +20,7 @@ from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, Peer
 from central.intake.group_commit import GroupCommit
 from central.intake.partial import Incoming, PartialUploads
-from central.intake.validation import Shapes, check_manifest, check_payload, check_signature
+from central.intake.validation import PayloadCheck, Shapes, check_manifest, check_signature
 from central.journal import EventKind, Journal, NewEvent, State, UpdateRecord
 from central.registry import BlobStore
 from central.settings import LimitSettings
@@ -28,6 +29,21 @@ from protos.manifest import ReceiptBody, UpdateManifest
 from protos.updates.v1 import updates_pb2
 
 ALREADY_MERGED = "the node's earlier update from this start is already merged or in a merge; the next round starts from a newer release"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An update whose payload comes."""
+
+    peer: Peer
+    manifest: UpdateManifest
+    header: updates_pb2.UploadHeader
+    incoming: Incoming
+    check: PayloadCheck
+
+    @property
+    def is_resumed(self) -> bool:
+        return self.header.offset > 0
 
 
 class Admission:
@@ -53,55 +69,59 @@ class Admission:
         self._limits = limits
         self._commits = GroupCommit(journal)
 
-    def begin(self, peer: Peer, header: updates_pb2.UploadHeader) -> tuple[UpdateManifest, Incoming | None]:
-        """Check everything that needs no payload, and open the place for it; None when the update is admitted already.
+    def begin(self, peer: Peer, header: updates_pb2.UploadHeader) -> Arrival | updates_pb2.Receipt:
+        """Check everything that needs no payload, and open the place for it; the receipt when the update is admitted already.
 
         Raises Refused.
         """
         node = self._authenticator.enrolled(peer)
-        document = check_signature(node, header.manifest, header.signature)
-        update_id = document.digest
+        manifest = check_signature(node, header.manifest, header.signature)
         with self._journal.read() as state:
-            if update_id in state.updates:
-                return document, None
-            check_manifest(state, node, document, self._base, self._limits)
-            self._check_quota(state, document)
+            known = state.updates.get(manifest.digest)
+            if known is None:
+                check_manifest(state, node, manifest, self._base, self._limits)
+                self._check_quota(state, manifest)
+        if known is not None:
+            return self.receipt(known)
         faults.reach("intake.begun")
-        return document, self._partial.open(node.node_id, update_id, header.offset)
+        check = PayloadCheck(manifest, self._shapes, self._limits)
+        incoming = self._partial.open(node.node_id, manifest.digest, header.offset, check.feed)
+        return Arrival(peer, manifest, header, incoming, check)
 
-    def finish(
-        self, peer: Peer, manifest: UpdateManifest, header: updates_pb2.UploadHeader, incoming: Incoming, last: bytes
-    ) -> updates_pb2.Receipt:
-        """Write the payload's last piece, check all of it, keep it and admit the update: central's receipt for it.
+    def finish(self, arrival: Arrival, done: Future[updates_pb2.Receipt]) -> None:
+        """Write the end of a complete payload, check and keep it, and admit the update; `done` gets central's receipt for it.
 
-        One call for all of this, because each change of threads costs as much as hashing 100 KB. Raises Refused.
+        All of it in one go, because each change of threads costs as much as hashing 100 KB. `done` may get Refused.
         """
         try:
-            self._keep(manifest, header, incoming, last)
-        finally:
-            incoming.close()
-        return self.receipt(self._admit(peer, manifest, header).result())
+            try:
+                self._keep(arrival)
+            finally:
+                arrival.incoming.close()
+            self._admit(arrival, done)
+        except BaseException as error:
+            done.set_exception(error)
 
-    def _keep(
-        self, manifest: UpdateManifest, header: updates_pb2.UploadHeader, incoming: Incoming, last: bytes
-    ) -> None:
+    def _keep(self, arrival: Arrival) -> None:
+        manifest, incoming = arrival.manifest, arrival.incoming
         # Another stream of the same update must not change the bytes between their check and their place among the blobs.
         with incoming.held():
-            incoming.write(last)
+            incoming.write()
             try:
-                _check_digest(manifest, incoming.digest, resumed=header.offset > 0)
+                _check_digest(arrival)
                 with self._journal.read() as state:
                     _check_not_forgotten(state, manifest)  # whoever asks has the bytes: it learns of nobody else's
-                check_payload(incoming.path, manifest, self._shapes, self._limits)
+                arrival.check.finish(incoming.path)
             except Refused:
-                self._partial.discard(manifest.node_id, incoming.update_id)
+                self._partial.discard(manifest.node_id, manifest.digest)
                 raise
             faults.reach("intake.checked")
+            # They stay here too until the update is admitted: should that fail, nothing has to be sent again.
             self._blobs.put_file(incoming.path, manifest.payload.digest_sha256)
-            self._partial.discard(manifest.node_id, incoming.update_id)
 
-    def _admit(self, peer: Peer, manifest: UpdateManifest, header: updates_pb2.UploadHeader) -> Future[UpdateRecord]:
-        """Record the update whose payload is kept; the future raises Refused when it may not be admitted any more."""
+    def _admit(self, arrival: Arrival, done: Future[updates_pb2.Receipt]) -> None:
+        """Record the update whose payload is kept."""
+        peer, manifest, header = arrival.peer, arrival.manifest, arrival.header
         update_id = manifest.digest
         signature = base64.b64encode(header.signature).decode()
 
@@ -117,8 +137,13 @@ class Admission:
             admitted = NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body)
             return [admitted, *_consequences(state, manifest, node.cohort)]
 
+        def answer(update: UpdateRecord) -> updates_pb2.Receipt:
+            faults.reach("intake.recorded")
+            self._partial.discard(manifest.node_id, update_id)
+            return self.receipt(update)
+
         faults.reach("intake.kept")
-        return self._commits.admit(manifest.node_id, update_id, events)
+        self._commits.admit(manifest.node_id, update_id, events, answer, done)
 
     def find(self, node_id: str, update_id: str) -> UpdateRecord | None:
         """The admitted update, if it is the node's own."""
@@ -148,7 +173,7 @@ class Admission:
                 grpc.StatusCode.ABORTED,
                 Reason.WRONG_OFFSET,
                 f"The payload of update {manifest.digest} is the same as an earlier one that retention collected while this one "
-                "came. Start again at byte 0.",
+                "came. Ask QueryUpload and go on from there.",
             )
 
     def _check_quota(self, state: State, manifest: UpdateManifest) -> None:
@@ -164,10 +189,11 @@ class Admission:
             )
 
 
-def _check_digest(manifest: UpdateManifest, digest: str, resumed: bool) -> None:
+def _check_digest(arrival: Arrival) -> None:
+    manifest, digest = arrival.manifest, arrival.incoming.digest
     if digest == manifest.payload.digest_sha256:
         return
-    if resumed:  # bytes of an earlier attempt may be at fault, so this is not the node's last word
+    if arrival.is_resumed:  # bytes of an earlier attempt may be at fault, so this is not the node's last word
         raise Refused(
             grpc.StatusCode.ABORTED,
             Reason.WRONG_OFFSET,

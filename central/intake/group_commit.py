@@ -1,7 +1,7 @@
 """Group commit: updates that are ready at the same time share one journal transaction, and so one fsync.
 
-In: for each update, a function that says which events admit it. Out: a future with its record, set when its events are
-durable. Guarantees: an error reaches only the update that it concerns; updates are admitted in the order in which they
+In: for each update, a function that says which events admit it, and one that answers its node. Out: a future with that
+answer, set when the events are durable. Guarantees: an error reaches only the update that it concerns; updates are admitted in the order in which they
 came.
 """
 
@@ -10,12 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from central.errors import CentralError
 from central.journal import Journal, NewEvent, State, UpdateRecord
 
 Make = Callable[[State], Sequence[NewEvent]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Job:
     node_id: str
     update_id: str
     make: Make
-    done: Future[UpdateRecord] = field(default_factory=Future)
+    answer: Callable[[UpdateRecord], Any]
+    done: Future[Any]
 
 
 class GroupCommit:
@@ -37,17 +41,17 @@ class GroupCommit:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "intake-commit")
 
-    def admit(self, node_id: str, update_id: str, make: Make) -> Future[UpdateRecord]:
-        """Append what `make` returns; it may read the state and raise a CentralError.
+    def admit(
+        self, node_id: str, update_id: str, make: Make, answer: Callable[[UpdateRecord], T], done: Future[T]
+    ) -> None:
+        """Append what `make` returns, then set `done` to the answer, or to what either raised.
 
-        It sees the state before all updates of its transaction, two of one node never share one, and so it must depend on
-        other nodes' updates in no way.
+        `make` may read the state and raise a CentralError. It sees the state before all updates of its transaction, two of
+        one node never share one, and so it must depend on other nodes' updates in no way. `answer` holds up the next ones.
         """
-        job = Job(node_id, update_id, make)
         with self._lock:
-            self._queue.append(job)
+            self._queue.append(Job(node_id, update_id, make, answer, done))
         self._thread.submit(self._commit_waiting)
-        return job.done
 
     def _commit_waiting(self) -> None:
         """One transaction for everybody who waits; nothing when an earlier one took them along."""
@@ -79,4 +83,12 @@ class GroupCommit:
                 job.done.set_exception(error)
         else:
             for job, record in zip(jobs, records, strict=True):
-                job.done.set_result(record)
+                _settle(job.done, partial(job.answer, record))
+
+
+def _settle(done: Future[T], work: Callable[[], T]) -> None:
+    """Set `done` to what `work` returns or raises."""
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        done.set_exception(error)

@@ -1,18 +1,19 @@
 """Updates that are not complete yet.
 
-In: pieces of a payload, each with its offset. Out: a file on disk that a later call goes on with. Guarantees: a piece
-is written only where the bytes on disk end, so two streams of one update can never mix; what `committed` counted is
-synced; bytes are hashed as they come, and read again only when another stream goes on. Files lie at
-`<root>/<node id>/<update id>.part`; only this process changes them, so what they hold is known without asking the disk.
+In: pieces of a payload, in order. Out: a file on disk that a later call goes on with. Guarantees: a piece is written only
+where the bytes on disk end, so two streams of one update can never mix; what `committed` counted is synced; bytes are
+hashed and inspected as they come, and read again only when another stream goes on; a kill costs at most one window. Files
+lie at `<root>/<node id>/<update id>.part`; only this process changes them, so what they hold is known without asking the
+disk.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,13 @@ import grpc
 
 from central import faults
 from central.durable import make_directory, storage, sync_directory, sync_file
-from central.errors import Reason, Refused
-from protos.manifest import CHUNK_BYTES
+from central.errors import Reason, Refused, StorageError
+from central.intake.direct import WINDOW_BYTES, DirectFile, Windows
 
+log = logging.getLogger(__name__)
+
+Inspect = Callable[[memoryview], None]
+"""Sees every byte of a payload once, in order; it must not keep what it is given."""
 SUFFIX = ".part"
 SYNC_BYTES = 8 << 20
 """A crash of the machine costs at most this much of an upload."""
@@ -36,7 +41,7 @@ class _File:
     path: Path
     size: int = 0
     gone: bool = False
-    """Discarded, or complete and kept elsewhere: a stream that still holds it must not go on."""
+    """Discarded: a stream that still holds it must not go on."""
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -46,6 +51,7 @@ class PartialUploads:
     def __init__(self, root: Path) -> None:
         """Create `root` when absent; raises StorageError."""
         self._root = root
+        self._windows = Windows()
         self._lock = threading.Lock()
         self._files: dict[str, dict[str, _File]] = {}
         """By node and update."""
@@ -66,7 +72,7 @@ class PartialUploads:
             sync_directory(file.path.parent)
             return file.size
 
-    def open(self, node_id: str, update_id: str, offset: int) -> Incoming:
+    def open(self, node_id: str, update_id: str, offset: int, inspect: Inspect) -> Incoming:
         """Go on with the update at `offset`; raises Refused when the bytes on disk end elsewhere. Close it again."""
         path = self.path(node_id, update_id)
         with self._lock:
@@ -77,19 +83,19 @@ class PartialUploads:
             if not path.parent.is_dir():
                 make_directory(path.parent)
                 sync_directory(self._root)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            file.size = os.fstat(descriptor).st_size
-            incoming = Incoming(update_id, file, descriptor)
+            disk = DirectFile(path)
+            file.size = disk.size()
+            incoming = Incoming(update_id, file, disk, self._windows, inspect)
             try:
                 expect_offset(update_id, offset, file.size)
-                incoming.read_digest()
+                incoming.read_again()
             except BaseException:
                 incoming.close()
                 raise
         return incoming
 
     def discard(self, node_id: str, update_id: str) -> None:
-        """Forget the bytes; idempotent. Also what is said of an update whose file went among the blobs."""
+        """Forget the bytes; idempotent. Also what is said of an update that is admitted: its bytes are among the blobs."""
         file = self._find(node_id, update_id)
         if file is not None:
             with file.lock, storage(file.path):
@@ -98,6 +104,14 @@ class PartialUploads:
                 with self._lock:
                     if self._files[node_id].get(update_id) is file:
                         del self._files[node_id][update_id]
+
+    def discard_all(self, update_ids: Container[str]) -> None:
+        """Forget the bytes of these updates, whoever sent them."""
+        with self._lock:
+            files = [(node_id, update_id) for node_id, own in self._files.items() for update_id in own]
+        for node_id, update_id in files:
+            if update_id in update_ids:
+                self.discard(node_id, update_id)
 
     def stale(self, age_s: float, drop: bool) -> tuple[int, int]:
         """How many unfinished updates no node has touched for `age_s`, and their bytes; `drop` forgets them."""
@@ -130,15 +144,26 @@ class PartialUploads:
 
 
 class Incoming:
-    """One stream's hold of an unfinished update: it appends, and knows the digest of everything before."""
+    """One stream's hold of an unfinished update: it appends, and knows the digest of everything before.
 
-    def __init__(self, update_id: str, file: _File, descriptor: int) -> None:
+    Bytes gather in a window, which goes to disk when it is full. `take` runs on the event loop, everything else off it, and
+    never two calls at once.
+    """
+
+    def __init__(self, update_id: str, file: _File, disk: DirectFile, windows: Windows, inspect: Inspect) -> None:
         self.update_id = update_id
+        self.size = 0
+        """Bytes so far, those in the window included."""
         self._file = file
-        self._descriptor = descriptor
+        self._disk: DirectFile | None = disk
+        self._windows = windows
+        self._window = windows.borrow()
+        self._begin = 0
+        """Where the window lies in the file: a multiple of its size."""
+        self._known = file.size
+        """Bytes in the file as far as this stream knows."""
+        self._inspect = inspect
         self._digest = hashlib.sha256()
-        self.size = file.size
-        """Bytes so far; only this stream's own count after the first write."""
 
     @property
     def path(self) -> Path:
@@ -146,46 +171,81 @@ class Incoming:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the bytes so far."""
+        """SHA-256 of the bytes that were written."""
         return self._digest.hexdigest()
 
-    def read_digest(self) -> None:
+    @property
+    def is_full(self) -> bool:
+        """The window has to be written before more can be taken."""
+        return self.size - self._begin == WINDOW_BYTES
+
+    def take(self, data: memoryview) -> memoryview:
+        """Copy what there is room for; returns the rest."""
+        begin = self.size - self._begin
+        count = min(len(data), WINDOW_BYTES - begin)
+        self._window[begin : begin + count] = data[:count]
+        self.size += count
+        return data[count:]
+
+    def read_again(self) -> None:
         """Take in the bytes of earlier attempts."""
+        assert self._disk is not None
         with storage(self.path):
-            for begin in range(0, self.size, CHUNK_BYTES):
-                self._digest.update(os.pread(self._descriptor, min(CHUNK_BYTES, self.size - begin), begin))
+            while self.size < self._known:
+                count = min(WINDOW_BYTES, self._known - self._begin)
+                self._disk.read(self._window, self._begin, count)
+                self.size = self._begin + count
+                if self.is_full:
+                    self._count()
 
-    def write(self, data: bytes) -> None:
-        """Append; raises Refused when another stream of the same update has changed the file."""
+    def write(self) -> None:
+        """Write the window and begin the next one; raises Refused when another stream of the same update changed the file."""
         with self._file.lock, storage(self.path):
-            self.expect_unchanged()
-            view = memoryview(data)
-            while view:
-                written = os.write(self._descriptor, view)
-                self._file.size += written  # also of a write that the next one fails after: the bytes are there
-                view = view[written:]
-            if (self.size + len(data)) // SYNC_BYTES != self.size // SYNC_BYTES:
-                os.fdatasync(self._descriptor)
-            self.size += len(data)
-            faults.reach("intake.chunk_written")
-        self._digest.update(data)  # frees the interpreter for other streams
+            self._store()
+            self._count()
+        faults.reach("intake.chunk_written")
 
-    def expect_unchanged(self) -> None:
-        """Raises Refused unless the update's file has exactly the bytes that this stream knows."""
-        expect_offset(self.update_id, self.size, -1 if self._file.gone else self._file.size)
+    def save(self) -> None:
+        """Write what the window has so far, so that a later stream goes on from there; the same errors as `write`."""
+        with self._file.lock, storage(self.path):
+            self._store()
 
     def close(self) -> None:
-        """Let go of the file; idempotent. Waits for a write of a cancelled call: its descriptor must not be reused."""
+        """Save what can be, and let go of the file; idempotent. Waits for a write of a cancelled call."""
         with self._file.lock:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+            if self._disk is None:
+                return
+            try:
+                with suppress(Refused):  # another stream's bytes are there, or nobody wants them any more
+                    self.save()
+            except StorageError:
+                log.exception("part of an upload was not kept", extra={"update_id": self.update_id})
+            self._disk.close()
+            self._disk = None
+            self._windows.give_back(self._window)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside the block no other stream changes the update's bytes."""
         with self._file.lock:
             yield
+
+    def _store(self) -> None:
+        """Bring the file to `size`: the window is written whole, also what an earlier stream had written of it."""
+        expect_offset(self.update_id, self._known, -1 if self._file.gone else self._file.size)
+        if self.size == self._known:  # what is complete may be a blob already, and is never written again
+            return
+        assert self._disk is not None
+        self._disk.write(self._window[: self.size - self._begin], self._begin)
+        if self.size // SYNC_BYTES != self._known // SYNC_BYTES:
+            self._disk.sync()
+        self._known = self._file.size = self.size
+
+    def _count(self) -> None:
+        window = self._window[: self.size - self._begin]
+        self._digest.update(window)  # frees the interpreter for other streams
+        self._inspect(window)
+        self._begin = self.size
 
 
 def expect_offset(update_id: str, offset: int, committed: int) -> None:

@@ -7,14 +7,15 @@ float32. Headers are checked before values are read, and values one section at a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
 
+from central.durable import storage
 from central.errors import Reason, Refused
 from central.merging.regmean import SECTION
 from central.settings import LimitSettings
@@ -34,11 +35,11 @@ def is_known(section: str) -> bool:
 
 
 def check_sections(
-    stream: BinaryIO, header: bytes, shapes: Mapping[str, tuple[int, int]], limits: LimitSettings
+    path: Path, start: int, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], limits: LimitSettings
 ) -> None:
-    """Raises Refused for a section that no merge could read; `header` is the payload's, with its length, and readable."""
+    """Raises Refused for a section that no merge could read; `header` is that of the payload at `path`, whose values begin at byte `start`."""
     found: dict[str, dict[str, _Entry]] = {}
-    for name, entry in json.loads(header[8:]).items():
+    for name, entry in header.items():
         kind, _, rest = name.partition("/")
         section, _, key = rest.rpartition("/")
         if kind == "section":
@@ -57,7 +58,7 @@ def check_sections(
                 f"example {next(iter(shapes), 'none')!r}.",
             )
         _check_layout(section, entries, shapes[module][1], limits.max_gram_rank)
-        U, c = (_read(stream, len(header), entries[key]) for key in _KEYS)
+        U, c = (_read(path, start, entries[key]) for key in _KEYS)
         _check_values(section, U, float(c[0]))
 
 
@@ -91,9 +92,9 @@ def _check_values(section: str, U: np.ndarray[Any, np.dtype[np.float32]], c: flo
         )
 
 
-def _read(stream: BinaryIO, start: int, entry: _Entry) -> np.ndarray[Any, np.dtype[np.float32]]:
-    stream.seek(start + entry.begin)
-    return np.fromfile(stream, np.float32, math.prod(entry.shape))
+def _read(path: Path, start: int, entry: _Entry) -> np.ndarray[Any, np.dtype[np.float32]]:
+    with storage(path):
+        return np.fromfile(path, np.float32, math.prod(entry.shape), offset=start + entry.begin)
 
 
 def _entry(entry: Mapping[str, Any]) -> _Entry:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,12 +18,11 @@ import grpc
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, read_peer
 from central.fleet.streams import OpenStreams
-from central.intake.admission import Admission
+from central.intake.admission import Admission, Arrival
 from central.intake.partial import Incoming, PartialUploads
 from central.journal import UpdateRecord
 from central.journal.records import UpdateStateName
 from central.settings import LimitSettings
-from protos.manifest import UpdateManifest
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
 
 P = ParamSpec("P")
@@ -79,77 +79,86 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         peer = read_peer(context)
         with self._uploads.one(peer.name):
             header = await self._read_header(request_iterator)
-            manifest, incoming = await self._blocking(self._admission.begin, peer, header)
-            if incoming is None:
-                return updates_pb2.UploadResponse(receipt=await self._blocking(self._receipt, manifest))
+            arrival = await self._blocking(self._admission.begin, peer, header)
+            if isinstance(arrival, updates_pb2.Receipt):
+                return updates_pb2.UploadResponse(receipt=arrival)
             try:
-                last = await self._receive(request_iterator, incoming, manifest)
-                # Who hangs up from here on changes nothing: a thread that has begun goes on to the end.
-                receipt = await self._blocking(self._admission.finish, peer, manifest, header, incoming, last)
-            except BaseException:
-                self._threads.submit(incoming.close)  # not awaited: the call may be cancelled
+                await self._receive(request_iterator, arrival)
+            except Refused:
+                await self._blocking(arrival.incoming.close)  # what came is there for who asks now
                 raise
+            except BaseException:
+                self._threads.submit(arrival.incoming.close)  # not awaited: the call may be cancelled
+                raise
+            done: Future[updates_pb2.Receipt] = Future()
+            self._threads.submit(self._admission.finish, arrival, done)
+            # Who hangs up from here on changes nothing: what has begun goes on to the end.
+            receipt = await asyncio.shield(asyncio.wrap_future(done))
         return updates_pb2.UploadResponse(receipt=receipt)
 
-    def _receipt(self, manifest: UpdateManifest) -> updates_pb2.Receipt:
-        known = self._admission.find(manifest.node_id, manifest.digest)
-        assert known is not None, "an admitted update stays admitted"
-        return self._admission.receipt(known)
-
     async def _read_header(self, requests: Requests) -> updates_pb2.UploadHeader:
-        request = await self._next(requests, "an upload without a header")
+        async with self._patience(lambda: "an upload without a header"):
+            request = await anext(requests, None)
         if request is None or request.WhichOneof("part") != "header":
             raise Refused(
                 grpc.StatusCode.INVALID_ARGUMENT, Reason.BAD_ARGUMENT, "An upload begins with its header; none came."
             )
         return request.header
 
-    async def _receive(self, requests: Requests, incoming: Incoming, manifest: UpdateManifest) -> bytes:
-        """Write every chunk but the last one of a complete payload, which is returned."""
-        update_id, size = manifest.digest, manifest.payload.size_bytes
-        last = b""
-        while request := await self._next(requests, f"update {update_id}, of which {incoming.size} bytes are here"):
-            chunk = request.chunk
-            del request  # it holds a second copy, and many streams wait for the disk at once
-            if not 0 < len(chunk) <= MAX_CHUNK_BYTES:
-                raise Refused(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    Reason.BAD_ARGUMENT,
-                    f"A chunk of update {update_id} has {len(chunk)} bytes; expected 1 to {MAX_CHUNK_BYTES}.",
-                )
-            missing = size - incoming.size - len(last) - len(chunk)
-            if missing < 0:
-                await self._blocking(self._partial.discard, manifest.node_id, update_id)
-                raise Refused(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    Reason.TOO_LARGE,
-                    f"Update {update_id} goes on after the {size} bytes that its manifest names.",
-                )
-            if missing == 0:
-                last = chunk
-            else:
-                await self._blocking(incoming.write, chunk)
-            del chunk  # not held while the next one is waited for
-        if incoming.size + len(last) < size:
-            # The bytes stay: the next attempt goes on from here.
-            await self._blocking(self._partial.committed, manifest.node_id, update_id)
-            raise Refused(
+    async def _receive(self, requests: Requests, arrival: Arrival) -> None:
+        """Take every chunk of a complete payload; what fills the last window is not written yet."""
+        manifest, incoming = arrival.manifest, arrival.incoming
+        update_id, size = incoming.update_id, manifest.payload.size_bytes
+
+        def what() -> str:
+            return f"update {update_id}, of which {incoming.size} bytes are here"
+
+        async with self._patience(what) as patience:
+            async for request in requests:
+                patience.reschedule(None)
+                chunk = request.chunk
+                del request  # it holds a second copy, and many streams wait for the disk at once
+                if not 0 < len(chunk) <= MAX_CHUNK_BYTES:
+                    raise Refused(
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        Reason.BAD_ARGUMENT,
+                        f"A chunk of update {update_id} has {len(chunk)} bytes; expected 1 to {MAX_CHUNK_BYTES}.",
+                    )
+                if incoming.size + len(chunk) > size:
+                    await self._blocking(self._partial.discard, manifest.node_id, update_id)
+                    raise Refused(
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        Reason.TOO_LARGE,
+                        f"Update {update_id} goes on after the {size} bytes that its manifest names.",
+                    )
+                await self._take(incoming, chunk, size)
+                del chunk  # not held while the next one is waited for
+                patience.reschedule(asyncio.get_running_loop().time() + self._idle_s)
+        if incoming.size < size:
+            raise Refused(  # the bytes stay
                 grpc.StatusCode.ABORTED,
                 Reason.WRONG_OFFSET,
                 f"The upload of update {update_id} ended after {incoming.size} of {size} bytes. Go on from there.",
             )
-        return last
 
-    async def _next(self, requests: Requests, what: str) -> updates_pb2.UploadRequest | None:
-        """The next message, None at the end of the stream; raises Refused when none comes for too long."""
+    async def _take(self, incoming: Incoming, chunk: bytes, size: int) -> None:
+        rest = memoryview(chunk)
+        while rest:
+            rest = incoming.take(rest)
+            if incoming.is_full and incoming.size < size:
+                await self._blocking(incoming.write)
+
+    @asynccontextmanager
+    async def _patience(self, what: Callable[[], str]) -> AsyncIterator[asyncio.Timeout]:
+        """Raises Refused when the block, or what is left of it since the last `reschedule`, takes too long."""
         try:
-            async with asyncio.timeout(self._idle_s):
-                return await anext(requests, None)
+            async with asyncio.timeout(self._idle_s) as patience:
+                yield patience
         except TimeoutError:
             raise Refused(
                 grpc.StatusCode.ABORTED,
                 Reason.SILENT_STREAM,
-                f"Nothing came for {self._idle_s:g} s (CENTRAL_LIMITS__UPLOAD_IDLE_S) of {what}; central closed the stream. "
+                f"Nothing came for {self._idle_s:g} s (CENTRAL_LIMITS__UPLOAD_IDLE_S) of {what()}; central closed the stream. "
                 "Ask QueryUpload and go on from there.",
             ) from None
 

@@ -1,29 +1,30 @@
 """What an update must be before it is admitted: its manifest first, then its payload.
 
-In: a manifest as sent with its signature; later the payload's file. Out: nothing, or `Refused` that names what was
-wrong and what was expected. Guarantee: nothing is changed here. Headers are checked before tensors are read, so that a
-bad shape costs no memory; values are read in blocks (values.py), so that memory does not grow with the update.
+In: a manifest as sent with its signature; then the payload's bytes as they come, and in the end its file. Out: nothing, or
+`Refused` that names what was wrong and what was expected. Guarantee: nothing is changed here. The header is checked before
+any value, so that a bad shape costs no memory; each value is seen once (values.py), so that memory does not grow with the
+update.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from central.durable import storage
 from central.errors import Reason, Refused
 from central.intake.sections import check_sections, is_known
-from central.intake.values import Entry, Factor, check_values
+from central.intake.values import FLOAT_BYTES, Entry, Factor, SquareSums, check_norms
 from central.journal import NodeRecord, State
 from central.settings import LimitSettings
-from protos.lora import LoraCodecError, LoraTensors, assemble, read_scales
+from protos.lora import LoraCodecError, LoraTensors, assemble, scales_of
 from protos.manifest import ManifestError, UpdateManifest, verify
 
 MAX_MANIFEST_BYTES = 64 << 10
@@ -106,52 +107,125 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
         )
 
 
-def check_payload(path: Path, manifest: UpdateManifest, shapes: Shapes, limits: LimitSettings) -> None:
-    """The structure of the payload at `path`, then its values.
+class PayloadCheck:
+    """Checks one payload while it comes. What is wrong is said at the end, when its digest is known to be the manifest's."""
 
-    Uses CPU and disk: call it off the event loop. Raises Refused, and StorageError when the file cannot be read.
-    """
-    with storage(path), path.open("rb") as stream:
-        header = _read_header(stream)
-        entries = _lora_entries(header)
-        _check_shapes(entries, manifest, shapes)
-        tensors = _decode_layout(path, header)
-        if tensors.rank != manifest.rank:
-            raise _refused(Reason.BAD_SHAPE, f"Largest rank is {tensors.rank}; the manifest says {manifest.rank}.")
-        if sorted(tensors.sections) != manifest.sections:
+    def __init__(self, manifest: UpdateManifest, shapes: Shapes, limits: LimitSettings) -> None:
+        self._manifest = manifest
+        self._shapes = shapes
+        self._limits = limits
+        self._position = 0
+        self._start = bytearray()
+        """The file's beginning, until the header is complete."""
+        self._header: _Header | None = None
+        self._refusal: Refused | None = None
+
+    def feed(self, data: memoryview) -> None:
+        """Look at the next bytes: a multiple of 4, unless they are the last. Never raises Refused."""
+        if self._refusal is None:
+            try:
+                self._look(data)
+            except Refused as refusal:
+                self._refusal = refusal
+        self._position += len(data)
+
+    def finish(self, path: Path) -> None:
+        """Raises Refused for what is wrong with the payload, which is complete at `path`, and StorageError when that cannot be read."""
+        if self._refusal is not None:
+            raise self._refusal
+        header = self._header
+        if header is None:
+            raise _refused(
+                Reason.MALFORMED_PAYLOAD,
+                f"The payload ends within its header, after {self._position} bytes. See protos/lora.py.",
+            )
+        check_norms(header.sums, path, header.size, header.entries, header.scales, self._limits.max_norm)
+        check_sections(path, header.size, header.document, self._shapes, self._limits)
+
+    def _look(self, data: memoryview) -> None:
+        if self._header is None:
+            begin = len(self._start)
+            self._start += data
+            size = _header_size(self._start)
+            if size is None:
+                return
+            header = bytes(self._start[:size])
+            self._start.clear()
+            self._header = _Header(header, self._manifest, self._shapes)
+            data, position = data[size - begin :], size
+        else:
+            position = self._position
+        self._header.sums.add(data, position - self._header.size)
+
+
+class _Header:
+    """A payload's header, found right, and what it says."""
+
+    def __init__(self, data: bytes, manifest: UpdateManifest, shapes: Shapes) -> None:
+        """Raises Refused; `data` has the eight bytes of its length too."""
+        self.size = len(data)
+        self.document = _parse(data)
+        self.entries = _lora_entries(self.document)
+        _check_shapes(self.entries, manifest, shapes)
+        if self.size % FLOAT_BYTES:
+            raise _refused(
+                Reason.MALFORMED_PAYLOAD,
+                f"The payload's header has {self.size} bytes with its length; expected a multiple of 8, as safetensors' writers pad it.",
+            )
+        layout = _decode_layout(data, self.document, manifest.payload.size_bytes)
+        if layout.rank != manifest.rank:
+            raise _refused(Reason.BAD_SHAPE, f"Largest rank is {layout.rank}; the manifest says {manifest.rank}.")
+        if sorted(layout.sections) != manifest.sections:
             raise _refused(
                 Reason.UNKNOWN_SECTION,
-                f"Sections are {sorted(tensors.sections)}; the manifest says {manifest.sections}.",
+                f"Sections are {sorted(layout.sections)}; the manifest says {manifest.sections}.",
             )
-        scales = {name: layout.scale for name, layout in tensors.modules.items()}
-        check_values(stream.fileno(), len(header), entries, scales, limits.max_norm)
-        check_sections(stream, header, shapes, limits)
+        self.scales = {name: module.scale for name, module in layout.modules.items()}
+        self.sums = SquareSums(self.entries)
 
 
-def _read_header(stream: BinaryIO) -> bytes:
-    """The header with the eight bytes that give its length."""
-    length = stream.read(8)
-    size = int.from_bytes(length, "little")
+def _header_size(start: bytearray) -> int | None:
+    """Bytes of the header with its length; None while they are not all there."""
+    if len(start) < 8:
+        return None
+    size = int.from_bytes(start[:8], "little")
     if size > MAX_HEADER_BYTES:
         raise _refused(
             Reason.MALFORMED_PAYLOAD,
             f"The payload's header has {size} bytes; central reads at most {MAX_HEADER_BYTES}.",
         )
-    return length + stream.read(size)
+    return 8 + size if len(start) >= 8 + size else None
 
 
-def _decode_layout(path: Path, header: bytes) -> LoraTensors:
-    """What `protos.lora.decode` would return, with stand-ins that take no memory for the values."""
+def _parse(header: bytes) -> dict[str, Any]:
     try:
-        # The same parser as decode's; it maps the file, and reads the header.
-        with safe_open(path, framework="numpy") as payload:
+        document = json.loads(header[8:])
+        if isinstance(document, dict):
+            return document
+        raise ValueError(f"its header is a {type(document).__name__}")
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _refused(
+            Reason.MALFORMED_PAYLOAD, f"The payload is not a readable safetensors file: {error!r}. See protos/lora.py."
+        ) from error
+
+
+def _decode_layout(header: bytes, document: Mapping[str, Any], size_bytes: int) -> LoraTensors:
+    """What `protos.lora.decode` would return, with stand-ins that take no memory for the values."""
+    # The same parser as decode's. It wants a file: one in memory, of the payload's size, of which only the header exists.
+    descriptor = os.memfd_create("header")
+    try:
+        os.write(descriptor, header)
+        os.ftruncate(descriptor, size_bytes)
+        with safe_open(f"/proc/self/fd/{descriptor}", framework="numpy") as payload:
             standins = {
                 name: _standin(payload.get_slice(name).get_shape())
                 for name in payload.keys()  # noqa: SIM118
             }
-        return assemble(read_scales(header), standins)
+        return assemble(scales_of(document), standins)
     except (SafetensorError, LoraCodecError, ValueError) as error:
         raise _refused(Reason.MALFORMED_PAYLOAD, f"The payload is not a LoRA safetensors file: {error}.") from error
+    finally:
+        os.close(descriptor)
 
 
 def _standin(shape: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -183,11 +257,10 @@ def _check_shapes(entries: Entries, manifest: UpdateManifest, shapes: Shapes) ->
             )
 
 
-def _lora_entries(header: bytes) -> Entries:
+def _lora_entries(document: Mapping[str, Any]) -> Entries:
     """What the safetensors header says of each factor; other tensors are left to the codec."""
     found: Entries = {}
     try:
-        document: Any = json.loads(header[8:])
         for name, entry in document.items():
             kind, _, rest = name.partition("/")
             module, _, factor = rest.rpartition("/")
@@ -201,7 +274,7 @@ def _lora_entries(header: bytes) -> Entries:
                 found[module, factor] = Entry(str(entry["dtype"]), (int(shape[0]), int(shape[1])), begin)
     except Refused:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _refused(
             Reason.MALFORMED_PAYLOAD, f"The payload is not a readable safetensors file: {error!r}. See protos/lora.py."
         ) from error

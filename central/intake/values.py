@@ -1,31 +1,32 @@
 """The values of a payload: finite, and no module's increment too large.
 
-In: an open payload whose header was checked. Out: nothing, or `Refused`. Every value is read once, in blocks of
-`BLOCK_BYTES`, so memory does not grow with the update. A sum of squares tells of each factor that ||A||_F and ||B||_F are
-finite, and ||scale * B A||_F <= |scale| ||B||_F ||A||_F that nearly every increment is small enough; only where that bound
-does not tell is the norm itself computed, with the module in memory.
+In: where each factor lies, and the payload's bytes as they come. Out: nothing, or `Refused`. Every value is seen once, so
+memory does not grow with the update. A sum of squares tells of each factor that ||A||_F and ||B||_F are finite, and
+||scale * B A||_F <= |scale| ||B||_F ||A||_F that nearly every increment is small enough; only where that bound does not tell
+is the norm itself computed, with the module read back from its file.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import grpc
 import numpy as np
 
+from central.durable import storage
 from central.errors import Reason, Refused
 from protos.lora import Array, LoraModule
 
-BLOCK_BYTES = 256 << 10
-"""Read at once; each of the worker threads holds one block and its squares, both in the processor's cache."""
 FLOAT_BYTES = 4
+SUM_VALUES = 1 << 16
+"""Values of one float32 sum."""
+SUM_ERROR = 1.005
+"""A float32 sum of 2**16 squares is wrong by at most 2**16 * 2**-24 = 0.4 %, in whatever order it was made."""
 SMALLEST = 2.0**-126
 """A float32 square below this may have been lost."""
-SUM_ERROR = 1.005
-"""The float32 sum of a block of 2**16 squares is wrong by at most 2**16 * 2**-24 = 0.4 %, in whatever order it was made."""
 
 
 class Entry(NamedTuple):
@@ -48,52 +49,64 @@ Factor = tuple[str, str]
 """Module and A or B."""
 
 
-def check_values(
-    descriptor: int, start: int, entries: Mapping[Factor, Entry], scales: Mapping[str, float], max_norm: float
+class SquareSums:
+    """Sums of squares per factor, made as the values come."""
+
+    def __init__(self, entries: Mapping[Factor, Entry]) -> None:
+        """Raises Refused for a factor that does not begin at a float's boundary."""
+        for (module, factor), entry in entries.items():
+            if entry.begin % FLOAT_BYTES:
+                raise Refused(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    Reason.MALFORMED_PAYLOAD,
+                    f"Module {module!r} has {factor} at byte {entry.begin} of the values; expected a multiple of {FLOAT_BYTES}, "
+                    "where safetensors' writers put it.",
+                )
+        self._left = sorted(entries.items(), key=lambda item: item[1].begin, reverse=True)
+        self._sums = {factor: entry.elements * SMALLEST for factor, entry in entries.items()}
+
+    def add(self, data: memoryview, begin: int) -> None:
+        """Take in the bytes from `begin` of the values on, a multiple of 4 as their number; they come in order."""
+        end = begin + len(data)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            while self._left and self._left[-1][1].begin < end:
+                factor, entry = self._left[-1]
+                at = max(entry.begin, begin)
+                piece = np.frombuffer(data, np.float32, (min(entry.end, end) - at) // FLOAT_BYTES, at - begin)
+                for first in range(0, len(piece), SUM_VALUES):
+                    values = piece[first : first + SUM_VALUES]
+                    # Not np.dot: BLAS would share it out over threads.
+                    self._sums[factor] += float(np.einsum("i,i->", values, values)) * SUM_ERROR
+                if entry.end > end:
+                    return
+                self._left.pop()
+
+    @property
+    def upper_bounds(self) -> Mapping[Factor, float]:
+        """Of each factor's sum of squares, at most 0.6 % above it; NaN or infinite where a value is."""
+        return self._sums
+
+
+def check_norms(
+    sums: SquareSums,
+    path: Path,
+    start: int,
+    entries: Mapping[Factor, Entry],
+    scales: Mapping[str, float],
+    max_norm: float,
 ) -> None:
-    """Raises Refused for a value that is not finite or an increment above `max_norm`; `start` is the end of the header."""
-    squares = sums_of_squares(descriptor, start, entries)
+    """Raises Refused for a value that is not finite or an increment above `max_norm`; values begin at `start` of the file."""
+    squares = sums.upper_bounds
     for name, scale in scales.items():
         bound = abs(scale) * math.sqrt(squares[name, "A"]) * math.sqrt(squares[name, "B"])
         if not bound <= max_norm:  # also when it is NaN
-            a, b = (_read(descriptor, start, entries[name, factor]) for factor in ("A", "B"))
+            a, b = (_read(path, start, entries[name, factor]) for factor in ("A", "B"))
             _check_module(name, LoraModule(a, b, scale), max_norm)
 
 
-def sums_of_squares(descriptor: int, start: int, entries: Mapping[Factor, Entry]) -> dict[Factor, float]:
-    """An upper bound of each factor's sum of squares, at most 0.6 % above it; NaN or infinite where a value is."""
-    sums = {factor: entry.elements * SMALLEST for factor, entry in entries.items()}
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        for begin, end, pieces in _blocks(entries):
-            data = np.frombuffer(os.pread(descriptor, end - begin, start + begin), np.float32)
-            offsets = [(piece_begin - begin) // FLOAT_BYTES for _, piece_begin in pieces]
-            found = np.add.reduceat(np.square(data), offsets)
-            for (factor, _), value in zip(pieces, found.tolist(), strict=True):
-                sums[factor] += value * SUM_ERROR
-    return sums
-
-
-def _blocks(entries: Mapping[Factor, Entry]) -> Iterator[tuple[int, int, Sequence[tuple[Factor, int]]]]:
-    """Ranges of at most `BLOCK_BYTES` that factors fill without a gap, each with the pieces of factors that begin in it."""
-    begin = end = 0
-    pieces: list[tuple[Factor, int]] = []
-    for factor, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        at = entry.begin
-        while at < entry.end:
-            if pieces and (at != end or end - begin >= BLOCK_BYTES):
-                yield begin, end, pieces
-                pieces = []
-            if not pieces:
-                begin = at
-            pieces.append((factor, at))
-            at = end = min(entry.end, begin + BLOCK_BYTES)
-    if pieces:
-        yield begin, end, pieces
-
-
-def _read(descriptor: int, start: int, entry: Entry) -> Array:
-    data = os.pread(descriptor, entry.end - entry.begin, start + entry.begin)
-    return np.frombuffer(data, np.float32).reshape(entry.shape)
+def _read(path: Path, start: int, entry: Entry) -> Array:
+    with storage(path):
+        return np.fromfile(path, np.float32, entry.elements, offset=start + entry.begin).reshape(entry.shape)
 
 
 def _check_module(name: str, module: LoraModule, max_norm: float) -> None:

@@ -23,8 +23,8 @@ class BlobStore(ABC):
         """Keep `data`; returns its digest. Idempotent."""
 
     @abstractmethod
-    def put_file(self, temporary: Path, digest: str) -> None:
-        """Take over the finished file `temporary`, whose digest the caller has checked; it is gone afterwards. Idempotent."""
+    def put_file(self, file: Path, digest: str) -> None:
+        """Keep what is in `file`, whose digest the caller has checked, and who never changes it again. Idempotent."""
 
     @abstractmethod
     def read_range(self, digest: str, start: int, end: int) -> bytes:

@@ -15,6 +15,7 @@ from central.durable import (
     TEMPORARY_SUFFIX,
     make_directory,
     publish,
+    publish_link,
     remove_temporary_files,
     storage,
     sync_directory,
@@ -45,17 +46,13 @@ class DirectoryBlobs(BlobStore):
             write_file(path, data)
         return digest
 
-    def put_file(self, temporary: Path, digest: str) -> None:
+    def put_file(self, file: Path, digest: str) -> None:
         path = self._place(digest)
-        with storage(temporary):
-            other_disk = temporary.stat().st_dev != path.parent.stat().st_dev
-        if other_disk:
-            self._copy(temporary, path)
-            return
-        with storage(temporary):
-            sync_file(temporary)
+        with storage(file):
+            sync_file(file)
             faults.reach("blob.written")
-            publish(temporary, path)
+            if not publish_link(file, path):
+                self._copy(file, path)
             faults.reach("blob.published")
 
     def read_range(self, digest: str, start: int, end: int) -> bytes:
@@ -92,19 +89,17 @@ class DirectoryBlobs(BlobStore):
         with storage(path):
             return path.read_bytes()
 
-    def _copy(self, temporary: Path, path: Path) -> None:
-        """A rename cannot cross from one file system to another."""
+    def _copy(self, file: Path, path: Path) -> None:
         copy = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         with storage(path):
             try:
-                shutil.copyfile(temporary, copy)
+                shutil.copyfile(file, copy)
                 copy.chmod(0o600)
                 sync_file(copy)
                 publish(copy, path)
             except BaseException:
                 copy.unlink(missing_ok=True)
                 raise
-            temporary.unlink()
 
     def _at(self, digest: str) -> Path:
         return self._root / digest[:2] / digest

@@ -55,19 +55,17 @@ class ObjectBlobs(BlobStore):
             self._write(digest, lambda key: self._files.pipe_file(key, data))
         return digest
 
-    def put_file(self, temporary: Path, digest: str) -> None:
-        with storage(temporary):
-            size = temporary.stat().st_size
+    def put_file(self, file: Path, digest: str) -> None:
+        with storage(file):
+            size = file.stat().st_size
         faults.reach("blob.written")
         if self._size(digest) != size:
-            self._write(digest, lambda key: self._files.put_file(str(temporary), key, **self._put_options))
+            self._write(digest, lambda key: self._files.put_file(str(file), key, **self._put_options))
             if (kept := self._size(digest)) != size:
                 raise StorageError(
                     f"{self.where(digest)} has {kept} bytes after {size} were written. Expected all of them; check the store."
                 )
         faults.reach("blob.published")
-        with storage(temporary):
-            temporary.unlink()
 
     def read_range(self, digest: str, start: int, end: int) -> bytes:
         with self._asking():

@@ -19,16 +19,19 @@ RANGE_BYTES = 4 << 20
 def copy_blob(source: BlobStore, digest: str, target: BlobStore, scratch: Path) -> None:
     """Copy one blob by way of the file `scratch`; raises StorageError when it is absent or was altered."""
     found = hashlib.sha256()
-    with storage(scratch), scratch.open("wb") as stream:
+    with storage(scratch):
+        scratch.unlink(missing_ok=True)  # after a kill it may be a blob by another name
+    with storage(scratch), scratch.open("xb") as stream:
         scratch.chmod(0o600)
         for data in _ranges(source, digest):
             found.update(data)
             stream.write(data)
+    if found.hexdigest() == digest:
+        target.put_file(scratch, digest)
+    with storage(scratch):
+        scratch.unlink()
     if found.hexdigest() != digest:
-        with storage(scratch):
-            scratch.unlink()
         raise source.altered(digest, found.hexdigest())
-    target.put_file(scratch, digest)
 
 
 def check_blob(store: BlobStore, digest: str) -> None:

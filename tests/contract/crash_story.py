@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -57,6 +57,8 @@ class Ending:
     rollbacks: int
     leftovers: list[str]
     """Unfinished uploads and temporary files."""
+    resent_bytes: int = field(compare=False)
+    """Bytes of payloads that nodes sent again after a kill."""
 
 
 class Story:
@@ -73,6 +75,7 @@ class Story:
         self._fault = fault
         self._process: asyncio.subprocess.Process | None = None
         self._stack = AsyncExitStack()
+        self._resent_bytes = 0
         self._sent: dict[int, str] = {}
         """Update ids by number."""
 
@@ -134,12 +137,14 @@ class Story:
         begin = Start(release=start.digest, payload=start.payload.digest_sha256, prefix_rank=0, dtype="float32")
         manifest = node.manifest(payload, number + 1, start=begin)
         self._sent[number] = manifest.digest
+        self._resent_bytes -= len(payload)
 
         async def step(central: harness.Central) -> None:
             del central
             known = await node.query(manifest.digest)
             receipt = known.receipt
             if not known.HasField("receipt"):
+                self._resent_bytes += len(payload) - known.committed_bytes
                 receipt = await node.upload(payload, manifest, offset=known.committed_bytes)
             verify(node.answer.release_key_pem, receipt.body, receipt.signature)
 
@@ -274,6 +279,7 @@ class Story:
                     looks=looks,
                     rollbacks=kinds.count(EventKind.ROLLED_BACK),
                     leftovers=[p.name for pattern in ("*.part", "*.tmp") for p in data.rglob(pattern)],
+                    resent_bytes=self._resent_bytes,
                 )
         finally:
             journal.close()

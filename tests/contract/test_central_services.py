@@ -16,11 +16,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from central.errors import ListenError
+from central.errors import ListenError, StorageError
 from central.fleet import pki
 from central.fleet.presence import Presence
-from central.intake import admission
-from central.intake.validation import check_payload
+from central.intake.validation import PayloadCheck
 from central.journal import EventKind
 from central.main import Services
 from protos.fleet.v1 import fleet_pb2
@@ -186,17 +185,35 @@ async def test_bytes_cannot_change_between_their_check_and_their_keeping(
     update_id = node.manifest(payload).digest
     threads: list[threading.Thread] = []
 
+    finish = PayloadCheck.finish
+
     def check(*arguments: Any) -> None:
-        check_payload(*arguments)
+        finish(*arguments)
         # Another stream of the same update, just now.
         threads.append(threading.Thread(target=central.rooms.partial.discard, args=(node.node_id, update_id)))
         threads[0].start()
         threads[0].join(0.2)
 
-    monkeypatch.setattr(admission, "check_payload", check)
+    monkeypatch.setattr(PayloadCheck, "finish", check)
     assert await node.upload(payload)
     threads[0].join(10)
     assert central.rooms.blobs.read(sha256_hex(payload)) == payload
+
+
+async def test_a_journal_that_fails_costs_no_byte_twice(
+    central: Central, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = encode_factors()
+
+    def fail(*_: object) -> None:
+        raise StorageError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(central.rooms.journal, "append", fail)
+        assert (await refusal(node.upload(payload)))[:2] == (grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED")
+    assert (await node.query(node.manifest(payload).digest)).committed_bytes == len(payload)
+    assert await node.upload(payload, offset=len(payload))
+    assert not list(central.settings.data_dir.rglob("*.part"))
 
 
 async def test_a_node_sees_only_its_own_updates(central: Central, node: Node) -> None:

@@ -34,7 +34,9 @@ def admit(commits: GroupCommit, node: str, sequence: int = 1, fail: bool = False
             raise CentralError(f"not {node}")
         return [make.admitted(update)]
 
-    return commits.admit(node, update.digest, events)
+    done: Future[UpdateRecord] = Future()
+    commits.admit(node, update.digest, events, lambda record: record, done)
+    return done
 
 
 def while_busy(journal: Journal, do: Callable[[], Any]) -> tuple[Any, list[int]]:
@@ -89,3 +91,18 @@ def test_an_error_reaches_only_its_own_update(journal: Journal) -> None:
         jobs[1].result(10)
     with journal.read() as state:
         assert len(state.updates) == 2
+
+
+def test_an_answer_that_fails_fails_alone(journal: Journal) -> None:
+    commits = GroupCommit(journal)
+    update, done = make.make_update(make.make_release(), "a"), Future[UpdateRecord]()
+
+    def answer(_: UpdateRecord) -> UpdateRecord:
+        raise CentralError("no receipt")
+
+    commits.admit("a", update.digest, lambda _: [make.admitted(update)], answer, done)
+    with pytest.raises(CentralError, match="no receipt"):
+        done.result(10)
+    assert admit(commits, "b").result(10).manifest.node_id == "b"
+    with journal.read() as state:
+        assert update.digest in state.updates

@@ -6,20 +6,116 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from central.errors import Refused
-from central.intake.partial import PartialUploads
+from central.intake import direct
+from central.intake.direct import WINDOW_BYTES
+from central.intake.partial import Incoming, PartialUploads
 from protos.manifest import sha256_hex
 
 DAY_S = 24 * 3600
 UPDATE = "ab" * 32
 
 
+def unseen(_: memoryview) -> None:
+    """Inspects nothing."""
+
+
+def take(incoming: Incoming, data: bytes) -> None:
+    """As the service does: what is full goes to disk."""
+    rest = memoryview(data)
+    while rest:
+        rest = incoming.take(rest)
+        if incoming.is_full:
+            incoming.write()
+
+
 def write(partial: PartialUploads, node_id: str, update_id: str, offset: int, data: bytes) -> str:
-    incoming = partial.open(node_id, update_id, offset)
-    incoming.write(data)
+    incoming = partial.open(node_id, update_id, offset, unseen)
+    take(incoming, data)
+    incoming.write()
     incoming.close()
     return incoming.digest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("uploads")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 2 * WINDOW_BYTES + 5000), min_size=1, max_size=5),
+    piece=st.sampled_from([1000, 4096, WINDOW_BYTES, 3 * WINDOW_BYTES]),
+    is_direct=st.booleans(),
+)
+def test_every_byte_is_written_hashed_and_seen_once_wherever_the_stream_was_cut(
+    folder: Path, cuts: list[int], piece: int, is_direct: bool
+) -> None:
+    data = some_bytes(sum(cuts))
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_direct:
+            patch.setattr(direct, "_DIRECT", 0)
+        partial = PartialUploads(folder)
+        partial.discard("a", UPDATE)
+        begin = 0
+        for size in cuts:
+            seen = bytearray()
+            incoming = partial.open("a", UPDATE, begin, seen.extend)
+            for at in range(begin, begin + size, piece):
+                take(incoming, data[at : min(at + piece, begin + size)])
+            begin += size
+            if begin == len(data):
+                incoming.write()
+                assert (incoming.digest, bytes(seen)) == (sha256_hex(data), data)
+            incoming.close()
+            assert partial.committed("a", UPDATE) == begin
+        assert partial.path("a", UPDATE).read_bytes() == data
+
+
+def some_bytes(size: int) -> bytes:
+    return (bytes(range(251)) * (size // 251 + 1))[:size]
+
+
+def test_what_a_kill_leaves_is_all_but_the_window(tmp_path: Path) -> None:
+    data = some_bytes(2 * WINDOW_BYTES + 1000)
+    take(PartialUploads(tmp_path).open("a", UPDATE, 0, unseen), data)  # and no close
+    again = PartialUploads(tmp_path)
+    assert again.committed("a", UPDATE) == 2 * WINDOW_BYTES
+    assert write(again, "a", UPDATE, 2 * WINDOW_BYTES, data[2 * WINDOW_BYTES :]) == sha256_hex(data)
+
+
+def test_a_complete_file_is_never_written_again(tmp_path: Path) -> None:
+    """It may be a blob by another name."""
+    partial = PartialUploads(tmp_path)
+    data = some_bytes(5000)
+    write(partial, "a", UPDATE, 0, data)
+    path = partial.path("a", UPDATE)
+    path.chmod(0o600)
+    before = path.stat().st_mtime_ns
+    incoming = PartialUploads(tmp_path).open("a", UPDATE, 5000, unseen)
+    incoming.write()
+    assert incoming.digest == sha256_hex(data)
+    incoming.close()
+    assert path.stat().st_mtime_ns == before
+
+
+def test_windows_are_used_again(tmp_path: Path) -> None:
+    partial = PartialUploads(tmp_path)
+    for number in range(3):
+        write(partial, "a", f"{number:064}", 0, b"x")
+    assert len(partial._windows._unused) == 1
+
+
+def test_admitted_updates_leave_nothing_here(tmp_path: Path) -> None:
+    partial = PartialUploads(tmp_path)
+    for node in ("a", "b"):
+        write(partial, node, UPDATE, 0, b"1")
+    write(partial, "a", "cd" * 32, 0, b"1")
+    partial.discard_all({UPDATE: None})
+    assert [path.stem for path in tmp_path.rglob("*.part")] == ["cd" * 32]
 
 
 def test_the_digest_is_of_all_bytes_also_of_earlier_streams(tmp_path: Path) -> None:
@@ -31,16 +127,18 @@ def test_the_digest_is_of_all_bytes_also_of_earlier_streams(tmp_path: Path) -> N
 @pytest.mark.parametrize("change", ["append", "drop", "replace"])
 def test_a_stream_notices_what_another_did_to_its_file(tmp_path: Path, change: str) -> None:
     partial = PartialUploads(tmp_path)
-    first = partial.open("a", UPDATE, 0)
-    first.write(b"one")
+    first = partial.open("a", UPDATE, 0, unseen)
+    take(first, b"one")
+    first.save()
     if change == "append":
         write(partial, "a", UPDATE, 3, b"two")
     else:
         partial.discard("a", UPDATE)
     if change == "replace":
         write(partial, "a", UPDATE, 0, b"eno")
+    take(first, b"two")
     with pytest.raises(Refused, match="goes on at byte 3"):
-        first.write(b"two")
+        first.write()
     first.close()
 
 

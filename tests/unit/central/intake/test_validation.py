@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from central.errors import Reason, Refused
-from central.intake.validation import MAX_HEADER_BYTES, check_payload
+from central.intake.validation import MAX_HEADER_BYTES, PayloadCheck
 from central.intake.values import increment_norm
 from central.merging.regmean import check_sketches
 from central.settings import LimitSettings
 from protos.lora import LoraModule, LoraTensors, decode, encode
+from protos.manifest import Payload, sha256_hex
 from tests.unit.central import builders as make
 
 SHAPES = {"m": (6, 5)}
@@ -31,11 +32,17 @@ def make_module(seed: int = 0, rank: int = 4, scale: float = 0.5) -> LoraModule:
     )
 
 
-def check(data: bytes) -> None:
+def check(data: bytes, window: int = 64, limits: LimitSettings | None = None, **fields: object) -> None:
+    """As an upload is checked: it comes in windows, and at the end lies in a file."""
+    payload = Payload(digest_sha256=sha256_hex(data), size_bytes=max(1, len(data)))
+    update = make.make_update(make.make_release(), payload=payload, **fields)
+    found = PayloadCheck(update, SHAPES, limits or LimitSettings())
+    for begin in range(0, len(data), window):
+        found.feed(memoryview(data[begin : begin + window]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "payload"
         path.write_bytes(data)
-        check_payload(path, make.make_update(make.make_release()), SHAPES, LimitSettings())
+        found.finish(path)
 
 
 def test_the_norm_is_that_of_the_dense_increment() -> None:
@@ -46,6 +53,34 @@ def test_the_norm_is_that_of_the_dense_increment() -> None:
 
 def test_a_good_payload_passes() -> None:
     check(encode(LoraTensors({"m": make_module()})))
+
+
+@settings(max_examples=60, deadline=None)
+@given(window=st.integers(1, 300).map(lambda count: 4 * count), bad=st.none() | st.integers(0, 43))
+def test_the_windows_in_which_it_comes_change_nothing(window: int, bad: int | None) -> None:
+    module = make_module()
+    values = np.concatenate([module.A.ravel(), module.B.ravel()])
+    if bad is not None:
+        values[bad] = np.nan
+    module = LoraModule(values[:20].reshape(4, 5), values[20:].reshape(6, 4), 0.5)
+    with contextlib.nullcontext() if bad is None else pytest.raises(Refused, match="NaN"):
+        check(encode(LoraTensors({"m": module})), window)
+
+
+def test_a_payload_that_ends_within_its_header_is_refused() -> None:
+    data = encode(LoraTensors({"m": make_module()}))
+    for size in (3, 8, 100):
+        with pytest.raises(Refused, match=f"ends within its header, after {size} bytes"):
+            check(data[:size])
+
+
+@pytest.mark.parametrize(("padding", "message"), [(1, "multiple of 8"), (4, "")])
+def test_values_that_lie_across_the_borders_of_floats_are_refused(padding: int, message: str) -> None:
+    data = encode(LoraTensors({"m": make_module()}))
+    size = int.from_bytes(data[:8], "little")
+    moved = (size + padding).to_bytes(8, "little") + data[8 : 8 + size] + b" " * padding + data[8 + size :]
+    with pytest.raises(Refused, match=message) if message else contextlib.nullcontext():
+        check(moved)
 
 
 def test_a_smaller_rank_than_the_manifest_says_is_refused() -> None:
@@ -107,12 +142,7 @@ def sketched(**changes: np.ndarray) -> LoraTensors:
 
 
 def check_sketched(tensors: LoraTensors) -> None:
-    data = encode(tensors)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "payload"
-        path.write_bytes(data)
-        update = make.make_update(make.make_release(), sections=sorted(tensors.sections))
-        check_payload(path, update, SHAPES, LimitSettings(max_gram_rank=3))
+    check(encode(tensors), limits=LimitSettings(max_gram_rank=3), sections=sorted(tensors.sections))
 
 
 def test_a_sketch_that_regmean_can_read_is_admitted() -> None:
@@ -162,10 +192,8 @@ def test_sections_that_the_manifest_does_not_name_are_refused() -> None:
 def test_damaged_sketches_are_refused_or_still_readable(position: int, replacement: bytes) -> None:
     good = encode(sketched())
     data = good[:position] + replacement + good[position + len(replacement) :]
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Refused):
-        path = Path(folder) / "payload"
-        path.write_bytes(data)
-        check_payload(path, make.make_update(make.make_release(), sections=["gram/m"]), SHAPES, LimitSettings())
+    with contextlib.suppress(Refused):
+        check(data, sections=["gram/m"])
         check_sketches(decode(data))
 
 
