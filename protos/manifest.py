@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -48,9 +49,15 @@ class Document(BaseModel):
     def to_bytes(self) -> bytes:
         return canonical_json(self.model_dump(mode="json"))
 
-    @property
+    @cached_property
     def digest(self) -> str:
+        """SHA-256 of the canonical bytes: the document's id."""
         return sha256_hex(self.to_bytes())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("digest", None)  # pydantic copies what was cached too
+        return copy
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

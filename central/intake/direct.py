@@ -19,7 +19,7 @@ from protos.manifest import CHUNK_BYTES
 
 BLOCK_BYTES = 4096
 """Offsets, lengths and addresses must be multiples of it; disks ask for 512 or this."""
-WINDOW_BYTES = CHUNK_BYTES
+WINDOW_BYTES = 8 * CHUNK_BYTES
 """One chunk of a node: a kill of central costs no more of an upload."""
 KEPT_WINDOWS = 512
 """So many unused windows stay allocated: 64 MiB."""
@@ -38,7 +38,7 @@ class Windows:
         with self._lock:
             if self._unused:
                 return self._unused.pop()
-        return memoryview(mmap.mmap(-1, WINDOW_BYTES))
+        return memoryview(mmap.mmap(-1, WINDOW_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     def give_back(self, window: memoryview) -> None:
         """Its borrower uses it no longer."""

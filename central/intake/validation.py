@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from central.errors import Reason, Refused
 from central.intake.sections import check_sections, is_known
-from central.intake.values import FLOAT_BYTES, Entry, Factor, SquareSums, check_norms
+from central.intake.values import FLOAT_BYTES, Entry, Factor, Layout, SquareSums, check_norms, lay_out
 from central.journal import NodeRecord, State
 from central.settings import LimitSettings
 from protos.lora import LoraCodecError, LoraTensors, assemble, scales_of
@@ -30,6 +32,8 @@ from protos.manifest import ManifestError, UpdateManifest, verify
 MAX_MANIFEST_BYTES = 64 << 10
 MAX_HEADER_BYTES = 8 << 20
 """Of a payload's safetensors header; parsed, it takes many times as much memory."""
+KNOWN_HEADER_BYTES = 256 << 10
+"""Larger ones are read again each time: 64 of them would take too much memory."""
 Shapes = Mapping[str, tuple[int, int]]
 
 
@@ -118,6 +122,7 @@ class PayloadCheck:
         self._start = bytearray()
         """The file's beginning, until the header is complete."""
         self._header: _Header | None = None
+        self._sums = SquareSums(())
         self._refusal: Refused | None = None
 
     def feed(self, data: memoryview) -> None:
@@ -139,7 +144,7 @@ class PayloadCheck:
                 Reason.MALFORMED_PAYLOAD,
                 f"The payload ends within its header, after {self._position} bytes. See protos/lora.py.",
             )
-        check_norms(header.sums, path, header.size, header.entries, header.scales, self._limits.max_norm)
+        check_norms(self._sums, path, header.size, header.entries, header.scales, self._limits.max_norm)
         check_sections(path, header.size, header.document, self._shapes, self._limits)
 
     def _look(self, data: memoryview) -> None:
@@ -149,39 +154,58 @@ class PayloadCheck:
             size = _header_size(self._start)
             if size is None:
                 return
-            header = bytes(self._start[:size])
+            self._header = self._read_header(bytes(self._start[:size]))
+            self._sums = SquareSums(self._header.layout)
             self._start.clear()
-            self._header = _Header(header, self._manifest, self._shapes)
             data, position = data[size - begin :], size
         else:
             position = self._position
-        self._header.sums.add(data, position - self._header.size)
+        self._sums.add(data, position - self._header.size)
+
+    def _read_header(self, data: bytes) -> _Header:
+        manifest = self._manifest
+        read = _read_header if len(data) <= KNOWN_HEADER_BYTES else _read_header.__wrapped__
+        header = read(data, manifest.payload.size_bytes)
+        _check_shapes(header.entries, manifest, self._shapes)
+        if header.rank != manifest.rank:
+            raise _refused(Reason.BAD_SHAPE, f"Largest rank is {header.rank}; the manifest says {manifest.rank}.")
+        if header.sections != manifest.sections:
+            raise _refused(
+                Reason.UNKNOWN_SECTION, f"Sections are {header.sections}; the manifest says {manifest.sections}."
+            )
+        return header
 
 
+@dataclass(frozen=True)
 class _Header:
-    """A payload's header, found right, and what it says."""
+    """What a payload's header says."""
 
-    def __init__(self, data: bytes, manifest: UpdateManifest, shapes: Shapes) -> None:
-        """Raises Refused; `data` has the eight bytes of its length too."""
-        self.size = len(data)
-        self.document = _parse(data)
-        self.entries = _lora_entries(self.document)
-        _check_shapes(self.entries, manifest, shapes)
-        if self.size % FLOAT_BYTES:
-            raise _refused(
-                Reason.MALFORMED_PAYLOAD,
-                f"The payload's header has {self.size} bytes with its length; expected a multiple of 8, as safetensors' writers pad it.",
-            )
-        layout = _decode_layout(data, self.document, manifest.payload.size_bytes)
-        if layout.rank != manifest.rank:
-            raise _refused(Reason.BAD_SHAPE, f"Largest rank is {layout.rank}; the manifest says {manifest.rank}.")
-        if sorted(layout.sections) != manifest.sections:
-            raise _refused(
-                Reason.UNKNOWN_SECTION,
-                f"Sections are {sorted(layout.sections)}; the manifest says {manifest.sections}.",
-            )
-        self.scales = {name: module.scale for name, module in layout.modules.items()}
-        self.sums = SquareSums(self.entries)
+    size: int
+    """In bytes, with the eight of its length: where the values begin."""
+    document: dict[str, Any]
+    entries: Entries
+    layout: Layout
+    scales: dict[str, float]
+    rank: int
+    sections: list[str]
+
+
+@lru_cache(maxsize=64)
+def _read_header(data: bytes, size_bytes: int) -> _Header:
+    """The header of a payload of `size_bytes`, if protos.lora.decode would read it; raises Refused.
+
+    Nodes with one configuration send the same header with every update, and reading it costs as much as hashing 500 KB.
+    """
+    document = _parse(data)
+    entries = _lora_entries(document)
+    if len(data) % FLOAT_BYTES:
+        raise _refused(
+            Reason.MALFORMED_PAYLOAD,
+            f"The payload's header has {len(data)} bytes with its length; expected a multiple of 8, as safetensors' writers pad it.",
+        )
+    tensors = _decode_layout(data, document, size_bytes)
+    scales = {name: module.scale for name, module in tensors.modules.items()}
+    return _Header(len(data), document, entries, lay_out(entries), scales, tensors.rank, sorted(tensors.sections))
 
 
 def _header_size(start: bytearray) -> int | None:

@@ -49,21 +49,29 @@ Factor = tuple[str, str]
 """Module and A or B."""
 
 
+Layout = tuple[tuple[Factor, Entry], ...]
+"""Where the factors lie, from the payload's end to its beginning."""
+
+
+def lay_out(entries: Mapping[Factor, Entry]) -> Layout:
+    """Raises Refused for a factor that does not begin at a float's boundary."""
+    for (module, factor), entry in entries.items():
+        if entry.begin % FLOAT_BYTES:
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                Reason.MALFORMED_PAYLOAD,
+                f"Module {module!r} has {factor} at byte {entry.begin} of the values; expected a multiple of {FLOAT_BYTES}, where "
+                "safetensors' writers put it.",
+            )
+    return tuple(sorted(entries.items(), key=lambda item: item[1].begin, reverse=True))
+
+
 class SquareSums:
     """Sums of squares per factor, made as the values come."""
 
-    def __init__(self, entries: Mapping[Factor, Entry]) -> None:
-        """Raises Refused for a factor that does not begin at a float's boundary."""
-        for (module, factor), entry in entries.items():
-            if entry.begin % FLOAT_BYTES:
-                raise Refused(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    Reason.MALFORMED_PAYLOAD,
-                    f"Module {module!r} has {factor} at byte {entry.begin} of the values; expected a multiple of {FLOAT_BYTES}, "
-                    "where safetensors' writers put it.",
-                )
-        self._left = sorted(entries.items(), key=lambda item: item[1].begin, reverse=True)
-        self._sums = {factor: entry.elements * SMALLEST for factor, entry in entries.items()}
+    def __init__(self, layout: Layout) -> None:
+        self._left = list(layout)
+        self._sums = {factor: entry.elements * SMALLEST for factor, entry in layout}
 
     def add(self, data: memoryview, begin: int) -> None:
         """Take in the bytes from `begin` of the values on, a multiple of 4 as their number; they come in order."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from central.errors import Reason, Refused
 from central.intake import values
-from central.intake.values import Entry, Factor, SquareSums, check_norms, increment_norm
+from central.intake.values import Entry, Factor, SquareSums, check_norms, increment_norm, lay_out
 from protos.lora import LoraModule
 
 START = 24
@@ -36,7 +36,7 @@ def written(modules: dict[str, LoraModule], gap: int = 0) -> Iterator[tuple[Path
 
 
 def sums_of(path: Path, entries: dict[Factor, Entry], window: int) -> SquareSums:
-    sums, data = SquareSums(entries), path.read_bytes()[START:]
+    sums, data = SquareSums(lay_out(entries)), path.read_bytes()[START:]
     for begin in range(0, len(data), window):
         sums.add(memoryview(data[begin : begin + window]), begin)
     return sums
@@ -71,7 +71,7 @@ def test_the_sums_are_upper_bounds_whatever_the_windows(ranks: list[int], gap: i
 
 def test_a_factor_that_begins_within_a_float_is_refused() -> None:
     with written({"m": make(0, 4)}, gap=1) as (_, entries), pytest.raises(Refused, match="expected a multiple of 4"):
-        SquareSums(entries)
+        lay_out(entries)
 
 
 def check(module: LoraModule, max_norm: float) -> None:
