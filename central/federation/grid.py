@@ -123,7 +123,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
     def get_node_ids(self) -> Iterable[int]:
         """Flower's numbers for the cohort's nodes that are not revoked."""
         with self._journal.read() as state:
-            return [flower_id(node_id) for node_id in _nodes(state, self._cohort)]
+            return [flower_id(node_id) for node_id in state.members(self._cohort)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Make the messages durable offers; returns the ids of the offers that stand for them."""
@@ -160,7 +160,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
     def wait_for_node(self) -> bool:
         """Wait until the cohort has a node that is not revoked; False when stopped."""
-        return self._wait(lambda state: bool(_nodes(state, self._cohort)), None) is not None
+        return self._wait(lambda state: bool(state.members(self._cohort)), None) is not None
 
     @property
     def stopped(self) -> bool:
@@ -272,7 +272,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
                 "deadline_at": deadline.isoformat(timespec="microseconds").replace("+00:00", "Z"),
                 "nodes": [
                     node
-                    for node in _nodes(state, self._cohort)
+                    for node in state.members(self._cohort)
                     if flower_id(node) in asked and node not in answered and (ask.nodes is None or node in ask.nodes)
                 ],
             }
@@ -303,7 +303,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
     def _missing(self, state: State, offers: list[EvaluationRecord]) -> set[str]:
         """Nodes of the look's last offer that are not revoked and have not reported."""
-        return set(offers[-1].nodes).intersection(_nodes(state, self._cohort)) - set(reports_of_look(state, offers))
+        return set(offers[-1].nodes).intersection(state.members(self._cohort)) - set(reports_of_look(state, offers))
 
     def _worth_waiting(self, state: State, node_id: str, offer: EvaluationRecord) -> bool:
         """A node that is away gets the grace to come back, counted anew after a restart of central. At a later look, whose deadline
@@ -375,10 +375,6 @@ class JournalGrid(Grid):  # type: ignore[misc]
             if value is not None:
                 return value
         return None
-
-
-def _nodes(state: State, cohort: str) -> list[str]:
-    return [node.node_id for node in state.nodes.values() if node.cohort == cohort and not node.revoked]
 
 
 def _closed(state: State, offer: EvaluationRecord) -> bool:

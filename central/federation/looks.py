@@ -146,7 +146,7 @@ def _tasks_asked(offers: Sequence[EvaluationRecord], name: str) -> int:
 
 def offers_of(state: State, candidate: str, look: int | None = None) -> list[EvaluationRecord]:
     """The candidate's offers, oldest first, those of one look when it is given."""
-    return [o for o in state.evaluations.values() if o.candidate == candidate and look in (None, o.look)]
+    return [offer for offer in state.offers_of(candidate) if look in (None, offer.look)]
 
 
 def reports_of_look(state: State, offers: Sequence[EvaluationRecord]) -> dict[str, EvaluationReport]:

@@ -82,8 +82,8 @@ def newer_base(state: State, head: ReleaseRecord) -> ReleaseRecord | None:
     newest = state.head(current.cohort) if current else None
     if current is None or newest is None or newest.release_id == current.release_id:
         return None
-    anybody = any(node.cohort == head.cohort and not node.revoked for node in state.nodes.values())
-    return newest if anybody and (head.release_id, newest.release_id) not in state.compositions else None
+    tried = (head.release_id, newest.release_id) in state.compositions
+    return newest if state.members(head.cohort) and not tried else None
 
 
 def _plan(head: ReleaseRecord, policy: MergePolicy, now: str, **fields: Any) -> MergePlan:

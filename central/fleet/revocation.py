@@ -24,8 +24,8 @@ def revoke_node(journal: Journal, node_id: str, by: str) -> None:
         # Set aside first: a revoked node's update would not go back to waiting when a merge is cancelled for another one.
         unmerged = [
             NewEvent(EventKind.UPDATE_SET_ASIDE, update.cohort, update.update_id, {"reason": REVOKED})
-            for update in state.updates.values()
-            if update.manifest.node_id == node_id and update.state in ("waiting", "planned", "quarantined")
+            for update in state.updates_of(node_id)
+            if update.state in ("waiting", "planned", "quarantined")
         ]
         journal.append(*unmerged, NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id, {"by": by}))
 

@@ -149,16 +149,16 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                     offer_id=offer.offer_id, max_rank=offer.max_rank, gram_rank=offer.gram_rank
                 )
                 wanted[f"train {offer.offer_id}"] = fleet_pb2.WatchResponse(train=train)
-            for record in state.evaluations.values():
-                left_s = self._left_s(state, record, node)
+            candidates = [plan.candidate for plan in state.open_plans(node.cohort) if plan.candidate is not None]
+            for record in (offer for candidate in candidates for offer in state.offers_of(candidate)):
+                left_s = self._left_s(record, node)
                 if left_s > 0:
                     wanted[f"evaluation {record.offer_id}"] = _evaluation(state, record, left_s)
             return wanted
 
-    def _left_s(self, state: State, record: EvaluationRecord, node: NodeRecord) -> float:
+    def _left_s(self, record: EvaluationRecord, node: NodeRecord) -> float:
         """Seconds in which a report of this node still counts; 0 when it is not waited for."""
-        open_for_node = node.node_id in record.nodes and node.node_id not in record.reports
-        if not open_for_node or state.releases[record.candidate].state != "candidate":
+        if node.node_id not in record.nodes or node.node_id in record.reports:
             return 0.0
         return (datetime.fromisoformat(record.deadline_at) - self._clock()).total_seconds()
 

@@ -21,11 +21,12 @@ class Channels(Contributions):
 
     def _promoted(self, event: Event) -> None:
         self._expect_accepted(event, event.subject)
+        before = self.channels[(event.cohort, "stable")]
         for channel in event.body.get("ends", ()):
             self._point(event, channel, None, event.body["by"])
         self._point(event, event.body["channel"], event.subject, event.body["by"])
         self._settle_forgets(event)
-        self._withdraw_composed(event.cohort)
+        self._withdraw_composed(event.cohort, since=before)
 
     def _rolled_back(self, event: Event) -> None:
         body = event.body
@@ -45,7 +46,7 @@ class Channels(Contributions):
             held = [u for u in release.manifest.updates if self._is_merged_in(u, release_id)]
             self._release_updates(event, held, ("merged",), requeue, release.manifest.label)
         self._cancel_built_on(event, abandoned, "rolled back", requeue)
-        self._fail_removals(abandoned)
+        self._fail_removals(event.cohort, abandoned)
         for _, channel in [key for key, head in self.channels.items() if head in abandoned and key[1] != "stable"]:
             self._point(event, channel, None, body["by"])
         if rolled == "stable" or self.channels[(event.cohort, "stable")] != event.subject:
@@ -60,7 +61,7 @@ class Channels(Contributions):
                 event, f"the canary is {canary}; node {node.node_id} of {node.cohort!r}, revoked {node.revoked}"
             )
         report = CanaryReport(node.node_id, event.body["condition"], event.body["problem"], event.at)
-        self._changes.put(self.canary_reports, event.subject, (*self.canary_reports.get(event.subject, ()), report))
+        self._changes.append(self.canary_reports, event.subject, report)
 
     def _plan_composition(self, event: Event, plan: MergePlan) -> None:
         """A plan names a release of the cohort that its own builds on, if there is one; without updates a stable one."""
@@ -73,10 +74,10 @@ class Channels(Contributions):
                 raise conflict(event, f"release {base.release_id} of {other!r} is {base.state}")
             self._changes.put(self.compositions, (plan.parent, base.release_id), event.subject)
 
-    def _fail_removals(self, abandoned: Collection[str]) -> None:
+    def _fail_removals(self, cohort: str, abandoned: Collection[str]) -> None:
         # Only a canary can hold a removal that is not done: it is done when stable has it.
-        for order in list(self.forgets.values()):
-            made = self.plans[order.plan_id].candidate if order.state == "planned" and order.plan_id else None
+        for order in self.pending_forgets(cohort):
+            made = self.plans[order.plan_id].candidate if order.plan_id else None
             if made in abandoned:
                 failed = replace(order, state="failed", plan_id=None, reason="its release was rolled back from canary")
-                self._changes.put(self.forgets, order.order_id, failed)
+                self._put_order(failed)

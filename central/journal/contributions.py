@@ -75,11 +75,11 @@ class Contributions(Transitions):
         if (release.cohort, node.cohort) != (event.cohort, event.cohort):
             raise conflict(event, f"release of {release.cohort!r}, node of {node.cohort!r}")
         if before := self.serving.get(node.node_id):
-            periods = self.served[before.release_id]
-            ended = tuple(replace(period, until=event.at) if period is before else period for period in periods)
-            self._changes.put(self.served, before.release_id, ended)
+            index = self._served_at[node.node_id]
+            self._changes.replace(self.served[before.release_id], index, replace(before, until=event.at))
         period = ServedPeriod(node.node_id, release.release_id, event.at)
-        self._changes.put(self.served, release.release_id, (*self.served.get(release.release_id, ()), period))
+        self._changes.put(self._served_at, node.node_id, len(self.served.get(release.release_id, ())))
+        self._changes.append(self.served, release.release_id, period)
         self._changes.put(self.serving, node.node_id, period)
 
     # Forgetting: ordered, planned as a removal, done when the stable head holds nothing of it.
@@ -104,7 +104,7 @@ class Contributions(Transitions):
             by=body["by"],
             at=event.at,
         )
-        self._changes.put(self.forgets, event.subject, order)
+        self._put_order(order)
         self._settle_forgets(event)
 
     def _forget_failed(self, event: Event) -> None:
@@ -113,9 +113,7 @@ class Contributions(Transitions):
             raise conflict(event, f"the order of cohort {order.cohort!r} is {order.state}")
         if order.plan_id is not None and not self.plans[order.plan_id].decided:
             self._cancel(event, self.plans[order.plan_id], event.body["reason"], requeue=True)
-        self._changes.put(
-            self.forgets, order.order_id, replace(order, state="failed", plan_id=None, reason=event.body["reason"])
-        )
+        self._put_order(replace(order, state="failed", plan_id=None, reason=event.body["reason"]))
 
     def _plan_removal(self, event: Event, plan: MergePlan) -> None:
         """The removal that `plan` has is of an order that waits for one, and of what the plan's parent holds."""
@@ -127,14 +125,14 @@ class Contributions(Transitions):
             raise conflict(
                 event, f"order {order.order_id} is {order.state}; its parent holds {len(held)} of its updates"
             )
-        self._changes.put(self.forgets, order.order_id, replace(order, state="planned", plan_id=event.subject))
+        self._put_order(replace(order, state="planned", plan_id=event.subject))
 
     def _decide_removal(self, plan: PlanRecord, verdict: VerdictRecord) -> None:
         """An accepted removal is done when its release is promoted."""
         removal = plan.plan.removal
         if removal is not None and not verdict.accepted:
             order = self.forgets[removal.order]
-            self._changes.put(self.forgets, order.order_id, replace(order, state="rejected", reason=verdict.text))
+            self._put_order(replace(order, state="rejected", reason=verdict.text))
 
     def _settle_forgets(self, event: Event) -> None:
         """Forget what the stable head does not hold, of every order of the cohort."""
@@ -144,21 +142,26 @@ class Contributions(Transitions):
         ordered = [update for order in orders for update in order.updates]
         head = self.channels[(event.cohort, "stable")]
         held = self.holders(event.cohort, ordered).get(head, frozenset())
+        forgotten: list[str] = []
         for order in orders:
             for update_id in order.updates:
                 if update_id not in held and self.updates[update_id].state != "forgotten":
                     self._cancel_plan_of(event, update_id)
                     self._move(event, update_id, "forgotten", _FORGETTABLE, f"by order of {order.by}, {order.at}")
+                    forgotten.append(update_id)
             if held.isdisjoint(order.updates):
-                self._changes.put(self.forgets, order.order_id, replace(order, state="done"))
+                self._put_order(replace(order, state="done"))
+        # No release that is made later holds any of it: plans on these releases are cancelled with their withdrawal.
+        for release_id in self.holders(event.cohort, forgotten):
+            self._changes.put(self._holding_forgotten, release_id, None)
         self._withdraw(event)
 
     def _withdraw(self, event: Event) -> None:
         """Releases that hold something forgotten are never promoted again; the line's other updates stay with the line."""
-        forgotten = [u.update_id for u in self.updates.values() if u.cohort == event.cohort and u.state == "forgotten"]
-        holders = self.holders(event.cohort, forgotten)
         line = {release.release_id for release in self.lineage(self.channels[(event.cohort, "stable")])}
-        for release in [self.releases[release_id] for release_id in holders]:
+        holding = [self.releases[release_id] for release_id in self._holding_forgotten]
+        holders = {release.release_id: release for release in holding if release.cohort == event.cohort}
+        for release in holders.values():
             if release.state == "accepted":
                 self._changes.put(self.releases, release.release_id, replace(release, state="withdrawn"))
                 held = [u for u in release.manifest.updates if self._is_merged_in(u, release.release_id)]
@@ -171,12 +174,17 @@ class Contributions(Transitions):
             if cohort == event.cohort and channel != "stable" and head in holders:
                 self._point(event, channel, None, "central")
 
-    def _withdraw_composed(self, cohort: str) -> None:
-        """The same for a cohort that builds on another: what its stable head has left behind; the head goes when it moves."""
+    def _withdraw_composed(self, cohort: str, since: str | None = None) -> None:
+        """The same for a cohort that builds on another: what its stable head has left behind; the head goes when it moves.
+
+        With `since`, an earlier head, only what was left behind from there on: the rest was looked at when it was.
+        """
         other = self.builds_on.get(cohort)
         if other is None or not any((o.cohort, o.state) == (other, "done") for o in self.forgets.values()):
             return
-        for release in self.lineage(self.channels[(cohort, "stable")])[1:]:
+        release = self.releases[self.channels[(cohort, "stable")]]
+        while release.release_id != since and release.manifest.parent is not None:
+            release = self.releases[release.manifest.parent]
             if release.state == "accepted" and self.forgotten_in(release.release_id):
                 self._changes.put(self.releases, release.release_id, replace(release, state="withdrawn"))
 

@@ -37,26 +37,36 @@ class Records:
         self.plans: dict[str, PlanRecord] = {}
         self.releases: dict[str, ReleaseRecord] = {}
         self.channels: dict[tuple[str, str], str] = {}
-        self.channel_changes: dict[tuple[str, str], tuple[ChannelChange, ...]] = {}
+        self.channel_changes: dict[tuple[str, str], list[ChannelChange]] = {}
         self.train_offers: dict[str, TrainOfferRecord] = {}
         self.builds_on: dict[str, str] = {}
         """The cohort that a cohort builds on; cohorts that build on none are not in it."""
         self.compositions: dict[tuple[str, str], str] = {}
         """Plans without updates by (parent, release of the other cohort that it was to be composed with)."""
-        self.canary_reports: dict[str, tuple[CanaryReport, ...]] = {}
+        self.canary_reports: dict[str, list[CanaryReport]] = {}
         self.evaluations: dict[str, EvaluationRecord] = {}
         self.isolations: dict[str, Isolation] = {}
         self.forgets: dict[str, ForgetRecord] = {}
         self.serving: dict[str, ServedPeriod] = {}
-        self.served: dict[str, tuple[ServedPeriod, ...]] = {}
+        self.served: dict[str, list[ServedPeriod]] = {}
         self.forgotten_payloads: dict[tuple[str, str], str] = {}
         """Forgotten update by cohort and digest of its payload."""
         self.collected: dict[str, CollectedBlob] = {}
         self.collections: dict[str, tuple[str, ...]] = {}
         self._genesis: dict[str, str] = {}
+        # Indexes: what is asked at every append, wake-up or call costs the same after years. Each is what a scan of the records above
+        # would find (tests/unit/central/journal/test_indexes.py). Tuples where what leaves must come back in its place.
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
         self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._by_node: dict[str, list[str]] = {}
         self._kept_bytes: dict[str, int] = {}
+        self._members: dict[str, list[str]] = {}
+        self._open_plans: dict[str, tuple[str, ...]] = {}
+        self._offers: dict[str, tuple[str, ...]] = {}
+        self._pending_forgets: dict[str, tuple[str, ...]] = {}
+        self._ordered_payloads: dict[tuple[str, str], int] = {}
+        self._holding_forgotten: dict[str, None] = {}
+        self._served_at: dict[str, int] = {}
 
     def cohorts(self) -> list[str]:
         """Cohorts in the order of their creation."""
@@ -101,7 +111,15 @@ class Records:
 
     def open_plans(self, cohort: str) -> list[PlanRecord]:
         """Plans of the cohort without a verdict, oldest first."""
-        return [record for record in self.plans.values() if record.plan.cohort == cohort and not record.decided]
+        return [self.plans[plan_id] for plan_id in self._open_plans.get(cohort, ())]
+
+    def offers_of(self, candidate: str) -> list[EvaluationRecord]:
+        """The candidate's evaluation offers, oldest first."""
+        return [self.evaluations[offer_id] for offer_id in self._offers.get(candidate, ())]
+
+    def members(self, cohort: str) -> list[str]:
+        """Nodes of the cohort that are not revoked, in the order of their enrolment."""
+        return [node_id for node_id in self._members.get(cohort, ()) if not self.nodes[node_id].revoked]
 
     def suspects(self, cohort: str) -> list[UpdateRecord]:
         """The updates to be tried next, without others, in admission order; empty when no search goes on (isolation.py).
@@ -122,7 +140,7 @@ class Records:
 
     def updates_of(self, node_id: str) -> list[UpdateRecord]:
         """The node's admitted updates in admission order."""
-        return [update for update in self.updates.values() if update.manifest.node_id == node_id]
+        return [self.updates[update_id] for update_id in self._by_node.get(node_id, ())]
 
     def removed(self, release: ReleaseRecord) -> list[str]:
         """The updates that the release's own merge took out of its parent."""
@@ -152,23 +170,21 @@ class Records:
     def forgotten_in(self, release_id: str) -> list[str]:
         """Forgotten updates that the release still holds, itself or in what it is composed with; oldest merge first."""
         base = self.base_of(self.releases[release_id])
-        held = [*self.contributions(release_id), *(self.contributions(base.release_id) if base else ())]
+        holding = [held for held in (release_id, *((base.release_id,) if base else ())) if self.has_forgotten(held)]
+        held = (update_id for holder in holding for update_id in self.contributions(holder))
         return [update_id for update_id in held if self.updates[update_id].state == "forgotten"]
 
     def is_forgotten_payload(self, cohort: str, digest: str) -> bool:
         """Whether an update of the cohort with just these bytes is forgotten, or is ordered to be."""
-        ordered = (update_id for order in self.pending_forgets(cohort) for update_id in order.updates)
-        return (cohort, digest) in self.forgotten_payloads or any(
-            self.updates[update_id].manifest.payload.digest_sha256 == digest for update_id in ordered
-        )
+        return (cohort, digest) in self.forgotten_payloads or self._ordered_payloads.get((cohort, digest), 0) > 0
 
     def has_forgotten(self, release_id: str) -> bool:
         """Whether the release's own product holds something forgotten: nothing reads it any more to build another."""
-        return any(self.updates[update_id].state == "forgotten" for update_id in self.contributions(release_id))
+        return release_id in self._holding_forgotten
 
     def pending_forgets(self, cohort: str) -> list[ForgetRecord]:
         """Orders whose removal is not released yet, oldest first."""
-        return [o for o in self.forgets.values() if o.cohort == cohort and o.state in ("ordered", "planned")]
+        return [self.forgets[order_id] for order_id in self._pending_forgets.get(cohort, ())]
 
     def lineage(self, release_id: str) -> list[ReleaseRecord]:
         """The release and its ancestors down to version 0."""

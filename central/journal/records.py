@@ -119,6 +119,11 @@ class ReleaseRecord:
     server_state: str | None = None
     """Blob with what its strategy carries to the next merge (federation/server_state.py); merges on this release need it."""
 
+    @property
+    def label(self) -> str:
+        """The manifest's label, without computing its digest again."""
+        return f"v{self.manifest.version}-{self.release_id[:8]}"
+
 
 @dataclass(frozen=True)
 class ChannelChange:

@@ -29,7 +29,7 @@ from central.journal.records import (
     VerdictRecord,
 )
 from central.journal.transitions import conflict, known
-from protos.manifest import UpdateManifest
+from protos.manifest import UpdateManifest, sha256_hex
 
 
 class State(Channels, Collections):
@@ -78,6 +78,7 @@ class State(Channels, Collections):
                 enrolled_at=event.at,
             ),
         )
+        self._changes.append(self._members, event.cohort, event.subject)
 
     def _node_revoked(self, event: Event) -> None:
         node = known(event, self.nodes, event.subject, "node")
@@ -101,12 +102,12 @@ class State(Channels, Collections):
 
     def _update_admitted(self, event: Event) -> None:
         self._expect_new(event, self.updates)
-        manifest = UpdateManifest.from_bytes(event.body["manifest"].encode())
+        data = event.body["manifest"].encode()
+        manifest, digest = UpdateManifest.from_bytes(data), sha256_hex(data)
         node = known(event, self.nodes, manifest.node_id, "node")
-        if node.cohort != event.cohort or manifest.digest != event.subject or node.revoked:
+        if node.cohort != event.cohort or digest != event.subject or node.revoked:
             raise conflict(
-                event,
-                f"node {node.node_id} is of cohort {node.cohort!r}, revoked: {node.revoked}, manifest {manifest.digest}",
+                event, f"node {node.node_id} is of cohort {node.cohort!r}, revoked: {node.revoked}, manifest {digest}"
             )
         record = UpdateRecord(
             update_id=event.subject,
@@ -122,13 +123,15 @@ class State(Channels, Collections):
         self._name_blobs([manifest.payload.digest_sha256])
         key = (manifest.node_id, manifest.start.release)
         self._changes.put(self._by_start, key, (*self._by_start.get(key, ()), event.subject))
+        self._changes.append(self._by_node, manifest.node_id, event.subject)
 
     def _merge_planned(self, event: Event) -> None:
         self._expect_new(event, self.plans)
-        plan = MergePlan.from_bytes(event.body["plan"].encode())
+        data = event.body["plan"].encode()
+        plan, digest = MergePlan.from_bytes(data), sha256_hex(data)
         parent = known(event, self.releases, plan.parent, "release")
-        if plan.digest != event.subject or plan.cohort != event.cohort or parent.cohort != event.cohort:
-            raise conflict(event, f"plan {plan.digest} of cohort {plan.cohort!r} builds on one of {parent.cohort!r}")
+        if digest != event.subject or plan.cohort != event.cohort or parent.cohort != event.cohort:
+            raise conflict(event, f"plan {digest} of cohort {plan.cohort!r} builds on one of {parent.cohort!r}")
         if plan.removal is not None:
             self._plan_removal(event, plan)
         elif not plan.updates and plan.builds_on is None:
@@ -146,7 +149,7 @@ class State(Channels, Collections):
             self._move(event, planned.update_id, "planned", ("waiting",), plan_id=event.subject)
         suspects = {update.update_id for update in suspected}
         isolates = self.isolations[event.cohort].plan_id if suspects >= planned_ids > set() else None
-        self._changes.put(self.plans, event.subject, PlanRecord(event.subject, plan, isolates=isolates))
+        self._put_plan(PlanRecord(event.subject, plan, isolates=isolates))
 
     def _candidate_built(self, event: Event) -> None:
         record = known(event, self.plans, event.body["plan_id"], "plan")
@@ -160,7 +163,7 @@ class State(Channels, Collections):
         composition = release.manifest.composition
         if (composition.builds_on if composition else None) != record.plan.builds_on:
             raise conflict(event, f"the manifest has composition {composition}, the plan {record.plan.builds_on}")
-        self._changes.put(self.plans, record.plan_id, replace(record, candidate=event.subject))
+        self._put_plan(replace(record, candidate=event.subject))
         for update_id in planned:
             self._put_update(replace(self.updates[update_id], release_id=event.subject))
 
@@ -190,6 +193,7 @@ class State(Channels, Collections):
                 temperature=body.get("temperature", 0.0),
             ),
         )
+        self._list(self._offers, body["candidate"], event.subject, True)
 
     def _evaluation_reported(self, event: Event) -> None:
         record = known(event, self.evaluations, event.subject, "evaluation")
@@ -214,7 +218,7 @@ class State(Channels, Collections):
         state: ReleaseStateName = "accepted" if accepted else "rejected"
         self._changes.put(self.releases, release.release_id, replace(release, state=state, verdict=verdict))
         plan = self.plans[release.plan_id]
-        self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
+        self._put_plan(replace(plan, decided=True))
         updates, isolate = release.manifest.updates, not accepted and bool(body.get("isolate", False))
         if isolate and len(updates) < 2:
             raise conflict(event, "a candidate of one update cannot be isolated any further")

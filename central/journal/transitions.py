@@ -15,6 +15,7 @@ from central.journal.events import Event, JournalConflict
 from central.journal.queries import Records
 from central.journal.records import (
     ChannelChange,
+    ForgetRecord,
     PlanRecord,
     ReleaseRecord,
     ReleaseStateName,
@@ -23,7 +24,7 @@ from central.journal.records import (
     VerdictRecord,
 )
 from central.journal.undo import Changes
-from protos.manifest import ReleaseManifest
+from protos.manifest import ReleaseManifest, sha256_hex
 
 V = TypeVar("V")
 
@@ -47,7 +48,7 @@ class Transitions(Records):
         else:
             self._changes.put(self.channels, key, release_id)
         change = ChannelChange(channel, release_id, by, event.at, event.sequence)
-        self._changes.put(self.channel_changes, key, (*self.channel_changes.get(key, ()), change))
+        self._changes.append(self.channel_changes, key, change)
 
     def _cancel_plan_of(self, event: Event, update_id: str) -> None:
         # A plan that loses an update stands for something else than its candidate: its other updates wait again.
@@ -57,10 +58,10 @@ class Transitions(Records):
             self._cancel(event, self.plans[update.plan_id], why, requeue=True)
 
     def _cancel(self, event: Event, plan: PlanRecord, why: str, requeue: bool) -> None:
-        self._changes.put(self.plans, plan.plan_id, replace(plan, decided=True))
+        self._put_plan(replace(plan, decided=True))
         if plan.plan.removal is not None:  # the order stands: it is planned anew, on the head that there is then
             order = self.forgets[plan.plan.removal.order]
-            self._changes.put(self.forgets, order.order_id, replace(order, state="ordered", plan_id=None))
+            self._put_order(replace(order, state="ordered", plan_id=None))
         label = f"plan {plan.plan_id[:8]}"
         if plan.candidate is not None:
             release = self.releases[plan.candidate]
@@ -124,6 +125,27 @@ class Transitions(Records):
             )
         )
 
+    def _put_plan(self, record: PlanRecord) -> None:
+        self._changes.put(self.plans, record.plan_id, record)
+        self._list(self._open_plans, record.plan.cohort, record.plan_id, not record.decided)
+
+    def _put_order(self, record: ForgetRecord) -> None:
+        self._changes.put(self.forgets, record.order_id, record)
+        moved = self._list(
+            self._pending_forgets, record.cohort, record.order_id, record.state in ("ordered", "planned")
+        )
+        for update_id in record.updates if moved else ():
+            key = (record.cohort, self.updates[update_id].manifest.payload.digest_sha256)
+            self._changes.put(self._ordered_payloads, key, self._ordered_payloads.get(key, 0) + moved)
+
+    def _list(self, index: dict[str, tuple[str, ...]], key: str, item: str, wanted: bool) -> int:
+        """Let `index[key]` have the item or not; 1 when it came, -1 when it went, 0 when it was so."""
+        listed = index.get(key, ())
+        if wanted == (item in listed):
+            return 0
+        self._changes.put(index, key, (*listed, item) if wanted else tuple(other for other in listed if other != item))
+        return 1 if wanted else -1
+
     def _put_update(self, record: UpdateRecord) -> None:
         before = self.updates.get(record.update_id)
         moved = (record.state in KEPT_STATES) - (before is not None and before.state in KEPT_STATES)
@@ -144,8 +166,8 @@ class Transitions(Records):
         self._expect_new(event, self.releases)
         data = event.body["manifest"].encode()
         manifest = ReleaseManifest.from_bytes(data)
-        if manifest.digest != event.subject or manifest.cohort != event.cohort:
-            raise conflict(event, f"its manifest has digest {manifest.digest} and cohort {manifest.cohort!r}")
+        if sha256_hex(data) != event.subject or manifest.cohort != event.cohort:
+            raise conflict(event, f"its manifest has digest {sha256_hex(data)} and cohort {manifest.cohort!r}")
         record = ReleaseRecord(
             release_id=event.subject,
             manifest=manifest,

@@ -1,4 +1,4 @@
-"""Changes of dictionaries and attributes that can be taken back.
+"""Changes of dictionaries, lists and attributes that can be taken back.
 
 In: one change at a time. Out: nothing; `undo` restores what was there at the last `forget`.
 """
@@ -31,6 +31,20 @@ class Changes:
         """`del records[key]`."""
         old = records.pop(key)
         self._undo.append(lambda: records.__setitem__(key, old))
+
+    def append(self, records: MutableMapping[K, list[V]], key: K, value: V) -> None:
+        """`records[key].append(value)`, a new list if need be: what grows for ever is not copied for every addition."""
+        if key not in records:
+            self.put(records, key, [value])
+        else:
+            records[key].append(value)
+            self._undo.append(lambda: records[key].__delitem__(-1))
+
+    def replace(self, records: list[V], index: int, value: V) -> None:
+        """`records[index] = value`."""
+        old = records[index]
+        self._undo.append(lambda: records.__setitem__(index, old))
+        records[index] = value
 
     def assign(self, owner: object, name: str, value: Any) -> None:
         """`owner.name = value`."""

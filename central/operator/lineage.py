@@ -81,7 +81,7 @@ def diff_releases(
 ) -> operator_pb2.DiffReleasesResponse:
     """What `b` has that `a` has not, and the other way round."""
     in_a, in_b = (set(_updates_in_lineage(state, release)) for release in (a, b))
-    in_order = [update for update in state.updates.values() if update.update_id in in_a ^ in_b]
+    in_order = sorted((state.updates[u] for u in in_a ^ in_b), key=lambda update: update.admitted_sequence)
     first, second = _environments(a), _environments(b)
     total = ModuleDifference(
         "", *(math.hypot(*(getattr(module, key) for module in modules)) for key in ("norm_a", "norm_b", "change"))

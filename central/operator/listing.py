@@ -70,15 +70,10 @@ def release_message(
     """`channels` says when a canary becomes stable."""
     manifest = release.manifest
     plan = state.plans[release.plan_id].plan if release.plan_id else None
-    reports = [
-        report
-        for evaluation in state.evaluations.values()
-        if evaluation.candidate == release.release_id
-        for report in evaluation.reports.values()
-    ]
+    reports = [report for evaluation in state.offers_of(release.release_id) for report in evaluation.reports.values()]
     return operator_pb2.Release(
         release_id=release.release_id,
-        version=manifest.label,
+        version=release.label,
         cohort=release.cohort,
         parent_id=manifest.parent or "",
         state=release_state(release),

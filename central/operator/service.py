@@ -157,11 +157,8 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 _expect_cohort(state, request.cohort)
                 if request.node_id and request.node_id not in state.nodes:
                     raise unknown_node(request.node_id)
-                return [
-                    update_message(update)
-                    for update in state.updates.values()
-                    if request.cohort in ("", update.cohort) and request.node_id in ("", update.manifest.node_id)
-                ]
+                updates = state.updates_of(request.node_id) if request.node_id else state.updates.values()
+                return [update_message(update) for update in updates if request.cohort in ("", update.cohort)]
 
         return operator_pb2.ListUpdatesResponse(updates=await self._ask(context, list_updates))
 

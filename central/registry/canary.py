@@ -8,6 +8,7 @@ nor begins the soak anew.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -94,13 +95,16 @@ def _condition(
 def _conditions(state: State, release: ReleaseRecord) -> tuple[dict[str, CanaryReport], str | None]:
     """The last report of every node that is not revoked, and since when somebody serves it and nobody has trouble."""
     last: dict[str, CanaryReport] = {}
+    number: Counter[str] = Counter()
     clean_since = None
     for report in state.canary_reports.get(release.release_id, ()):
         if state.nodes[report.node_id].revoked:
             continue
+        if before := last.get(report.node_id):
+            number[before.condition] -= 1
+        number[report.condition] += 1
         last[report.node_id] = report
-        conditions = {other.condition for other in last.values()}
-        clean = "serving" in conditions and "trouble" not in conditions
+        clean = number["serving"] > 0 and number["trouble"] == 0
         clean_since = (clean_since or report.at) if clean else None
     return last, clean_since
 

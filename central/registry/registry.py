@@ -240,7 +240,7 @@ def find_release(state: State, text: str, cohort: str | None = None) -> ReleaseR
     fitting = [
         release
         for release in state.releases.values()
-        if release.manifest.label == text or (len(text) >= MIN_PREFIX_DIGITS and release.release_id.startswith(text))
+        if release.label == text or (len(text) >= MIN_PREFIX_DIGITS and release.release_id.startswith(text))
     ]
     found = [release for release in fitting if cohort in (None, "", release.cohort)]
     if len(found) == 1:
