@@ -16,6 +16,7 @@ Guarantee: a kill at any point loses nothing that was acknowledged; the next sta
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -84,6 +85,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with ExitStack() as stack:
         rooms = await asyncio.to_thread(open_rooms, settings, stack)
+        gc.freeze()  # the history stays: a search for garbage that walks it stops every thread (0.7 s at 100,000 updates)
         presence = Presence()
         run_cohort = await asyncio.to_thread(_load_federation, rooms, settings, presence)
         cohorts = CohortThreads(rooms.journal, run_cohort)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 import threading
 from pathlib import Path
 
 import pytest
 
+import central.journal.journal as journal_module
 from central.errors import StorageError
-from central.journal import Event, EventKind, Journal, JournalConflict, JournalCorrupt, NewEvent
+from central.journal import Event, EventKind, Journal, JournalConflict, JournalCorrupt, NewEvent, State, verify_journal
 from tests.unit.central import builders as make
 
 
@@ -35,6 +37,27 @@ def test_append_chains_and_a_reopened_journal_has_the_same_state(journal: Journa
         assert state.channels[("shared", "stable")] == genesis.digest
         assert state.releases[genesis.digest].manifest == genesis
         assert state.sequence == again.verify() == 3
+
+
+def test_no_garbage_is_searched_while_a_journal_is_replayed(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make.start_cohort(journal)
+    journal.close()
+    searching: list[bool] = []
+
+    def refuse_the_third(state: State, event: Event) -> None:
+        searching.append(gc.isenabled())
+        if event.sequence == 3:
+            raise JournalCorrupt("the third")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module, "replay", refuse_the_third)
+        for opened in (Journal, verify_journal):
+            with pytest.raises(JournalCorrupt, match="the third"):
+                opened(f"sqlite:///{path}")
+            assert gc.isenabled(), "as it was"
+    assert searching == [False] * 6
 
 
 def test_a_group_with_one_bad_event_changes_nothing(journal: Journal) -> None:
