@@ -115,6 +115,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     stack.enter_context(WriterLock(settings.journal_url))
     pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
     blobs = open_blobs(settings)
+    blobs.claim(pki.identity)
     blobs.prepare()
     partial = PartialUploads(settings.data_dir / "uploads")
     journal = Journal(settings.journal_url)

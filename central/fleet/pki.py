@@ -28,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from central.durable import make_directory, remove_temporary_files, storage, write_file
 from central.errors import SettingsError, StorageError
 from central.fleet.identity import node_uri, operator_uri
+from protos.manifest import sha256_hex
 
 CA_LIFE = timedelta(days=3650)
 CERTIFICATE_LIFE = timedelta(days=1825)
@@ -77,6 +78,11 @@ class Pki:
             release_key_pem=release_pem,
         )
 
+    @property
+    def identity(self) -> str:
+        """Who this central is, for as long as it keeps its CA's key: across a backup, a restore and a move of its stores."""
+        return identity_of(self.ca_certificate)
+
     def issue_node_certificate(self, node_id: str, cohort: str, public_key: ec.EllipticCurvePublicKey) -> bytes:
         """PEM certificate that names node and cohort."""
         issuer = _Issuer(self.ca_key, self.ca_certificate)
@@ -92,6 +98,11 @@ class _Issuer:
 def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
     """SubjectPublicKeyInfo in PEM."""
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def identity_of(ca: x509.Certificate) -> str:
+    """SHA-256 of a CA's public key: the central's identity."""
+    return sha256_hex(ca.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
 
 
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -14,6 +14,9 @@ from pathlib import Path
 from central.errors import StorageError
 from protos.manifest import sha256_hex
 
+OWNER = "owner"
+"""Name of the mark at the top of a store that says whose it is; no blob is called so."""
+
 
 class BlobStore(ABC):
     """Several threads may use it; every method blocks, and raises StorageError when the store cannot be used."""
@@ -48,6 +51,35 @@ class BlobStore(ABC):
     @abstractmethod
     def _read(self, digest: str) -> bytes:
         """All bytes; raises StorageError when it is absent."""
+
+    @abstractmethod
+    def _owner(self) -> str | None:
+        """What the mark says; None when there is none."""
+
+    @abstractmethod
+    def _mark(self, owner: str) -> None:
+        """Write the mark, whole and durable."""
+
+    @abstractmethod
+    def _mark_where(self) -> str:
+        """Where the mark lies or would lie, for messages."""
+
+    def claim(self, owner: str) -> None:
+        """Mark the store as that of the central `owner` (Pki.identity), before anything else is written here; raises StorageError when
+        it is another's.
+
+        Not every object store has a conditional write, so this is none: of two that claim at the same moment both may go on. The later
+        mark stays, and the other central is refused at its next start.
+        """
+        if self._owner() is None:
+            self._mark(owner)
+        if (found := self._owner()) != owner:
+            raise StorageError(
+                f"The blobs beside {self._mark_where()} are those of another central: the mark says {(found or 'nothing')[:12]!r}, this "
+                f"one is {owner[:12]!r}. Two that share a store delete each other's payloads. Set CENTRAL_BLOBS__URL to a place of this "
+                f"central's own. To hand the store over, stop the other central for good and remove {self._mark_where()}; this one marks "
+                "it at its next start."
+            )
 
     def read(self, digest: str) -> bytes:
         """The bytes of a blob; raises StorageError when it is absent or was altered."""

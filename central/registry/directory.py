@@ -22,7 +22,7 @@ from central.durable import (
     sync_file,
     write_file,
 )
-from central.registry.blobs import BlobStore
+from central.registry.blobs import OWNER, BlobStore
 from protos.manifest import sha256_hex
 
 
@@ -88,6 +88,18 @@ class DirectoryBlobs(BlobStore):
         path = self.path(digest)
         with storage(path):
             return path.read_bytes()
+
+    def _owner(self) -> str | None:
+        path = self._root / OWNER
+        with storage(path):
+            return path.read_text().strip() if path.is_file() else None
+
+    def _mark(self, owner: str) -> None:
+        make_directory(self._root)
+        write_file(self._root / OWNER, f"{owner}\n".encode())
+
+    def _mark_where(self) -> str:
+        return str(self._root / OWNER)
 
     def _copy(self, file: Path, path: Path) -> None:
         copy = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

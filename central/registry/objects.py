@@ -17,7 +17,7 @@ from typing import Any
 from central import faults
 from central.durable import TEMPORARY_SUFFIX, storage
 from central.errors import SettingsError, StorageError
-from central.registry.blobs import BlobStore
+from central.registry.blobs import OWNER, BlobStore
 from protos.manifest import sha256_hex
 
 WHOLE_OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"})
@@ -52,7 +52,7 @@ class ObjectBlobs(BlobStore):
     def put(self, data: bytes) -> str:
         digest = sha256_hex(data)
         if self._size(digest) != len(data):
-            self._write(digest, lambda key: self._files.pipe_file(key, data))
+            self._write(self._key(digest), lambda key: self._files.pipe_file(key, data))
         return digest
 
     def put_file(self, file: Path, digest: str) -> None:
@@ -60,7 +60,7 @@ class ObjectBlobs(BlobStore):
             size = file.stat().st_size
         faults.reach("blob.written")
         if self._size(digest) != size:
-            self._write(digest, lambda key: self._files.put_file(str(file), key, **self._put_options))
+            self._write(self._key(digest), lambda key: self._files.put_file(str(file), key, **self._put_options))
             if (kept := self._size(digest)) != size:
                 raise StorageError(
                     f"{self.where(digest)} has {kept} bytes after {size} were written. Expected all of them; check the store."
@@ -98,6 +98,19 @@ class ObjectBlobs(BlobStore):
             except FileNotFoundError as error:
                 raise self.absent(digest) from error
 
+    def _owner(self) -> str | None:
+        with self._asking():
+            try:
+                return bytes(self._files.cat_file(f"{self._root}/{OWNER}")).decode(errors="replace").strip()
+            except FileNotFoundError:
+                return None
+
+    def _mark(self, owner: str) -> None:
+        self._write(f"{self._root}/{OWNER}", lambda key: self._files.pipe_file(key, f"{owner}\n".encode()))
+
+    def _mark_where(self) -> str:
+        return f"{self._shown}/{OWNER}"
+
     def _key(self, digest: str) -> str:
         return f"{self._root}/{digest[:2]}/{digest}"
 
@@ -108,8 +121,7 @@ class ObjectBlobs(BlobStore):
             except FileNotFoundError:
                 return None
 
-    def _write(self, digest: str, write: Any) -> None:
-        key = self._key(digest)
+    def _write(self, key: str, write: Any) -> None:
         with self._asking():
             if self._is_whole:
                 write(key)

@@ -21,6 +21,7 @@ from central import faults
 from central.durable import TEMPORARY_SUFFIX, storage, sync_directory, write_file
 from central.errors import StorageError
 from central.file_lock import DataLock
+from central.fleet.pki import identity_of
 from central.journal import State, WriterLock, count_events, import_journal, verify_journal
 from central.journal.journal import replay
 from central.journal.lock import SUFFIX as LOCK_SUFFIX
@@ -101,6 +102,7 @@ def restore(settings: CentralSettings, source: Source, progress: Progress) -> No
         _expect_room(settings, source)
         faults.reach("restore.begun")
         target = open_blobs(settings)
+        target.claim(_identity(source))
         target.prepare()
         with progress(source.wanted, len(source.wanted)) as shown:
             for blob in shown:
@@ -183,6 +185,15 @@ def _expect_room(settings: CentralSettings, source: Source) -> None:
     if not source.manifest.has_keys:
         _expect_kept_keys(data / PKI, source)
     write_file(marker, mark.encode())
+
+
+def _identity(source: Source) -> str:
+    """Of the central that was backed up; a bucket that outlived it bears its mark."""
+    path = source.path / PKI / "ca.pem"
+    try:
+        return identity_of(load_pem_x509_certificate(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} cannot be read as a certificate: {error}. Restore another backup.") from error
 
 
 def _expect_kept_keys(pki: Path, source: Source) -> None:

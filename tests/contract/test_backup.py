@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 import central.storage.backup as backup_module
 from central import faults
 from central.cli import main
+from central.errors import StorageError
 from central.intake.partial import PartialUploads
 from central.journal import Journal, verify_journal
 from central.journal.payloads import stored_blobs
+from central.main import open_rooms
 from central.registry import BlobStore, DirectoryBlobs
 from central.settings import CentralSettings, RetentionSettings
 from central.storage.collector import Collector
@@ -175,6 +177,27 @@ def test_a_backup_of_sqlite_and_a_directory_restores_to_postgresql_and_s3(
     execute(postgres, "drop table events")
     code, text = run(tmp_path / "newer", "restore", str(backups), **engines)
     assert code == 0, "the bucket outlived its central"
+
+
+async def test_a_store_of_another_central_is_refused(
+    prepared: Prepared, backups: Path, tmp_path: Path, run: Run, s3: S3
+) -> None:
+    bucket = {
+        "CENTRAL_BLOBS__URL": f"s3://{BUCKET}/of-one-central",
+        "CENTRAL_BLOBS__OPTIONS": json.dumps(s3.options),
+    }
+    shared = {"url": bucket["CENTRAL_BLOBS__URL"], "options": s3.options}
+    async with harness.running_central(harness.make_settings(tmp_path, blobs=shared)):
+        pass  # it has marked the bucket
+    code, text = run(tmp_path / "new", "restore", str(backups), **bucket)
+    assert (code, "are those of another central" in text) == (5, True), text
+    assert s3.files.find(f"{BUCKET}/of-one-central") == [f"{BUCKET}/of-one-central/owner"]
+    shared = {"url": str(prepared.settings.data_dir / "blobs")}
+    begun = prepared.settings.data_dir / "blobs" / "upload.tmp"
+    begun.write_bytes(b"of the other central, which runs")
+    with pytest.raises(StorageError, match=f"remove {prepared.settings.data_dir}/blobs/owner"), ExitStack() as stack:
+        await asyncio.to_thread(open_rooms, harness.make_settings(tmp_path / "second", blobs=shared), stack)
+    begun.unlink()  # and was left alone
 
 
 def execute(url: sa.URL, statement: str) -> None:

@@ -12,6 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from central.errors import SettingsError, StorageError
 from central.registry import BlobStore, DirectoryBlobs, open_blobs
+from central.registry.blobs import OWNER
 from central.registry.objects import PART_BYTES, ObjectBlobs
 from central.settings import CentralSettings
 from protos.manifest import sha256_hex
@@ -148,6 +149,47 @@ def test_many_threads_put_the_same_and_other_blobs(store: BlobStore) -> None:
     assert [store.read(digest) for digest in sorted(found)] == [
         data for _, data in sorted((sha256_hex(b"%d" % number), b"%d" % number) for number in range(8))
     ]
+
+
+def remove_mark(store: BlobStore) -> None:
+    """What an operator does to hand a store over."""
+    if isinstance(store, DirectoryBlobs):
+        (store._root / OWNER).unlink()
+    else:
+        assert isinstance(store, ObjectBlobs)
+        store._files.rm_file(f"{store._root}/{OWNER}")
+
+
+def test_a_store_belongs_to_one_central(store: BlobStore) -> None:
+    ours, theirs = "a" * 64, "b" * 64
+    digest = store.put(b"of before there were marks")
+    for _ in range(2):
+        store.claim(ours)
+    with pytest.raises(
+        StorageError, match=r"those of another central.*'aaaaaaaaaaaa'.*'bbbbbbbbbbbb'.*remove .*/owner;"
+    ):
+        store.claim(theirs)
+    store.prepare()
+    store.claim(ours)
+    assert store.read(digest) == b"of before there were marks"
+    remove_mark(store)
+    store.claim(theirs)
+    with pytest.raises(StorageError, match="another central"):
+        store.claim(ours)
+
+
+def test_of_two_that_claim_at_once_the_later_mark_stays(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = store._mark
+
+    def overtaken(owner: str) -> None:
+        mark(owner)
+        mark("b" * 64)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_mark", overtaken)
+        with pytest.raises(StorageError, match="another central"):
+            store.claim("a" * 64)
+    store.claim("b" * 64)
 
 
 # What an operator may get wrong.
