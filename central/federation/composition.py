@@ -9,6 +9,7 @@ loop and for `central releases verify` alike; the other cohort's chain is read a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from flwr.app import Message
@@ -18,7 +19,7 @@ from central.federation.replies import MergedPayload, merge_replies
 from central.federation.strategy import Blobs, ProductMean
 from central.journal import MergePlan, State
 from central.journal.plan import UNRECORDED_KERNEL
-from central.merging import ProductSum
+from central.merging import ProductSum, one_thread
 from protos.lora import decode, encode
 
 
@@ -51,6 +52,13 @@ def build_payload(
 
     Raises UnusableUpdate or StrategyFailed, and for a removal FederationError.
     """
+    with one_thread if plan.blas_threads else nullcontext():
+        return _build(plan, standing, strategy, blobs, replies)
+
+
+def _build(
+    plan: MergePlan, standing: Standing, strategy: ProductMean, blobs: Blobs, replies: Iterable[Message]
+) -> MergedPayload | None:
     if plan.updates:
         merged = merge_replies(strategy, plan.version, replies)
     elif standing.removal is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import central
 from central.journal import MergePlan, PlannedKernel, PlannedUpdate, ReleaseRecord, State, UpdateRecord
+from central.journal.plan import BLAS_THREADS
 from central.journal.removal import plan_removal
 from central.settings import MergePolicy
 
@@ -98,6 +99,7 @@ def _plan(head: ReleaseRecord, policy: MergePolicy, now: str, **fields: Any) -> 
         seed=policy.seed,
         # RegMean holds every update by nature, so there a fold would save nothing.
         kernel=PlannedKernel(streamed=policy.strategy != REGMEAN, exact_rank=policy.exact_rank),
+        blas_threads=BLAS_THREADS,
         software=SOFTWARE,
         created_at=now,
         **values,
@@ -173,6 +175,7 @@ def _plan_part(
         "left_out": [],
         "resolve": resolve,
         "solutions": [_planned(update, part[0].weight) for update in solutions],
+        "blas_threads": BLAS_THREADS,
         "software": SOFTWARE,
         "created_at": now,
     }

@@ -13,6 +13,9 @@ from pydantic import Field
 
 from protos.manifest import Digest, Document
 
+BLAS_THREADS: Literal[1] = 1
+"""Of every new plan: what one thread computes does not depend on the machine's load, cores or environment (central/merging/threads.py)."""
+
 
 class PlannedUpdate(Document):
     """One update's part in a merge."""
@@ -93,6 +96,8 @@ class MergePlan(Document):
     seed: int
     kernel: PlannedKernel | None = Field(default=None, exclude_if=lambda kernel: kernel is None)
     """None in plans of before it was recorded: UNRECORDED_KERNEL."""
+    blas_threads: Literal[1] | None = Field(default=None, exclude_if=lambda threads: threads is None)
+    """BLAS threads that the merge computes with. None in plans of before it was recorded: as many as the environment of central said."""
     software: str
     created_at: str
     """RFC 3339 UTC; the candidate's manifest carries the same time, so that a rebuild has the same digest."""

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from central.journal.plan import MergePlan, PlannedUpdate, Removal
+from central.journal.plan import BLAS_THREADS, MergePlan, PlannedUpdate, Removal
 from central.journal.queries import Records
 from central.journal.records import ForgetRecord, PlanRecord, ReleaseRecord
 
@@ -118,6 +118,7 @@ def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: 
         server_step=1.0,
         seed=last.seed,
         kernel=last.kernel,
+        blas_threads=BLAS_THREADS,
         software=software,
         created_at=now,
         removal=Removal(

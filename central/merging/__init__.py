@@ -7,6 +7,7 @@ from central.merging.filters import Selection, clip_norms, keep_near, multi_krum
 from central.merging.kernels import Kernel, choose_kernel
 from central.merging.product import Merged, ProductSum, merge
 from central.merging.regmean import regmean
+from central.merging.threads import one_thread
 
 __all__ = [
     "Kernel",
@@ -18,6 +19,7 @@ __all__ = [
     "keep_near",
     "merge",
     "multi_krum",
+    "one_thread",
     "product_gram",
     "regmean",
 ]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -15,7 +19,7 @@ import central.federation.grid as grid_module
 from central.cli import main
 from central.journal import Journal
 from central.registry import DirectoryBlobs
-from protos.lora import encode
+from protos.lora import LoraModule, LoraTensors, encode
 from tests.contract.cohort_loop import KEY, Central, make_increment, make_settings, opened, take_steps
 
 
@@ -135,3 +139,33 @@ def test_what_is_not_there_is_one_line(data: Path, capsys: pytest.CaptureFixture
     shutil.rmtree(data / "pki")
     assert run() == 5
     assert "CENTRAL_DATA_DIR" in capsys.readouterr().err
+
+
+def test_the_environment_does_not_change_a_bit(tmp_path: Path) -> None:
+    """As large as it must be for two threads to round otherwise than one (`differs` where the merge is not bound to one)."""
+    write_key(tmp_path, KEY)
+    with opened(tmp_path) as central:
+        central.join("shared", "a-1", "b-2")
+        for number, node in enumerate(("a-1", "b-2")):
+            central.admit(node, large_increment(number))
+        take_steps(central, make_settings(rank=64), lambda: head(central) == 1)
+    for threads in ("1", "2"):
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("CENTRAL_", "OPENBLAS_"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "central.cli", "releases", "verify", "--json"],
+            env=clean | {"CENTRAL_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": threads},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert [row["outcome"] for row in json.loads(done.stdout)] == ["identical", "identical"], threads
+
+
+def large_increment(seed: int) -> LoraTensors:
+    rng = np.random.default_rng(seed)
+    return LoraTensors(
+        {
+            name: LoraModule(
+                rng.standard_normal((128, 4096), np.float32), rng.standard_normal((512, 128), np.float32), 1.0
+            )
+            for name in ("layers.0.q", "layers.0.v")
+        }
+    )

@@ -30,7 +30,7 @@ def test_a_plan_of_the_first_central_keeps_its_bytes_and_digest() -> None:
     plan = MergePlan.from_bytes(data)
     assert plan.to_bytes() == data
     assert plan.digest == "d09d3f39315587ee82b0488182f18b7862e5dd487ca8dac111875a79ead64e7f"
-    assert plan.kernel is None
+    assert (plan.kernel, plan.blas_threads) == (None, None)
     assert PlannedKernel(streamed=True, exact_rank=512) == UNRECORDED_KERNEL, "this is what merged it"
     assert (plan.updates[0].factor, plan.left_out, plan.resolve, plan.solutions, plan.filter) == (
         1.0,
@@ -45,6 +45,7 @@ def test_everything_that_came_later_is_read_back_and_in_the_digest() -> None:
     plan = MergePlan.model_validate(FIRST)
     changes: dict[str, object] = {
         "kernel": UNRECORDED_KERNEL,
+        "blas_threads": 1,
         "filter": "clip, norm 1",
         "left_out": [LeftOut(update_id="e" * 64, reason="far")],
         "resolve": True,
