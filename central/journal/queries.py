@@ -26,7 +26,7 @@ from central.journal.records import (
 
 
 class Records:
-    """Records by id; treat the dictionaries as read-only."""
+    """Records by id; treat dictionaries and lists as read-only."""
 
     def __init__(self) -> None:
         self.sequence = 0
@@ -57,7 +57,7 @@ class Records:
         # Indexes: what is asked at every append, wake-up or call costs the same after years. Each is what a scan of the records above
         # would find (tests/unit/central/journal/test_indexes.py). Tuples where what leaves must come back in its place.
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
-        self._by_start: dict[tuple[str, str], tuple[str, ...]] = {}
+        self._by_start: dict[tuple[str, str], list[str]] = {}
         self._by_node: dict[str, list[str]] = {}
         self._kept_bytes: dict[str, int] = {}
         self._members: dict[str, list[str]] = {}

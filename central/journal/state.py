@@ -122,7 +122,7 @@ class State(Channels, Collections):
         self._put_update(record)
         self._name_blobs([manifest.payload.digest_sha256])
         key = (manifest.node_id, manifest.start.release)
-        self._changes.put(self._by_start, key, (*self._by_start.get(key, ()), event.subject))
+        self._changes.append(self._by_start, key, event.subject)
         self._changes.append(self._by_node, manifest.node_id, event.subject)
 
     def _merge_planned(self, event: Event) -> None:

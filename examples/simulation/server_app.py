@@ -75,7 +75,7 @@ class _Printer:
         (self._config.folder / "report.json").write_text(json.dumps(report, indent=1))
         write_plot(report, self._config.folder / "plot.png")
         _say(f"done in {self._elapsed()} s: {self._config.folder}/report.json, plot.png")
-        _say(f"the releases: OMP_NUM_THREADS=1 CENTRAL_DATA_DIR={data} central releases verify --deep")
+        _say(f"the releases: CENTRAL_DATA_DIR={data} central releases verify --deep")
 
     def _elapsed(self) -> int:
         return round(time.monotonic() - self._begun)
