@@ -87,7 +87,8 @@ class ReleaseWatcher:
         self._loaded_generation = 0
         self._pointed = ""
         """Release that the alias of the loaded generation points at."""
-        self._evaluations: asyncio.Queue[fleet_pb2.EvaluationOffer] = asyncio.Queue()
+        self._evaluations: asyncio.Queue[tuple[fleet_pb2.EvaluationOffer, float]] = asyncio.Queue()
+        """With the time of the event loop at which central stops waiting."""
         self._known_offers: deque[str] = deque(maxlen=KNOWN_OFFERS)
         self._evaluating: tuple[str, ...] = ()
         self._spare = asyncio.Event()
@@ -139,7 +140,7 @@ class ReleaseWatcher:
         """A new watch brings every open offer again; each is evaluated once."""
         if offer.offer_id not in self._known_offers:
             self._known_offers.append(offer.offer_id)
-            self._evaluations.put_nowait(offer)
+            self._evaluations.put_nowait((offer, asyncio.get_running_loop().time() + offer.deadline_s))
 
     async def _follow(self) -> None:
         """Keep the alias on the head; load everything again into a vLLM that was started anew."""
@@ -237,8 +238,9 @@ class ReleaseWatcher:
 
     async def _evaluate(self) -> None:
         while True:
-            offer = await self._evaluations.get()
-            ends = asyncio.get_running_loop().time() + offer.deadline_s
+            offer, ends = await self._evaluations.get()
+            while not self._evaluations.empty():  # central did not wait for this node: the older ones are decided
+                offer, ends = self._evaluations.get_nowait()
             try:
                 async with asyncio.timeout_at(ends):
                     report = await self._compare_with_retries(offer)

@@ -203,6 +203,31 @@ def evaluation_event(signed: releases_pb2.SignedManifest, reference: releases_pb
     return fleet_pb2.WatchResponse(evaluation=offer)
 
 
+async def test_of_the_offers_that_wait_only_the_newest_is_evaluated(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    """Central goes on without a node that is slow: what it asked meanwhile, it does not wait for any more."""
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    events = [head_event(signed)]
+    for number in range(4):
+        event = evaluation_event(signed, signed)
+        event.evaluation.offer_id = f"o{number}"
+        events.append(event)
+    central, heard = Central(payload, events, cuts=0), asyncio.Event()
+
+    class Slow(Control):
+        async def load(self, name: str, path: Path) -> None:
+            await heard.wait()
+            await super().load(name, path)
+
+    async with watching(store, await connect(central), Slow()):
+        await until(lambda: central.watches == 2)  # the first one brought everything
+        heard.set()
+        await until(lambda: bool(central.reports) and central.reports[-1].offer_id == "o3")
+    assert [report.offer_id for report in central.reports] == ["o0", "o3"]
+
+
 class Broken:
     """An environment whose tasks quote what no log and no central may see."""
 
