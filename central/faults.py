@@ -63,6 +63,7 @@ CONTRIBUTIONS = (
     "node_revoked",
     "node_quarantined",
     "node_released",
+    "node_silent",
     "update_superseded",
     "update_set_aside",
     "update_requeued",

@@ -7,12 +7,13 @@ in the journal before any node hears of it; nothing is held between steps, so `k
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord
 
 from central.evaluation import Gate, Verdict
 from central.federation.grid import JournalGrid
-from central.federation.looks import Ask, current_look, evidence, has_quorum, next_look
+from central.federation.looks import Ask, current_look, evidence, has_quorum, next_look, unjudged
 from central.federation.strategy import ProductMean
 from central.journal import Journal, PlanRecord
 from central.settings import GateSettings
@@ -62,6 +63,10 @@ class Deciding:
                 return None  # the next step offers the first look again, and the grid logs it
             found = self._gate.look(*evidence(state, candidate))
             verdict = self._gate.verdict(found)
+            if verdict is not None:
+                left = unjudged(state, candidate, found)
+                gaps = [f" Nobody judged {', '.join(names)}: no result of {node}." for node, names in left.items()]
+                verdict = replace(verdict, text=verdict.text + "".join(gaps))
             further = None if verdict else next_look(state, candidate, found, self._settings)
         if further is not None:
             self._offer(strategy, planned, further, grid)

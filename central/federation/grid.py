@@ -25,6 +25,7 @@ from flwr.serverapp import Grid
 
 from central.federation.errors import FederationError, UnusableUpdate
 from central.federation.looks import Ask, is_result, offers_of, reports_of_look
+from central.federation.patience import Patience
 from central.federation.planning import parse_time, plan_merge, still_stands
 from central.federation.replies import flower_id, request, train_replies
 from central.federation.soaking import SoakWatch
@@ -89,9 +90,8 @@ class JournalGrid(Grid):  # type: ignore[misc]
         self._policy = settings.merge.policy(cohort)
         self._gate = settings.gate
         self._stop = stop
-        self._is_connected = is_connected
         self._clock = clock
-        self._started = parse_time(clock())
+        self._patience = Patience(settings.gate, is_connected, clock)
         self._soak = SoakWatch(cohort, journal, settings.channels.policy(cohort), is_connected, clock)
         self._run: Any = None
 
@@ -256,7 +256,12 @@ class JournalGrid(Grid):  # type: ignore[misc]
         with self._journal.read() as state:
             earlier = offers_of(state, ask.candidate, ask.look)
             # Only the first look has a quorum to meet: what a later one lacks, the verdict does without.
-            over = bool(earlier) and ask.look == 1 and self._expired(earlier[-1]) and not self._enough(state, earlier)
+            over = (
+                bool(earlier)
+                and ask.look == 1
+                and self._patience.expired(earlier[-1])
+                and not self._enough(state, earlier)
+            )
             missed = bool(earlier) and self._ended_unheard(state, earlier)
             if earlier and not over and not missed:
                 return earlier[-1].offer_id
@@ -266,7 +271,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
                     extra={"cohort": self._cohort, "candidate": ask.candidate, "offers": len(earlier)},
                 )
             answered = {node for node, report in reports_of_look(state, earlier).items() if is_result(report)}
-            deadline = parse_time(self._clock()) + timedelta(seconds=self._deadline_s(ask.tasks))
+            deadline = parse_time(self._clock()) + timedelta(seconds=self._patience.deadline_s(ask.tasks))
             body = {
                 **ask.to_body(),
                 "deadline_at": deadline.isoformat(timespec="microseconds").replace("+00:00", "Z"),
@@ -280,9 +285,6 @@ class JournalGrid(Grid):  # type: ignore[misc]
             self._journal.append(NewEvent(EventKind.EVALUATION_OFFERED, self._cohort, offer_id, body))
             return offer_id
 
-    def _deadline_s(self, tasks: int) -> float:
-        return self._gate.deadline_s * max(1.0, tasks / self._gate.tasks)
-
     def _pull_reports(self, offer_id: str, timeout_s: float | None) -> list[Message]:
         with self._journal.read() as state:
             offer = state.evaluations[offer_id]
@@ -290,13 +292,14 @@ class JournalGrid(Grid):  # type: ignore[misc]
         def complete(state: State) -> bool:
             offers = offers_of(state, offer.candidate, offer.look)
             missing = self._missing(state, offers)
-            everybody = not any(self._worth_waiting(state, node, state.evaluations[offer_id]) for node in missing)
+            everybody = not any(self._patience.waits_for(state, node, state.evaluations[offer_id]) for node in missing)
             enough = offer.look > 1 or self._enough(state, offers)
-            return self._expired(offer) or (everybody and enough) or _closed(state, offer)
+            return self._patience.expired(offer) or (everybody and enough) or _closed(state, offer)
 
         if self._wait(complete, timeout_s) is None:
             return []
         with self._journal.read() as state:
+            self._record_silent(state, state.evaluations[offer_id])
             reports = reports_of_look(state, offers_of(state, offer.candidate, offer.look))
             version = state.releases[offer.candidate].manifest.version
         return [self._reply(report, version) for report in reports.values()]
@@ -305,37 +308,16 @@ class JournalGrid(Grid):  # type: ignore[misc]
         """Nodes of the look's last offer that are not revoked and have not reported."""
         return set(offers[-1].nodes).intersection(state.members(self._cohort)) - set(reports_of_look(state, offers))
 
-    def _worth_waiting(self, state: State, node_id: str, offer: EvaluationRecord) -> bool:
-        """A node that is away gets the grace to come back, counted anew after a restart of central. At a later look, whose deadline
-        may be hours away, one that is connected gets as long again as the slowest reporter took, or as it took itself for as many
-        tasks at a look before, and the grace: one that hangs holds up nobody.
-        """
-        now, grace = parse_time(self._clock()), timedelta(seconds=self._gate.absent_grace_s)
-        if now < max(self._offered(offer), self._started) + grace:
-            return True
-        if not self._is_connected(node_id):
-            return False
-        return offer.look == 1 or now < self._offered(offer) + 2 * self._longest(state, node_id, offer) + grace
-
-    def _longest(self, state: State, node_id: str, offer: EvaluationRecord) -> timedelta:
-        """What the slowest reporter of the offer took, or the node itself for as many tasks at an earlier look."""
-        took = [self._took(offer, report) for report in offer.reports.values()]
-        took += [
-            self._took(earlier, earlier.reports[node_id]) * (offer.tasks / earlier.tasks)
-            for earlier in offers_of(state, offer.candidate)
-            if earlier.look < offer.look and node_id in earlier.reports
-        ]
-        return max(took, default=timedelta())
-
-    def _took(self, offer: EvaluationRecord, report: EvaluationReport) -> timedelta:
-        return max(parse_time(report.at) - self._offered(offer), timedelta())
-
-    def _offered(self, offer: EvaluationRecord) -> datetime:
-        return parse_time(offer.deadline_at) - timedelta(seconds=self._deadline_s(offer.tasks))
+    def _record_silent(self, state: State, offer: EvaluationRecord) -> None:
+        """Take note of who held up the look without a result: next time nobody waits for it."""
+        asked = [node for node in _nodes(state, self._cohort) if node in offer.nodes]
+        for node in [node for node in asked if self._patience.held_up(state, node, offer)]:
+            self._journal.append(NewEvent(EventKind.NODE_SILENT, self._cohort, node, {"offer_id": offer.offer_id}))
+            log.warning("evaluation held up without a result", extra={"cohort": self._cohort, "node_id": node})
 
     def _ended_unheard(self, state: State, offers: list[EvaluationRecord]) -> bool:
         """The look ended while central was away, so that nodes could not report."""
-        return parse_time(offers[-1].deadline_at) <= self._started and bool(self._missing(state, offers))
+        return parse_time(offers[-1].deadline_at) <= self._patience.started and bool(self._missing(state, offers))
 
     def _reply(self, report: EvaluationReport, version: int) -> Message:
         asked = request(MessageType.EVALUATE, report.node_id, version)
@@ -346,9 +328,6 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
     def _enough(self, state: State, offers: list[EvaluationRecord]) -> bool:
         return sum(map(is_result, reports_of_look(state, offers).values())) >= self._gate.quorum
-
-    def _expired(self, offer: EvaluationRecord) -> bool:
-        return parse_time(self._clock()) >= parse_time(offer.deadline_at)
 
     # Both.
 

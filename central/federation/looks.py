@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -163,6 +163,20 @@ def reports_of_look(state: State, offers: Sequence[EvaluationRecord]) -> dict[st
 def is_result(report: EvaluationReport) -> bool:
     """Whether the node evaluated, rather than abstained."""
     return bool(report.results) and not report.abstain_reason
+
+
+def unjudged(state: State, candidate: str, found: Collection[str]) -> dict[str, list[str]]:
+    """Environments that nobody measured, by node that was asked, gave no result, and had them in its last one."""
+    offers = offers_of(state, candidate, 1)
+    asked = {node_id for offer in offers for node_id in offer.nodes if not state.nodes[node_id].revoked}
+    reports = reports_of_look(state, offers)
+    absent = {node_id for node_id in asked if node_id not in reports or not is_result(reports[node_id])}
+    last: dict[str, set[str]] = {}
+    for offer in state.evaluations.values():
+        for node_id in absent.intersection(offer.reports) if offer.look == 1 else ():
+            if is_result(offer.reports[node_id]):
+                last[node_id] = {str(result["environment"]) for result in offer.reports[node_id].results}
+    return {node_id: left for node_id, names in sorted(last.items()) if (left := sorted(names.difference(found)))}
 
 
 def _results(state: State, offers: Sequence[EvaluationRecord]) -> Iterator[tuple[EvaluationRecord, str, Result]]:

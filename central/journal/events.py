@@ -35,6 +35,7 @@ class EventKind(StrEnum):
     NODE_REVOKED = "node_revoked"  # node id: by
     NODE_QUARANTINED = "node_quarantined"  # node id: reason, by
     NODE_RELEASED = "node_released"  # node id, out of quarantine: by
+    NODE_SILENT = "node_silent"  # node id: offer_id (the evaluation that it held up without a result)
     COHORT_CREATED = "cohort_created"  # release id of version 0: manifest, signature (base64), builds_on (absent: none)
     TRAIN_OFFERED = "train_offered"  # offer id: max_rank, gram_rank (absent: 0)
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)

@@ -50,6 +50,9 @@ class NodeRecord:
     judged: tuple[bool, ...] = ()
     """The last verdicts on its updates since it was last released from quarantine, newest last: True when one was blamed, that is
     rejected alone."""
+    silent_since: str = ""
+    """Since when it is asked to evaluate but not waited for: it held up an evaluation without a result, and gave none in time
+    since. Empty for others."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,8 @@ class EvaluationReport:
     results: tuple[Mapping[str, Any], ...]
     abstain_reason: str
     at: str
+    late: bool = False
+    """It came after the verdict, so it does not count; it only shows that the node evaluates again."""
 
 
 @dataclass(frozen=True)

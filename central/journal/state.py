@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 
 from central.journal.channels import Channels
 from central.journal.collections import Collections
@@ -200,8 +201,22 @@ class State(Channels, Collections):
         body = event.body
         if (node_id := body["node_id"]) in record.reports or node_id not in record.nodes:
             raise conflict(event, f"node {node_id} has reported already or was not asked")
-        report = EvaluationReport(node_id, tuple(body["results"]), body["abstain_reason"], event.at)
+        late = self.releases[record.candidate].state != "candidate"
+        report = EvaluationReport(node_id, tuple(body["results"]), body["abstain_reason"], event.at, late)
         self._changes.put(self.evaluations, event.subject, replace(record, reports={**record.reports, node_id: report}))
+        node = self.nodes[node_id]
+        # A result in time, whether the verdict waited for it or not: the next one waits again.
+        in_time = datetime.fromisoformat(event.at) <= datetime.fromisoformat(record.deadline_at)
+        if node.silent_since and report.results and in_time:
+            self._changes.put(self.nodes, node_id, replace(node, silent_since=""))
+
+    def _node_silent(self, event: Event) -> None:
+        node = self._expect_member(event)
+        offer = known(event, self.evaluations, event.body["offer_id"], "evaluation")
+        report = offer.reports.get(node.node_id)
+        if node.silent_since or node.node_id not in offer.nodes or (report is not None and report.results):
+            raise conflict(event, f"it is silent since {node.silent_since!r}, was not asked, or gave a result")
+        self._changes.put(self.nodes, node.node_id, replace(node, silent_since=event.at))
 
     def _verdict(self, event: Event) -> None:
         release = known(event, self.releases, event.subject, "release")

@@ -89,7 +89,11 @@ def _nodes(client: OperatorClient, options: Options) -> None:
         row["channel"] = row["status"]["channel"]
         row["serving"] = row["status"]["serving_release_id"][:8]
         row["problem"] = row["status"]["problem"]
-    print_rows(options, rows, ("node_id", "cohort", "link", "last_seen", "channel", "serving", "quarantine", "problem"))
+        row["evaluates"] = f"silent since {row['silent_since']}, not waited for" if row["silent_since"] else ""
+    columns = ["node_id", "cohort", "link", "last_seen", "channel", "serving", "quarantine", "problem"]
+    if any(row["evaluates"] for row in rows):
+        columns.insert(-1, "evaluates")
+    print_rows(options, rows, columns)
 
 
 def _revoke(client: OperatorClient, options: Options) -> None:

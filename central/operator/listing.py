@@ -5,9 +5,11 @@ In: records. Out: messages; nothing is looked up elsewhere and nothing is change
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from central.fleet.presence import NodePresence
 from central.intake.service import update_state
-from central.journal import Event, NodeRecord, ReleaseRecord, State, UpdateRecord
+from central.journal import EvaluationRecord, Event, NodeRecord, ReleaseRecord, State, UpdateRecord
 from central.journal.records import ForgetStateName, ReleaseStateName
 from central.operator.forgetting import Proposal
 from central.registry.canary import Soak, find_soak
@@ -44,6 +46,7 @@ def node_message(node: NodeRecord, presence: NodePresence) -> operator_pb2.Node:
         last_seen=presence.last_seen,
         status=presence.status,
         quarantine=node.quarantine,
+        silent_since=node.silent_since,
     )
 
 
@@ -70,7 +73,8 @@ def release_message(
     """`channels` says when a canary becomes stable."""
     manifest = release.manifest
     plan = state.plans[release.plan_id].plan if release.plan_id else None
-    reports = [report for evaluation in state.offers_of(release.release_id) for report in evaluation.reports.values()]
+    offers = state.offers_of(release.release_id)
+    reports = [report for offer in offers for report in offer.reports.values()]
     return operator_pb2.Release(
         release_id=release.release_id,
         version=release.label,
@@ -91,14 +95,28 @@ def release_message(
             operator_pb2.NodeVerdict(
                 node_id=report.node_id,
                 results=[releases_pb2.EnvironmentResult(**result) for result in report.results],
-                abstain_reason=report.abstain_reason,
+                abstain_reason="it came after the verdict" if report.late else report.abstain_reason,
             )
             for report in reports
+        ]
+        + [
+            operator_pb2.NodeVerdict(node_id=node_id, abstain_reason=why)
+            for node_id, why in _unheard(state, release, offers)
         ],
         verdict=release.verdict.text if release.verdict else "",
         soak=_soak_message(find_soak(state, release.cohort, channels.policy(release.cohort)), release),
         builds_on_id=manifest.composition.builds_on if manifest.composition else "",
     )
+
+
+def _unheard(state: State, release: ReleaseRecord, offers: Sequence[EvaluationRecord]) -> Iterator[tuple[str, str]]:
+    """Nodes that were asked and did not report, and why the verdict did without them."""
+    if release.state == "candidate":
+        return
+    asked = {node_id for offer in offers for node_id in offer.nodes}
+    for node_id in sorted(asked.difference(*(offer.reports for offer in offers))):
+        since = state.nodes[node_id].silent_since
+        yield node_id, f"no report{f', silent since {since}' if since else ''}"
 
 
 def release_state(release: ReleaseRecord) -> operator_pb2.ReleaseState:

@@ -57,7 +57,7 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
         yield _finding(found)
     for report in release.evaluations:
         if report.abstain_reason:
-            yield f"  {report.node_id} did not evaluate: {report.abstain_reason}"
+            yield f"  {report.node_id} does not count: {report.abstain_reason}"
     for told in answer.canary_reports:
         yield f"canary at {told.node_id} {told.at}: {told.condition}{f', {told.problem}' if told.problem else ''}"
     if release.HasField("soak"):

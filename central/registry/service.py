@@ -121,7 +121,9 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
                 log.info(
                     "evaluation came after the verdict", extra={"node_id": node.node_id, "offer_id": offer.offer_id}
                 )
-                return
+                if not (state.nodes[node.node_id].silent_since and request.results):
+                    return
+                # Nobody waited for it; it shows that the next evaluation can wait again.
             check_results(request.results, offer)
             results = [plain_result(result) for result in request.results]
             reason = request.abstain_reason[:MAX_REASON]

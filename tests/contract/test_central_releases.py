@@ -110,6 +110,40 @@ async def test_a_watch_brings_what_is_there_and_every_change(central: Central, n
     assert (await refusal(stranger.releases.ReportEvaluation(report, timeout=20)))[1] == "UNKNOWN_OFFER"
 
 
+async def test_only_a_silent_nodes_result_is_taken_after_the_verdict(central: Central, node: Node) -> None:
+    journal = central.rooms.journal
+    release_id, _ = await make_candidate(central, node, encode_factors())
+    asked = {"candidate": release_id, "reference": node.genesis.digest, "tasks": 8, "nodes": [node.node_id]}
+    for offer_id in ("one", "two"):
+        body = {**asked, "deadline_at": "2999-01-01T00:00:00Z"}
+        await asyncio.to_thread(journal.append, NewEvent(EventKind.EVALUATION_OFFERED, "shared", offer_id, body))
+    await accept(central, release_id)
+    results = [releases_pb2.EnvironmentResult(environment="e", tasks_digest="0" * 64, both_passed=8)]
+
+    async def report(offer_id: str, **answer: Any) -> None:
+        request = releases_pb2.ReportEvaluationRequest(offer_id=offer_id, **answer)
+        await node.releases.ReportEvaluation(request, timeout=20)
+
+    async def silent_since() -> str:
+        listed = await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)
+        return str(listed.nodes[0].silent_since)
+
+    before = await asyncio.to_thread(journal.verify)
+    await report("one", results=results)
+    silent = NewEvent(EventKind.NODE_SILENT, "shared", node.node_id, {"offer_id": "one"})
+    await asyncio.to_thread(journal.append, silent)
+    assert await silent_since()
+    await report("one", abstain_reason="TimeoutError")
+    assert await asyncio.to_thread(journal.verify) == before + 1
+    await report("one", results=results)
+    assert await silent_since() == ""
+    await report("two", results=results)
+    assert await asyncio.to_thread(journal.verify) == before + 2
+    shown = await central.operator.GetRelease(operator_pb2.GetReleaseRequest(release=release_id), timeout=20)
+    (late,) = shown.release.evaluations
+    assert (late.abstain_reason, late.results[0].both_passed) == ("it came after the verdict", 8)
+
+
 @pytest.mark.parametrize(
     ("results", "text"),
     [

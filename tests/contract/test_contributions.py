@@ -169,6 +169,17 @@ async def test_an_operator_forgets_on_the_command_line(
     assert "0 of its updates are kept aside, and those to come" in told
     assert "wrong labels" in (await run("nodes"))[1]
     assert "0 of its updates wait" in (await run("nodes", "release", node.node_id))[1]
+    assert "evaluates" not in (await run("nodes"))[1]
+    body = {
+        "candidate": release_id,
+        "reference": release_id,
+        "tasks": 8,
+        "deadline_at": make.AT,
+        "nodes": [node.node_id],
+    }
+    silent = NewEvent(EventKind.NODE_SILENT, "shared", node.node_id, {"offer_id": "o"})
+    await asyncio.to_thread(journal.append, NewEvent(EventKind.EVALUATION_OFFERED, "shared", "o", body), silent)
+    assert ", not waited for" in (await run("nodes"))[1]
 
 
 async def test_the_bytes_of_a_forgotten_update_are_not_taken_again(central: Central, node: Node) -> None:

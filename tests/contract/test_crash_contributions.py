@@ -1,6 +1,6 @@
 """central is killed with SIGKILL at every step of an operator's orders on contributions, of enrolment and revocation, and goes on.
 
-The story: two nodes upload and are released (version 1). An update of a is set aside and waits again; b is put in quarantine, sends
+The story: two nodes upload and are released (version 1); b is asked to evaluate and hangs, so that it is silent from then on. An update of a is set aside and waits again; b is put in quarantine, sends
 two updates from one start that are kept aside, and is released: version 2. c enrols, uploads and is revoked. b's update in version
 1 is forgotten: version 3 is made without it. a says that it serves version 3.
 """
@@ -8,15 +8,16 @@ two updates from one start that are kept aside, and is released: version 2. c en
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.faults import CONTRIBUTIONS
-from central.journal import EventKind
+from central.journal import EventKind, read_journal
 from central.lineage import verify_on_disk
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import ReleaseManifest
@@ -44,6 +45,20 @@ EVERY = [
 
 class ContributionStory(Story):
     """An operator asks before each order what of it the journal has already."""
+
+    policy: ClassVar[Mapping[str, str]] = {"CENTRAL_GATE__DEADLINE_S": "3"}
+
+    def _node_work(self) -> list[Coroutine[Any, Any, None]]:
+        return [*super()._node_work(), self._hang(self._nodes[1])]
+
+    async def _hang(self, node: harness.Node) -> None:
+        """The node hears every evaluation offer and answers none."""
+        while True:
+            try:
+                async for _ in node.fleet.Watch(fleet_pb2.WatchRequest()):
+                    pass
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.1)
 
     async def _tell(self) -> None:
         a, b = self._nodes
@@ -126,6 +141,8 @@ async def check(folder: Path, tmp_path: Path, fault: str) -> None:
     settings = prepared[0].model_copy(update={"data_dir": tmp_path / "central"})
     findings = await asyncio.to_thread(verify_on_disk, settings, "", "", True)
     assert {finding.outcome for finding in findings} == {"identical"}
+    kinds = await asyncio.to_thread(lambda: [event.kind for event in read_journal(settings.journal_url)])
+    assert kinds.count(EventKind.NODE_SILENT) == 1, "b held up one candidate, and no other"
 
 
 def expect_whole(ending: Ending) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import central.federation.grid as grid_module
-from central.federation import JournalGrid
+from central.federation.patience import Patience
+from central.federation.planning import parse_time
 from central.fleet.revocation import revoke_node
 from central.journal import EvaluationRecord, EvaluationReport, EventKind, NewEvent, Suite
 from tests.contract.cohort_loop import Central, Reply, answering_offers, crashing_at, make_increment, opened, take_steps
@@ -134,12 +134,10 @@ def test_a_node_at_a_later_look_has_as_long_again_as_it_or_the_slowest_reporter_
         late = {"b-2": EvaluationReport("b-2", (), "", at(22))}
 
         def waits(minute: int, offer: EvaluationRecord = record, connected: bool = True) -> bool:
-            made = settings(deadline_s=1200, absent_grace_s=60)
-            grid = JournalGrid(
-                "shared", central.journal, made, threading.Event(), lambda node: connected, lambda: at(minute)
-            )
-            grid._started = grid._offered(record)
-            return grid._worth_waiting(state, "b-2", offer)
+            gate = settings(deadline_s=1200, absent_grace_s=60).gate
+            patience = Patience(gate, lambda node: connected, lambda: at(minute))
+            patience.started = parse_time(at(10))
+            return patience.waits_for(state, "b-2", offer)
 
         assert waits(26), "4 minutes for 20 tasks are 8 for 40, twice that and the grace: until 12:27"
         assert not waits(27)

@@ -61,7 +61,7 @@ FORGET_STATE_REJECTED: ForgetState
 FORGET_STATE_FAILED: ForgetState
 
 class Node(_message.Message):
-    __slots__ = ("node_id", "name", "cohort", "revoked", "connected", "last_seen", "status", "quarantine")
+    __slots__ = ("node_id", "name", "cohort", "revoked", "connected", "last_seen", "status", "quarantine", "silent_since")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Node(_message.Message):
     LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINE_FIELD_NUMBER: _ClassVar[int]
+    SILENT_SINCE_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     name: str
     cohort: str
@@ -78,7 +79,8 @@ class Node(_message.Message):
     last_seen: str
     status: _fleet_pb2.NodeStatus
     quarantine: str
-    def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., cohort: _Optional[str] = ..., revoked: _Optional[bool] = ..., connected: _Optional[bool] = ..., last_seen: _Optional[str] = ..., status: _Optional[_Union[_fleet_pb2.NodeStatus, _Mapping]] = ..., quarantine: _Optional[str] = ...) -> None: ...
+    silent_since: str
+    def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., cohort: _Optional[str] = ..., revoked: _Optional[bool] = ..., connected: _Optional[bool] = ..., last_seen: _Optional[str] = ..., status: _Optional[_Union[_fleet_pb2.NodeStatus, _Mapping]] = ..., quarantine: _Optional[str] = ..., silent_since: _Optional[str] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("update_id", "node_id", "cohort", "sequence", "state", "start_release_id", "rank", "size_bytes", "admitted_at", "release_id", "reason")
