@@ -1,7 +1,7 @@
 """One thread per cohort, in which its Flower loop runs.
 
 In: cohorts, those in the journal and those created later. Out: nothing; the loops write to the journal. Guarantees: a
-loop that fails is logged and started again from the journal after a pause; `close` ends all of them. The threads are
+loop that fails is logged and started again from the journal after a pause, ever longer; `close` ends all of them. The threads are
 daemons: a merge that does not end in time is left, and done again from its plan at the next start.
 """
 
@@ -12,13 +12,24 @@ import threading
 import time
 from collections.abc import Callable
 
-from central.journal import Event, EventKind, Journal
+from central.errors import CentralError
+from central.journal import Event, EventKind, Journal, utc_now
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
 CLOSE_TIMEOUT_S = 10.0
+_PROGRESS = frozenset(
+    {
+        EventKind.MERGE_PLANNED,
+        EventKind.CANDIDATE_BUILT,
+        EventKind.EVALUATION_OFFERED,
+        EventKind.VERDICT,
+        EventKind.FORGET_FAILED,
+    }
+)
+"""Events after which what a loop failed of is past."""
 
 
 class CohortThreads:
@@ -32,6 +43,7 @@ class CohortThreads:
         self._first_pause_s = first_pause_s
         self._stop = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
+        self._failures: dict[str, str] = {}
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -52,7 +64,13 @@ class CohortThreads:
             if thread.is_alive():
                 log.warning("merge left unfinished; the next start goes on from its plan", extra={"cohort": cohort})
 
+    def failure(self, cohort: str) -> str:
+        """Why the cohort's loop failed last, when, and when it tries again; empty once it went on."""
+        return self._failures.get(cohort, "")
+
     def _heard(self, event: Event) -> None:
+        if event.kind in _PROGRESS:
+            self._failures.pop(event.cohort, None)
         if event.kind is EventKind.COHORT_CREATED:
             self._start(event.cohort)
 
@@ -68,7 +86,9 @@ class CohortThreads:
             began = time.monotonic()
             try:
                 self._run(cohort, self._stop)
-            except Exception:
+            except Exception as error:
+                why = str(error) if isinstance(error, CentralError) else repr(error)
+                self._failures[cohort] = f"{why} (at {utc_now()[:19]}Z, tried again after {pause_s:g} s)"
                 log.exception("loop of a cohort failed; it starts again", extra={"cohort": cohort, "pause_s": pause_s})
             else:
                 if not self._stop.is_set():

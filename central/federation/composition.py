@@ -50,7 +50,7 @@ def build_payload(
 ) -> MergedPayload | None:
     """The plan's candidate; None without replies to a plan of updates.
 
-    Raises UnusableUpdate or StrategyFailed, and for a removal FederationError.
+    Raises UnusableUpdate or StrategyFailed, for a removal FederationError, and StorageError (BlobLost where trying again is no help).
     """
     with one_thread if plan.blas_threads else nullcontext():
         return _build(plan, standing, strategy, blobs, replies)

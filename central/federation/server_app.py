@@ -18,9 +18,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from central import faults
-from central.errors import StorageError
 from central.evaluation import Verdict
-from central.federation.composition import build_payload, standing_of
+from central.federation.composition import Standing, build_payload, standing_of
 from central.federation.deciding import Deciding
 from central.federation.errors import FederationError, StrategyFailed, UnusableUpdate
 from central.federation.grid import JournalGrid
@@ -30,8 +29,18 @@ from central.federation.stock import make_strategy
 from central.federation.strategy import ProductMean
 from central.federation.trial import check_strategy
 from central.fleet.quarantine import quarantine_events
-from central.journal import EventKind, Journal, JournalConflict, NewEvent, PlanRecord, ReleaseRecord, State, utc_now
-from central.registry import BlobStore, Registry
+from central.journal import (
+    EventKind,
+    Journal,
+    JournalConflict,
+    MergePlan,
+    NewEvent,
+    PlanRecord,
+    ReleaseRecord,
+    State,
+    utc_now,
+)
+from central.registry import BlobLost, BlobStore, Registry
 from central.registry.canary import promotion
 from central.settings import CentralSettings
 
@@ -119,16 +128,8 @@ class CohortLoop:
             standing = standing_of(state, planned.plan)
         try:
             merged = build_payload(planned.plan, standing, strategy, self._blobs, replies)
-        except UnusableUpdate as error:
-            self._set_aside([error.update_id], error)
-            return
-        except StrategyFailed as error:
-            self._set_aside([update.update_id for update in planned.plan.updates], error)
-            return
-        except (FederationError, StorageError) as error:
-            if planned.plan.removal is None:
-                raise
-            self._fail_removal(planned.plan.removal.order, error)
+        except (FederationError, BlobLost) as error:
+            self._give_up(planned.plan, standing, error)
             return
         if merged is None:
             return
@@ -150,6 +151,25 @@ class CohortLoop:
                 "truncation_error": merged.truncation_error,
             },
         )
+
+    def _give_up(self, plan: MergePlan, standing: Standing, error: FederationError | BlobLost) -> None:
+        """What of the plan cannot be merged is set aside, so that the others go on; a removal ends its order.
+
+        Raises `error` where the next try may do better. So does every other StorageError: the loop starts again after a pause
+        (central/cohorts.py), and merges the same plan.
+        """
+        if plan.removal is not None and (isinstance(error, FederationError) or standing.own in self._blobs):
+            # Not tried again and again: nothing else of the cohort would be merged meanwhile.
+            log.error(
+                "removal failed", extra={"cohort": self._cohort, "order": plan.removal.order, "reason": str(error)}
+            )
+            self._journal.append(self._event(EventKind.FORGET_FAILED, plan.removal.order, {"reason": str(error)}))
+        elif isinstance(error, UnusableUpdate):
+            self._set_aside([error.update_id], error)
+        elif isinstance(error, StrategyFailed):
+            self._set_aside([update.update_id for update in plan.updates], error)
+        else:  # also a removal's, when the store has not even its parent: then it is the store that is away
+            raise error
 
     def _record(self, candidate: str, verdict: Verdict) -> None:
         # One transaction. A rollback meanwhile has cancelled the plan, and the journal then refuses the verdict.
@@ -194,11 +214,6 @@ class CohortLoop:
         log.error("updates set aside", extra={"cohort": self._cohort, "updates": update_ids, "reason": str(error)})
         reason = {"reason": str(error)}
         self._journal.append(*(self._event(EventKind.UPDATE_SET_ASIDE, update, reason) for update in update_ids))
-
-    def _fail_removal(self, order_id: str, error: Exception) -> None:
-        # Not tried again and again: nothing else of the cohort would be merged meanwhile.
-        log.error("removal failed", extra={"cohort": self._cohort, "order": order_id, "reason": str(error)})
-        self._journal.append(self._event(EventKind.FORGET_FAILED, order_id, {"reason": str(error)}))
 
     def _event(self, kind: EventKind, subject: str, body: dict[str, Any]) -> NewEvent:
         return NewEvent(kind, self._cohort, subject, body)

@@ -18,6 +18,10 @@ OWNER = "owner"
 """Name of the mark at the top of a store that says whose it is; no blob is called so."""
 
 
+class BlobLost(StorageError):
+    """A blob is not there, or its bytes were altered: reading it again does not help."""
+
+
 class BlobStore(ABC):
     """Several threads may use it; every method blocks, and raises StorageError when the store cannot be used."""
 
@@ -82,7 +86,7 @@ class BlobStore(ABC):
             )
 
     def read(self, digest: str) -> bytes:
-        """The bytes of a blob; raises StorageError when it is absent or was altered."""
+        """The bytes of a blob; raises BlobLost when it is absent or was altered."""
         data = self._read(digest)
         if (found := sha256_hex(data)) != digest:
             raise self.altered(digest, found)
@@ -96,10 +100,10 @@ class BlobStore(ABC):
         if digest in self:
             raise StorageError(f"{self.where(digest)} was deleted and is still there. Expected a store that deletes.")
 
-    def absent(self, digest: str) -> StorageError:
+    def absent(self, digest: str) -> BlobLost:
         """What to raise for a blob that is not there."""
-        return StorageError(f"Blob {digest} is not at {self.where(digest)}. Restore the blobs from a backup.")
+        return BlobLost(f"Blob {digest} is not at {self.where(digest)}. Restore the blobs from a backup.")
 
-    def altered(self, digest: str, found: str) -> StorageError:
+    def altered(self, digest: str, found: str) -> BlobLost:
         """What to raise for a blob whose bytes have the digest `found`."""
-        return StorageError(f"Blob {self.where(digest)} was altered: its digest is {found}. Restore it from a backup.")
+        return BlobLost(f"Blob {self.where(digest)} was altered: its digest is {found}. Restore it from a backup.")

@@ -6,20 +6,23 @@ import threading
 from pathlib import Path
 
 from central.cohorts import CohortThreads
+from central.errors import StorageError
 from central.journal import Journal
 from tests.unit.central import builders as make
 
 
 def test_every_cohort_has_one_loop_that_comes_back_after_a_failure(tmp_path: Path) -> None:
     journal = Journal(f"sqlite:///{tmp_path}/journal.db")
-    make.start_cohort(journal)
+    genesis = make.start_cohort(journal)
     runs: list[str] = []
     running = threading.Semaphore(0)
+    failures: list[str] = []
 
     def run(cohort: str, stop: threading.Event) -> None:
         runs.append(cohort)
         if runs.count(cohort) == 1:
-            raise RuntimeError("first try")
+            raise StorageError("disk full") if cohort == "shared" else RuntimeError("odd")
+        failures.append(threads.failure(cohort))
         running.release()
         journal.wait(lambda state: stop.is_set())
 
@@ -28,6 +31,13 @@ def test_every_cohort_has_one_loop_that_comes_back_after_a_failure(tmp_path: Pat
     make.start_cohort(journal, "zeta", ("d-00000000",))
     assert running.acquire(timeout=10)
     assert running.acquire(timeout=10)
+    assert sorted(text.partition(" (at 20")[0] for text in failures) == ["RuntimeError('odd')", "disk full"]
+    assert all(text.endswith("Z, tried again after 0.001 s)") for text in failures)
+    update = make.make_update(genesis)
+    journal.append(make.admitted(update))
+    assert threads.failure("shared"), "not what a node did"
+    journal.append(make.planned(make.make_plan(genesis, update)))
+    assert (threads.failure("shared"), bool(threads.failure("zeta"))) == ("", True), "it went on"
     threads.close()
     assert sorted(runs) == ["shared", "shared", "zeta", "zeta"]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cohort-")]
