@@ -171,8 +171,7 @@ class Story:
         """An operator asks again only when the journal does not show the rollback."""
 
         async def step(central: harness.Central) -> None:
-            events = await central.operator.ListEvents(operator_pb2.ListEventsRequest(limit=1000), timeout=10)
-            if any(event.kind == EventKind.ROLLED_BACK for event in events.events):
+            if EventKind.ROLLED_BACK in await self._kinds(central):
                 return
             request = operator_pb2.RollbackReleaseRequest(
                 cohort="shared",
@@ -183,6 +182,11 @@ class Story:
             await central.operator.RollbackRelease(request, timeout=10)
 
         await self._again(step)
+
+    async def _kinds(self, central: harness.Central) -> list[str]:
+        """Of the journal's events, in order."""
+        answer = await central.operator.ListEvents(operator_pb2.ListEventsRequest(limit=1000), timeout=10)
+        return [event.kind for event in answer.events]
 
     async def _evaluate(self, node: harness.Node) -> None:
         """The node answers every evaluation offer: a few tasks more with the candidate, too few to be sure at the first look."""

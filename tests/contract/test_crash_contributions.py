@@ -26,7 +26,7 @@ from tests.contract import central_harness as harness
 from tests.contract.crash_story import PAYLOADS, Ending, Story, prepare, tell
 
 QUICK = "journal.candidate_built.stored#3"  # the removal
-UNREACHED = "forget_failed"  # a payload must vanish between order and merge: test_forgetting.py
+UNREACHED = "forget_failed"  # test_crash_forgetting.py
 EVERY = [
     *(f"journal.{event}.{step}#1" for event in CONTRIBUTIONS if event != UNREACHED for step in ("applied", "stored")),
     "journal.update_set_aside.stored#2",  # in one append with the revocation
@@ -116,10 +116,6 @@ class ContributionStory(Story):
             return EventKind.RELEASE_SERVED in await self._kinds(central)
 
         assert await self._again(step)
-
-    async def _kinds(self, central: harness.Central) -> list[str]:
-        answer = await central.operator.ListEvents(operator_pb2.ListEventsRequest(limit=1000), timeout=10)
-        return [event.kind for event in answer.events]
 
     def _aside(self, number: int) -> operator_pb2.SetAsideUpdatesRequest:
         return operator_pb2.SetAsideUpdatesRequest(updates=[self._id(number)], reason="odd")
