@@ -91,7 +91,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         cohorts = CohortThreads(rooms.journal, run_cohort)
         stopped = threading.Event()
         try:
-            async with Services(rooms, settings, presence):
+            async with Services(rooms, settings, presence, failure=cohorts.failure):
                 await asyncio.to_thread(cohorts.start)
                 threading.Thread(target=rooms.collector.run, args=(stopped,), name="retention", daemon=True).start()
                 listen = settings.listen
@@ -134,13 +134,19 @@ class Services:
     """The two gRPC servers with their services; an asynchronous context."""
 
     def __init__(
-        self, rooms: Rooms, settings: CentralSettings, presence: Presence, heartbeat_s: float = HEARTBEAT_S
+        self,
+        rooms: Rooms,
+        settings: CentralSettings,
+        presence: Presence,
+        heartbeat_s: float = HEARTBEAT_S,
+        failure: Callable[[str], str] = lambda cohort: "",
     ) -> None:
-        """Made on the event loop; listens on nothing yet."""
+        """Made on the event loop; listens on nothing yet. `failure` says why a cohort's loop does not go on."""
         self._rooms = rooms
         self._settings = settings
         self._authenticator = Authenticator(rooms.journal)
         self._presence = presence
+        self._failure = failure
         self._fleet = FleetService(
             rooms.journal, self._authenticator, self._presence, heartbeat_s, settings.limits.node_watches
         )
@@ -215,6 +221,7 @@ class Services:
                 rooms.pki.ca_pem,
                 self._settings.channels,
                 rooms.collector,
+                self._failure,
             ),
             server,
         )

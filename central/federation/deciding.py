@@ -13,9 +13,9 @@ from flwr.app import ArrayRecord, ConfigRecord
 
 from central.evaluation import Gate, Verdict
 from central.federation.grid import JournalGrid
-from central.federation.looks import Ask, current_look, evidence, has_quorum, next_look, unjudged
+from central.federation.looks import Ask, count_results, current_look, evidence, has_quorum, next_look, unjudged
 from central.federation.strategy import ProductMean
-from central.journal import Journal, PlanRecord
+from central.journal import Journal, PlanRecord, State
 from central.settings import GateSettings
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,11 @@ class Deciding:
         """Take the candidate one look further; None: stopped, too few results, or a further look was offered."""
         if self._settings.quorum == 0:
             return Verdict(True, "accepted without evaluation: CENTRAL_GATE__QUORUM is 0.", {}, {})
-        if not grid.wait_for_node():
+        with self._journal.read() as state:
+            alone = not any(node.cohort == planned.plan.cohort and not node.revoked for node in state.nodes.values())
+            if alone and (verdict := self._without_quorum(state, planned, candidate)) is not None:
+                return verdict
+        if not grid.wait_for_node(candidate):
             return None
         with self._journal.read() as state:
             ask = current_look(state, candidate, planned.plan.parent, self._settings)
@@ -60,7 +64,8 @@ class Deciding:
             if state.releases[candidate].state != "candidate":
                 return None  # decided elsewhere, for example by a rollback of its parent
             if not has_quorum(state, candidate, self._settings.quorum):
-                return None  # the next step offers the first look again, and the grid logs it
+                # None: the next step offers the first look again, and the grid logs it.
+                return self._without_quorum(state, planned, candidate)
             found = self._gate.look(*evidence(state, candidate))
             verdict = self._gate.verdict(found)
             if verdict is not None:
@@ -75,6 +80,16 @@ class Deciding:
                 extra={"release": candidate, "look": further.look, "environments": sorted(further.suites)},
             )
         return verdict
+
+    def _without_quorum(self, state: State, planned: PlanRecord, candidate: str) -> Verdict | None:
+        """Too few results: of a removal whose loss an operator accepts that is the end (server_app.py), of all else it is none."""
+        removal = planned.plan.removal
+        if removal is None or not state.forgets[removal.order].accept_loss:
+            return None
+        results = count_results(state, candidate)
+        return Verdict(
+            False, f"had {results} results and needs {self._settings.quorum} (CENTRAL_GATE__QUORUM).", {}, {}
+        )
 
     def _offer(self, strategy: ProductMean, planned: PlanRecord, ask: Ask, grid: JournalGrid) -> list[str]:
         config = ConfigRecord({"look": ask.to_json()})

@@ -158,9 +158,15 @@ class JournalGrid(Grid):  # type: ignore[misc]
         with self._journal.read() as state:
             return next(iter(state.open_plans(self._cohort)), None)
 
-    def wait_for_node(self) -> bool:
-        """Wait until the cohort has a node that is not revoked; False when stopped."""
-        return self._wait(lambda state: bool(state.members(self._cohort)), None) is not None
+    def wait_for_node(self, candidate: str) -> bool:
+        """Wait until the cohort has a node that is not revoked; False when stopped, or when the candidate was decided meanwhile."""
+
+        def found(state: State) -> tuple[bool] | None:
+            if state.releases[candidate].state != "candidate":
+                return (False,)
+            return (True,) if state.members(self._cohort) else None
+
+        return self._wait(found, None) == (True,)
 
     @property
     def stopped(self) -> bool:

@@ -99,7 +99,12 @@ def current_look(state: State, candidate: str, parent: str, settings: GateSettin
 
 def has_quorum(state: State, candidate: str, quorum: int) -> bool:
     """Whether enough nodes that are not revoked evaluated at the first look."""
-    return sum(map(is_result, reports_of_look(state, offers_of(state, candidate, 1)).values())) >= quorum
+    return count_results(state, candidate) >= quorum
+
+
+def count_results(state: State, candidate: str) -> int:
+    """How many nodes that are not revoked evaluated at the first look."""
+    return sum(map(is_result, reports_of_look(state, offers_of(state, candidate, 1)).values()))
 
 
 def evidence(state: State, candidate: str) -> tuple[list[Evidence], dict[str, Figures]]:

@@ -45,7 +45,7 @@ class EventKind(StrEnum):
     FORGET_ORDERED = (
         "forget_ordered"  # order id: node_id ("": single updates), updates, method (replay|subtract), accept_loss, by
     )
-    FORGET_FAILED = "forget_failed"  # order id: reason
+    FORGET_FAILED = "forget_failed"  # order id: reason, by (an operator's name; absent: central)
     MERGE_PLANNED = "merge_planned"  # plan id: plan (canonical JSON of MergePlan)
     CANDIDATE_BUILT = "candidate_built"  # release id: plan_id, manifest, signature, server_state (digest; absent: none)
     EVALUATION_OFFERED = (

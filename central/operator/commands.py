@@ -9,7 +9,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from central.command import Options, asking, command, json_option, print_rows, print_text, rows_of
+from central.command import Options, asking, command, json_option, print_rows, print_text, printable, rows_of
 from central.errors import CentralError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def add_forget(commands: Any) -> None:
     )
     forget = command(commands, "forget", asking(_forget), text)
     forget.add_argument(
-        "target", nargs="?", default="", metavar="NODE|UPDATE", help="node id; or update id, or 6 of its digits"
+        "target", nargs="?", default="", metavar="NODE|UPDATE", help="node id; or update id, or its first 6 digits"
     )
     forget.add_argument("--orders", action="store_true", help="list the orders so far, and where they stand")
     forget.add_argument("--dry-run", action="store_true", help="only say what would be done")
@@ -75,6 +75,8 @@ def add_forget(commands: Any) -> None:
     forget.add_argument(
         "--accept-loss", action="store_true", help="release it even if the gate finds that skill is lost"
     )
+    text = "take the order under way for it back (its own id will do too); what was merged stays"
+    forget.add_argument("--cancel", action="store_true", help=text)
     forget.add_argument("--no-wait", action="store_true", help="do not wait for the new release and its verdict")
     json_option(forget)
 
@@ -152,13 +154,17 @@ def _print_updates(options: Options, rows: list[dict[str, Any]]) -> None:
 
 
 def _forget(client: OperatorClient, options: Options) -> None:
-    from central.operator.texts import proposal
+    from central.operator.texts import cancelled, proposal
     from protos.operator.v1 import operator_pb2
 
     if options.orders == bool(options.target):
         raise CentralError("Expected a node or an update to forget, or --orders for the orders so far; not both.")
     if options.orders:
         _print_orders(options, client)
+        return
+    if options.cancel:
+        order = client.ask(client.stub.Forget, operator_pb2.ForgetRequest(target=options.target, cancel=True)).order
+        print_text(options, order, cancelled)
         return
     method = f"FORGET_METHOD_{options.method.upper()}" if options.method else None
     request = operator_pb2.ForgetRequest(
@@ -193,7 +199,7 @@ def _await_end(client: OperatorClient, options: Options, order: operator_pb2.For
         time.sleep(POLL_S)
         orders = client.ask(client.stub.ListForgets, operator_pb2.ListForgetsRequest()).orders
         order = next(other for other in orders if other.order_id == order.order_id)
-        if (line := progress(order)) != said and not options.json:
+        if (line := printable(progress(order))) != said and not options.json:
             print(line, flush=True)
             said = line
     return order
@@ -208,7 +214,8 @@ def _expect_done(order: operator_pb2.ForgetOrder, options: Options) -> None:
             "lost with the contribution, repeat with --accept-loss."
         )
     if order.state == operator_pb2.FORGET_STATE_FAILED:
-        raise CentralError(f"The release without it could not be made: {order.verdict} What was merged is still there.")
+        why = order.verdict.rstrip(".")
+        raise CentralError(f"The order ended without a release: {why}. What was merged is still there.")
 
 
 def _print_orders(options: Options, client: OperatorClient) -> None:
@@ -219,6 +226,7 @@ def _print_orders(options: Options, client: OperatorClient) -> None:
         for row in rows:
             row["order"], row["updates"] = row["order_id"][:8], len(row["in_release"]) + len(row["unreleased"])
             row["verdict"] = row["verdict"].partition(". ")[0]
-    print_rows(
-        options, rows, ("order", "at", "by", "cohort", "node_id", "updates", "state", "method", "candidate", "verdict")
-    )
+    columns = ["order", "at", "by", "cohort", "node_id", "updates", "state", "method", "candidate", "verdict"]
+    if any(row["waits_for"] for row in rows):
+        columns.append("waits_for")
+    print_rows(options, rows, columns)

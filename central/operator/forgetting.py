@@ -2,7 +2,8 @@
 
 In: a node id or an update id. Out: the order in the journal, or what it would be. Guarantees: what no release that is served holds
 is forgotten with the order itself; what the stable head holds goes with a new release, made by the cohort's loop from the journal,
-so a crash resumes it; the method is one that can be carried out with the payloads that there are; a repeat finds the order.
+so a crash resumes it; the method is one that can be carried out with the payloads that there are; a repeat finds the order. An order
+under way can be taken back, and one that accepts a loss takes the place of one that does not: neither needs the gate.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal
 from central.journal import EventKind, Journal, NewEvent, ReleaseRecord, State, UpdateRecord, utc_now
 from central.journal.records import ForgetRecord
 from central.journal.removal import can_subtract, exactness, line_of, replay_blobs, subtracted
-from central.operator.contributions import Payloads, find_update, refused
+from central.operator.contributions import MIN_PREFIX_DIGITS, Payloads, find_update, refused
 
 Method = Literal["replay", "subtract"]
 
@@ -33,6 +34,8 @@ class Proposal:
     """Versions of the releases that hold any of it, oldest first."""
     composed: tuple[str, ...]
     """Cohorts that build on this one, and whose stable release is composed with one of those."""
+    replaces: tuple[str, ...] = ()
+    """Orders under way whose place it takes."""
 
 
 def propose_forget(
@@ -54,6 +57,11 @@ def order_forget(
         order = proposal.order
         if order.order_id in state.forgets:
             return proposal
+        reason = f"order {order.order_id[:8]} of {by}, which accepts a loss, takes its place"
+        replaced = [
+            NewEvent(EventKind.FORGET_FAILED, order.cohort, order_id, {"reason": reason, "by": by})
+            for order_id in proposal.replaces
+        ]
         body = {
             "node_id": order.node_id,
             "updates": list(order.updates),
@@ -61,9 +69,23 @@ def order_forget(
             "accept_loss": order.accept_loss,
             "by": by,
         }
-        journal.append(NewEvent(EventKind.FORGET_ORDERED, order.cohort, order.order_id, body))
+        journal.append(*replaced, NewEvent(EventKind.FORGET_ORDERED, order.cohort, order.order_id, body))
         # What the order meant when it was given: nothing of it is unreleased any more.
         return replace(proposal, order=state.forgets[order.order_id])
+
+
+def cancel_forget(journal: Journal, target: str, by: str) -> Proposal:
+    """Take back the order under way for this node, update or order id; raises Refused."""
+    with journal.read() as state:
+        order = _under_way(state, target)
+        if (made := _accepted(state, order)) is not None:
+            raise refused(
+                f"The release without it, {made.manifest.label}, is accepted and soaks on canary. Take that back instead: `central releases "
+                f"rollback --cohort {order.cohort} --channel canary --updates requeue` ends the order too."
+            )
+        body = {"reason": f"taken back by {by}", "by": by}
+        journal.append(NewEvent(EventKind.FORGET_FAILED, order.cohort, order.order_id, body))
+        return describe(state, state.forgets[order.order_id])
 
 
 def describe(state: State, order: ForgetRecord) -> Proposal:
@@ -122,23 +144,57 @@ def _propose(
 ) -> Proposal:
     node_id, updates = _targeted(state, target)
     cohort = updates[0].cohort
-    pending = next((o for o in state.pending_forgets(cohort) if set(o.updates).intersection(_ids(updates))), None)
-    if pending is not None:
-        if not set(pending.updates).issuperset(_ids(updates)):
+    pending = [order for order in state.pending_forgets(cohort) if set(order.updates).intersection(_ids(updates))]
+    replaced = pending if accept_loss and _can_replace(state, pending, _ids(updates)) else []
+    if pending and not replaced:
+        first = pending[0]
+        if not set(first.updates).issuperset(_ids(updates)):
             raise refused(
-                f"Order {pending.order_id[:8]} of {pending.by} is forgetting a part of this already. Wait until it is done "
+                f"Order {first.order_id[:8]} of {first.by} is forgetting a part of this already. Wait until it is done "
                 "(`central forget --orders`), then order the rest."
             )
-        if accept_loss and not pending.accept_loss:
+        if accept_loss and not first.accept_loss and _accepted(state, first) is None:
             raise refused(
-                f"Order {pending.order_id[:8]} of {pending.by} is under way and leaves the decision to the gate. Wait for its verdict "
-                "(`central forget --orders`); then order it again with --accept-loss if skill would be lost."
+                f"Order {first.order_id[:8]} of {first.by} is forgetting more than this, and leaves the decision to the gate. Repeat it "
+                f"with --accept-loss for all of it{f', node {first.node_id}' if first.node_id else ''}, or take it back first "
+                f"(`central forget {first.order_id[:8]} --cancel`)."
             )
-        return describe(state, pending)
+        return describe(state, first)
     head = state.releases[state.channels[(cohort, "stable")]]
     method = _method(state, absent, head, updates, wished)
     order = ForgetRecord(uuid.uuid4().hex, cohort, node_id, tuple(_ids(updates)), method, accept_loss, by, utc_now())
-    return describe(state, order)
+    return replace(describe(state, order), replaces=tuple(order.order_id for order in replaced))
+
+
+def _can_replace(state: State, pending: Sequence[ForgetRecord], update_ids: Collection[str]) -> bool:
+    """Whether an order for these updates that accepts a loss leaves nothing undone of those, and changes how they end."""
+    left = {u for order in pending for u in order.updates if state.updates[u].state != "forgotten"}
+    open_to_the_gate = any(not order.accept_loss for order in pending)
+    return open_to_the_gate and left.issubset(update_ids) and all(_accepted(state, order) is None for order in pending)
+
+
+def _accepted(state: State, order: ForgetRecord) -> ReleaseRecord | None:
+    """The order's release once it is accepted; then it only has to become stable."""
+    candidate = state.plans[order.plan_id].candidate if order.plan_id else None
+    made = state.releases[candidate] if candidate else None
+    return made if made is not None and made.state == "accepted" else None
+
+
+def _under_way(state: State, target: str) -> ForgetRecord:
+    orders = [order for cohort in state.cohorts() for order in state.pending_forgets(cohort)]
+    known_by = {order.order_id: (order.order_id, *order.updates) for order in orders}
+    found = [
+        order
+        for order in orders
+        if target == order.node_id
+        or (len(target) >= MIN_PREFIX_DIGITS and any(name.startswith(target) for name in known_by[order.order_id]))
+    ]
+    if len(found) != 1:
+        raise refused(
+            f"{len(found) or 'No'} orders to forget that are under way are for {target[:80]!r}. Expected one: name it by its own id, or its "
+            f"first {MIN_PREFIX_DIGITS} or more digits; `central forget --orders` lists them."
+        )
+    return found[0]
 
 
 def _targeted(state: State, target: str) -> tuple[str, list[UpdateRecord]]:

@@ -12,6 +12,7 @@ from central.intake.service import update_state
 from central.journal import EvaluationRecord, Event, NodeRecord, ReleaseRecord, State, UpdateRecord
 from central.journal.records import ForgetStateName, ReleaseStateName
 from central.operator.forgetting import Proposal
+from central.operator.waiting import waits_for
 from central.registry.canary import Soak, find_soak
 from central.settings import ChannelSettings
 from protos.manifest import canonical_json
@@ -135,7 +136,8 @@ def _soak_message(soak: Soak | None, release: ReleaseRecord) -> operator_pb2.Soa
     )
 
 
-def forget_message(state: State, proposal: Proposal) -> operator_pb2.ForgetOrder:
+def forget_message(state: State, proposal: Proposal, failure: str) -> operator_pb2.ForgetOrder:
+    """`failure`: why the cohort's loop does not go on."""
     order = proposal.order
     ordered = order.order_id in state.forgets
     plan = state.plans[order.plan_id] if order.plan_id else None
@@ -158,6 +160,7 @@ def forget_message(state: State, proposal: Proposal) -> operator_pb2.ForgetOrder
         at=order.at,
         holders=proposal.holders,
         composed_cohorts=proposal.composed,
+        waits_for=waits_for(state, order, failure) if ordered else "",
     )
 
 

@@ -20,7 +20,7 @@ from central.fleet.revocation import revoke_node, unknown_node
 from central.fleet.tokens import create_token, expect_sensible
 from central.journal import Journal, NodeRecord, ReleaseRecord, State
 from central.operator.contributions import requeue, set_aside
-from central.operator.forgetting import describe, order_forget, propose_forget
+from central.operator.forgetting import Proposal, cancel_forget, describe, order_forget, propose_forget
 from central.operator.lineage import diff_releases, explain_release
 from central.operator.listing import event_message, forget_message, node_message, release_message, update_message
 from central.registry import BlobStore, Registry
@@ -59,6 +59,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         ca_pem: bytes,
         channels: ChannelSettings,
         collector: Collector,
+        failure: Callable[[str], str],
     ) -> None:
         self._journal = journal
         self._registry = registry
@@ -67,6 +68,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._presence = presence
         self._ca_pem = ca_pem
         self._collector = collector
+        self._failure = failure
         self._channels = channels
 
     async def ListNodes(
@@ -190,11 +192,12 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
 
     async def Forget(self, request: operator_pb2.ForgetRequest, context: Context) -> operator_pb2.ForgetResponse:
         def forget(by: str) -> operator_pb2.ForgetOrder:
+            if request.cancel:
+                return self._forget_message(cancel_forget(self._journal, request.target, by))
             work = propose_forget if request.dry_run else order_forget
             wished = _METHODS.get(request.method)
             proposal = work(self._journal, self._blobs, request.target, wished, request.accept_loss, by)
-            with self._journal.read() as state:
-                return forget_message(state, proposal)
+            return self._forget_message(proposal)
 
         return operator_pb2.ForgetResponse(order=await self._ask(context, forget))
 
@@ -203,7 +206,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     ) -> operator_pb2.ListForgetsResponse:
         def list_forgets(by: str) -> list[operator_pb2.ForgetOrder]:
             with self._journal.read() as state:
-                return [forget_message(state, describe(state, order)) for order in state.forgets.values()]
+                return [self._forget_message(describe(state, order)) for order in state.forgets.values()]
 
         return operator_pb2.ListForgetsResponse(orders=await self._ask(context, list_forgets))
 
@@ -241,6 +244,10 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     def _nodes(self) -> list[NodeRecord]:
         with self._journal.read() as state:
             return list(state.nodes.values())
+
+    def _forget_message(self, proposal: Proposal) -> operator_pb2.ForgetOrder:
+        with self._journal.read() as state:
+            return forget_message(state, proposal, self._failure(proposal.order.cohort))
 
     def _message(self, release: ReleaseRecord) -> operator_pb2.Release:
         with self._journal.read() as state:

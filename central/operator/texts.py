@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from central.operator.client import plain
 from protos.operator.v1 import operator_pb2
+from protos.updates.v1 import updates_pb2
 
 
 def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
@@ -130,14 +131,23 @@ def proposal(order: operator_pb2.ForgetOrder) -> Iterator[str]:
         yield f"can no longer be promoted or returned to afterwards: {', '.join(order.holders)}"
 
 
+def cancelled(order: operator_pb2.ForgetOrder) -> Iterator[str]:
+    """`central forget --cancel`."""
+    yield f"order {order.order_id[:8]} is {order.verdict}: what was merged is still there ({len(order.in_release)})"
+    for update in order.unreleased:
+        if update.state == updates_pb2.UPDATE_STATE_FORGOTTEN:
+            yield f"  {update.update_id[:12]} from {update.node_id} was in no release; it was forgotten with the order and stays so"
+
+
 def progress(order: operator_pb2.ForgetOrder) -> str:
     """Where an order stands, in one line."""
     name = f"order {order.order_id[:8]}"
+    held_up = f"; it waits for {order.waits_for}" if order.waits_for else ""
     if order.state == operator_pb2.FORGET_STATE_ORDERED:
-        return f"{name} waits for the cohort's next merge"
+        return f"{name} is planned with the cohort's next merge{held_up}"
     if order.state == operator_pb2.FORGET_STATE_PLANNED:
         made = f"{order.candidate} is made and evaluated" if order.candidate else "the release without it is being made"
-        return f"{name}: {made}"
+        return f"{name}: {made}{held_up}"
     if order.state == operator_pb2.FORGET_STATE_DONE:
         return f"{name} is done{f': {order.candidate} is released. {order.verdict}' if order.candidate else ''}"
     return f"{name} {plain(order)['state']}: {order.verdict}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,10 +197,12 @@ def make_settings(folder: Path, **groups: Mapping[str, Any]) -> CentralSettings:
 
 
 @asynccontextmanager
-async def running_central(settings: CentralSettings, heartbeat_s: float = 10.0) -> AsyncIterator[Central]:
+async def running_central(
+    settings: CentralSettings, heartbeat_s: float = 10.0, failure: Callable[[str], str] = lambda cohort: ""
+) -> AsyncIterator[Central]:
     with ExitStack() as stores:
         rooms = await asyncio.to_thread(open_rooms, settings, stores)
-        async with Services(rooms, settings, Presence(), heartbeat_s), AsyncExitStack() as stack:
+        async with Services(rooms, settings, Presence(), heartbeat_s, failure), AsyncExitStack() as stack:
             yield Central(rooms, settings, stack)
 
 

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime, timedelta
 
 from central.journal import EvaluationRecord
 from central.settings import CentralSettings
 from protos.manifest import sha256_hex
 from tests.contract.cohort_loop import Central, Reply, answering_offers, make_increment, make_settings, take_steps
+from tests.unit.central.builders import AT
+
+
+class Clock:
+    """Some seconds pass with every look at the clock; the journal stamps events with it, and nodes look up each time."""
+
+    STEP_S = 4
+
+    def __init__(self, central: Central) -> None:
+        self.seconds = 0
+        self._journal = central.journal
+        central.journal._clock = self.at
+
+    def at(self) -> str:
+        moment = datetime.fromisoformat(AT) + timedelta(seconds=self.seconds)
+        return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+    def __call__(self) -> str:
+        self.seconds += self.STEP_S
+        self._journal.wake()
+        return self.at()
 
 
 def settings(max_tasks: int = 160, **gate: object) -> CentralSettings:

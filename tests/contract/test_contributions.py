@@ -161,7 +161,14 @@ async def test_an_operator_forgets_on_the_command_line(
     order = json.loads(told)
     assert (code, order["state"], order["in_release"][0]["state"]) == (0, "ordered", "merged")
     code, told, _ = await run("forget", "--orders")
-    assert (code, "ordered" in told, node.node_id in told) == (0, True, True)
+    assert (code, "ordered" in told, node.node_id in told, "waits_for" in told) == (0, True, True, False)
+    code, told, _ = await run("forget", order["order_id"][:8], "--cancel")
+    assert (code, told) == (
+        0,
+        f"order {order['order_id'][:8]} is taken back by operator: what was merged is still there (1)\n",
+    )
+    assert (await run("forget", node.node_id, "--cancel"))[0] == 1
+    assert "taken back by operator" in (await run("forget", "--orders"))[1]
     code, told, _ = await run("updates", "--state", "merged", "--json")
     assert [row["update_id"] for row in json.loads(told)] == [manifest.digest]
     assert (await run("updates", "set-aside", manifest.digest[:8], "--reason", "x"))[0] == 1
@@ -219,7 +226,8 @@ async def test_the_command_waits_for_the_new_release(
 ) -> None:
     monkeypatch.setattr(commands_module, "POLL_S", 0.05)
     settings = harness.make_settings(tmp_path, gate={"quorum": 0}, merge={"min_updates": 1})
-    async with harness.running_central(settings) as central:
+    failures = {"shared": "the disk was full (at noon)"}
+    async with harness.running_central(settings, failure=lambda cohort: failures.get(cohort, "")) as central:
         node = await central.enroll("a", await central.token())
         await node.upload(encode_factors(), node.manifest(encode_factors()))
         journal = central.rooms.journal
@@ -237,6 +245,9 @@ async def test_the_command_waits_for_the_new_release(
         command = asyncio.create_task(run("forget", node.node_id, "--yes"))
         while journal.events()[-1].kind != EventKind.FORGET_ORDERED:
             await asyncio.sleep(0.02)
+        listed = await central.operator.ListForgets(operator_pb2.ListForgetsRequest(), timeout=20)
+        assert listed.orders[0].waits_for.endswith("the disk was full (at noon)")
+        failures.clear()
         await asyncio.to_thread(until, 2)
         code, told, _ = await command
         with journal.read() as state:

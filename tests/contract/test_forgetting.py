@@ -336,8 +336,6 @@ def test_a_repeat_finds_the_order_and_a_part_of_one_waits(central: Central) -> N
     late = central.admit("b-2", increment(2, "b-2"), sequence=2)  # type: ignore[arg-type]
     with pytest.raises(Refused, match="is forgetting a part of this already"):
         forget(central, "b-2")
-    with pytest.raises(Refused, match="leaves the decision to the gate"):
-        forget(central, ids[1], accept_loss=True)
     assert run_until(central, order) == "done"
     assert states(central, [late]) == ["waiting"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,30 +15,11 @@ from central.journal import EvaluationRecord, EventKind, Journal, JournalConflic
 from central.operator.lineage import explain_release
 from central.operator.texts import explanation
 from tests.contract.cohort_loop import Central, Reply, make_increment, opened, take_steps
-from tests.contract.looks import SAME, decide, measured, offers, settings
-from tests.unit.central.builders import AT
+from tests.contract.looks import SAME, Clock, decide, measured, offers, settings
 
 Answer = Callable[[EvaluationRecord, str], Reply | None]
-STEP_S, DEADLINE_S, GRACE_S = 4, 600, 400
+DEADLINE_S, GRACE_S = 600, 400
 ONE_LOOK = settings(20, deadline_s=DEADLINE_S, absent_grace_s=GRACE_S)
-
-
-class Clock:
-    """Seconds that pass with every look at the clock; the journal stamps events with it, and nodes look up each time."""
-
-    def __init__(self, central: Central) -> None:
-        self.seconds = 0
-        self._journal = central.journal
-        central.journal._clock = self.at
-
-    def at(self) -> str:
-        moment = datetime.fromisoformat(AT) + timedelta(seconds=self.seconds)
-        return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-    def __call__(self) -> str:
-        self.seconds += STEP_S
-        self._journal.wake()
-        return self.at()
 
 
 @pytest.fixture

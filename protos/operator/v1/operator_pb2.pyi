@@ -600,7 +600,7 @@ class ReleaseNodeResponse(_message.Message):
     def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
 
 class ForgetOrder(_message.Message):
-    __slots__ = ("order_id", "cohort", "node_id", "state", "method", "in_release", "unreleased", "exactness", "merges", "candidate", "verdict", "accept_loss", "by", "at", "holders", "composed_cohorts")
+    __slots__ = ("order_id", "cohort", "node_id", "state", "method", "in_release", "unreleased", "exactness", "merges", "candidate", "verdict", "accept_loss", "by", "at", "holders", "composed_cohorts", "waits_for")
     ORDER_ID_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -617,6 +617,7 @@ class ForgetOrder(_message.Message):
     AT_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
     COMPOSED_COHORTS_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     order_id: str
     cohort: str
     node_id: str
@@ -633,19 +634,22 @@ class ForgetOrder(_message.Message):
     at: str
     holders: _containers.RepeatedScalarFieldContainer[str]
     composed_cohorts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, order_id: _Optional[str] = ..., cohort: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[_Union[ForgetState, str]] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., in_release: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., unreleased: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., exactness: _Optional[str] = ..., merges: _Optional[int] = ..., candidate: _Optional[str] = ..., verdict: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., by: _Optional[str] = ..., at: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., composed_cohorts: _Optional[_Iterable[str]] = ...) -> None: ...
+    waits_for: str
+    def __init__(self, order_id: _Optional[str] = ..., cohort: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[_Union[ForgetState, str]] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., in_release: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., unreleased: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., exactness: _Optional[str] = ..., merges: _Optional[int] = ..., candidate: _Optional[str] = ..., verdict: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., by: _Optional[str] = ..., at: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., composed_cohorts: _Optional[_Iterable[str]] = ..., waits_for: _Optional[str] = ...) -> None: ...
 
 class ForgetRequest(_message.Message):
-    __slots__ = ("target", "method", "accept_loss", "dry_run")
+    __slots__ = ("target", "method", "accept_loss", "dry_run", "cancel")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_LOSS_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
     target: str
     method: ForgetMethod
     accept_loss: bool
     dry_run: bool
-    def __init__(self, target: _Optional[str] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., accept_loss: _Optional[bool] = ..., dry_run: _Optional[bool] = ...) -> None: ...
+    cancel: bool
+    def __init__(self, target: _Optional[str] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., accept_loss: _Optional[bool] = ..., dry_run: _Optional[bool] = ..., cancel: _Optional[bool] = ...) -> None: ...
 
 class ForgetResponse(_message.Message):
     __slots__ = ("order",)

@@ -219,7 +219,8 @@ class OperatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Forget(self, request, context):
-        """Orders a release without a node's contributions, or without one update. A repeat finds the order that is under way.
+        """Orders a release without a node's contributions, or without one update. A repeat finds the order that is under way; one that
+        accepts a loss takes the place of one that does not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,72 @@
+"""What an order to forget waits for, and what an operator can do about it.
+
+In: the state, and why the cohort's loop does not go on, if it does not. Out: words; empty while the order goes its way.
+"""
+
+from __future__ import annotations
+
+from central.journal import EvaluationRecord, PlanRecord, State
+from central.journal.records import ForgetRecord
+
+MAX_NAMED = 5
+"""Nodes that are named with what they said."""
+
+
+def waits_for(state: State, order: ForgetRecord, failure: str) -> str:
+    """What the order is held up by; `failure` is of its cohort's loop (central/cohorts.py)."""
+    if order.state not in ("ordered", "planned"):
+        return ""
+    if failure:
+        return f"what failed and is tried again: {failure}"
+    if order.state == "planned":
+        return _planned(state, order)
+    if (canary := state.soaking(order.cohort)) is not None:
+        return f"the canary {canary.manifest.label}, which soaks (`central releases list`)"
+    for plan in state.open_plans(order.cohort):
+        if plan.candidate is not None and (lacking := _lacking(state, plan)):
+            label = state.releases[plan.candidate].manifest.label
+            return f"the verdict on {label}, a merge under way: {lacking}. `central updates set-aside` takes it back"
+    return ""
+
+
+def _planned(state: State, order: ForgetRecord) -> str:
+    plan = state.plans[order.plan_id or ""]
+    if plan.candidate is None:
+        return ""
+    made = state.releases[plan.candidate]
+    if made.state == "accepted":
+        return f"the canary {made.manifest.label}, which soaks (`central releases list`)"
+    lacking = _lacking(state, plan)
+    if not lacking or order.accept_loss:  # released without them when the look is over
+        return lacking
+    target = order.node_id or order.order_id[:8]
+    again = f"`central forget {order.node_id or order.updates[0][:12]} --accept-loss --yes`"
+    return (
+        f"{lacking}. Nothing else of {order.cohort} is merged meanwhile. Let a node evaluate, take the order back with "
+        f"`central forget {target} --cancel`, or release it unjudged with {again}"
+    )
+
+
+def _lacking(state: State, plan: PlanRecord) -> str:
+    """Why there is no verdict although the first look is over, or nobody can be asked; empty otherwise."""
+    nodes = [node for node in state.nodes.values() if node.cohort == plan.plan.cohort and not node.revoked]
+    if not nodes:
+        return "a node that could judge it: the cohort has none"
+    offers = [offer for offer in state.evaluations.values() if offer.candidate == plan.candidate]
+    if len(offers) < 2 or offers[-1].look > 1:
+        return ""
+    words = {node.node_id: _word(node.node_id, offers) for node in nodes}
+    without = [f"{node_id}: {word}" for node_id, word in words.items() if word]
+    more = f" and {len(without) - MAX_NAMED} more" if len(without) > MAX_NAMED else ""
+    return (
+        f"results of as many nodes as CENTRAL_GATE__QUORUM says: asked {len(offers)} times, {len(words) - len(without)} gave one "
+        f"({'; '.join(without[:MAX_NAMED])}{more})"
+    )
+
+
+def _word(node_id: str, offers: list[EvaluationRecord]) -> str:
+    """Why the node gave no result, as it said last; empty when it gave one."""
+    reports = [offer.reports[node_id] for offer in offers if node_id in offer.reports]
+    if any(report.results for report in reports):
+        return ""
+    return reports[-1].abstain_reason if reports else "no report"
