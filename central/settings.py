@@ -140,9 +140,11 @@ class GateSettings(Group):
     """Undecided environments get fresh tasks, each look doubling their number, up to this many (over all nodes). At most
     CENTRAL_GATE__TASKS: one look decides."""
     deadline_s: float = Field(default=300, gt=0)
-    """Reports of the first look after this are not waited for; a later look has longer, in proportion to its tasks."""
+    """Reports of the first look after this are not waited for; a later look has longer, in proportion to its tasks. A node that
+    hangs costs this once (central/federation/patience.py)."""
     absent_grace_s: float = Field(default=30, ge=0)
-    """A node that is not connected is waited for only this long, so that a dead site holds up nobody."""
+    """A node that is not connected is waited for only this long, so that a dead site holds up nobody. One that held up a first look
+    for longer than this after the last result, and gave none, is not waited for at the next."""
     quorum: int = Field(default=1, ge=0)
     """Fewest reporting nodes for a verdict. 0: accept without evaluation (for tests)."""
     alpha: float = Field(default=0.05, gt=0, lt=1)

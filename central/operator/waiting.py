@@ -5,7 +5,7 @@ In: the state, and why the cohort's loop does not go on, if it does not. Out: wo
 
 from __future__ import annotations
 
-from central.journal import EvaluationRecord, PlanRecord, State
+from central.journal import EvaluationRecord, PlanRecord, ReleaseRecord, State
 from central.journal.records import ForgetRecord
 
 MAX_NAMED = 5
@@ -16,12 +16,13 @@ def waits_for(state: State, order: ForgetRecord, failure: str) -> str:
     """What the order is held up by; `failure` is of its cohort's loop (central/cohorts.py)."""
     if order.state not in ("ordered", "planned"):
         return ""
-    if failure:
-        return f"what failed and is tried again: {failure}"
-    if order.state == "planned":
-        return _planned(state, order)
+    held_up = _planned(state, order) if order.state == "planned" else _ordered(state, order)
+    return held_up or (f"what failed and is tried again: {failure}" if failure else "")
+
+
+def _ordered(state: State, order: ForgetRecord) -> str:
     if (canary := state.soaking(order.cohort)) is not None:
-        return f"the canary {canary.manifest.label}, which soaks (`central releases list`)"
+        return _soaks(canary)
     for plan in state.open_plans(order.cohort):
         if plan.candidate is not None and (lacking := _lacking(state, plan)):
             label = state.releases[plan.candidate].manifest.label
@@ -35,7 +36,7 @@ def _planned(state: State, order: ForgetRecord) -> str:
         return ""
     made = state.releases[plan.candidate]
     if made.state == "accepted":
-        return f"the canary {made.manifest.label}, which soaks (`central releases list`)"
+        return _soaks(made)
     lacking = _lacking(state, plan)
     if not lacking or order.accept_loss:  # released without them when the look is over
         return lacking
@@ -45,6 +46,10 @@ def _planned(state: State, order: ForgetRecord) -> str:
         f"{lacking}. Nothing else of {order.cohort} is merged meanwhile. Let a node evaluate, take the order back with "
         f"`central forget {target} --cancel`, or release it unjudged with {again}"
     )
+
+
+def _soaks(canary: ReleaseRecord) -> str:
+    return f"the canary {canary.manifest.label}, which soaks (`central releases list`)"
 
 
 def _lacking(state: State, plan: PlanRecord) -> str:

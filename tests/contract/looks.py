@@ -15,7 +15,7 @@ from tests.unit.central.builders import AT
 class Clock:
     """Some seconds pass with every look at the clock; the journal stamps events with it, and nodes look up each time."""
 
-    STEP_S = 4
+    STEP_S = 2
 
     def __init__(self, central: Central) -> None:
         self.seconds = 0
