@@ -112,12 +112,12 @@ def release_message(
 
 def _unheard(state: State, release: ReleaseRecord, offers: Sequence[EvaluationRecord]) -> Iterator[tuple[str, str]]:
     """Nodes that were asked and did not report, and why the verdict did without them."""
-    if release.state == "candidate":
+    if release.verdict is None:
         return
     asked = {node_id for offer in offers for node_id in offer.nodes}
     for node_id in sorted(asked.difference(*(offer.reports for offer in offers))):
         since = state.nodes[node_id].silent_since
-        yield node_id, f"no report{f', silent since {since}' if since else ''}"
+        yield node_id, f"no report{f', silent since {since}' if since and since <= release.verdict.at else ''}"
 
 
 def release_state(release: ReleaseRecord) -> operator_pb2.ReleaseState:

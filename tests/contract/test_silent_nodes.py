@@ -78,23 +78,29 @@ def silent(central: Central) -> list[str]:
 def test_a_node_that_hangs_costs_one_deadline_and_the_next_candidates_nothing(
     central: Central, clock: Clock, tmp_path: Path
 ) -> None:
-    assert took(central, clock, answers(), 1)[0] < GRACE_S
-    assert took(central, clock, answers(b=hung), 2)[0] >= DEADLINE_S
+    away = {"is_connected": lambda node: node != "b-2"}
+    assert took(central, clock, answers(b=hung), 1, **away)[0] < DEADLINE_S
+    first = central.head()
+    assert took(central, clock, answers(), 2)[0] < GRACE_S
+    assert took(central, clock, answers(b=hung), 3)[0] >= DEADLINE_S
     assert silent(central) == ["b-2"]
-    for sequence in (3, 4):
+    for sequence in (4, 5):
         seconds, text = took(central, clock, answers(b=hung), sequence)
         assert seconds < GRACE_S, "not even the grace of a node that is away"
         assert text.startswith("accepted: no environment fell.")
         assert text.endswith(" Nobody judged own_b: no result of b-2.")
-    assert [offer.nodes for offer in offers(central)] == [("a-1", "b-2", "c-3")] * 4, "it is asked all the same"
+    assert [offer.nodes for offer in offers(central)] == [("a-1", "b-2", "c-3")] * 5, "it is asked all the same"
     with central.journal.read() as state:
-        told = explain_release(state, central.head(), lambda node: NodePresence())
+        told, before = (
+            explain_release(state, release, lambda node: NodePresence()) for release in (central.head(), first)
+        )
         since = state.nodes["b-2"].silent_since
         again = Journal(f"sqlite:///{tmp_path}/journal.db")
         with again.read() as replayed:
             assert replayed.nodes == state.nodes
         again.close()
     assert f"  b-2 does not count: no report, silent since {since}" in list(explanation(told))
+    assert "  b-2 does not count: no report" in list(explanation(before)), "it was away then"
     assert [event.kind for event in central.journal.events()].count(EventKind.NODE_SILENT) == 1
 
 
