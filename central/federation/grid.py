@@ -316,7 +316,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
     def _record_silent(self, state: State, offer: EvaluationRecord) -> None:
         """Take note of who held up the look without a result: next time nobody waits for it."""
-        asked = [node for node in _nodes(state, self._cohort) if node in offer.nodes]
+        asked = [node for node in state.members(self._cohort) if node in offer.nodes]
         for node in [node for node in asked if self._patience.held_up(state, node, offer)]:
             self._journal.append(NewEvent(EventKind.NODE_SILENT, self._cohort, node, {"offer_id": offer.offer_id}))
             log.warning("evaluation held up without a result", extra={"cohort": self._cohort, "node_id": node})

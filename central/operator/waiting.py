@@ -54,13 +54,13 @@ def _soaks(canary: ReleaseRecord) -> str:
 
 def _lacking(state: State, plan: PlanRecord) -> str:
     """Why there is no verdict although the first look is over, or nobody can be asked; empty otherwise."""
-    nodes = [node for node in state.nodes.values() if node.cohort == plan.plan.cohort and not node.revoked]
+    nodes = state.members(plan.plan.cohort)
     if not nodes:
         return "a node that could judge it: the cohort has none"
-    offers = [offer for offer in state.evaluations.values() if offer.candidate == plan.candidate]
+    offers = state.offers_of(plan.candidate) if plan.candidate else []
     if len(offers) < 2 or offers[-1].look > 1:
         return ""
-    words = {node.node_id: _word(node.node_id, offers) for node in nodes}
+    words = {node_id: _word(node_id, offers) for node_id in nodes}
     without = [f"{node_id}: {word}" for node_id, word in words.items() if word]
     more = f" and {len(without) - MAX_NAMED} more" if len(without) > MAX_NAMED else ""
     return (
