@@ -19,9 +19,9 @@ from protos.manifest import CHUNK_BYTES
 
 BLOCK_BYTES = 4096
 """Offsets, lengths and addresses must be multiples of it; disks ask for 512 or this."""
-WINDOW_BYTES = 8 * CHUNK_BYTES
-"""One chunk of a node: a kill of central costs no more of an upload."""
-KEPT_WINDOWS = 512
+WINDOW_BYTES = 4 * CHUNK_BYTES
+"""A kill of central costs at most this much of an upload, half a chunk of the largest that updates.proto allows."""
+KEPT_WINDOWS = 128
 """So many unused windows stay allocated: 64 MiB."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 

@@ -10,9 +10,9 @@ import pytest
 
 from central import faults
 from central.errors import SettingsError
+from central.intake.direct import WINDOW_BYTES
 from central.journal import EventKind
 from central.settings import CentralSettings
-from protos.manifest import CHUNK_BYTES
 from tests.contract import central_harness as harness
 from tests.contract.crash_story import Ending, prepare, tell
 
@@ -87,7 +87,7 @@ async def check(prepared: Prepared, undisturbed: Ending, folder: Path, fault: st
     assert undisturbed.looks == [1, 2] * 3
     ending, kills = await tell(prepared, folder, fault)
     assert (kills, ending) == (1, undisturbed)
-    assert ending.resent_bytes <= (0 if fault.partition("#")[0] in COMPLETE else CHUNK_BYTES)
+    assert ending.resent_bytes <= (0 if fault.partition("#")[0] in COMPLETE else WINDOW_BYTES)
 
 
 @pytest.mark.parametrize("fault", QUICK)
