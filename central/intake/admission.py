@@ -28,6 +28,8 @@ from protos.base import BaseModelInfo
 from protos.manifest import ReceiptBody, UpdateManifest
 from protos.updates.v1 import updates_pb2
 
+_PASSING = (grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""Refusals after which a node tries the same update again."""
 ALREADY_MERGED = "the node's earlier update from this start is already merged or in a merge; the next round starts from a newer release"
 
 
@@ -142,6 +144,12 @@ class Admission:
             self._partial.discard(manifest.node_id, update_id)
             return self.receipt(update)
 
+        def drop(ended: Future[updates_pb2.Receipt]) -> None:
+            error = ended.exception()
+            if isinstance(error, Refused) and error.status not in _PASSING:
+                self._partial.discard(manifest.node_id, update_id)
+
+        done.add_done_callback(drop)
         faults.reach("intake.kept")
         self._commits.admit(manifest.node_id, update_id, events, answer, done)
 

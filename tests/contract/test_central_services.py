@@ -20,7 +20,7 @@ from central.errors import ListenError, StorageError
 from central.fleet import pki
 from central.fleet.presence import Presence
 from central.intake.validation import PayloadCheck
-from central.journal import EventKind
+from central.journal import EventKind, NewEvent
 from central.main import Services
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import LoraModule, LoraTensors, decode, encode
@@ -213,6 +213,22 @@ async def test_a_journal_that_fails_costs_no_byte_twice(
         assert (await refusal(node.upload(payload)))[:2] == (grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED")
     assert (await node.query(node.manifest(payload).digest)).committed_bytes == len(payload)
     assert await node.upload(payload, offset=len(payload))
+    assert not list(central.settings.data_dir.rglob("*.part"))
+
+
+async def test_what_is_refused_after_its_payload_was_kept_leaves_no_unfinished_upload(
+    central: Central, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = PayloadCheck.finish
+
+    def revoke_first(*arguments: Any) -> None:
+        finish(*arguments)
+        event = NewEvent(EventKind.NODE_REVOKED, "shared", node.node_id, {"by": "operator"})
+        monkeypatch.setattr(PayloadCheck, "finish", finish)
+        central.rooms.journal.append(event)
+
+    monkeypatch.setattr(PayloadCheck, "finish", revoke_first)
+    assert (await refusal(node.upload(encode_factors())))[1] == "REVOKED_NODE"
     assert not list(central.settings.data_dir.rglob("*.part"))
 
 
