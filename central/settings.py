@@ -153,7 +153,7 @@ class GateSettings(Group):
     """An environment may fall by this many points below its high-water release before the test counts."""
     anchor_tolerance_points: float = Field(default=5, ge=0)
     """The same for anchor skill."""
-    margin_points: float = Field(default=3, gt=0)
+    margin_points: float = Field(default=2.5, gt=0)
     """An environment is asked no further once it has surely lost less than its tolerance and this many points more."""
     attempts: int = Field(default=1, ge=1, le=64)
     """Answers to every task, by candidate and reference each. 1: one greedy answer. k > 1: sampled, and the gate tests the

@@ -13,12 +13,16 @@ passed, t = its tolerance and m = the margin, both in points / 100. The referenc
 One fallen environment rejects the candidate. Otherwise it is accepted when no environment is undecided and can still be asked. What
 stays undecided after its last task did not fall significantly, so it does not reject either; the verdict's text names it.
 
-Errors. Each environment has alpha to spend over its looks, for either test: at a look the share
-    (n - n at the look before) / max_tasks,   at the last look all that is left,
-that is the spending function alpha * n / max_tasks (Lan and DeMets 1983, "Discrete sequential boundaries for clinical trials",
-in its linear form) with increments used as they are: by the union bound they need no joint distribution. p / share then goes through
-Holm's correction over the environments. So the chance that any environment without a loss is said to have fallen, at any look,
-is at most alpha, whatever the looks were; and the chance that one which lost t + m or more is said to be fine is at most alpha each.
+Errors. Each environment has alpha to spend over its looks, for either test. With f = n / max_tasks, and 1 at the last look, what was
+spent of it up to a look is
+    f for "fell", f^2 for "fine"
+(Lan and DeMets 1983, "Discrete sequential boundaries for clinical trials"; Kim and DeMets 1987, "Design and analysis of group
+sequential tests based on the type I error spending rate function": alpha f^rho). A look tests with what it adds, as it is: by the union
+bound that needs no joint distribution. For a fall p / share then goes through Holm's correction over the environments. So the chance that
+any environment without a loss is said to have fallen, at any look, is at most alpha, whatever the looks were; and the chance that one
+which lost t + m or more is said to be fine is at most alpha each. f^2 because an error of "fine" at a small look can hide a loss far
+beyond t + m, at a large one only a loss a little beyond it; a fall is to be seen soon. `better` (high_water.py), whose errors
+hide losses likewise, spends its own small level as f: at a look with little of it.
 With k > 1 attempts the first answers (pass^1) and all k (pass^k; Yao et al. 2024, tau-bench, arXiv:2406.12045) are two tests of
 an environment: both go through the correction, either can fall, both must be fine.
 `max_tasks` = the first look's tasks is a single look with all of alpha.
@@ -55,7 +59,7 @@ class Evidence:
     label: str = ""
     """Its label, for the text."""
     spent: float = 0.0
-    """Share of alpha that earlier looks spent."""
+    """Share of max_tasks, and so of alpha for a fall, that earlier looks spent."""
     last: bool = True
     """No more tasks can come."""
     fallback_reason: str = ""
@@ -81,7 +85,7 @@ class Gate:
     anchor_tolerance_points: float
     environments: Mapping[str, float] = field(default_factory=dict)
     """Tolerance by environment name; wins over both above."""
-    margin_points: float = 3.0
+    margin_points: float = 2.5
     max_tasks: int = 1
     """Tasks per environment, over all nodes, after which there is no further look."""
 
@@ -121,11 +125,12 @@ class Gate:
     def _figures(self, item: Evidence, significant: set[tuple[str, int]]) -> Figures:
         counts, tolerance = item.counts, self._tolerance(item.counts)
         share, margin = self._share(item), min(tolerance + self.margin_points / 100, 0.99)
+        spent = item.spent + share
         fell, fine, figures = False, True, []
         for measure, outcomes in enumerate(_measures(counts)):
             p_fine = non_inferiority(outcomes.only_reference, outcomes.only_candidate, outcomes.total, margin)
             fell |= outcomes.fall > tolerance and (counts.environment, measure) in significant
-            fine &= p_fine <= self.alpha * share
+            fine &= p_fine <= self.alpha * (spent**2 - item.spent**2)
             p = mcnemar(outcomes.only_reference, outcomes.only_candidate)
             figures.append({"fall_points": round(100 * outcomes.fall, 3), "p_reference": p, "p_fine": p_fine})
         document = counts.to_json()
@@ -140,8 +145,8 @@ class Gate:
             "tolerance_points": round(100 * tolerance, 3),
             "margin_points": round(100 * margin, 3),
             "standing": str(Standing.FELL if fell else Standing.FINE if fine else Standing.UNDECIDED),
-            "better": is_better(counts.first, counts.every_attempt),
-            "spent": item.spent + share,
+            "better": is_better(counts.first, counts.every_attempt, share),
+            "spent": spent,
             "last": self._is_last(item),
         }
 

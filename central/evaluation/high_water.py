@@ -4,7 +4,8 @@ In: the verdicts of the cohort's accepted releases, oldest first. Out: environme
 tolerance of each parent would add up; losses against one release that stays the same cannot.
 
 A release becomes an environment's high-water release when it was accepted after it had been compared, paired and in one run,
-with the one before, and was significantly better (`BETTER_ALPHA`, small: a release that only looked better would hide a loss).
+with the one before, and was significantly better (`BETTER_ALPHA`, small, and spent over the looks as alpha is: a release that only
+looked better would hide a loss).
 Where an operator accepted a release although an environment fell (a removal that costs skill), that loss is the new mark.
 An environment's first verdict makes the reference of that verdict the high-water release, or the candidate if it was better.
 """
@@ -18,12 +19,16 @@ from central.evaluation.counts import Outcomes
 from central.evaluation.paired_tests import mcnemar
 
 BETTER_ALPHA = 0.001
+"""Chance, over all looks of an evaluation, that a release which is no better is said to be."""
 
 
-def is_better(first: Outcomes, every_attempt: Outcomes | None = None) -> bool:
-    """Significantly better than the reference on the first answers, and no worse where every attempt must pass."""
+def is_better(first: Outcomes, every_attempt: Outcomes | None = None, share: float = 1.0) -> bool:
+    """Significantly better than the reference on the first answers, and no worse where every attempt must pass.
+
+    share: the part of BETTER_ALPHA that this look spends.
+    """
     no_worse = every_attempt is None or every_attempt.fall <= 0
-    return no_worse and mcnemar(first.only_candidate, first.only_reference) <= BETTER_ALPHA
+    return no_worse and mcnemar(first.only_candidate, first.only_reference) <= BETTER_ALPHA * share
 
 
 def high_water(

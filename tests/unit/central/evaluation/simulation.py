@@ -1,18 +1,30 @@
 """Cohorts that exist only as pass rates: what the gate does to candidates whose true effect is known.
 
-In: a gate with its settings, numbers of environments, churn and true losses. Out: rates of rejection, tasks asked, and how far an
-environment drifts. A task's outcome flips with probability `CHURN` each way between reference and candidate; `loss` of the reference's
+In: a gate with its settings, numbers of environments, churn and true losses. Out: rates of rejection, tasks asked, how far an
+environment drifts, and the exact chances of single candidates. A task's outcome flips with probability `CHURN` each way between reference and candidate; `loss` of the reference's
 passes are lost besides. Every look asks fresh tasks of the environments that are still open, as federation/looks.py does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from central.evaluation import Evidence, Gate, PairedCounts, Verdict, high_water, open_environments
+from central.evaluation import (
+    Evidence,
+    Figures,
+    Gate,
+    PairedCounts,
+    Standing,
+    Verdict,
+    high_water,
+    open_environments,
+)
 from central.settings import GateSettings
 
 RATE = 0.8
@@ -95,6 +107,67 @@ def rates(
         tasks=float(np.mean([run.tasks for run in runs])),
         tasks_of_first=float(np.mean([run.tasks[0] for run in runs])),
     )
+
+
+@dataclass(frozen=True)
+class Chances:
+    accepted: float
+    better: float
+    """Accepted, and said to be better than its reference."""
+
+
+def chances(loss: float, *, environments: int = 3, settings: GateSettings = DEFAULTS) -> Chances:
+    """What becomes of a candidate with this true loss in one environment, the others being settled: summed over all counts that the
+    gate can see at its looks, and not simulated."""
+    gate = make_gate(settings)
+    others = {
+        name: figures
+        for index in range(environments - 1)
+        for name, figures in gate.look([Evidence(PairedCounts(f"o{index}", False, 1, 0, 0, 0), "r0")]).items()
+    }
+    undecided, n, spent, accepted, better = np.ones((1, 1)), 0, 0.0, 0.0, 0.0  # chance of [b, c]
+    while n < gate.max_tasks:
+        more = settings.tasks if n == 0 else min(n, gate.max_tasks - n)
+        undecided, n = _convolve(undecided, _outcomes(more, loss)), n + more
+        for c in map(int, np.flatnonzero(undecided.sum(axis=0) > 1e-14)):
+            first = partial(_first, gate, others, n, c, spent)
+            fell = first(lambda found: found["standing"] == Standing.FELL)
+            fine = fell if n == gate.max_tasks else first(lambda found: found["standing"] != Standing.FINE)
+            column = undecided[:, c]
+            accepted += float(column[:fine].sum())
+            better += float(column[: min(fine, first(lambda found: not found["better"]))].sum())
+            column[:fine] = column[fell:] = 0.0
+        spent = n / gate.max_tasks
+    return Chances(accepted, better)
+
+
+def _first(
+    gate: Gate, others: dict[str, Figures], n: int, c: int, spent: float, said: Callable[[Figures], bool]
+) -> int:
+    """The smallest number of tasks that only the reference passed of which `said` is true; it stays true of larger ones."""
+
+    def holds(b: int) -> bool:
+        item = Evidence(PairedCounts("e", False, n - c - b, b, c, 0), "r0", spent=spent, last=False)
+        return said(gate.look([item], others)["e"])
+
+    return bisect_left(range(n - c + 1), True, key=holds)
+
+
+def _outcomes(tasks: int, loss: float) -> np.ndarray:
+    """Chance of [b, c] in so many tasks, without what is rarer than 1e-18."""
+    p, q = CHURN + loss, CHURN
+    b, c = np.meshgrid(
+        *(np.arange(min(tasks, int(tasks * x + 9 * math.sqrt(tasks * x))) + 1) for x in (p, q)), indexing="ij"
+    )
+    logs = np.array([math.lgamma(k + 1) for k in range(tasks + 1)])
+    rest = np.maximum(tasks - b - c, 0)
+    logarithm = logs[tasks] - logs[b] - logs[c] - logs[rest] + b * math.log(p) + c * math.log(q)
+    return np.where(b + c <= tasks, np.exp(logarithm + rest * math.log(1 - p - q)), 0.0)
+
+
+def _convolve(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    shape = (x.shape[0] + y.shape[0] - 1, x.shape[1] + y.shape[1] - 1)
+    return np.maximum(np.fft.irfft2(np.fft.rfft2(x, shape) * np.fft.rfft2(y, shape), shape), 0.0)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,18 @@ def test_alpha_is_spent_look_by_look_and_never_twice() -> None:
     assert spent == [total / 6400 for total in totals]
 
 
+def test_a_small_look_spends_little_on_what_could_hide_a_loss() -> None:
+    sure = make_counts(1160, 170, 160, 110)  # p_fine = 0.0059 of 1,600 tasks: enough of f, not of f squared
+    assert look(sure)["standing"] == "undecided", "0.0059 / (1/4)^2 is not significant"
+    assert look(sure, last=True)["standing"] == "fine", "with all of alpha it is"
+    assert look(sure, {"spent": 0.9}, last=True)["standing"] == "fine", "1 - 0.9^2 of it is left"
+    assert look(sure, {"spent": 0.95}, last=True)["standing"] == "undecided", "1 - 0.95^2 of it is left"
+    gain = make_counts(50, 5, 25, 20)  # p = 0.00016 for a release that is no better
+    assert not look(gain)["better"], "0.00016 / (100/6400) is not significant"
+    assert look(gain, last=True)["better"]
+    assert not look(gain, {"spent": 0.9}, last=True)["better"]
+
+
 def test_a_fall_ends_it_while_others_are_open() -> None:
     counts = [make_counts(70, 10, 10, 10, "open"), make_counts(30, 60, 0, 10, "gone")]
     found = SEQUENTIAL.look([Evidence(item, "r0", last=False) for item in counts])
@@ -151,7 +163,7 @@ def test_what_was_found_fine_stays_as_it_was_and_counts_for_the_correction() -> 
 def test_fine_means_surely_less_than_tolerance_and_margin() -> None:
     counts = make_counts(2880, 160, 160, 0)
     assert look(counts)["standing"] == "fine"
-    assert look(counts)["margin_points"] == 4.0
+    assert look(counts)["margin_points"] == 3.5
     assert look(make_counts(2800, 240, 160, 0))["standing"] != "fine", "2.5 points lost, 0.6 points of error"
     tight = replace(SEQUENTIAL, margin_points=0.1)
     assert tight.look([Evidence(counts, "r0", last=False)])["acme-a"]["standing"] == "undecided"

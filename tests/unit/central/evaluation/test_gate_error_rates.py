@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from central.settings import GateSettings
-from tests.unit.central.evaluation.simulation import DEFAULTS, drift, rates
+from tests.unit.central.evaluation.simulation import DEFAULTS, chances, drift, rates
 
 ONE_LOOK = GateSettings(max_tasks=DEFAULTS.tasks)
 
@@ -14,7 +14,7 @@ ONE_LOOK = GateSettings(max_tasks=DEFAULTS.tasks)
 def test_a_neutral_candidate_is_rejected_in_at_most_one_of_twenty_cases(trials: int) -> None:
     seen = rates(trials)
     assert seen.rejected <= 0.05
-    assert seen.tasks < 1700
+    assert seen.tasks < 2400
 
 
 @pytest.mark.parametrize("trials", [60, pytest.param(500, marks=pytest.mark.slow)])
@@ -32,9 +32,14 @@ def test_fifty_slightly_worse_candidates_drift_at_most_five_points(step_points: 
 @pytest.mark.slow
 @pytest.mark.parametrize("environments", [3, 30])
 @pytest.mark.parametrize("step_points", [0.25, 0.5, 1.0])
-def test_drift_above_five_points_is_rarer_than_one_in_fifty(step_points: float, environments: int) -> None:
-    points = [drift(step_points=step_points, environments=environments, seed=seed).points for seed in range(100)]
-    assert sum(value > 5 for value in points) <= 2
+def test_no_drift_above_five_points_in_1200_runs(step_points: float, environments: int) -> None:
+    seeds = range(1000, 1200)
+    assert max(drift(step_points=step_points, environments=environments, seed=seed).points for seed in seeds) <= 5
+
+
+def test_fifty_candidates_of_any_size_drift_above_five_points_in_less_than_one_run_of_a_hundred() -> None:
+    """Such a run must accept a candidate five points below its high-water release, or take one that is no better for better."""
+    assert 50 * (chances(0.05).accepted + chances(0.0).better) <= 0.01
 
 
 def test_one_look_cannot_have_it_all() -> None:
