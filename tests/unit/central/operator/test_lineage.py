@@ -18,7 +18,7 @@ from protos.fleet.v1 import fleet_pb2
 from protos.manifest import Composition, ReleaseManifest
 from tests.unit.central import builders as make
 
-GATE = Gate(0.05, 5.0, 10.0)
+GATE = Gate(0.05, 5.0, 10.0, margin_points=3.0)
 
 
 class World:
