@@ -125,11 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if number % takes:
                     continue
                 begun = releases[number - takes]
-                if number > takes or node not in first:
-                    increment = world.train(node, number // takes, begun)
-                    first.setdefault(node, increment)  # a first round starts from the base under every rule
-                else:
-                    increment = first[node]
+                known = first.get(node) if number == takes else None
+                increment = known or world.train(node, number // takes, begun)
+                first.setdefault(node, increment)  # a first round starts from the base under every rule
                 new[node] = Update(begun, increment)
             latest |= new
             releases.append(RULES[rule](releases[-1], new, latest).tensors)
