@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,9 +210,13 @@ class ReleaseStore:
             ) from error
 
     def newest(self) -> list[StoredRelease]:
-        """Every version on disk, the newest (by the time it was installed) first."""
-        folders = sorted((self._root / "versions").iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        return [stored for folder in folders if (stored := self.get(folder.name)) is not None]
+        """Every version on disk, the newest (by the time it was installed) first; another thread may remove one meanwhile."""
+        installed: dict[str, int] = {}
+        for folder in (self._root / "versions").iterdir():
+            with suppress(FileNotFoundError):
+                installed[folder.name] = folder.stat().st_mtime_ns
+        names = sorted(installed, key=installed.__getitem__, reverse=True)
+        return [stored for name in names if (stored := self.get(name)) is not None]
 
     def remove(self, release: StoredRelease) -> None:
         """Delete a version directory; the caller made sure that nothing refers to it."""

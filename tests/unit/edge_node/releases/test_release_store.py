@@ -118,6 +118,17 @@ def test_other_cohort_or_base_is_refused(
     assert store.newest() == []
 
 
+def test_a_version_that_is_removed_while_they_are_listed_is_left_out(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_payload()
+    gone, stays = (store.install(make_signed(release_key, payload, version=number), payload) for number in (1, 2))
+    listed = list((store._root / "versions").iterdir())
+    store.remove(gone)
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(listed))
+    assert store.newest() == [stays]
+
+
 def test_other_signature_is_refused(store: ReleaseStore) -> None:
     payload = make_payload()
     with pytest.raises(AdapterError, match="Signature does not fit"):
