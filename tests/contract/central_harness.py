@@ -119,7 +119,7 @@ class Node:
         stop: int | None = None,
         signature: bytes | None = None,
     ) -> updates_pb2.Receipt:
-        """Send payload[offset:stop] in small chunks."""
+        """Send payload[offset:stop] in small chunks; again when gRPC lost central's answer, as a node does."""
         data = (manifest or self.manifest(payload)).to_bytes()
 
         async def parts() -> AsyncIterator[updates_pb2.UploadRequest]:
@@ -129,7 +129,13 @@ class Node:
             for begin in range(offset, end, 300):
                 yield updates_pb2.UploadRequest(chunk=payload[begin : min(begin + 300, end)])
 
-        return (await self.updates.Upload(parts(), timeout=20)).receipt
+        while True:
+            try:
+                return (await self.updates.Upload(parts(), timeout=20)).receipt
+            except grpc.aio.AioRpcError as error:
+                # A chunk that is written while the refusal arrives fails with this, and the refusal is never seen.
+                if error.details() != "Internal error from Core":
+                    raise
 
     async def query(self, update_id: str) -> updates_pb2.QueryUploadResponse:
         return await self.updates.QueryUpload(updates_pb2.QueryUploadRequest(update_id=update_id), timeout=20)
