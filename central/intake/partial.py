@@ -233,7 +233,8 @@ class Incoming:
     def _store(self) -> None:
         """Bring the file to `size`: the window is written whole, also what an earlier stream had written of it."""
         expect_offset(self.update_id, self._known, -1 if self._file.gone else self._file.size)
-        if self.size == self._known:  # what is complete may be a blob already, and is never written again
+        # What is complete may be a blob already, and is never written again; less is known where it was not all read again.
+        if self.size <= self._known:
             return
         assert self._disk is not None
         self._disk.write(self._window[: self.size - self._begin], self._begin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from central.errors import Refused
+from central.errors import Refused, StorageError
 from central.intake import direct
 from central.intake.direct import WINDOW_BYTES
 from central.intake.partial import Incoming, PartialUploads
@@ -100,6 +101,42 @@ def test_a_complete_file_is_never_written_again(tmp_path: Path) -> None:
     assert incoming.digest == sha256_hex(data)
     incoming.close()
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_stream_at_a_wrong_offset_changes_nothing(tmp_path: Path) -> None:
+    partial = PartialUploads(tmp_path)
+    early = partial.open("a", UPDATE, 0, unseen)
+    write(partial, "a", UPDATE, 0, b"complete")
+    for offset in (0, 3, 9):
+        with pytest.raises(Refused, match="central has 8"):
+            partial.open("a", UPDATE, offset, unseen)
+        assert (partial.committed("a", UPDATE), partial.held_bytes("a", besides="")) == (8, 8)
+    take(early, b"EVIL")  # must not reach what may be a blob by another name
+    with pytest.raises(Refused, match="central has 8"):
+        early.write()
+    early.close()
+    assert partial.path("a", UPDATE).read_bytes() == b"complete"
+
+
+def test_a_stream_that_cannot_read_what_came_earlier_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = PartialUploads(tmp_path)
+    data = some_bytes(2 * WINDOW_BYTES + 5000)
+    write(partial, "a", UPDATE, 0, data)
+    read = os.preadv
+
+    def fail(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(descriptor, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(StorageError, match="Input/output error"):
+            partial.open("a", UPDATE, len(data), unseen)
+    assert partial.committed("a", UPDATE) == len(data)
+    assert write(partial, "a", UPDATE, len(data), b"") == sha256_hex(data)
 
 
 def test_windows_are_used_again(tmp_path: Path) -> None:
