@@ -79,22 +79,31 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         peer = read_peer(context)
         with self._uploads.one(peer.name):
             header = await self._read_header(request_iterator)
-            arrival = await self._blocking(self._admission.begin, peer, header)
+            begun = self._threads.submit(self._admission.begin, peer, header)
+            try:
+                arrival = await asyncio.wrap_future(begun)
+            except asyncio.CancelledError:
+                begun.add_done_callback(self._let_go)  # its thread goes on, and opens the file
+                raise
             if isinstance(arrival, updates_pb2.Receipt):
                 return updates_pb2.UploadResponse(receipt=arrival)
             try:
                 await self._receive(request_iterator, arrival)
-            except Refused:
-                await self._blocking(arrival.incoming.close)  # what came is there for who asks now
-                raise
-            except BaseException:
-                self._threads.submit(arrival.incoming.close)  # not awaited: the call may be cancelled
+            except BaseException as error:
+                closed = self._threads.submit(arrival.incoming.close)
+                if isinstance(error, Refused):  # what came is there for who asks now
+                    await asyncio.shield(asyncio.wrap_future(closed))  # also when the call is cancelled meanwhile
                 raise
             done: Future[updates_pb2.Receipt] = Future()
             self._threads.submit(self._admission.finish, arrival, done)
             # Who hangs up from here on changes nothing: what has begun goes on to the end.
             receipt = await asyncio.shield(asyncio.wrap_future(done))
         return updates_pb2.UploadResponse(receipt=receipt)
+
+    def _let_go(self, begun: Future[Arrival | updates_pb2.Receipt]) -> None:
+        """Close what was opened for a call that has ended."""
+        if not begun.cancelled() and not begun.exception() and isinstance(arrival := begun.result(), Arrival):
+            self._threads.submit(arrival.incoming.close)
 
     async def _read_header(self, requests: Requests) -> updates_pb2.UploadHeader:
         async with self._patience(lambda: "an upload without a header"):

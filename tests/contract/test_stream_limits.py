@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+from central.fleet.streams import OpenStreams
+from central.intake import service
+from central.intake.partial import Incoming, PartialUploads
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import sign
 from protos.updates.v1 import updates_pb2
@@ -23,6 +30,8 @@ from tests.contract.central_harness import (
 )
 
 LIMITS = {"node_uploads": 2, "node_watches": 2, "upload_idle_s": 1.0}
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="sees open files through /proc")
+close = Incoming.close
 
 
 @pytest.fixture
@@ -75,6 +84,91 @@ async def test_a_node_may_have_so_many_uploads_open_and_holds_up_no_other(centra
     for call in silent:
         await refusal(call)
     assert await node.upload(payload)
+
+
+def held_files(central: Central) -> list[str]:
+    """Unfinished uploads that this process has open."""
+    links = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(str(path.readlink()))
+    return [link for link in links if link.startswith(str(central.settings.data_dir / "uploads"))]
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nodes whose uploads ended."""
+    nodes, one = [], OpenStreams.one
+
+    @contextmanager
+    def watched(self: OpenStreams, node_id: str) -> Iterator[None]:
+        try:
+            with one(self, node_id):
+                yield
+        finally:
+            nodes.append(node_id)
+
+    monkeypatch.setattr(OpenStreams, "one", watched)
+    return nodes
+
+
+@pytest.fixture
+def leave(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, a thread that has opened an unfinished upload stays there."""
+    event, open_file = threading.Event(), PartialUploads.open
+
+    def slow(*arguments: Any) -> Incoming:
+        incoming = open_file(*arguments)
+        event.wait(10)
+        return incoming
+
+    monkeypatch.setattr(PartialUploads, "open", slow)
+    yield event
+    event.set()
+
+
+@needs_proc
+async def test_a_call_that_ends_while_its_file_is_opened_gives_the_file_back(
+    central: Central, node: Node, ended: list[str], leave: threading.Event
+) -> None:
+    call = await begin(node, encode_factors(), 1, 500)
+    await until(lambda: held_files(central))
+    call.cancel()
+    await until(lambda: ended)
+    leave.set()
+    await until(lambda: not held_files(central))
+
+
+@needs_proc
+async def test_a_refused_call_that_ends_while_all_threads_are_busy_gives_its_file_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: list[str], leave: threading.Event
+) -> None:
+    monkeypatch.setattr(service, "THREADS", 1)
+    refusing: list[str] = []
+    monkeypatch.setattr(Incoming, "close", property(lambda self: refusing.append("") or partial(close, self)))
+    async with running_central(make_settings(tmp_path)) as central:
+        node = await central.enroll("a", await central.token())
+        payload = encode_factors()
+        leave.set()
+        call = await begin(node, payload, 1, 500)
+        await until(lambda: central.rooms.partial.path(node.node_id, node.manifest(payload).digest).exists())
+        leave.clear()
+        other = await begin(node, payload, 2, 500)
+        await until(lambda: len(held_files(central)) == 2)
+        await call.write(updates_pb2.UploadRequest(chunk=b""))
+        await until(lambda: refusing)
+        call.cancel()
+        await until(lambda: ended)
+        leave.set()
+        await until(lambda: len(held_files(central)) == 1)
+        other.cancel()
+        await until(lambda: not held_files(central))
 
 
 async def refused(watch: grpc.aio.UnaryStreamCall) -> str | None:
