@@ -131,7 +131,9 @@ class PayloadCheck:
             try:
                 self._look(data)
             except Refused as refusal:
-                self._refusal = refusal
+                # Without its traceback, which would keep what was parsed for as long as the stream lives.
+                self._refusal = Refused(refusal.status, refusal.reason, str(refusal))
+                self._start.clear()
         self._position += len(data)
 
     def finish(self, path: Path) -> None:
@@ -145,7 +147,7 @@ class PayloadCheck:
                 f"The payload ends within its header, after {self._position} bytes. See protos/lora.py.",
             )
         check_norms(self._sums, path, header.size, header.entries, header.scales, self._limits.max_norm)
-        check_sections(path, header.size, header.document, self._shapes, self._limits)
+        check_sections(path, header.size, header.section_entries, self._shapes, self._limits)
 
     def _look(self, data: memoryview) -> None:
         if self._header is None:
@@ -182,7 +184,8 @@ class _Header:
 
     size: int
     """In bytes, with the eight of its length: where the values begin."""
-    document: dict[str, Any]
+    section_entries: dict[str, Any]
+    """Not the rest of what was parsed: metadata may have megabytes, and a stream keeps this while it lives."""
     entries: Entries
     layout: Layout
     scales: dict[str, float]
@@ -205,7 +208,10 @@ def _read_header(data: bytes, size_bytes: int) -> _Header:
         )
     tensors = _decode_layout(data, document, size_bytes)
     scales = {name: module.scale for name, module in tensors.modules.items()}
-    return _Header(len(data), document, entries, lay_out(entries), scales, tensors.rank, sorted(tensors.sections))
+    section_entries = {name: entry for name, entry in document.items() if name.startswith("section/")}
+    return _Header(
+        len(data), section_entries, entries, lay_out(entries), scales, tensors.rank, sorted(tensors.sections)
+    )
 
 
 def _header_size(start: bytearray) -> int | None:

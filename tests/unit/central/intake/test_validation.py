@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from central.errors import Reason, Refused
-from central.intake.validation import MAX_HEADER_BYTES, PayloadCheck
+from central.intake.validation import KNOWN_HEADER_BYTES, MAX_HEADER_BYTES, PayloadCheck
 from central.intake.values import increment_norm
 from central.merging.regmean import check_sketches
 from central.settings import LimitSettings
@@ -65,6 +68,32 @@ def test_the_windows_in_which_it_comes_change_nothing(window: int, bad: int | No
     module = LoraModule(values[:20].reshape(4, 5), values[20:].reshape(6, 4), 0.5)
     with contextlib.nullcontext() if bad is None else pytest.raises(Refused, match="NaN"):
         check(encode(LoraTensors({"m": module})), window)
+
+
+@pytest.mark.parametrize("what", ["unknown modules", "metadata"])
+def test_a_stream_keeps_nothing_of_a_large_header_that_it_needs_no_more(what: str) -> None:
+    """Every open stream may have one."""
+    modules = {"m": make_module()} | ({f"n{i}": make_module() for i in range(3000)} if what != "metadata" else {})
+    data = encode(LoraTensors(modules))
+    size = int.from_bytes(data[:8], "little")
+    if what == "metadata":
+        more = json.loads(data[8 : 8 + size])
+        more["__metadata__"]["more"] = "a" * 1_000_001
+        text = json.dumps(more).encode()
+        text += b" " * (-len(text) % 8)
+        data = len(text).to_bytes(8, "little") + text + data[8 + size :]
+        size = len(text)
+    assert size > KNOWN_HEADER_BYTES
+    payload = Payload(digest_sha256=sha256_hex(data), size_bytes=len(data))
+    found = PayloadCheck(make.make_update(make.make_release(), payload=payload), SHAPES, LimitSettings())
+    tracemalloc.start()
+    try:
+        found.feed(memoryview(data))
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < size / 10
 
 
 def test_a_payload_that_ends_within_its_header_is_refused() -> None:
