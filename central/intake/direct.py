@@ -67,8 +67,15 @@ class DirectFile:
 
     def read(self, window: memoryview, offset: int, size: int) -> None:
         """Read `size` bytes at `offset`, a multiple of a block, into `window`, which has room for whole blocks."""
-        length = -(-size // BLOCK_BYTES) * BLOCK_BYTES
-        if os.preadv(self._descriptor, [window[:length]], offset) < size:
+        blocks = window[: -(-size // BLOCK_BYTES) * BLOCK_BYTES]
+        try:
+            count = os.preadv(self._descriptor, [blocks], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._is_direct:
+                raise
+            self._use_cache()  # this disk's blocks are larger
+            count = os.preadv(self._descriptor, [blocks], offset)
+        if count < size:
             raise OSError(errno.EIO, f"fewer than {size} bytes at {offset}")
 
     def write(self, window: memoryview, offset: int) -> None:

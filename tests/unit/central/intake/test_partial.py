@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,27 @@ def test_a_stream_that_cannot_read_what_came_earlier_changes_nothing(
             partial.open("a", UPDATE, len(data), unseen)
     assert partial.committed("a", UPDATE) == len(data)
     assert write(partial, "a", UPDATE, len(data), b"") == sha256_hex(data)
+
+
+@pytest.mark.skipif(not direct._DIRECT, reason="no O_DIRECT on this system")
+def test_a_disk_with_larger_blocks_is_used_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network file systems do: the file opens with O_DIRECT, and then nothing can be read or written so."""
+
+    def refuse(call: Callable[..., int]) -> Callable[..., int]:
+        def checked(descriptor: int, data: object, offset: int) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct._DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return call(descriptor, data, offset)
+
+        return checked
+
+    for name in ("preadv", "pwrite"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    partial, data = PartialUploads(tmp_path), some_bytes(3 * WINDOW_BYTES + 5000)
+    cut = WINDOW_BYTES + 4096
+    write(partial, "a", UPDATE, 0, data[:cut])
+    assert write(partial, "a", UPDATE, cut, data[cut:]) == sha256_hex(data)
+    assert partial.path("a", UPDATE).read_bytes() == data
 
 
 def test_windows_are_used_again(tmp_path: Path) -> None:
