@@ -144,14 +144,21 @@ class Admission:
             self._partial.discard(manifest.node_id, update_id)
             return self.receipt(update)
 
-        def drop(ended: Future[updates_pb2.Receipt]) -> None:
+        def end(ended: Future[updates_pb2.Receipt]) -> None:
             error = ended.exception()
-            if isinstance(error, Refused) and error.status not in _PASSING:
-                self._partial.discard(manifest.node_id, update_id)
+            if error is None:
+                done.set_result(ended.result())
+                return
+            try:
+                if isinstance(error, Refused) and error.status not in _PASSING:  # the quota would count it for a week
+                    self._partial.discard(manifest.node_id, update_id)
+            finally:
+                done.set_exception(error)
 
-        done.add_done_callback(drop)
         faults.reach("intake.kept")
-        self._commits.admit(manifest.node_id, update_id, events, answer, done)
+        admitted: Future[updates_pb2.Receipt] = Future()
+        admitted.add_done_callback(end)
+        self._commits.admit(manifest.node_id, update_id, events, answer, admitted)
 
     def find(self, node_id: str, update_id: str) -> UpdateRecord | None:
         """The admitted update, if it is the node's own."""

@@ -16,11 +16,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from central.errors import ListenError, StorageError
+from central.errors import ListenError, Reason, Refused, StorageError
 from central.fleet import pki
 from central.fleet.presence import Presence
+from central.intake.admission import Admission
 from central.intake.validation import PayloadCheck
-from central.journal import EventKind, NewEvent
+from central.journal import EventKind
 from central.main import Services
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import LoraModule, LoraTensors, decode, encode
@@ -216,20 +217,22 @@ async def test_a_journal_that_fails_costs_no_byte_twice(
     assert not list(central.settings.data_dir.rglob("*.part"))
 
 
-async def test_what_is_refused_after_its_payload_was_kept_leaves_no_unfinished_upload(
-    central: Central, node: Node, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("status", "kept"), [(grpc.StatusCode.FAILED_PRECONDITION, False), (grpc.StatusCode.RESOURCE_EXHAUSTED, True)]
+)
+async def test_what_is_refused_at_the_last_step_stays_only_for_who_may_try_again(
+    central: Central, node: Node, monkeypatch: pytest.MonkeyPatch, status: grpc.StatusCode, kept: bool
 ) -> None:
-    finish = PayloadCheck.finish
+    payload = encode_factors()
 
-    def revoke_first(*arguments: Any) -> None:
-        finish(*arguments)
-        event = NewEvent(EventKind.NODE_REVOKED, "shared", node.node_id, {"by": "operator"})
-        monkeypatch.setattr(PayloadCheck, "finish", finish)
-        central.rooms.journal.append(event)
+    def refuse(*_: object) -> None:
+        raise Refused(status, Reason.UNKNOWN_START, "Its start was collected while it came.")
 
-    monkeypatch.setattr(PayloadCheck, "finish", revoke_first)
-    assert (await refusal(node.upload(encode_factors())))[1] == "REVOKED_NODE"
-    assert not list(central.settings.data_dir.rglob("*.part"))
+    monkeypatch.setattr(Admission, "_check_kept", refuse)
+    assert (await refusal(node.upload(payload)))[:2] == (status, "UNKNOWN_START")
+    expected = len(payload) if kept else 0
+    assert central.rooms.partial.held_bytes(node.node_id, besides="") == expected
+    assert (await node.query(node.manifest(payload).digest)).committed_bytes == expected
 
 
 async def test_a_node_sees_only_its_own_updates(central: Central, node: Node) -> None:
