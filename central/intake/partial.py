@@ -99,6 +99,8 @@ class PartialUploads:
         file = self._find(node_id, update_id)
         if file is not None:
             with file.lock, storage(file.path):
+                if file.gone:  # just now, and what lies there may be another stream's new file
+                    return
                 file.path.unlink(missing_ok=True)
                 file.gone = True
                 with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +161,28 @@ def test_a_disk_with_larger_blocks_is_used_through_the_cache(tmp_path: Path, mon
     write(partial, "a", UPDATE, 0, data[:cut])
     assert write(partial, "a", UPDATE, cut, data[cut:]) == sha256_hex(data)
     assert partial.path("a", UPDATE).read_bytes() == data
+
+
+def test_who_discards_too_late_leaves_the_next_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = PartialUploads(tmp_path)
+    first = partial.open("a", UPDATE, 0, unseen)
+    found, find = threading.Event(), partial._find
+
+    def seen(node_id: str, update_id: str) -> object:
+        file = find(node_id, update_id)
+        found.set()
+        return file
+
+    with first.held():
+        monkeypatch.setattr(partial, "_find", seen)
+        late = threading.Thread(target=partial.discard, args=("a", UPDATE))
+        late.start()
+        assert found.wait(10)
+        partial.discard("a", UPDATE)
+        write(partial, "a", UPDATE, 0, b"again")
+    late.join(10)
+    first.close()
+    assert partial.committed("a", UPDATE) == 5
 
 
 def test_windows_are_used_again(tmp_path: Path) -> None:
