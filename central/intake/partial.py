@@ -86,12 +86,12 @@ class PartialUploads:
             disk = DirectFile(path)
             file.size = disk.size()
             incoming = Incoming(update_id, file, disk, self._windows, inspect)
-            try:
-                expect_offset(update_id, offset, file.size)
-                incoming.read_again()
-            except BaseException:
-                incoming.close()
-                raise
+        try:
+            # Without the lock, which who answers all nodes may wait for: what came earlier does not change.
+            incoming.read_again(offset)
+        except BaseException:
+            incoming.close()
+            raise
         return incoming
 
     def discard(self, node_id: str, update_id: str) -> None:
@@ -189,8 +189,9 @@ class Incoming:
         self.size += count
         return data[count:]
 
-    def read_again(self) -> None:
-        """Take in the bytes of earlier attempts."""
+    def read_again(self, offset: int) -> None:
+        """Take in the bytes of earlier attempts; raises Refused when they do not end at `offset`."""
+        expect_offset(self.update_id, offset, self._known)
         assert self._disk is not None
         with storage(self.path):
             while self.size < self._known:

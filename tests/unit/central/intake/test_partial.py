@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -183,6 +184,26 @@ def test_who_discards_too_late_leaves_the_next_file_alone(tmp_path: Path, monkey
     late.join(10)
     first.close()
     assert partial.committed("a", UPDATE) == 5
+
+
+def test_nobody_waits_while_earlier_bytes_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who discards an admitted update answers all nodes, and half a gigabyte takes seconds to read."""
+    partial, read, others = PartialUploads(tmp_path), os.preadv, []
+    write(partial, "a", UPDATE, 0, b"earlier")
+
+    def slow(*arguments: Any) -> int:
+        others.append(threading.Thread(target=partial.discard, args=("a", UPDATE), daemon=True))
+        others[-1].start()
+        others[-1].join(5)
+        assert not others[-1].is_alive()
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    incoming = partial.open("a", UPDATE, 7, unseen)
+    assert len(others) == 1
+    with pytest.raises(Refused, match="dropped"):
+        incoming.write()
+    incoming.close()
 
 
 def test_windows_are_used_again(tmp_path: Path) -> None:
