@@ -38,7 +38,7 @@ SERVER_OPTIONS = (
     ("grpc.http2.max_ping_strikes", 0),
     # What may come before it is asked for. The default grows with the line's speed to megabytes a stream.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 128 << 10),
+    ("grpc.http2.lookahead_bytes", 64 << 10),
 )
 
 

@@ -32,8 +32,8 @@ from protos.manifest import ManifestError, UpdateManifest, verify
 MAX_MANIFEST_BYTES = 64 << 10
 MAX_HEADER_BYTES = 8 << 20
 """Of a payload's safetensors header; parsed, it takes many times as much memory."""
-KNOWN_HEADER_BYTES = 256 << 10
-"""Larger ones are read again each time: 64 of them would take too much memory."""
+KNOWN_HEADER_BYTES = 128 << 10
+"""Larger ones are read again each time: 16 of them would take too much memory."""
 Shapes = Mapping[str, tuple[int, int]]
 
 
@@ -193,7 +193,7 @@ class _Header:
     sections: list[str]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _read_header(data: bytes, size_bytes: int) -> _Header:
     """The header of a payload of `size_bytes`, if protos.lora.decode would read it; raises Refused.
 
