@@ -172,21 +172,27 @@ class Central:
         self, name: str, token: JoinToken, key: ec.EllipticCurvePrivateKey | None = None, **changed: Any
     ) -> Node:
         key = key or ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA256())
-        fields = {
-            "token_id": token.token_id,
-            "token_secret": token.secret,
-            "csr_pem": request.public_bytes(Encoding.PEM),
-            "base_digest": self.rooms.base.digest,
-            "node_name": name,
-        }
         address = f"localhost:{self.settings.listen.enrollment_port}"
-        async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
-            stub = fleet_pb2_grpc.EnrollmentServiceStub(channel)
-            answer = await stub.Enroll(fleet_pb2.EnrollRequest(**{**fields, **changed}), timeout=20)
+        answer = await join(address, name, token, key, **{"base_digest": self.rooms.base.digest, **changed})
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return Node(answer.node_id, key, answer, self.channel(pem, answer.certificate_pem))
+
+
+async def join(
+    address: str, name: str, token: JoinToken, key: ec.EllipticCurvePrivateKey, **fields: Any
+) -> fleet_pb2.EnrollResponse:
+    """What a node of this name gets for its token; `fields` are those of the request that a test sets itself."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA256())
+    made = {
+        "token_id": token.token_id,
+        "token_secret": token.secret,
+        "csr_pem": request.public_bytes(Encoding.PEM),
+        "node_name": name,
+    }
+    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
+        stub = fleet_pb2_grpc.EnrollmentServiceStub(channel)
+        return await stub.Enroll(fleet_pb2.EnrollRequest(**{**made, **fields}), timeout=20)
 
 
 def make_settings(folder: Path, **groups: Mapping[str, Any]) -> CentralSettings:

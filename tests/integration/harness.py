@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -119,3 +121,26 @@ def is_ready(url: str) -> bool:
         return httpx.get(f"{url}/ready", timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+class Client(threading.Thread):
+    """Asks the same question on and on; remembers which versions answered, every text of each, and every failure."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self.models: list[str] = []
+        self.texts: dict[str, set[str]] = {}
+        self.failures: list[str] = []
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.05):
+            try:
+                answer = self.client.chat.completions.create(
+                    model="lorikeet", messages=[{"role": "user", "content": "w3"}], max_tokens=4, temperature=0
+                )
+                self.models.append(answer.model)
+                self.texts.setdefault(answer.model, set()).add(answer.choices[0].message.content or "")
+            except Exception as error:
+                self.failures.append(repr(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from openai import OpenAI
 
 from tests.fakes.tiny_model import tiny_model
 from tests.fakes.word_environment import NextWord
-from tests.integration.harness import Program, free_port, is_ready, running, wait_for
+from tests.integration.harness import Client, Program, free_port, is_ready, running, wait_for
 
 ENVIRONMENTS = [
     {"name": "words", "factory": "tests.fakes.word_environment:NextWord"},
@@ -75,27 +74,6 @@ def node(central: Program, tmp_path: Path) -> Iterator[Program]:
     )
     with running(program, "serve"):
         yield program
-
-
-class Client(threading.Thread):
-    """Asks on and on and remembers which versions answered, and every failure."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(daemon=True)
-        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        self.models: list[str] = []
-        self.failures: list[str] = []
-        self.done = threading.Event()
-
-    def run(self) -> None:
-        while not self.done.wait(0.05):
-            try:
-                answer = self.client.chat.completions.create(
-                    model="lorikeet", messages=[{"role": "user", "content": "w3"}], max_tokens=4, temperature=0
-                )
-                self.models.append(answer.model)
-            except Exception as error:
-                self.failures.append(repr(error))
 
 
 def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
