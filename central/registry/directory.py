@@ -51,6 +51,8 @@ class DirectoryBlobs(BlobStore):
         with storage(file):
             sync_file(file)
             faults.reach("blob.written")
+            if path.is_file() and path.stat().st_size != file.stat().st_size:
+                path.unlink()  # damaged: no link would take its place
             if not publish_link(file, path):
                 self._copy(file, path)
             faults.reach("blob.published")

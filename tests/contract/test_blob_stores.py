@@ -73,6 +73,14 @@ def test_a_finished_file_is_kept(store: BlobStore, tmp_path: Path) -> None:
     assert store.read_range(digest, len(data) - 3, len(data)) == data[-3:]
 
 
+def test_a_blob_that_lost_its_end_is_replaced(store: BlobStore, tmp_path: Path) -> None:
+    (tmp_path / "upload").write_bytes(b"payload")
+    digest = store.put(b"payload")
+    overwrite(store, digest, b"pay")
+    store.put_file(tmp_path / "upload", digest)
+    assert store.read(digest) == b"payload"
+
+
 def test_an_altered_or_absent_blob_is_an_error(store: BlobStore) -> None:
     digest = store.put(b"payload")
     overwrite(store, digest, b"other")
