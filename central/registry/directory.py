@@ -37,6 +37,10 @@ class DirectoryBlobs(BlobStore):
         make_directory(self._root)
         with storage(self._root):
             remove_temporary_files(self._root)
+            # All of them now: a thread must not rely on a folder that another one has made and not synced yet.
+            for number in range(256):
+                make_directory(self._root / f"{number:02x}")
+            sync_directory(self._root)
         super().prepare()
 
     def put(self, data: bytes) -> str:

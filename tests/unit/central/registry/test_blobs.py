@@ -19,6 +19,12 @@ def test_nothing_else_is_left(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [digest]
 
 
+def test_every_folder_is_made_before_the_first_blob(tmp_path: Path) -> None:
+    """A thread that finds a folder may rely on it: a power cut takes none away that another thread has just made."""
+    DirectoryBlobs(tmp_path).prepare()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {f"{number:02x}" for number in range(256)}
+
+
 def test_what_a_kill_left_is_removed_by_the_writer_alone(tmp_path: Path) -> None:
     stale = tmp_path / "ab" / "abcd.1234.tmp"
     stale.parent.mkdir()
