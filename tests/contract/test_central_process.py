@@ -16,9 +16,12 @@ import pytest
 from central.errors import StorageError
 from central.file_lock import DataLock
 from central.fleet.pki import Pki
+from central.intake.direct import WINDOW_BYTES
 from central.journal import Journal
 from central.settings import CentralSettings
 from protos.base import read_base_model
+from protos.manifest import CHUNK_BYTES, sign
+from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +100,35 @@ async def test_a_killed_central_goes_on_where_it_was(tmp_path: Path) -> None:
     with journal.read() as state:
         assert [update.update_id for update in state.waiting("shared")] == [manifest.digest]
         assert state.cohorts() == ["shared"]
+
+
+async def test_a_kill_within_an_upload_costs_less_than_a_window(tmp_path: Path) -> None:
+    settings = harness.make_settings(tmp_path)
+    payload = bytes(4 * WINDOW_BYTES)
+    sent = 2 * WINDOW_BYTES + WINDOW_BYTES // 2
+    async with process(settings, "serve") as first:
+        await ready(first)
+        async with outside(settings) as central:
+            node = await central.enroll("a", await central.token())
+            manifest = node.manifest(payload)
+            call = node.updates.Upload(timeout=60)
+            header = updates_pb2.UploadHeader(
+                manifest=manifest.to_bytes(), signature=sign(node.key, manifest.to_bytes())
+            )
+            await call.write(updates_pb2.UploadRequest(header=header))
+            for begin in range(0, sent, CHUNK_BYTES):
+                await call.write(updates_pb2.UploadRequest(chunk=payload[begin : min(begin + CHUNK_BYTES, sent)]))
+            part = settings.data_dir / "uploads" / node.node_id / f"{manifest.digest}.part"
+            while not part.exists() or part.stat().st_size < 2 * WINDOW_BYTES:
+                await asyncio.sleep(0.01)
+            first.kill()
+            await first.wait()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call
+            async with process(settings, "serve") as second:
+                await ready(second)
+                await node.channel.channel_ready()
+                assert (await node.query(manifest.digest)).committed_bytes == 2 * WINDOW_BYTES
 
 
 async def test_a_taken_port_is_one_line_and_exit_code_6(tmp_path: Path) -> None:
