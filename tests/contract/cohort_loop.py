@@ -10,9 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.federation import JournalGrid
+from central.federation import grid as grid_module
 from central.federation.screening import screen_of
 from central.federation.server_app import CohortLoop
 from central.journal import EvaluationRecord, Event, EventKind, Journal, NewEvent, ReleaseRecord, State
@@ -62,10 +64,13 @@ class Central:
 
 @contextmanager
 def opened(root: Path, builds_on: Mapping[str, str] = MappingProxyType({})) -> Iterator[Central]:
+    """A central's stores under `root`; loops over them notice soon that they must stop."""
     journal = Journal(f"sqlite:///{root}/journal.db", clock=lambda: AT)
     blobs = DirectoryBlobs(root / "blobs")
     try:
-        yield Central(journal, blobs, Registry(journal, blobs, KEY, BASE, builds_on))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+            yield Central(journal, blobs, Registry(journal, blobs, KEY, BASE, builds_on))
     finally:
         journal.close()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import central.federation.grid as grid_module
 from central.cli import main
 from central.federation.planning import plan_merge
 from central.federation.server_state import ServerState
@@ -37,7 +36,6 @@ SETTINGS = make_settings(min_updates=1, rank=RANK)
 
 @pytest.fixture
 def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
     monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
     write_key(tmp_path, KEY)
     with opened(tmp_path, {"acme": "shared", "beta": "shared"}) as running:

@@ -20,8 +20,7 @@ LATER = "2026-11-22T12:01:00.000000Z"
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as running:
         running.join("shared", "a-1", "b-2")
         yield running

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-import central.federation.grid as grid_module
 from central.federation import JournalGrid, run_cohort
 from central.federation.errors import FederationError
 from central.federation.replies import flower_id
@@ -41,8 +40,7 @@ class Crash(Exception):
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         yield central
 
@@ -99,10 +97,7 @@ def test_fedavg_averages_padded_factors_and_is_added_in_product_space(central: C
 
 
 @pytest.mark.parametrize("strategy", ["product-mean", "FedAvg"])
-def test_a_crash_at_any_append_leads_to_the_same_candidate(
-    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def test_a_crash_at_any_append_leads_to_the_same_candidate(strategy: str, tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     origin.mkdir()
     with opened(origin) as central:

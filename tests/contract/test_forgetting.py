@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import central.federation.grid as grid_module
 from central.errors import Refused
 from central.federation.server_state import ServerState
 from central.federation.verify import verify_releases
@@ -34,11 +33,6 @@ from tests.contract.cohort_loop import (
 from tests.contract.test_releases_verify import public_key
 
 NODES = ("a-1", "b-2", "c-3")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import central.federation.grid as grid_module
 import central.federation.removal as removal_module
 from central.errors import Refused, StorageError
 from central.federation.errors import StrategyFailed
@@ -37,8 +36,7 @@ from tests.contract.test_releases_verify import public_key
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         central.join("shared", *NODES)
         yield central

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import central.federation.grid as grid_module
 from central.fleet.revocation import revoke_node
 from central.journal import EventKind, NewEvent, PlanRecord, UpdateRecord
 from central.settings import CentralSettings
@@ -30,8 +29,7 @@ NODES = ("a-1", "b-2", "c-3", "d-4", "e-5")
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         yield central
 
@@ -187,8 +185,7 @@ def test_a_rollback_during_the_search(central: Central, choice: str) -> None:
 
 
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_crash_at_any_append_ends_the_same(stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def test_a_crash_at_any_append_ends_the_same(stride: int, tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     origin.mkdir()
     with opened(origin) as central:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import central.federation.grid as grid_module
 from central.federation.patience import Patience
 from central.federation.planning import parse_time
 from central.fleet.revocation import revoke_node
@@ -19,8 +18,7 @@ from tests.contract.looks import FEWER, MIXED, SAME, WORSE, decide, measured, no
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         central.join("shared", "a-1", "b-2", "c-3")
         yield central
@@ -295,10 +293,7 @@ def test_an_offer_for_several_attempts_carries_them_to_every_look(central: Centr
 # Crashes.
 
 
-def test_a_crash_at_any_append_ends_with_the_same_looks_and_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def test_a_crash_at_any_append_ends_with_the_same_looks_and_verdict(tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     origin.mkdir()
     with opened(origin) as central:

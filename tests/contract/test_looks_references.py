@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import central.federation.grid as grid_module
 from central.federation.looks import high_water_releases
 from central.journal import EvaluationRecord
 from tests.contract.cohort_loop import Central, Reply, opened
@@ -15,8 +14,7 @@ from tests.contract.looks import BETTER, SAME, decide, measured, nodes_with, off
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         central.join("shared", "a-1", "b-2", "c-3")
         yield central

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import central.federation.grid as grid_module
 from central.federation import screening
 from central.federation.planning import plan_merge
 from central.fleet.presence import NodePresence
@@ -34,8 +33,7 @@ from tests.unit.central.builders import admitted, make_update
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         central.join("shared", *(f"{letter}-0" for letter in "abcdefgh"))
         yield central
@@ -149,10 +147,7 @@ def test_a_draft_is_dropped_when_the_state_moves_on_while_it_is_filtered(
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_crash_at_the_record_of_a_filtered_plan_ends_the_same(
-    tmp_path: Path, after: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def test_a_crash_at_the_record_of_a_filtered_plan_ends_the_same(tmp_path: Path, after: bool) -> None:
     settings, ends = make_settings(filter="near", min_updates=7), []
     for crash in (False, True):
         root = tmp_path / str(crash)

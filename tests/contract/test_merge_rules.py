@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import central.federation.grid as grid_module
 from central.errors import Refused, SettingsError
 from central.federation.replies import train_replies
 from central.federation.server_app import run_cohort
@@ -44,8 +43,7 @@ EPS = 0.1
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         central.join("shared", *(f"{letter}-0" for letter in "abcdefgh"))
         yield central
@@ -187,10 +185,7 @@ def test_what_was_forgotten_does_not_come_back_with_the_start_of_a_solution(cent
     assert [solution.update_id for solution in plan_of(central).solutions] == [kept]
 
 
-def test_a_cohort_that_builds_on_another_re_solves_over_its_own_products(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def test_a_cohort_that_builds_on_another_re_solves_over_its_own_products(tmp_path: Path) -> None:
     settings = make_settings(strategy="regmean", resolve=True, rank=12, min_updates=1)
     with opened(tmp_path, {"acme": "shared"}) as central:
         central.join("shared", "s-1")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import central.federation.grid as grid_module
 from central.errors import Refused
 from central.fleet.quarantine import quarantine_node, release_node
 from central.fleet.revocation import revoke_node
@@ -19,8 +18,7 @@ NODES = ("a-1", "b-2")
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         central.join("shared", *NODES)
         yield central

@@ -15,7 +15,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-import central.federation.grid as grid_module
 from central.cli import main
 from central.journal import Journal
 from central.registry import DirectoryBlobs
@@ -25,7 +24,6 @@ from tests.contract.cohort_loop import KEY, Central, make_increment, make_settin
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
     monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
     write_key(tmp_path, KEY)
     with opened(tmp_path) as central:

@@ -224,10 +224,7 @@ def decided(running: loop.Central) -> list[str]:
 @pytest.mark.parametrize(
     ("method", "strategy"), [("replay", "product-mean"), ("replay", "FedAdam"), ("subtract", "product-mean")]
 )
-def test_what_was_forgotten_goes_when_no_release_subtracts_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, strategy: str
-) -> None:
-    monkeypatch.setattr("central.federation.grid.STOP_CHECK_S", 0.02)
+def test_what_was_forgotten_goes_when_no_release_subtracts_it(tmp_path: Path, method: str, strategy: str) -> None:
     with loop.opened(tmp_path) as running:
         running.join("shared", *forgetting.NODES)
         ids = [forgetting.release(running, version, strategy=strategy)[1] for version in (1, 2)]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import central.federation.grid as grid_module
 from central.federation import JournalGrid
 from central.fleet.presence import NodePresence
 from central.journal import EvaluationRecord, EventKind, Journal, JournalConflict, NewEvent
@@ -23,8 +22,7 @@ ONE_LOOK = settings(20, deadline_s=DEADLINE_S, absent_grace_s=GRACE_S)
 
 
 @pytest.fixture
-def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central]:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+def central(tmp_path: Path) -> Iterator[Central]:
     with opened(tmp_path) as central:
         central.join("shared", "a-1", "b-2", "c-3")
         yield central

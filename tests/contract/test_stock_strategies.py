@@ -12,7 +12,6 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as stock_strategies
 
-import central.federation.grid as grid_module
 from central.errors import SettingsError
 from central.federation import check_strategy
 from central.federation.planning import plan_merge
@@ -46,11 +45,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "MultiKrum": {"num_nodes_to_select": 2},
 }
 STATEFUL = sorted(CARRIED)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid_module, "STOP_CHECK_S", 0.02)
 
 
 @pytest.fixture
