@@ -26,3 +26,9 @@ def describe_machine() -> dict[str, object]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
+
+
+def peak_rss_mb(pid: int | str = "self") -> float:
+    """The largest resident set of a process so far. Not ru_maxrss, which also counts what the parent held before the start."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024, 1)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import describe_machine
+from benchmarks import describe_machine, peak_rss_mb
 from central.federation.looks import has_quorum, offers_of
 from central.federation.planning import plan_merge
 from central.journal import Event, EventKind, Journal, MergePlan, NewEvent, PlannedUpdate, State, import_journal
@@ -219,7 +219,7 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         "open_us_per_event": [round(one.open_cpu_s / one.events * 1e6, 1) for one in (small, large)],
         # One search for garbage that walks the state: what `central serve` spares its threads.
         "collect_cpu_s": [round(one.collect_cpu_s, 2) for one in (small, large)],
-        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "peak_rss_mb": peak_rss_mb(),
         "seed": seed,
         "machine": describe_machine(),
         "bars": {f"{key}_does_not_grow_with_history": ratio <= RATIO for key, ratio in ratios.items()},
@@ -298,12 +298,6 @@ def admitted(update: UpdateManifest, cohort: str) -> NewEvent:
 def signed(document: bytes) -> dict[str, str]:
     """As central keeps a signed document; the signature's length is that of a real one."""
     return {"manifest": document.decode(), "signature": "M" * 96}
-
-
-def peak_rss_mb() -> float:
-    """The largest resident set of this process so far."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def main() -> int:

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from benchmarks import describe_machine
+from benchmarks import describe_machine, peak_rss_mb
 from central.merging import Merged, ProductSum, merge
 from protos.lora import LoraModule, LoraTensors
 
@@ -279,12 +278,6 @@ def sum_layer(count: int, seed: int) -> dict[str, float]:
     start = time.process_time()
     total.result()
     return {"cpu_s": cpu_s + time.process_time() - start, "peak_rss_mb": peak_rss_mb()}
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process. Not ru_maxrss, which also counts what the parent held before the start."""
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024, 1)
 
 
 def table_of(figures: Figures) -> Table:

@@ -41,7 +41,7 @@ class Deciding:
         if self._settings.quorum == 0:
             return Verdict(True, "accepted without evaluation: CENTRAL_GATE__QUORUM is 0.", {}, {})
         with self._journal.read() as state:
-            alone = not any(node.cohort == planned.plan.cohort and not node.revoked for node in state.nodes.values())
+            alone = not state.members(planned.plan.cohort)
             if alone and (verdict := self._without_quorum(state, planned, candidate)) is not None:
                 return verdict
         if not grid.wait_for_node(candidate):

@@ -177,8 +177,10 @@ def unjudged(state: State, candidate: str, found: Collection[str]) -> dict[str, 
     reports = reports_of_look(state, offers)
     absent = {node_id for node_id in asked if node_id not in reports or not is_result(reports[node_id])}
     last: dict[str, set[str]] = {}
-    for offer in state.evaluations.values():
-        for node_id in absent.intersection(offer.reports) if offer.look == 1 else ():
+    for offer in reversed(state.evaluations.values()):
+        if len(last) == len(absent):
+            break
+        for node_id in absent.difference(last).intersection(offer.reports) if offer.look == 1 else ():
             if is_result(offer.reports[node_id]):
                 last[node_id] = {str(result["environment"]) for result in offer.reports[node_id].results}
     return {node_id: left for node_id, names in sorted(last.items()) if (left := sorted(names.difference(found)))}
