@@ -2,23 +2,20 @@
 
 In: new events. Out: numbered events chained by hash, and the state they imply. Guarantees: `append` is one durable
 transaction, all or nothing, and has checked every event against the state; what it returned survives `kill -9`.
-Thread-safe; every call blocks on disk, so call it off the event loop. Stored with SQLAlchemy Core; SQLite in WAL mode
-with synchronous=FULL by default.
+Thread-safe; every call blocks on disk, so call it off the event loop. How events are stored: table.py.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -28,7 +25,6 @@ from central.errors import StorageError
 from central.journal.events import (
     FIRST_HASH,
     Event,
-    EventKind,
     JournalConflict,
     JournalCorrupt,
     NewEvent,
@@ -37,25 +33,19 @@ from central.journal.events import (
 )
 from central.journal.migrations import upgrade_schema
 from central.journal.state import State
-from protos.manifest import canonical_json
+from central.journal.table import (
+    EVENTS,
+    METADATA,
+    PAGE,
+    cause_of,
+    open_database,
+    read_page,
+    row_of,
+    stored_events,
+)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-_METADATA = sa.MetaData()
-_EVENTS = sa.Table(
-    "events",
-    _METADATA,
-    sa.Column("sequence", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
-    sa.Column("at", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("cohort", sa.Text, nullable=False),
-    sa.Column("subject", sa.Text, nullable=False),
-    sa.Column("body", sa.Text, nullable=False),
-    sa.Column("previous_hash", sa.Text, nullable=False),
-    sa.Column("hash", sa.Text, nullable=False),
-)
-_PAGE = 1000
 
 
 class Journal:
@@ -73,14 +63,14 @@ class Journal:
         self._closed = False
         self._doubtful: list[list[Event]] = []
         try:
-            self._engine = _open(url)
-            upgrade_schema(self._engine, _METADATA)
+            self._engine = open_database(url)
+            upgrade_schema(self._engine, METADATA)
             with _uncollected():
                 for event in _chain(self._engine):
                     replay(self._state, event)
         except (SQLAlchemyError, ImportError) as error:  # ImportError: the database's driver is not installed
             raise StorageError(
-                f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
+                f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
             ) from error
         self._state.mark()
 
@@ -149,9 +139,9 @@ class Journal:
 
         return unsubscribe
 
-    def events(self, after: int = 0, limit: int = _PAGE) -> list[Event]:
+    def events(self, after: int = 0, limit: int = PAGE) -> list[Event]:
         """At most `limit` events with a sequence above `after`, in order."""
-        return [_event(row) for row in _rows(self._engine, after, limit)]
+        return read_page(self._engine, after, limit)
 
     def verify(self) -> int:
         """Re-read the whole chain; returns the number of events, raises JournalCorrupt naming the first bad one."""
@@ -206,7 +196,7 @@ class Journal:
             return
         try:
             with self._engine.begin() as connection:
-                connection.execute(sa.insert(_EVENTS), [_row(event) for event in recorded])
+                connection.execute(sa.insert(EVENTS), [row_of(event) for event in recorded])
         except IntegrityError as error:
             raise StorageError(
                 f"Event {recorded[0].sequence} is in the journal already: another central writes to it. "
@@ -215,7 +205,7 @@ class Journal:
         except SQLAlchemyError as error:
             self._doubtful.append(recorded)
             raise StorageError(
-                f"The journal cannot be written: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the disk of its database."
+                f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the disk of its database."
             ) from error
         self._doubtful.clear()
 
@@ -236,9 +226,9 @@ def verify_journal(url: str) -> State:
 def read_journal(url: str) -> Iterator[Event]:
     """Every event of an existing journal, its chain checked on the way; the same errors as verify_journal."""
     try:
-        engine = _open(url, read_only=True)
+        engine = open_database(url, read_only=True)
     except (SQLAlchemyError, ImportError) as error:
-        raise StorageError(f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL.") from error
+        raise StorageError(f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL.") from error
     try:
         yield from _chain(engine)
     finally:
@@ -248,21 +238,21 @@ def read_journal(url: str) -> Iterator[Event]:
 def import_journal(url: str, events: Iterable[Event]) -> None:
     """Write a whole chain into an empty database, in one transaction; raises StorageError for one that is not empty."""
     try:
-        engine = _open(url)
+        engine = open_database(url)
         try:
-            upgrade_schema(engine, _METADATA)
+            upgrade_schema(engine, METADATA)
             with engine.begin() as connection:
-                count = connection.execute(sa.select(sa.func.count()).select_from(_EVENTS)).scalar_one()
+                count = connection.execute(sa.select(sa.func.count()).select_from(EVENTS)).scalar_one()
                 if count:
                     raise StorageError(f"The journal has {count} events already. Expected an empty database.")
                 left = iter(events)
-                while page := [_row(event) for event in islice(left, _PAGE)]:
-                    connection.execute(sa.insert(_EVENTS), page)
+                while page := [row_of(event) for event in islice(left, PAGE)]:
+                    connection.execute(sa.insert(EVENTS), page)
         finally:
             engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
         raise StorageError(
-            f"The journal cannot be written: {_cause(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
+            f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
         ) from error
 
 
@@ -272,16 +262,16 @@ def count_events(url: str) -> int:
         parsed = sa.make_url(url)
         if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).is_file():
             return 0
-        engine = _open(url, read_only=True)
+        engine = open_database(url, read_only=True)
         try:
-            if not sa.inspect(engine).has_table(_EVENTS.name):
+            if not sa.inspect(engine).has_table(EVENTS.name):
                 return 0
             with engine.connect() as connection:
-                return int(connection.execute(sa.select(sa.func.count()).select_from(_EVENTS)).scalar_one())
+                return int(connection.execute(sa.select(sa.func.count()).select_from(EVENTS)).scalar_one())
         finally:
             engine.dispose()
     except (SQLAlchemyError, ImportError) as error:
-        raise StorageError(f"The journal cannot be opened: {_cause(error)}. Check CENTRAL_JOURNAL__URL.") from error
+        raise StorageError(f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL.") from error
 
 
 def checked_chain(events: Iterable[Event]) -> Iterator[Event]:
@@ -302,15 +292,7 @@ def checked_chain(events: Iterable[Event]) -> Iterator[Event]:
 
 
 def _chain(engine: sa.Engine) -> Iterator[Event]:
-    return checked_chain(_stored(engine))
-
-
-def _stored(engine: sa.Engine) -> Iterator[Event]:
-    """One by one, so that the first bad event is the one that is named."""
-    after = 0
-    while page := _rows(engine, after, _PAGE):
-        yield from map(_event, page)
-        after = page[-1].sequence
+    return checked_chain(stored_events(engine))
 
 
 @contextmanager
@@ -336,69 +318,6 @@ def replay(state: State, event: Event) -> None:
         ) from error
 
 
-def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
-    query = sa.select(_EVENTS).where(_EVENTS.c.sequence > after).order_by(_EVENTS.c.sequence).limit(limit)
-    try:
-        with engine.connect() as connection:
-            return connection.execute(query).all()
-    except SQLAlchemyError as error:
-        raise StorageError(
-            f"The journal cannot be read: {_cause(error)}. Check CENTRAL_JOURNAL__URL and CENTRAL_DATA_DIR."
-        ) from error
-
-
-def _open(url: str, read_only: bool = False) -> sa.Engine:
-    parsed = sa.make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed, pool_pre_ping=True)  # a database that was restarted costs no event
-    if parsed.database in (None, "", ":memory:"):
-        raise StorageError(
-            "CENTRAL_JOURNAL__URL names a database in memory. Expected a file, which survives a restart."
-        )
-    if read_only:
-        file = f"file:{quote(str(Path(str(parsed.database)).absolute()))}"
-        return sa.create_engine(parsed.set(database=file, query={"mode": "ro", "uri": "true"}))
-    engine = sa.create_engine(parsed)
-
-    @sa.event.listens_for(engine, "connect")
-    def _pragmas(connection: Any, _record: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA busy_timeout=10000")
-        cursor.close()
-
-    return engine
-
-
 def _reach(recorded: list[Event], step: str) -> None:
     for event in recorded:
         faults.reach(f"journal.{event.kind}.{step}")
-
-
-def _row(event: Event) -> dict[str, Any]:
-    return {
-        "sequence": event.sequence,
-        "at": event.at,
-        "kind": event.kind.value,
-        "cohort": event.cohort,
-        "subject": event.subject,
-        "body": canonical_json(dict(event.body)).decode(),
-        "previous_hash": event.previous_hash,
-        "hash": event.hash,
-    }
-
-
-def _event(row: sa.Row[Any]) -> Event:
-    sequence, at, kind, cohort, subject, text, previous_hash, digest = tuple(row)  # 8 look-ups by name take longer
-    try:
-        body = json.loads(text)
-        if not isinstance(body, dict):
-            raise ValueError(f"its body is {text[:40]!r}, not an object")
-        return Event(sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest)
-    except (ValueError, RecursionError) as error:
-        raise JournalCorrupt(f"Journal event {sequence} of kind {kind!r} cannot be read: {error}.") from error
-
-
-def _cause(error: Exception) -> str:
-    return str(getattr(error, "orig", None) or error).splitlines()[0]

@@ -13,8 +13,8 @@ from alembic.migration import MigrationContext
 
 from central.errors import StorageError
 from central.journal import Journal, JournalConflict, JournalCorrupt, verify_journal
-from central.journal.journal import _METADATA
 from central.journal.migrations.upgrade import FIRST, HEAD, configuration
+from central.journal.table import METADATA
 from tests.unit.central import builders as make
 
 
@@ -208,7 +208,7 @@ def test_the_revisions_make_todays_tables(url: str) -> None:
         config = configuration()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
-        assert compare_metadata(MigrationContext.configure(connection), _METADATA) == []
+        assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
     engine.dispose()
     assert revision(url) == HEAD
     journal = Journal(url)
