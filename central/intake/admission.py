@@ -102,7 +102,7 @@ class Admission:
                 arrival.incoming.close()
             self._admit(arrival, done)
         except BaseException as error:
-            done.set_exception(error)
+            self._fail(arrival, error, done)
 
     def _keep(self, arrival: Arrival) -> None:
         manifest, incoming = arrival.manifest, arrival.incoming
@@ -111,33 +111,35 @@ class Admission:
             incoming.write()
             try:
                 _check_digest(arrival)
-                with self._journal.read() as state:
-                    _check_not_forgotten(state, manifest)  # whoever asks has the bytes: it learns of nobody else's
                 arrival.check.finish(incoming.path)
             except Refused:
                 self._partial.discard(manifest.node_id, manifest.digest)
                 raise
+            # Again when it is recorded; here so that what is refused leaves no blob, which no event would name.
+            with self._journal.read() as state:
+                _check_not_forgotten(state, manifest)  # whoever asks has the bytes: it learns of nobody else's
+                if manifest.digest not in state.updates:
+                    self._check_again(state, arrival)
             faults.reach("intake.checked")
             # They stay here too until the update is admitted: should that fail, nothing has to be sent again.
             self._blobs.put_file(incoming.path, manifest.payload.digest_sha256)
 
     def _admit(self, arrival: Arrival, done: Future[updates_pb2.Receipt]) -> None:
         """Record the update whose payload is kept."""
-        peer, manifest, header = arrival.peer, arrival.manifest, arrival.header
+        manifest, header = arrival.manifest, arrival.header
         update_id = manifest.digest
         signature = base64.b64encode(header.signature).decode()
 
         def events(state: State) -> list[NewEvent]:
-            node = self._authenticator.enrolled(peer)  # it may have been revoked while the payload came
             if update_id in state.updates:
+                self._authenticator.enrolled(arrival.peer)
                 return []
-            check_manifest(state, node, manifest, self._base, self._limits)
-            self._check_quota(state, manifest)
+            cohort = self._check_again(state, arrival)
             _check_not_forgotten(state, manifest)
             self._check_kept(state, manifest)
             body = {"manifest": header.manifest.decode(), "signature": signature}
-            admitted = NewEvent(EventKind.UPDATE_ADMITTED, node.cohort, update_id, body)
-            return [admitted, *_consequences(state, manifest, node.cohort)]
+            admitted = NewEvent(EventKind.UPDATE_ADMITTED, cohort, update_id, body)
+            return [admitted, *_consequences(state, manifest, cohort)]
 
         def answer(update: UpdateRecord) -> updates_pb2.Receipt:
             faults.reach("intake.recorded")
@@ -148,17 +150,28 @@ class Admission:
             error = ended.exception()
             if error is None:
                 done.set_result(ended.result())
-                return
-            try:
-                if isinstance(error, Refused) and error.status not in _PASSING:  # the quota would count it for a week
-                    self._partial.discard(manifest.node_id, update_id)
-            finally:
-                done.set_exception(error)
+            else:
+                self._fail(arrival, error, done)
 
         faults.reach("intake.kept")
         admitted: Future[updates_pb2.Receipt] = Future()
         admitted.add_done_callback(end)
         self._commits.admit(manifest.node_id, update_id, events, answer, admitted)
+
+    def _fail(self, arrival: Arrival, error: BaseException, done: Future[updates_pb2.Receipt]) -> None:
+        """`done` gets `error`; what is refused for good is dropped, because the quota would count it for a week."""
+        try:
+            if isinstance(error, Refused) and error.status not in _PASSING:
+                self._partial.discard(arrival.manifest.node_id, arrival.manifest.digest)
+        finally:
+            done.set_exception(error)
+
+    def _check_again(self, state: State, arrival: Arrival) -> str:
+        """Raises Refused for what the node or its update may no longer do since it began; returns the node's cohort."""
+        node = self._authenticator.enrolled(arrival.peer)
+        check_manifest(state, node, arrival.manifest, self._base, self._limits)
+        self._check_quota(state, arrival.manifest)
+        return node.cohort
 
     def find(self, node_id: str, update_id: str) -> UpdateRecord | None:
         """The admitted update, if it is the node's own."""

@@ -338,6 +338,41 @@ async def test_a_start_of_another_cohort_is_refused(central: Central, node: Node
     assert told.split("starts from")[1].replace(start.release, "") == same.split("starts from")[1].replace("0" * 64, "")
 
 
+async def test_what_changes_while_a_payload_comes_is_seen_before_it_is_kept(central: Central, node: Node) -> None:
+    payloads = [encode_factors(seed) for seed in range(8)]
+    manifests = [node.manifest(payload, number) for number, payload in enumerate(payloads, start=1)]
+    update_id, size = manifests[0].digest, len(payloads[0])
+
+    async def begin() -> Any:
+        data = manifests[0].to_bytes()
+        call = node.updates.Upload(timeout=20)
+        header = updates_pb2.UploadHeader(manifest=data, signature=sign(node.key, data), offset=0)
+        await call.write(updates_pb2.UploadRequest(header=header))
+        await call.write(updates_pb2.UploadRequest(chunk=payloads[0]))
+        while not central.rooms.partial.path(node.node_id, update_id).exists():
+            await asyncio.sleep(0.01)
+        return call
+
+    over_quota = await begin()
+    for payload, manifest in zip(payloads[1:], manifests[1:], strict=True):
+        assert (await refusal(node.upload(payload, manifest, stop=size - 1)))[1] == "WRONG_OFFSET"
+    await over_quota.done_writing()
+    assert (await refusal(over_quota))[1] == "QUOTA_EXCEEDED"
+    assert manifests[0].payload.digest_sha256 not in central.rooms.blobs
+    assert (await node.query(update_id)).committed_bytes == size  # it passes, so nothing has to be sent again
+
+    for manifest in manifests:
+        await asyncio.to_thread(central.rooms.partial.discard, node.node_id, manifest.digest)
+    of_a_revoked_node = await begin()
+    await central.operator.RevokeNode(operator_pb2.RevokeNodeRequest(node_id=node.node_id), timeout=20)
+    await of_a_revoked_node.done_writing()
+    assert (await refusal(of_a_revoked_node))[1] == "REVOKED_NODE"
+    assert manifests[0].payload.digest_sha256 not in central.rooms.blobs
+    assert not central.rooms.partial.path(node.node_id, update_id).exists()
+    with central.rooms.journal.read() as state:
+        assert state.updates == {}
+
+
 async def test_the_newest_update_of_a_start_counts(central: Central, node: Node) -> None:
     payloads = [encode_factors(seed) for seed in range(4)]
     manifests = [node.manifest(payload, number) for number, payload in enumerate(payloads, start=1)]
