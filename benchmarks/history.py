@@ -20,14 +20,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import describe_machine, peak_rss_mb
 from central.federation.looks import has_quorum, offers_of
 from central.federation.planning import plan_merge
-from central.journal import Event, EventKind, Journal, MergePlan, NewEvent, PlannedUpdate, State, import_journal
+from central.fleet.presence import Presence
+from central.journal import (
+    Event,
+    EventKind,
+    Journal,
+    MergePlan,
+    NewEvent,
+    PlannedUpdate,
+    ReleaseRecord,
+    State,
+    import_journal,
+)
 from central.journal.events import FIRST_HASH, chain
+from central.operator.lineage import explain_release
 from central.registry.canary import find_soak
 from central.settings import ChannelPolicy, MergePolicy
 from protos.manifest import Payload, ReleaseManifest, Start, UpdateManifest, sha256_hex
@@ -39,11 +52,26 @@ TURNS, APPENDS, LOOKS = 9, 40, 40
 """Turns that each journal gets, and how many appends and looks are timed in one."""
 RATIO = 2.0
 """What an append and a look at the longer history may cost at most, as a multiple of the shorter."""
+EXPLAIN_MS = 1000.0
+"""What explaining a release may take at most, however long the history."""
 AT = "2026-11-22T12:00:00.000000Z"
 BASE = sha256_hex(b"base")
 SHARED, TRYING = "shared", "trying"
 POLICY = MergePolicy(min_updates=10**9, max_age_s=1e12)
 SOAK = ChannelPolicy()
+FINDING: dict[str, Any] = {
+    "anchor": False,
+    "nodes": REPORTS,
+    "fall_points": -2.0,
+    "tolerance_points": 1.0,
+    "p_reference": 0.9,
+    "p_fine": 0.01,
+    "standing": "fine",
+    "better": False,
+    "attempts": 1,
+    "total": 100,
+}
+"""What a verdict says of an environment beside its counts and reference."""
 COUNTS = {"both": 80, "only_reference": 1, "only_candidate": 3, "neither": 16}
 
 
@@ -129,7 +157,7 @@ class History:
             report = {"node_id": node, "results": results, "abstain_reason": ""}
             yield NewEvent(EventKind.EVALUATION_REPORTED, cohort, offer_id, report)
         if decide:
-            environments = {"work": {**COUNTS, "reference": parent.digest, "total": 100, "better": False}}
+            environments = {"work": {**FINDING, **COUNTS, "reference": parent.digest}}
             verdict = {"accepted": True, "text": "accepted", "environments": environments, "high_water": {}}
             yield NewEvent(EventKind.VERDICT, cohort, candidate.digest, verdict)
             yield NewEvent(EventKind.PROMOTED, cohort, candidate.digest, {"channel": "stable", "by": "gate"})
@@ -151,6 +179,8 @@ class Opened:
     append_ms: list[float] = field(default_factory=list)
     idle_ms: list[float] = field(default_factory=list)
     evaluating_ms: list[float] = field(default_factory=list)
+    explain_ms: list[list[float]] = field(default_factory=list)
+    """Each turn: of the first, the middle and the newest release."""
 
     def take_turn(self) -> None:
         """Time some appends and looks."""
@@ -158,6 +188,9 @@ class Opened:
         with self.journal.read() as state:
             self.idle_ms.append(cpu_ms(lambda: look_idle(state), LOOKS))
             self.evaluating_ms.append(cpu_ms(lambda: look_evaluating(state), LOOKS))
+            merged = [release for release in state.releases.values() if release.cohort == SHARED and release.plan_id]
+            chosen = merged[0], merged[len(merged) // 2], merged[-1]
+            self.explain_ms.append([cpu_ms(partial(look_explaining, state, release), 1) for release in chosen])
 
     def admit(self) -> None:
         """What intake asks and appends for one update."""
@@ -191,6 +224,13 @@ def look_evaluating(state: State) -> None:
     assert has_quorum(state, planned.candidate, REPORTS)
 
 
+def look_explaining(state: State, release: ReleaseRecord) -> None:
+    """What `central releases explain` asks of one release."""
+    explained = explain_release(state, release, Presence().of)
+    assert len(explained.contributions) == PER_MERGE
+    assert explained.environments
+
+
 def run(folder: Path, seed: int) -> dict[str, Any]:
     """The published keys."""
     opened = {size: open_history(folder, size, seed) for size in SIZES}
@@ -205,6 +245,9 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         key: statistics.median(getattr(large, f"{key}_ms")) / statistics.median(getattr(small, f"{key}_ms"))
         for key in ("append", "idle", "evaluating")
     }
+    explain_ms = [
+        max(statistics.median(turns) for turns in zip(*one.explain_ms, strict=True)) for one in (small, large)
+    ]
     return {
         "updates": list(SIZES),
         "releases": [size // PER_MERGE for size in SIZES],
@@ -215,6 +258,8 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
             for key in ratios
         },
         **{f"{key}_ratio": round(ratio, 2) for key, ratio in ratios.items()},
+        # The slowest of the first, the middle and the newest release.
+        "explain_ms": [round(each, 2) for each in explain_ms],
         "open_cpu_s": [round(one.open_cpu_s, 2) for one in (small, large)],
         "open_us_per_event": [round(one.open_cpu_s / one.events * 1e6, 1) for one in (small, large)],
         # One search for garbage that walks the state: what `central serve` spares its threads.
@@ -222,7 +267,10 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         "peak_rss_mb": peak_rss_mb(),
         "seed": seed,
         "machine": describe_machine(),
-        "bars": {f"{key}_does_not_grow_with_history": ratio <= RATIO for key, ratio in ratios.items()},
+        "bars": {
+            **{f"{key}_does_not_grow_with_history": ratio <= RATIO for key, ratio in ratios.items()},
+            "explain_within_a_second": max(explain_ms) <= EXPLAIN_MS,
+        },
     }
 
 
