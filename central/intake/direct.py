@@ -21,8 +21,8 @@ BLOCK_BYTES = 4096
 """Offsets, lengths and addresses must be multiples of it; disks ask for 512 or this."""
 WINDOW_BYTES = 4 * CHUNK_BYTES
 """A kill of central costs at most this much of an upload, half a chunk of the largest that updates.proto allows."""
-KEPT_WINDOWS = 128
-"""So many unused windows stay allocated: 64 MiB."""
+KEPT_WINDOWS = 32
+"""So many unused windows stay allocated: 16 MiB."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 

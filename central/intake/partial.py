@@ -159,7 +159,8 @@ class Incoming:
         self._file = file
         self._disk: DirectFile | None = disk
         self._windows = windows
-        self._window = windows.borrow()
+        self._window: memoryview | None = None
+        """Borrowed while there is something in it."""
         self._begin = 0
         """Where the window lies in the file: a multiple of its size."""
         self._known = file.size
@@ -185,7 +186,7 @@ class Incoming:
         """Copy what there is room for; returns the rest."""
         begin = self.size - self._begin
         count = min(len(data), WINDOW_BYTES - begin)
-        self._window[begin : begin + count] = data[:count]
+        self._borrow()[begin : begin + count] = data[:count]
         self.size += count
         return data[count:]
 
@@ -196,7 +197,7 @@ class Incoming:
         with storage(self.path):
             while self.size < self._known:
                 count = min(WINDOW_BYTES, self._known - self._begin)
-                self._disk.read(self._window, self._begin, count)
+                self._disk.read(self._borrow(), self._begin, count)
                 self.size = self._begin + count
                 if self.is_full:
                     self._count()
@@ -225,7 +226,7 @@ class Incoming:
                 log.exception("part of an upload was not kept", extra={"update_id": self.update_id})
             self._disk.close()
             self._disk = None
-            self._windows.give_back(self._window)
+            self._give_back()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -240,16 +241,28 @@ class Incoming:
         if self.size <= self._known:
             return
         assert self._disk is not None
-        self._disk.write(self._window[: self.size - self._begin], self._begin)
+        self._disk.write(self._borrow()[: self.size - self._begin], self._begin)
         if self.size // SYNC_BYTES != self._known // SYNC_BYTES:
             self._disk.sync()
         self._known = self._file.size = self.size
 
     def _count(self) -> None:
-        window = self._window[: self.size - self._begin]
-        self._digest.update(window)  # frees the interpreter for other streams
-        self._inspect(window)
-        self._begin = self.size
+        if self._window is not None:
+            window = self._window[: self.size - self._begin]
+            self._digest.update(window)  # frees the interpreter for other streams
+            self._inspect(window)
+            self._begin = self.size
+            self._give_back()
+
+    def _borrow(self) -> memoryview:
+        if self._window is None:
+            self._window = self._windows.borrow()
+        return self._window
+
+    def _give_back(self) -> None:
+        if self._window is not None:
+            self._windows.give_back(self._window)
+            self._window = None
 
 
 def expect_offset(update_id: str, offset: int, committed: int) -> None:

@@ -20,6 +20,7 @@ from central.fleet.identity import Authenticator, read_peer
 from central.fleet.streams import OpenStreams
 from central.intake.admission import Admission, Arrival
 from central.intake.partial import Incoming, PartialUploads
+from central.intake.turns import Turn, Turns
 from central.journal import UpdateRecord
 from central.journal.records import UpdateStateName
 from central.settings import LimitSettings
@@ -56,6 +57,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         self._idle_s = limits.upload_idle_s
         self._uploads = OpenStreams("uploads", limits.node_uploads, "CENTRAL_LIMITS__NODE_UPLOADS")
         self._threads = ThreadPoolExecutor(THREADS, "intake")
+        self._turns = Turns()
 
     async def _blocking(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))
@@ -87,18 +89,25 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 raise
             if isinstance(arrival, updates_pb2.Receipt):
                 return updates_pb2.UploadResponse(receipt=arrival)
+            turn = Turn(self._turns)
             try:
-                await self._receive(request_iterator, arrival)
-            except BaseException as error:
-                closed = self._threads.submit(arrival.incoming.close)
-                if isinstance(error, Refused):  # what came is there for who asks now
-                    await asyncio.shield(asyncio.wrap_future(closed))  # also when the call is cancelled meanwhile
-                raise
-            done: Future[updates_pb2.Receipt] = Future()
-            self._threads.submit(self._admission.finish, arrival, done)
-            # Who hangs up from here on changes nothing: what has begun goes on to the end.
-            receipt = await asyncio.shield(asyncio.wrap_future(done))
+                receipt = await self._receive_and_finish(request_iterator, arrival, turn)
+            finally:
+                turn.end()
         return updates_pb2.UploadResponse(receipt=receipt)
+
+    async def _receive_and_finish(self, requests: Requests, arrival: Arrival, turn: Turn) -> updates_pb2.Receipt:
+        try:
+            await self._receive(requests, arrival, turn)
+        except BaseException as error:
+            closed = self._threads.submit(arrival.incoming.close)
+            if isinstance(error, Refused):  # what came is there for who asks now
+                await asyncio.shield(asyncio.wrap_future(closed))  # also when the call is cancelled meanwhile
+            raise
+        done: Future[updates_pb2.Receipt] = Future()
+        self._threads.submit(self._admission.finish, arrival, done)
+        # Who hangs up from here on changes nothing: what has begun goes on to the end.
+        return await asyncio.shield(asyncio.wrap_future(done))
 
     def _let_go(self, begun: Future[Arrival | updates_pb2.Receipt]) -> None:
         """Close what was opened for a call that has ended."""
@@ -114,7 +123,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
             )
         return request.header
 
-    async def _receive(self, requests: Requests, arrival: Arrival) -> None:
+    async def _receive(self, requests: Requests, arrival: Arrival, turn: Turn) -> None:
         """Take every chunk of a complete payload; what fills the last window is not written yet."""
         manifest, incoming = arrival.manifest, arrival.incoming
         update_id, size = incoming.update_id, manifest.payload.size_bytes
@@ -140,7 +149,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                         Reason.TOO_LARGE,
                         f"Update {update_id} goes on after the {size} bytes that its manifest names.",
                     )
-                await self._take(incoming, chunk, size)
+                await self._take(incoming, chunk, size, turn)
                 del chunk  # not held while the next one is waited for
                 patience.reschedule(asyncio.get_running_loop().time() + self._idle_s)
         if incoming.size < size:
@@ -150,12 +159,14 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 f"The upload of update {update_id} ended after {incoming.size} of {size} bytes. Go on from there.",
             )
 
-    async def _take(self, incoming: Incoming, chunk: bytes, size: int) -> None:
+    async def _take(self, incoming: Incoming, chunk: bytes, size: int, turn: Turn) -> None:
         rest = memoryview(chunk)
         while rest:
+            await turn.begin()
             rest = incoming.take(rest)
             if incoming.is_full and incoming.size < size:
                 await self._blocking(incoming.write)
+                turn.end()
 
     @asynccontextmanager
     async def _patience(self, what: Callable[[], str]) -> AsyncIterator[asyncio.Timeout]:

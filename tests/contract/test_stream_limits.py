@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from central.fleet.streams import OpenStreams
-from central.intake import service
+from central.intake import service, turns
 from central.intake.partial import Incoming, PartialUploads
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import sign
@@ -84,6 +84,31 @@ async def test_a_node_may_have_so_many_uploads_open_and_holds_up_no_other(centra
     for call in silent:
         await refusal(call)
     assert await node.upload(payload)
+
+
+async def test_uploads_that_stop_within_a_window_hold_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "COUNT", 2)
+    monkeypatch.setattr(turns, "LIMIT_S", 0.2)
+    async with running_central(make_settings(tmp_path, limits=LIMITS | {"upload_idle_s": 10.0})) as central:
+        token = await central.token(uses=2)
+        slow, other = await central.enroll("a", token), await central.enroll("b", token)
+        silent = [await begin(slow, encode_factors(seed), seed, 500) for seed in (1, 2)]
+        await until(
+            lambda: all(
+                central.rooms.partial.path(slow.node_id, slow.manifest(encode_factors(seed), seed).digest).exists()
+                for seed in (1, 2)
+            )
+        )
+        payloads = [encode_factors(seed) for seed in (3, 4, 5)]
+        for sequence, payload in enumerate(payloads, start=1):  # more than there are turns
+            assert await other.upload(payload, other.manifest(payload, sequence))
+        assert not any(call.done() for call in silent)
+        for seed, call in enumerate(silent, start=1):  # they go on where they stopped, also without a turn
+            await call.write(updates_pb2.UploadRequest(chunk=encode_factors(seed)[500:]))
+            await call.done_writing()
+            assert (await call).receipt.body
 
 
 def held_files(central: Central) -> list[str]:
