@@ -18,9 +18,10 @@ import grpc
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, read_peer
 from central.fleet.streams import OpenStreams
+from central.intake import turns
 from central.intake.admission import Admission, Arrival
 from central.intake.partial import Incoming, PartialUploads
-from central.intake.turns import Turn, Turns
+from central.intake.turns import Turn
 from central.journal import UpdateRecord
 from central.journal.records import UpdateStateName
 from central.settings import LimitSettings
@@ -57,7 +58,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         self._idle_s = limits.upload_idle_s
         self._uploads = OpenStreams("uploads", limits.node_uploads, "CENTRAL_LIMITS__NODE_UPLOADS")
         self._threads = ThreadPoolExecutor(THREADS, "intake")
-        self._turns = Turns()
+        self._turns = asyncio.Semaphore(turns.COUNT)
 
     async def _blocking(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments, **named))

@@ -1,7 +1,8 @@
 """Turns: so many uploads fill a window at the same time, and the others wait with what little gRPC holds of them.
 
 In: uploads that have bytes. Out: leave to gather them. Guarantees: first come, first served; memory does not grow with the number
-of uploads that keep pace; one that is slow gives its turn up after `LIMIT_S` and goes on without, so it holds up nobody for longer.
+of uploads that keep pace; one that is slow gives its turn up after `LIMIT_S` and goes on without, so it holds up nobody for longer,
+and links that are all slow are not throttled: turns let `COUNT` windows through in every `LIMIT_S`, 335 MB/s, whatever they hold.
 """
 
 from __future__ import annotations
@@ -9,23 +10,15 @@ from __future__ import annotations
 import asyncio
 
 COUNT = 32
-"""Windows that fill or are written: 16 MiB. Eight threads write, and the disk never waits for bytes."""
-LIMIT_S = 1.0
-"""A window fills in 0.1 to 0.2 s where 200 uploads share two cores (benchmarks/README.md)."""
-
-
-class Turns:
-    """One per central; used on its event loop."""
-
-    def __init__(self) -> None:
-        self.free = asyncio.Semaphore(COUNT)
+"""Windows that fill or are written, 16 MiB: several for each thread that writes."""
+LIMIT_S = 0.05
 
 
 class Turn:
-    """One upload's turns, one after the other."""
+    """One upload's turns, one after the other; `free` has `COUNT` for all uploads together, on their event loop."""
 
-    def __init__(self, turns: Turns) -> None:
-        self._free = turns.free
+    def __init__(self, free: asyncio.Semaphore) -> None:
+        self._free = free
         self._has_begun = False
         self._expiry: asyncio.TimerHandle | None = None
         """Set while the turn counts."""

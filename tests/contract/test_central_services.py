@@ -1,4 +1,4 @@
-"""Central's services on real grpc.aio servers with mutual TLS: who may call, and what may be uploaded."""
+"""Central's services on real grpc.aio servers with mutual TLS: what may be uploaded, and what a revoked node may still do."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from central.errors import ListenError, Reason, Refused, StorageError
-from central.fleet import pki
 from central.fleet.presence import Presence
 from central.intake.admission import Admission
 from central.intake.validation import PayloadCheck
 from central.journal import EventKind
 from central.main import Services
 from protos.fleet.v1 import fleet_pb2
-from protos.lora import LoraModule, LoraTensors, decode, encode
+from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import ReceiptBody, sha256_hex, sign, verify
 from protos.operator.v1 import operator_pb2
 from protos.updates.v1 import updates_pb2
@@ -50,99 +46,6 @@ async def central(tmp_path: Path) -> AsyncIterator[Central]:
 @pytest.fixture
 async def node(central: Central) -> Node:
     return await central.enroll("a", await central.token())
-
-
-# Enrolment.
-
-
-async def test_enrolment_gives_an_identity_and_the_first_release(central: Central, node: Node) -> None:
-    assert node.node_id.startswith("a-")
-    assert node.answer.cohort == "shared"
-    verify(node.answer.release_key_pem, node.answer.genesis.manifest, node.answer.genesis.signature)
-    assert sha256_hex(node.answer.genesis_payload) == node.genesis.payload.digest_sha256
-    assert decode(node.answer.genesis_payload).modules == {}
-    assert (node.genesis.version, node.genesis.base) == (0, central.rooms.base.digest)
-
-
-async def test_a_retried_enrolment_gets_the_same_node_even_when_the_token_is_used_up(central: Central) -> None:
-    token = await central.token(uses=1)
-    key = ec.generate_private_key(ec.SECP256R1())
-    first = await central.enroll("a", token, key)
-    again = await central.enroll("a", token, key)
-    assert again.node_id == first.node_id
-    await again.query("0" * 64)
-    code, why, text = await refusal(central.enroll("b", token))
-    assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "BAD_TOKEN")
-    assert "used 1 of 1 times" in text
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({"token_secret": "wrong"}, "BAD_TOKEN"),
-        ({"token_id": ""}, "BAD_TOKEN"),
-        ({"base_digest": "0" * 64}, "OTHER_BASE"),
-        ({"node_name": "../x"}, "BAD_ARGUMENT"),
-        ({"node_name": "x\n"}, "BAD_ARGUMENT"),
-        ({"csr_pem": b"no"}, "BAD_ARGUMENT"),
-        ({}, "NAME_TAKEN"),
-    ],
-)
-async def test_enrolment_refuses(central: Central, node: Node, changed: dict[str, Any], expected: str) -> None:
-    token = await central.token()
-    _, why, _ = await refusal(central.enroll("a", token, **changed))
-    assert why == expected
-    with central.rooms.journal.read() as state:
-        assert list(state.nodes) == [node.node_id]
-
-
-async def test_without_a_certificate_nothing_is_answered(central: Central) -> None:
-    stub = harness.updates_pb2_grpc.UpdateServiceStub(central.channel())
-    code, _, _ = await refusal(stub.QueryUpload(updates_pb2.QueryUploadRequest(update_id="0" * 64), timeout=20))
-    assert code is grpc.StatusCode.UNAVAILABLE
-
-
-@pytest.mark.parametrize(
-    ("case", "code", "expected"),
-    [
-        ("foreign", grpc.StatusCode.UNAVAILABLE, None),  # refused by TLS
-        ("expired", grpc.StatusCode.UNAVAILABLE, None),
-        ("other key", grpc.StatusCode.UNAUTHENTICATED, "UNKNOWN_NODE"),
-        ("other cohort", grpc.StatusCode.PERMISSION_DENIED, "COHORT_MISMATCH"),
-        ("server", grpc.StatusCode.UNAVAILABLE, None),  # not made for clients
-    ],
-)
-async def test_a_certificate_that_is_not_the_nodes_own_is_refused(
-    central: Central,
-    node: Node,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    case: str,
-    code: grpc.StatusCode,
-    expected: str | None,
-) -> None:
-    rooms = central.rooms
-    key = ec.generate_private_key(ec.SECP256R1()) if case == "other key" else node.key
-    issuer = pki.Pki.load_or_create(tmp_path / "foreign", []) if case == "foreign" else rooms.pki
-    if case == "expired":
-        monkeypatch.setattr(pki, "CERTIFICATE_LIFE", -timedelta(minutes=5))
-    cohort = "zeta" if case == "other cohort" else "shared"
-    certificate = issuer.issue_node_certificate(node.node_id, cohort, key.public_key())
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    if case == "server":
-        pem, certificate = rooms.pki.server_key_pem, rooms.pki.server_certificate_pem
-    stub = harness.updates_pb2_grpc.UpdateServiceStub(central.channel(pem, certificate))
-    query = stub.QueryUpload(updates_pb2.QueryUploadRequest(update_id="0" * 64), timeout=20)
-    assert (await refusal(query))[:2] == (code, expected)
-
-
-async def test_a_node_is_no_operator(node: Node) -> None:
-    stub = harness.operator_pb2_grpc.OperatorServiceStub(node.channel)
-    code, why, _ = await refusal(stub.ListNodes(operator_pb2.ListNodesRequest(), timeout=20))
-    assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "NOT_OPERATOR")
-
-
-# Uploads.
 
 
 async def test_a_cut_upload_goes_on_and_a_repeat_gets_the_same_receipt(central: Central, node: Node) -> None:
@@ -344,11 +247,7 @@ async def test_what_changes_while_a_payload_comes_is_seen_before_it_is_kept(cent
     update_id, size = manifests[0].digest, len(payloads[0])
 
     async def begin() -> Any:
-        data = manifests[0].to_bytes()
-        call = node.updates.Upload(timeout=20)
-        header = updates_pb2.UploadHeader(manifest=data, signature=sign(node.key, data), offset=0)
-        await call.write(updates_pb2.UploadRequest(header=header))
-        await call.write(updates_pb2.UploadRequest(chunk=payloads[0]))
+        call = await node.begin(payloads[0])
         while not central.rooms.partial.path(node.node_id, update_id).exists():
             await asyncio.sleep(0.01)
         return call

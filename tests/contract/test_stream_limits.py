@@ -17,7 +17,6 @@ from central.fleet.streams import OpenStreams
 from central.intake import service, turns
 from central.intake.partial import Incoming, PartialUploads
 from protos.fleet.v1 import fleet_pb2
-from protos.manifest import sign
 from protos.updates.v1 import updates_pb2
 from tests.contract.central_harness import (
     Central,
@@ -45,19 +44,9 @@ async def node(central: Central) -> Node:
     return await central.enroll("a", await central.token())
 
 
-async def begin(node: Node, payload: bytes, sequence: int, sent: int) -> grpc.aio.StreamUnaryCall:
-    """An upload that sends `sent` bytes and then nothing."""
-    data = node.manifest(payload, sequence).to_bytes()
-    call = node.updates.Upload(timeout=20)
-    header = updates_pb2.UploadHeader(manifest=data, signature=sign(node.key, data), offset=0)
-    await call.write(updates_pb2.UploadRequest(header=header))
-    await call.write(updates_pb2.UploadRequest(chunk=payload[:sent]))
-    return call
-
-
 async def test_a_silent_upload_ends_and_goes_on_from_its_last_byte(node: Node) -> None:
     payload = encode_factors()
-    call = await begin(node, payload, 1, 500)
+    call = await node.begin(payload, 1, 500)
     code, why, text = await refusal(call)
     assert (code, why) == (grpc.StatusCode.ABORTED, "SILENT_STREAM")
     assert "of which 500 bytes are here" in text
@@ -73,7 +62,7 @@ async def test_an_upload_without_a_header_ends_too(node: Node) -> None:
 async def test_a_node_may_have_so_many_uploads_open_and_holds_up_no_other(central: Central, node: Node) -> None:
     other = await central.enroll("b", await central.token())
     payload = encode_factors()
-    silent = [await begin(node, encode_factors(seed), seed, 500) for seed in (1, 2)]
+    silent = [await node.begin(encode_factors(seed), seed, 500) for seed in (1, 2)]
     ids = [node.manifest(encode_factors(seed), seed).digest for seed in (1, 2)]
     while not all(central.rooms.partial.path(node.node_id, update_id).exists() for update_id in ids):
         await asyncio.sleep(0.01)
@@ -94,7 +83,7 @@ async def test_uploads_that_stop_within_a_window_hold_up_nobody(
     async with running_central(make_settings(tmp_path, limits=LIMITS | {"upload_idle_s": 10.0})) as central:
         token = await central.token(uses=2)
         slow, other = await central.enroll("a", token), await central.enroll("b", token)
-        silent = [await begin(slow, encode_factors(seed), seed, 500) for seed in (1, 2)]
+        silent = [await slow.begin(encode_factors(seed), seed, 500) for seed in (1, 2)]
         await until(
             lambda: all(
                 central.rooms.partial.path(slow.node_id, slow.manifest(encode_factors(seed), seed).digest).exists()
@@ -162,7 +151,7 @@ def leave(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 async def test_a_call_that_ends_while_its_file_is_opened_gives_the_file_back(
     central: Central, node: Node, ended: list[str], leave: threading.Event
 ) -> None:
-    call = await begin(node, encode_factors(), 1, 500)
+    call = await node.begin(encode_factors(), 1, 500)
     await until(lambda: held_files(central))
     call.cancel()
     await until(lambda: ended)
@@ -181,10 +170,10 @@ async def test_a_refused_call_that_ends_while_all_threads_are_busy_gives_its_fil
         node = await central.enroll("a", await central.token())
         payload = encode_factors()
         leave.set()
-        call = await begin(node, payload, 1, 500)
+        call = await node.begin(payload, 1, 500)
         await until(lambda: central.rooms.partial.path(node.node_id, node.manifest(payload).digest).exists())
         leave.clear()
-        other = await begin(node, payload, 2, 500)
+        other = await node.begin(payload, 2, 500)
         await until(lambda: len(held_files(central)) == 2)
         await call.write(updates_pb2.UploadRequest(chunk=b""))
         await until(lambda: refusing)

@@ -7,12 +7,11 @@ import asyncio
 import pytest
 
 from central.intake import turns
-from central.intake.turns import Turn, Turns
+from central.intake.turns import Turn
 
 
 @pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "COUNT", 2)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "LIMIT_S", 60.0)
 
 
@@ -28,9 +27,9 @@ async def started(turn: Turn, order: list[Turn]) -> asyncio.Task[None]:
     return task
 
 
-@pytest.mark.usefixtures("two")
+@pytest.mark.usefixtures("patient")
 async def test_so_many_at_a_time_in_the_order_of_asking() -> None:
-    shared, order = Turns(), list[Turn]()
+    shared, order = asyncio.Semaphore(2), list[Turn]()
     all_turns = [Turn(shared) for _ in range(4)]
     tasks = [await started(turn, order) for turn in all_turns]
     assert order == all_turns[:2]
@@ -40,13 +39,13 @@ async def test_so_many_at_a_time_in_the_order_of_asking() -> None:
         turn.end()  # gives back no second one
     await asyncio.gather(*tasks)
     assert order == all_turns
-    assert shared.free.locked()
+    assert shared.locked()
 
 
-@pytest.mark.usefixtures("two")
+@pytest.mark.usefixtures("patient")
 async def test_a_turn_that_expires_is_given_back_once_and_its_upload_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "LIMIT_S", 0.01)
-    shared = Turns()
+    shared = asyncio.Semaphore(2)
     slow, other, third, fourth = (Turn(shared) for _ in range(4))
     await slow.begin()
     monkeypatch.setattr(turns, "LIMIT_S", 60.0)
@@ -54,15 +53,15 @@ async def test_a_turn_that_expires_is_given_back_once_and_its_upload_goes_on(mon
     await third.begin()  # after the slow one's limit
     await slow.begin()  # no new turn for the same window
     slow.end()
-    assert shared.free.locked()
+    assert shared.locked()
     third.end()
     await fourth.begin()
-    assert shared.free.locked()
+    assert shared.locked()
 
 
-@pytest.mark.usefixtures("two")
+@pytest.mark.usefixtures("patient")
 async def test_who_stops_waiting_takes_no_turn() -> None:
-    shared, order = Turns(), list[Turn]()
+    shared, order = asyncio.Semaphore(2), list[Turn]()
     holders = [Turn(shared), Turn(shared)]
     for turn in holders:
         await turn.begin()
@@ -72,7 +71,7 @@ async def test_who_stops_waiting_takes_no_turn() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     gone.end()
-    assert shared.free.locked()
+    assert shared.locked()
     for turn in holders:
         turn.end()
     for turn in (Turn(shared), Turn(shared)):
