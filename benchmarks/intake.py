@@ -1,17 +1,17 @@
 """How fast central takes updates in: 200 nodes at once over mutual TLS, 1 MB updates, every byte on disk before the receipt.
 
 In: nothing but a temporary directory (`TMPDIR`). Out: figures; with `--json` one object as the last line. Central is the
-real `central serve` in a process of its own, the 200 clients run in another, and a third serves the same gRPC stream
-over the same TLS without storing anything: what intake is compared with. Bare and real phases take turns, because the
-machine's speed wanders; a figure is the median of its phases. Every receipt is counted against the journal.
+real `central serve` in a process of its own, the 200 clients run in another. Two more serve the same gRPC stream over the same
+TLS: one without storing anything, the bare stream, and one that stores and does nothing else, which is what receiving and the disk
+leave of the bare rate (`load/streams.py`). Their phases take turns, because the machine's speed wanders; a figure is the median
+of its phases. A last phase sends over links of 0.3 MB/s each. Every receipt is counted against the journal.
 
-Run: `python -m benchmarks.intake [--json] [--seed 0]`; about two minutes and 5 GB of disk.
+Run: `python -m benchmarks.intake [--json] [--seed 0]`; about two minutes and 6 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -20,18 +20,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks import describe_machine, peak_rss_mb
 from benchmarks.load.nodes import CLIENTS, SIDE, Phase, module_name
 from central.journal import Journal
-from protos.updates.v1 import updates_pb2, updates_pb2_grpc
 
 MODULES = 64
 """Of the base model."""
@@ -40,19 +38,17 @@ ROUNDS = 3
 PER_CLIENT = 2
 MEMORY_RATIO = 1.1
 """Peak memory with 16 MB updates may be this many times that with 1 MB updates."""
-SERVER_OPTIONS = (("grpc.so_reuseport", 0),)
+LINK_BYTES_PER_S = 300_000
+"""Of each client in the last phase; slow enough for a window to take two seconds."""
+LINK_SHARE = 0.75
+"""Of what all links give together, so many clients in one process cost a little; a throttled central takes in a third."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.intake", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, the last line")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bare", metavar="PKI,PORT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bare:
-        folder, port = arguments.bare.rsplit(",", 1)
-        asyncio.run(serve_bare(Path(folder), int(port)))
-        return 0
     with tempfile.TemporaryDirectory(prefix="lorikeet-intake-") as folder:
         figures = run(Path(folder), arguments.seed)
     for key, value in figures.items():
@@ -65,27 +61,30 @@ def main() -> int:
 def run(folder: Path, seed: int) -> dict[str, Any]:
     """All phases; the figures that are published."""
     make_base(folder / "base")
-    phases: dict[str, list[Phase]] = {"bare": [], "intake": [], "large": []}
-    used_s: dict[str, list[float]] = {"bare": [], "intake": []}
+    phases: dict[str, list[Phase]] = {"bare": [], "storing": [], "intake": [], "slow": [], "large": []}
+    used_s: dict[str, list[float]] = {"bare": [], "storing": [], "intake": []}
     with contextlib.ExitStack() as stack:
         central, ports = stack.enter_context(serving(folder, "small"))
-        bare_port = free_port()
-        command = [sys.executable, "-m", "benchmarks.intake", "--bare", f"{folder / 'small' / 'pki'},{bare_port}"]
-        bare = stack.enter_context(child(command, {}))
+        pki = folder / "small" / "pki"
+        servers = {kind: stack.enter_context(serving_stream(kind, pki, folder)) for kind in ("bare", "storing")}
+        servers["intake"] = (central, ports[0])
         clients = stack.enter_context(Clients(seed))
-        clients.ask({"do": "enroll", "pki": str(folder / "small" / "pki"), "ports": ports})
+        clients.ask({"do": "enroll", "pki": str(pki), "ports": ports})
         clients.ask({"do": "payload", "rank": 16, "modules": 16})
         # One phase that is not counted: connections, caches, imports.
-        clients.ask({"do": "send", "port": bare_port, "each": 1, "label": "warm up"})
-        clients.ask({"do": "send", "port": ports[0], "each": 1, "label": "warm up"})
+        for _, port in servers.values():
+            clients.ask({"do": "send", "port": port, "each": 1, "label": "warm up"})
         for number in range(ROUNDS):
-            for kind, port, server in (("bare", bare_port, bare), ("intake", ports[0], central)):
+            for kind, (server, port) in servers.items():
                 label = f"{kind} {number + 1}/{ROUNDS}"
                 before = cpu_s(server.pid)
                 answer = clients.ask({"do": "send", "port": port, "each": PER_CLIENT, "label": label})
                 phases[kind].append(Phase(**answer))
                 used_s[kind].append((cpu_s(server.pid) - before) / phases[kind][-1].updates)
         small_mb = peak_rss_mb(central.pid)
+        request = {"do": "send", "port": ports[0], "each": 1, "label": "slow links", "link": LINK_BYTES_PER_S}
+        phases["slow"].append(Phase(**clients.ask(request)))
+        slow_mb = peak_rss_mb(central.pid)
     admitted = count_admitted(folder / "small")
     with contextlib.ExitStack() as stack:
         central, ports = stack.enter_context(serving(folder, "large"))
@@ -94,22 +93,23 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         clients.ask({"do": "payload", "rank": 64, "modules": MODULES})
         phases["large"].append(Phase(**clients.ask({"do": "send", "port": ports[0], "each": 1, "label": "16 MB"})))
         large_mb = peak_rss_mb(central.pid)
-    lost = CLIENTS * (1 + ROUNDS * PER_CLIENT) - admitted + CLIENTS - count_admitted(folder / "large")
-    return figures(phases, used_s, small_mb, large_mb, lost, seed)
+    lost = CLIENTS * (2 + ROUNDS * PER_CLIENT) - admitted + CLIENTS - count_admitted(folder / "large")
+    return figures(phases, used_s, (small_mb, slow_mb, large_mb), lost, seed)
 
 
 def figures(
     phases: dict[str, list[Phase]],
     used_s: dict[str, list[float]],
-    small_mb: float,
-    large_mb: float,
+    peaks_mb: tuple[float, float, float],
     lost: int,
     seed: int,
 ) -> dict[str, Any]:
     """The published keys."""
-    intake, bare, large = phases["intake"], phases["bare"], phases["large"][0]
-    rate = statistics.median(phase.bytes_per_s for phase in intake)
-    bare_rate = statistics.median(phase.bytes_per_s for phase in bare)
+    intake, slow, large = phases["intake"], phases["slow"][0], phases["large"][0]
+    small_mb, slow_mb, large_mb = peaks_mb
+    rate, bare_rate, storing_rate = (
+        statistics.median(phase.bytes_per_s for phase in phases[kind]) for kind in ("intake", "bare", "storing")
+    )
     latencies = [latency for phase in intake for latency in phase.latencies_s]
     return {
         "clients": CLIENTS,
@@ -120,22 +120,29 @@ def figures(
         "p50_ms": round(float(np.percentile(latencies, 50)) * 1e3),
         "bare_stream_bytes_per_s": round(bare_rate),
         "share_of_bare_stream": round(rate / bare_rate, 3),
+        "storing_stream_bytes_per_s": round(storing_rate),
+        "storing_share_of_bare_stream": round(storing_rate / bare_rate, 3),
         # Of the server's process per update, median: other load on the machine changes it less than the rates.
         "cpu_ms": round(statistics.median(used_s["intake"]) * 1e3, 2),
         "bare_stream_cpu_ms": round(statistics.median(used_s["bare"]) * 1e3, 2),
+        "storing_stream_cpu_ms": round(statistics.median(used_s["storing"]) * 1e3, 2),
         "peak_rss_mb": round(small_mb, 1),
+        "slow_links_bytes_per_s": round(slow.bytes_per_s),
+        "slow_links_share": round(slow.bytes_per_s / (CLIENTS * LINK_BYTES_PER_S), 3),
+        "slow_links_peak_rss_mb": round(slow_mb, 1),
         "large_update_bytes": large.size_bytes,
         "large_bytes_per_s": round(large.bytes_per_s),
         "large_peak_rss_mb": round(large_mb, 1),
         "retries": sum(phase.retries for kind in phases.values() for phase in kind),
         "updates_lost": lost,
         "phases_bytes_per_s": {
-            kind: [round(phase.bytes_per_s) for phase in phases[kind]] for kind in ("bare", "intake")
+            kind: [round(phase.bytes_per_s) for phase in phases[kind]] for kind in ("bare", "storing", "intake")
         },
         "seed": seed,
         "machine": describe_machine(),
         "bars": {
             "at_least_half_of_the_bare_stream": rate >= 0.5 * bare_rate,
+            "slow_links_are_not_throttled": slow.bytes_per_s >= LINK_SHARE * CLIENTS * LINK_BYTES_PER_S,
             "memory_does_not_grow_with_update_size": large_mb <= MEMORY_RATIO * small_mb,
             "nothing_lost": lost == 0,
         },
@@ -171,6 +178,15 @@ def serving(folder: Path, name: str) -> Iterator[tuple[subprocess.Popen[str], li
 
 
 @contextlib.contextmanager
+def serving_stream(kind: str, pki: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """One of load/streams.py on a free port, with central's certificates."""
+    port, files = free_port(), folder / kind
+    files.mkdir()
+    with child([sys.executable, "-m", "benchmarks.load.streams", kind, str(pki), str(port), str(files)], {}) as process:
+        yield process, port
+
+
+@contextlib.contextmanager
 def child(command: list[str], settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A server process that has printed its first line; killed at the end."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")} | settings
@@ -185,28 +201,6 @@ def child(command: list[str], settings: dict[str, str]) -> Iterator[subprocess.P
     finally:
         process.kill()
         process.communicate()
-
-
-class Bare(updates_pb2_grpc.UpdateServiceServicer):
-    """The same stream, counted and forgotten."""
-
-    async def Upload(self, request_iterator: AsyncIterator[updates_pb2.UploadRequest], context: Any) -> Any:
-        size = 0
-        async for request in request_iterator:
-            size += len(request.chunk)
-        return updates_pb2.UploadResponse(receipt=updates_pb2.Receipt(body=str(size).encode()))
-
-
-async def serve_bare(pki: Path, port: int) -> None:
-    """The gRPC stream without storage, with central's own certificates."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    updates_pb2_grpc.add_UpdateServiceServicer_to_server(Bare(), server)
-    pair = ((pki / "server.key").read_bytes(), (pki / "server.pem").read_bytes())
-    ca = (pki / "ca.pem").read_bytes()
-    server.add_secure_port(f"127.0.0.1:{port}", grpc.ssl_server_credentials([pair], ca, require_client_auth=True))
-    await server.start()
-    print("bare", flush=True)
-    await server.wait_for_termination()
 
 
 def cpu_s(pid: int) -> float:

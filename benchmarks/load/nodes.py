@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -82,6 +83,7 @@ async def drive(seed: int) -> None:
             fleet.rank = request["rank"]
             fleet.payload = make_payload(fleet.rank, request["modules"], seed)
         else:
+            fleet.link_bytes_per_s = request.get("link", math.inf)
             phase = await asyncio.wait_for(
                 fleet.send(request["port"], request["each"], request["label"]), PHASE_LIMIT_S
             )
@@ -107,6 +109,8 @@ class Fleet:
     def __init__(self, seed: int) -> None:
         self.payload = b""
         self.rank = 0
+        self.link_bytes_per_s = math.inf
+        """Of each node."""
         self._seed = seed
         self._ca = b""
         self._clients: list[Client] = []
@@ -213,6 +217,8 @@ class Fleet:
             chunk = self.payload[begin : begin + CHUNK_BYTES]
             if begin + CHUNK_BYTES >= len(self.payload):
                 chunk = chunk[:-4] + tail
+            if self.link_bytes_per_s < math.inf:
+                await asyncio.sleep(len(chunk) / self.link_bytes_per_s)
             yield updates_pb2.UploadRequest(chunk=chunk)
 
 
