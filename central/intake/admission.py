@@ -8,6 +8,7 @@ most one waiting update per node and start, also while the node is in quarantine
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -90,30 +91,32 @@ class Admission:
         incoming = self._partial.open(node.node_id, manifest.digest, header.offset, check.feed)
         return Arrival(peer, manifest, header, incoming, check)
 
-    def finish(self, arrival: Arrival, done: Future[updates_pb2.Receipt]) -> None:
+    def finish(self, arrival: Arrival, written: Callable[[], None], done: Future[updates_pb2.Receipt]) -> None:
         """Write the end of a complete payload, check and keep it, and admit the update; `done` gets central's receipt for it.
 
-        All of it in one go, because each change of threads costs as much as hashing 100 KB. `done` may get Refused.
+        All of it in one go, because each change of threads costs as much as hashing 100 KB. `written` is called when the payload needs no
+        window any more. `done` may get Refused.
         """
         try:
             try:
-                self._keep(arrival)
+                self._keep(arrival, written)
             finally:
                 arrival.incoming.close()
             self._admit(arrival, done)
         except BaseException as error:
             self._fail(arrival, error, done)
 
-    def _keep(self, arrival: Arrival) -> None:
+    def _keep(self, arrival: Arrival, written: Callable[[], None]) -> None:
         manifest, incoming = arrival.manifest, arrival.incoming
         # Another stream of the same update must not change the bytes between their check and their place among the blobs.
         with incoming.held():
             incoming.write()
+            written()
             try:
                 _check_digest(arrival)
                 arrival.check.finish(incoming.path)
             except Refused:
-                self._partial.discard(manifest.node_id, manifest.digest)
+                self._partial.discard_own(incoming)
                 raise
             # Again when it is recorded; here so that what is refused leaves no blob, which no event would name.
             with self._journal.read() as state:
@@ -162,7 +165,7 @@ class Admission:
         """`done` gets `error`; what is refused for good is dropped, because the quota would count it for a week."""
         try:
             if isinstance(error, Refused) and error.status not in _PASSING:
-                self._partial.discard(arrival.manifest.node_id, arrival.manifest.digest)
+                self._partial.discard_own(arrival.incoming)
         finally:
             done.set_exception(error)
 
@@ -206,7 +209,7 @@ class Admission:
 
     def _check_quota(self, state: State, manifest: UpdateManifest) -> None:
         kept = state.kept_bytes(manifest.node_id)
-        held = kept + self._partial.held_bytes(manifest.node_id, besides=manifest.digest)
+        held = kept + self._partial.held_bytes(manifest.node_id, manifest.digest, state.updates)
         if held + manifest.payload.size_bytes > self._limits.node_quota_bytes:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -98,14 +98,11 @@ class PartialUploads:
         """Forget the bytes; idempotent. Also what is said of an update that is admitted: its bytes are among the blobs."""
         file = self._find(node_id, update_id)
         if file is not None:
-            with file.lock, storage(file.path):
-                if file.gone:  # just now, and what lies there may be another stream's new file
-                    return
-                file.path.unlink(missing_ok=True)
-                file.gone = True
-                with self._lock:
-                    if self._files[node_id].get(update_id) is file:
-                        del self._files[node_id][update_id]
+            self._drop(file)
+
+    def discard_own(self, incoming: Incoming) -> None:
+        """Forget the bytes that this stream appends to, and no others: after an earlier discard another stream may have begun afresh."""
+        self._drop(incoming.file)
 
     def discard_all(self, update_ids: Container[str]) -> None:
         """Forget the bytes of these updates, whoever sent them."""
@@ -118,23 +115,23 @@ class PartialUploads:
     def stale(self, age_s: float, drop: bool) -> tuple[int, int]:
         """How many unfinished updates no node has touched for `age_s`, and their bytes; `drop` forgets them."""
         with self._lock:
-            files = [
-                (node_id, update_id, file) for node_id, own in self._files.items() for update_id, file in own.items()
-            ]
+            files = [file for own in self._files.values() for file in own.values()]
         count = size_bytes = 0
-        for node_id, update_id, file in files:
+        for file in files:
             with file.lock, storage(file.path), suppress(FileNotFoundError):  # admitted or discarded meanwhile
                 if time.time() - file.path.stat().st_mtime >= age_s:
                     count, size_bytes = count + 1, size_bytes + file.size
                     if drop:
-                        self.discard(node_id, update_id)
+                        self._drop(file)
         return count, size_bytes
 
-    def held_bytes(self, node_id: str, besides: str) -> int:
-        """Bytes of the node's unfinished updates other than `besides`."""
+    def held_bytes(self, node_id: str, besides: str, admitted: Container[str]) -> int:
+        """Bytes of the node's unfinished updates other than `besides`; those of `admitted` are among the blobs, too, and counted there."""
         with self._lock:
             files = self._files.get(node_id, {})
-            return sum(file.size for update_id, file in files.items() if update_id != besides)
+            return sum(
+                file.size for update_id, file in files.items() if update_id != besides and update_id not in admitted
+            )
 
     def path(self, node_id: str, update_id: str) -> Path:
         """Where the update's bytes lie, if any."""
@@ -144,25 +141,36 @@ class PartialUploads:
         with self._lock:
             return self._files.get(node_id, {}).get(update_id)
 
+    def _drop(self, file: _File) -> None:
+        with file.lock, storage(file.path):
+            if file.gone:  # just now, and what lies there may be another stream's new file
+                return
+            file.path.unlink(missing_ok=True)
+            file.gone = True
+            with self._lock:
+                own = self._files[file.path.parent.name]
+                if own.get(file.path.stem) is file:
+                    del own[file.path.stem]
+
 
 class Incoming:
     """One stream's hold of an unfinished update: it appends, and knows the digest of everything before.
 
     Bytes gather in a window, which goes to disk when it is full. `take` runs on the event loop, everything else off it, and
-    never two calls at once.
+    never two calls at once. Where the bytes of earlier streams end within a window, `catch_up` comes before `take`.
     """
 
     def __init__(self, update_id: str, file: _File, disk: DirectFile, windows: Windows, inspect: Inspect) -> None:
         self.update_id = update_id
         self.size = 0
         """Bytes so far, those in the window included."""
-        self._file = file
+        self.file = file
         self._disk: DirectFile | None = disk
         self._windows = windows
         self._window: memoryview | None = None
         """Borrowed while there is something in it."""
         self._begin = 0
-        """Where the window lies in the file: a multiple of its size."""
+        """Where the window lies in the file: a multiple of its size, until the last one is written."""
         self._known = file.size
         """Bytes in the file as far as this stream knows."""
         self._inspect = inspect
@@ -170,7 +178,7 @@ class Incoming:
 
     @property
     def path(self) -> Path:
-        return self._file.path
+        return self.file.path
 
     @property
     def digest(self) -> str:
@@ -182,8 +190,14 @@ class Incoming:
         """The window has to be written before more can be taken."""
         return self.size - self._begin == WINDOW_BYTES
 
+    @property
+    def is_behind(self) -> bool:
+        """Bytes of an earlier stream belong into the window, and are not there yet."""
+        return self._window is None and self.size > self._begin
+
     def take(self, data: memoryview) -> memoryview:
         """Copy what there is room for; returns the rest."""
+        assert not self.is_behind
         begin = self.size - self._begin
         count = min(len(data), WINDOW_BYTES - begin)
         self._borrow()[begin : begin + count] = data[:count]
@@ -191,32 +205,37 @@ class Incoming:
         return data[count:]
 
     def read_again(self, offset: int) -> None:
-        """Take in the bytes of earlier attempts; raises Refused when they do not end at `offset`."""
+        """Take in the whole windows of earlier attempts; raises Refused when their bytes do not end at `offset`."""
         expect_offset(self.update_id, offset, self._known)
-        assert self._disk is not None
-        with storage(self.path):
-            while self.size < self._known:
-                count = min(WINDOW_BYTES, self._known - self._begin)
-                self._disk.read(self._borrow(), self._begin, count)
-                self.size = self._begin + count
-                if self.is_full:
-                    self._count()
+        while self._known - self._begin >= WINDOW_BYTES:
+            self.size += WINDOW_BYTES
+            self.catch_up()
+            self._count()
+        self.size = self._known  # what is left takes a window, which waits for its turn
+
+    def catch_up(self) -> None:
+        """Take in the bytes of earlier attempts that are less than a window; idempotent."""
+        if self.is_behind:
+            assert self._disk is not None
+            with storage(self.path):
+                self._disk.read(self._borrow(), self._begin, self.size - self._begin)
 
     def write(self) -> None:
         """Write the window and begin the next one; raises Refused when another stream of the same update changed the file."""
-        with self._file.lock, storage(self.path):
+        self.catch_up()
+        with self.file.lock, storage(self.path):
             self._store()
             self._count()
         faults.reach("intake.chunk_written")
 
     def save(self) -> None:
         """Write what the window has so far, so that a later stream goes on from there; the same errors as `write`."""
-        with self._file.lock, storage(self.path):
+        with self.file.lock, storage(self.path):
             self._store()
 
     def close(self) -> None:
         """Save what can be, and let go of the file; idempotent. Waits for a write of a cancelled call."""
-        with self._file.lock:
+        with self.file.lock:
             if self._disk is None:
                 return
             try:
@@ -224,19 +243,20 @@ class Incoming:
                     self.save()
             except StorageError:
                 log.exception("part of an upload was not kept", extra={"update_id": self.update_id})
-            self._disk.close()
-            self._disk = None
-            self._give_back()
+            finally:
+                self._disk.close()
+                self._disk = None
+                self._give_back()
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside the block no other stream changes the update's bytes."""
-        with self._file.lock:
+        with self.file.lock:
             yield
 
     def _store(self) -> None:
         """Bring the file to `size`: the window is written whole, also what an earlier stream had written of it."""
-        expect_offset(self.update_id, self._known, -1 if self._file.gone else self._file.size)
+        expect_offset(self.update_id, self._known, -1 if self.file.gone else self.file.size)
         # What is complete may be a blob already, and is never written again; less is known where it was not all read again.
         if self.size <= self._known:
             return
@@ -244,7 +264,7 @@ class Incoming:
         self._disk.write(self._borrow()[: self.size - self._begin], self._begin)
         if self.size // SYNC_BYTES != self._known // SYNC_BYTES:
             self._disk.sync()
-        self._known = self._file.size = self.size
+        self._known = self.file.size = self.size
 
     def _count(self) -> None:
         if self._window is not None:
@@ -256,7 +276,8 @@ class Incoming:
 
     def _borrow(self) -> memoryview:
         if self._window is None:
-            self._window = self._windows.borrow()
+            with storage(self.path):
+                self._window = self._windows.borrow()
         return self._window
 
     def _give_back(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -57,6 +57,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         self._authenticator = authenticator
         self._idle_s = limits.upload_idle_s
         self._uploads = OpenStreams("uploads", limits.node_uploads, "CENTRAL_LIMITS__NODE_UPLOADS")
+        self._queries = OpenStreams("queries about uploads", limits.node_uploads, "CENTRAL_LIMITS__NODE_UPLOADS")
         self._threads = ThreadPoolExecutor(THREADS, "intake")
         self._turns = asyncio.Semaphore(turns.COUNT)
 
@@ -68,15 +69,16 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
     ) -> updates_pb2.QueryUploadResponse:
         node = await self._authenticator.node(context)
         update_id = _expect_update_id(request.update_id)
-        update = await self._blocking(self._admission.find, node.node_id, update_id)
-        if update is None:
-            committed = await self._blocking(self._partial.committed, node.node_id, update_id)
-            return updates_pb2.QueryUploadResponse(committed_bytes=committed)
-        return updates_pb2.QueryUploadResponse(
-            committed_bytes=update.manifest.payload.size_bytes,
-            receipt=await self._blocking(self._admission.receipt, update),
-            state=update_state(update),
-        )
+        with self._queries.one(node.node_id):
+            update = await self._blocking(self._admission.find, node.node_id, update_id)
+            if update is None:
+                committed = await self._blocking(self._partial.committed, node.node_id, update_id)
+                return updates_pb2.QueryUploadResponse(committed_bytes=committed)
+            return updates_pb2.QueryUploadResponse(
+                committed_bytes=update.manifest.payload.size_bytes,
+                receipt=await self._blocking(self._admission.receipt, update),
+                state=update_state(update),
+            )
 
     async def Upload(self, request_iterator: Requests, context: Context) -> updates_pb2.UploadResponse:
         peer = read_peer(context)
@@ -87,6 +89,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 arrival = await asyncio.wrap_future(begun)
             except asyncio.CancelledError:
                 begun.add_done_callback(self._let_go)  # its thread goes on, and opens the file
+                await asyncio.wait([asyncio.wrap_future(begun)])  # so long it is one of the node's uploads
                 raise
             if isinstance(arrival, updates_pb2.Receipt):
                 return updates_pb2.UploadResponse(receipt=arrival)
@@ -103,12 +106,12 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         except BaseException as error:
             closed = self._threads.submit(arrival.incoming.close)
             if isinstance(error, Refused):  # what came is there for who asks now
-                await asyncio.shield(asyncio.wrap_future(closed))  # also when the call is cancelled meanwhile
+                await _outlive(closed)
             raise
         done: Future[updates_pb2.Receipt] = Future()
-        self._threads.submit(self._admission.finish, arrival, done)
-        # Who hangs up from here on changes nothing: what has begun goes on to the end.
-        return await asyncio.shield(asyncio.wrap_future(done))
+        turn.keep()
+        self._threads.submit(self._admission.finish, arrival, _on_loop(turn.end), done)
+        return await _outlive(done)
 
     def _let_go(self, begun: Future[Arrival | updates_pb2.Receipt]) -> None:
         """Close what was opened for a call that has ended."""
@@ -164,8 +167,11 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         rest = memoryview(chunk)
         while rest:
             await turn.begin()
+            if incoming.is_behind:
+                await self._blocking(incoming.catch_up)
             rest = incoming.take(rest)
             if incoming.is_full and incoming.size < size:
+                turn.keep()
                 await self._blocking(incoming.write)
                 turn.end()
 
@@ -187,6 +193,24 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
 def update_state(update: UpdateRecord) -> updates_pb2.UpdateState:
     """The wire's word for the state of an update."""
     return _STATES[update.state]
+
+
+async def _outlive(future: Future[T]) -> T:
+    """Its result. Who hangs up meanwhile changes nothing: what has begun goes on to the end, and its error is nobody's any more."""
+    inner = asyncio.wrap_future(future)
+    inner.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return await asyncio.shield(inner)
+
+
+def _on_loop(function: Callable[[], None]) -> Callable[[], None]:
+    """For other threads; nothing happens when the loop has ended."""
+    loop = asyncio.get_running_loop()
+
+    def call() -> None:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(function)
+
+    return call
 
 
 def _expect_update_id(text: str) -> str:

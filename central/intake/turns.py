@@ -31,6 +31,11 @@ class Turn:
             self._has_begun = True
             self._expiry = asyncio.get_running_loop().call_later(LIMIT_S, self._give_up)
 
+    def keep(self) -> None:
+        """The window is full: it waits for central now, and the turn lasts until it is written."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+
     def end(self) -> None:
         """The window is written, or nobody wants it any more; idempotent."""
         self._has_begun = False

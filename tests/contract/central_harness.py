@@ -140,12 +140,13 @@ class Node:
     async def begin(
         self, payload: bytes, sequence: int = 1, stop: int | None = None
     ) -> grpc.aio.StreamUnaryCall[updates_pb2.UploadRequest, updates_pb2.UploadResponse]:
-        """An upload that sends payload[:stop] in one chunk, and then waits."""
+        """An upload that sends payload[:stop] in one chunk, none when that is nothing, and then waits."""
         data = self.manifest(payload, sequence).to_bytes()
         call = self.updates.Upload(timeout=20)
         header = updates_pb2.UploadHeader(manifest=data, signature=sign(self.key, data), offset=0)
         await call.write(updates_pb2.UploadRequest(header=header))
-        await call.write(updates_pb2.UploadRequest(chunk=payload[:stop]))
+        if chunk := payload[:stop]:
+            await call.write(updates_pb2.UploadRequest(chunk=chunk))
         return call
 
     async def query(self, update_id: str) -> updates_pb2.QueryUploadResponse:

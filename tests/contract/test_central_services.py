@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 
+from central import faults
 from central.errors import ListenError, Reason, Refused, StorageError
 from central.fleet.presence import Presence
 from central.intake.admission import Admission
@@ -134,7 +135,7 @@ async def test_what_is_refused_at_the_last_step_stays_only_for_who_may_try_again
     monkeypatch.setattr(Admission, "_check_kept", refuse)
     assert (await refusal(node.upload(payload)))[:2] == (status, "UNKNOWN_START")
     expected = len(payload) if kept else 0
-    assert central.rooms.partial.held_bytes(node.node_id, besides="") == expected
+    assert central.rooms.partial.held_bytes(node.node_id, "", ()) == expected
     assert (await node.query(node.manifest(payload).digest)).committed_bytes == expected
 
 
@@ -270,6 +271,59 @@ async def test_what_changes_while_a_payload_comes_is_seen_before_it_is_kept(cent
     assert not central.rooms.partial.path(node.node_id, update_id).exists()
     with central.rooms.journal.read() as state:
         assert state.updates == {}
+
+
+async def test_an_update_that_is_being_recorded_counts_once_in_the_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payloads = [encode_factors(seed) for seed in (1, 2)]
+    reached, leave = threading.Event(), threading.Event()
+
+    def reach(step: str) -> None:
+        if step == "intake.recorded" and not reached.is_set():
+            reached.set()
+            leave.wait(10)
+
+    limits = {"node_quota_bytes": 2 * len(payloads[0])}
+    async with harness.running_central(harness.make_settings(tmp_path, limits=limits)) as central:
+        node = await central.enroll("a", await central.token())
+        second = await node.begin(payloads[1], 2)
+        while not central.rooms.partial.path(node.node_id, node.manifest(payloads[1], 2).digest).exists():
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(faults, "reach", reach)
+        first = asyncio.create_task(node.upload(payloads[0]))
+        await asyncio.to_thread(reached.wait, 10)
+        await second.done_writing()
+        while sha256_hex(payloads[1]) not in central.rooms.blobs and not second.done():
+            await asyncio.sleep(0.01)
+        leave.set()
+        assert (await first).body
+        assert (await second).receipt.body
+
+
+async def test_a_refused_stream_leaves_the_file_of_the_one_that_begins_afresh(
+    central: Central, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = encode_factors()
+    update_id = node.manifest(payload).digest
+    reached, leave, fail = threading.Event(), threading.Event(), Admission._fail
+
+    def slow(*arguments: Any) -> None:
+        reached.set()
+        leave.wait(10)
+        fail(*arguments)
+
+    monkeypatch.setattr(Admission, "_fail", slow)
+    altered = asyncio.create_task(refusal(node.upload(payload[:-1] + bytes([payload[-1] ^ 1]), node.manifest(payload))))
+    await asyncio.to_thread(reached.wait, 10)
+    afresh = await node.begin(payload, stop=400)
+    while not central.rooms.partial.path(node.node_id, update_id).exists():
+        await asyncio.sleep(0.01)
+    leave.set()
+    assert (await altered)[1] == "DIGEST_MISMATCH"
+    await afresh.write(updates_pb2.UploadRequest(chunk=payload[400:]))
+    await afresh.done_writing()
+    assert (await afresh).receipt.body
 
 
 async def test_the_newest_update_of_a_start_counts(central: Central, node: Node) -> None:

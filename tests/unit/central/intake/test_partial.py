@@ -32,6 +32,7 @@ def take(incoming: Incoming, data: bytes) -> None:
     """As the service does: what is full goes to disk."""
     rest = memoryview(data)
     while rest:
+        incoming.catch_up()
         rest = incoming.take(rest)
         if incoming.is_full:
             incoming.write()
@@ -114,7 +115,7 @@ def test_a_stream_at_a_wrong_offset_changes_nothing(tmp_path: Path) -> None:
     for offset in (0, 3, 9):
         with pytest.raises(Refused, match="central has 8"):
             partial.open("a", UPDATE, offset, unseen)
-        assert (partial.committed("a", UPDATE), partial.held_bytes("a", besides="")) == (8, 8)
+        assert (partial.committed("a", UPDATE), partial.held_bytes("a", "", ())) == (8, 8)
     take(early, b"EVIL")  # must not reach what may be a blob by another name
     with pytest.raises(Refused, match="central has 8"):
         early.write()
@@ -189,7 +190,7 @@ def test_who_discards_too_late_leaves_the_next_file_alone(tmp_path: Path, monkey
 def test_nobody_waits_while_earlier_bytes_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who discards an admitted update answers all nodes, and half a gigabyte takes seconds to read."""
     partial, read, others = PartialUploads(tmp_path), os.preadv, []
-    write(partial, "a", UPDATE, 0, b"earlier")
+    write(partial, "a", UPDATE, 0, bytes(WINDOW_BYTES))
 
     def slow(*arguments: Any) -> int:
         others.append(threading.Thread(target=partial.discard, args=("a", UPDATE), daemon=True))
@@ -199,10 +200,49 @@ def test_nobody_waits_while_earlier_bytes_are_read_again(tmp_path: Path, monkeyp
         return read(*arguments)
 
     monkeypatch.setattr(os, "preadv", slow)
-    incoming = partial.open("a", UPDATE, 7, unseen)
+    incoming = partial.open("a", UPDATE, WINDOW_BYTES, unseen)
     assert len(others) == 1
     with pytest.raises(Refused, match="dropped"):
         incoming.write()
+    incoming.close()
+
+
+def test_who_goes_on_holds_no_window_before_bytes_come(tmp_path: Path) -> None:
+    """After a cut of the network every site does."""
+    partial = PartialUploads(tmp_path)
+    earlier = bytes(WINDOW_BYTES) + b"earlier"
+    write(partial, "a", UPDATE, 0, earlier)
+    incoming = partial.open("a", UPDATE, len(earlier), unseen)
+    assert incoming.is_behind
+    assert len(partial._windows._unused) == 1
+    incoming.catch_up()
+    assert not partial._windows._unused
+    take(incoming, b" and later")
+    incoming.write()
+    incoming.close()
+    assert incoming.digest == sha256_hex(earlier + b" and later")
+    assert len(partial._windows._unused) == 1
+
+
+def test_a_stream_discards_its_own_file_only(tmp_path: Path) -> None:
+    partial = PartialUploads(tmp_path)
+    first = partial.open("a", UPDATE, 0, unseen)
+    partial.discard_own(first)
+    write(partial, "a", UPDATE, 0, b"afresh")
+    partial.discard_own(first)
+    assert partial.committed("a", UPDATE) == 6
+    first.close()
+    assert partial.committed("a", UPDATE) == 6
+
+
+def test_memory_that_is_refused_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    incoming = PartialUploads(tmp_path).open("a", UPDATE, 0, unseen)
+    monkeypatch.setattr(direct.mmap, "mmap", refuse)
+    with pytest.raises(StorageError, match="Cannot allocate memory"):
+        incoming.take(memoryview(b"x"))
     incoming.close()
 
 
@@ -264,10 +304,11 @@ def test_the_quota_counts_the_other_unfinished_updates_of_the_node(tmp_path: Pat
     write(partial, "a", UPDATE, 0, b"12345")
     write(partial, "a", "cd" * 32, 0, b"123")
     write(partial, "b", UPDATE, 0, b"1")
-    assert (partial.held_bytes("a", besides=UPDATE), partial.held_bytes("c", besides=UPDATE)) == (3, 0)
+    assert (partial.held_bytes("a", UPDATE, ()), partial.held_bytes("c", UPDATE, ())) == (3, 0)
+    assert partial.held_bytes("a", UPDATE, {"cd" * 32}) == 0  # its bytes are among the blobs
     partial.discard("a", "cd" * 32)
     partial.discard("a", "cd" * 32)
-    assert partial.held_bytes("a", besides=UPDATE) == 0
+    assert partial.held_bytes("a", UPDATE, ()) == 0
 
 
 def test_what_nobody_continued_for_a_week_is_dropped(tmp_path: Path) -> None:

@@ -76,3 +76,22 @@ async def test_who_stops_waiting_takes_no_turn() -> None:
         turn.end()
     for turn in (Turn(shared), Turn(shared)):
         await asyncio.wait_for(turn.begin(), 1)
+
+
+async def test_a_turn_whose_window_is_full_does_not_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "LIMIT_S", 0.01)
+    shared = asyncio.Semaphore(1)
+    turn = Turn(shared)
+    await turn.begin()
+    turn.keep()
+    await asyncio.sleep(0.05)
+    assert shared.locked()
+    turn.end()
+    assert not shared.locked()
+    await turn.begin()  # the next one expires again
+    await asyncio.sleep(0.05)
+    assert not shared.locked()
+    turn.keep()  # too late: it changes nothing
+    turn.end()
+    await turn.begin()
+    assert shared.locked()
