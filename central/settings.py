@@ -195,7 +195,7 @@ class LimitSettings(Group):
     node_quota_bytes: int = Field(default=16 << 30, ge=1)
     """Unfinished and waiting bytes that one node may have at central."""
     node_uploads: int = Field(default=4, ge=1)
-    """Uploads that one node may have open at once."""
+    """Uploads, and questions about uploads, that one node may have open at once."""
     node_watches: int = Field(default=4, ge=1)
     """Watches that one node may have open at once: one, and those of lost connections that central has not noticed yet."""
     upload_idle_s: float = Field(default=60, gt=0)

@@ -30,7 +30,7 @@ from protos.manifest import ReceiptBody, UpdateManifest
 from protos.updates.v1 import updates_pb2
 
 _PASSING = (grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-"""Refusals after which a node tries the same update again."""
+"""Refusals after which a node goes on with what came; after others that pass (a revoked node) it begins afresh."""
 ALREADY_MERGED = "the node's earlier update from this start is already merged or in a merge; the next round starts from a newer release"
 
 

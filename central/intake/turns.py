@@ -1,8 +1,9 @@
 """Turns: so many uploads fill a window at the same time, and the others wait with what little gRPC holds of them.
 
 In: uploads that have bytes. Out: leave to gather them. Guarantees: first come, first served; memory does not grow with the number
-of uploads that keep pace; one that is slow gives its turn up after `LIMIT_S` and goes on without, so it holds up nobody for longer.
-Links that are all slow get `COUNT` turns in every `LIMIT_S`, 168 MB/s of windows, about what one central takes in.
+of uploads that keep pace, also when the disk or the blob store does not; an upload whose bytes come slowly gives its turn up after `LIMIT_S` and
+goes on without, so it delays the next one by at most that much per window. Links that are all slow get `COUNT` turns in every `LIMIT_S`,
+168 MB/s of windows, about what one central takes in.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import asyncio
 
 COUNT = 32
-"""Windows that fill or are written, 16 MiB: several for each thread that writes."""
+"""Windows that fill or wait for the disk, 16 MiB: several for each thread that writes."""
 LIMIT_S = 0.1
-"""Shorter, and turns of uploads that keep pace expire too (benchmarks/README.md); longer, and slow links are throttled."""
+"""For filling a window. Shorter, and turns of uploads that keep pace expire too (benchmarks/README.md); longer, and slow links are throttled."""
 
 
 class Turn:
