@@ -89,7 +89,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 arrival = await asyncio.wrap_future(begun)
             except asyncio.CancelledError:
                 begun.add_done_callback(self._let_go)  # its thread goes on, and opens the file
-                await asyncio.wait([asyncio.wrap_future(begun)])  # so long it is one of the node's uploads
+                await asyncio.wait([_unheard(begun)])  # so long it is one of the node's uploads
                 raise
             if isinstance(arrival, updates_pb2.Receipt):
                 return updates_pb2.UploadResponse(receipt=arrival)
@@ -196,10 +196,15 @@ def update_state(update: UpdateRecord) -> updates_pb2.UpdateState:
 
 
 async def _outlive(future: Future[T]) -> T:
-    """Its result. Who hangs up meanwhile changes nothing: what has begun goes on to the end, and its error is nobody's any more."""
+    """Its result. Who hangs up meanwhile changes nothing: what has begun goes on to the end."""
+    return await asyncio.shield(_unheard(future))
+
+
+def _unheard(future: Future[T]) -> asyncio.Future[T]:
+    """On this loop; its error is no news when nobody waits for it any more."""
     inner = asyncio.wrap_future(future)
     inner.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-    return await asyncio.shield(inner)
+    return inner
 
 
 def _on_loop(function: Callable[[], None]) -> Callable[[], None]:

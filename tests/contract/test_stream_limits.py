@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,8 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
+from central.errors import Reason, Refused
 from central.fleet.streams import OpenStreams
 from central.intake import service, turns
+from central.intake.admission import Admission
 from central.intake.direct import Windows
 from central.intake.partial import Incoming, PartialUploads
 from central.registry.directory import DirectoryBlobs
@@ -253,6 +256,30 @@ async def test_a_refused_call_that_ends_while_all_threads_are_busy_gives_its_fil
         await until(lambda: len(held_files(central)) == 1)
         other.cancel()
         await until(lambda: not held_files(central))
+
+
+@pytest.mark.parametrize("step", ["begin", "_keep"])
+async def test_the_error_of_a_call_that_hung_up_is_no_news(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ended: list[str], step: str
+) -> None:
+    reached, go = threading.Event(), threading.Event()
+
+    def refuse(*_: object) -> None:
+        reached.set()
+        go.wait(10)
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, Reason.BAD_MANIFEST, "Not this one.")
+
+    monkeypatch.setattr(Admission, step, refuse)
+    call = await node.begin(encode_factors())
+    await call.done_writing()
+    await asyncio.to_thread(reached.wait, 10)
+    call.cancel()
+    await asyncio.sleep(0.2)
+    go.set()
+    await until(lambda: ended)
+    await asyncio.sleep(0.2)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def refused(watch: grpc.aio.UnaryStreamCall) -> str | None:
