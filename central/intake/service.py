@@ -147,7 +147,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                         f"A chunk of update {update_id} has {len(chunk)} bytes; expected 1 to {MAX_CHUNK_BYTES}.",
                     )
                 if incoming.size + len(chunk) > size:
-                    await self._blocking(self._partial.discard, manifest.node_id, update_id)
+                    await self._blocking(self._partial.discard_own, incoming)
                     raise Refused(
                         grpc.StatusCode.INVALID_ARGUMENT,
                         Reason.TOO_LARGE,

@@ -1,4 +1,4 @@
-"""Turns: so many uploads fill a window at the same time, and the others wait with what little gRPC holds of them.
+"""Turns: so many uploads fill a window at the same time, and the others wait with one piece of their payload each.
 
 In: uploads that have bytes. Out: leave to gather them. Guarantees: first come, first served; memory does not grow with the number
 of uploads that keep pace, also when the disk or the blob store does not; an upload whose bytes come slowly gives its turn up after `LIMIT_S` and

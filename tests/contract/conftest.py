@@ -1,12 +1,14 @@
-"""Servers that several contract tests share: started when the first one asks."""
+"""What several contract tests share: servers, started when the first one asks, and a central of their own with a node."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from tests.contract.central_harness import Central, Node, limited_central
 from tests.contract.postgres import binaries, running_postgres
 from tests.contract.s3 import S3, running_s3
 
@@ -36,3 +38,16 @@ def s3() -> Iterator[S3]:
     """An S3 with one bucket."""
     with running_s3() as server:
         yield server
+
+
+@pytest.fixture
+async def central(tmp_path: Path) -> AsyncIterator[Central]:
+    """With limits that small payloads can pass; a file that needs another one makes its own."""
+    async with limited_central(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def node(central: Central) -> Node:
+    """Enrolled in the shared cohort."""
+    return await central.enroll("a", await central.token())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from tests.contract.central_harness import (
     make_candidate,
     refusal,
 )
-
-
-@pytest.fixture
-async def central(tmp_path: Path) -> AsyncIterator[Central]:
-    async with harness.limited_central(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-async def node(central: Central) -> Node:
-    return await central.enroll("a", await central.token())
-
 
 # Releases and the watch.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,17 +35,6 @@ from tests.contract.central_harness import (
     refusal,
 )
 from tests.unit.central import builders as make
-
-
-@pytest.fixture
-async def central(tmp_path: Path) -> AsyncIterator[Central]:
-    async with harness.limited_central(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-async def node(central: Central) -> Node:
-    return await central.enroll("a", await central.token())
 
 
 async def test_a_cut_upload_goes_on_and_a_repeat_gets_the_same_receipt(central: Central, node: Node) -> None:

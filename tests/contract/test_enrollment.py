@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,6 @@ from protos.operator.v1 import operator_pb2
 from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
 from tests.contract.central_harness import Central, Node, refusal
-
-
-@pytest.fixture
-async def central(tmp_path: Path) -> AsyncIterator[Central]:
-    async with harness.limited_central(tmp_path) as running:
-        yield running
-
-
-@pytest.fixture
-async def node(central: Central) -> Node:
-    return await central.enroll("a", await central.token())
 
 
 async def test_enrolment_gives_an_identity_and_the_first_release(central: Central, node: Node) -> None:

@@ -44,11 +44,6 @@ async def central(tmp_path: Path) -> AsyncIterator[Central]:
         yield running
 
 
-@pytest.fixture
-async def node(central: Central) -> Node:
-    return await central.enroll("a", await central.token())
-
-
 async def test_a_silent_upload_ends_and_goes_on_from_its_last_byte(node: Node) -> None:
     payload = encode_factors()
     call = await node.begin(payload, 1, 500)
