@@ -1,0 +1,96 @@
+"""What is wrong on this node now: one current problem a room, with since when and what to do next.
+
+In: what a room could not do, from any of the node's processes. Out: the list that `edge-node status`, central and
+metrics show. A problem stays until its room succeeds again. Nothing here raises: a full disk, which is a problem of
+its own, must not keep a room from going on. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+MAX_TEXT = 500
+"""Longest text and next step, in characters: central stores them, and status prints them on a line."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """room: who fails, e.g. `learning`; since: ISO 8601, UTC, when it first failed after its last success.
+
+    `text` says what failed and the value seen, `next_step` what a person does about it. Neither quotes a prompt,
+    an answer or feedback.
+    """
+
+    room: str
+    text: str
+    next_step: str
+    since: str
+
+
+class Problems:
+    """The problems of one data directory; any number of processes and threads may hold one each."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._folder = data_dir / "problems"
+        self._lock = threading.Lock()
+        self._unwritten: dict[str, Problem] = {}
+        """Problems that the disk did not take; they are known to this process only."""
+
+    def report(self, room: str, text: str, next_step: str) -> None:
+        """`room` fails now. Said in the log once per change; `since` stays that of the first failure."""
+        with self._lock:
+            before = self._read(room) or self._unwritten.get(room)
+            since = before.since if before else datetime.now(UTC).isoformat(timespec="seconds")
+            problem = Problem(room, text[:MAX_TEXT], next_step[:MAX_TEXT], since)
+            if problem == before:
+                return
+            log.warning("trouble", extra={"room": room, "problem": problem.text, "next_step": problem.next_step})
+            temporary = self._folder / f".{room}.{os.getpid()}.{threading.get_ident()}"
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(asdict(problem)))
+                temporary.replace(self._folder / f"{room}.json")
+                self._unwritten.pop(room, None)
+            except OSError as error:
+                self._unwritten[room] = problem
+                log.warning("problem not written", extra={"room": room, "cause": str(error)})
+
+    def clear(self, room: str) -> None:
+        """`room` succeeded."""
+        with self._lock:
+            before = self._unwritten.pop(room, None)
+            try:
+                (self._folder / f"{room}.json").unlink()
+            except FileNotFoundError:
+                if before is None:
+                    return
+            except OSError as error:
+                log.warning("problem not removed", extra={"room": room, "cause": str(error)})
+            log.info("trouble is over", extra={"room": room})
+
+    def current(self) -> list[Problem]:
+        """Every room's problem, sorted by room."""
+        try:
+            rooms = {path.stem for path in self._folder.glob("[!.]*.json")}
+        except OSError:
+            rooms = set()
+        with self._lock:
+            unwritten = dict(self._unwritten)
+        read = {room: self._read(room) for room in rooms}
+        found = {room: problem for room, problem in read.items() if problem is not None} | unwritten
+        return [found[room] for room in sorted(found)]
+
+    def _read(self, room: str) -> Problem | None:
+        try:
+            fields = json.loads((self._folder / f"{room}.json").read_text())
+            return Problem(**{name: str(fields[name]) for name in ("room", "text", "next_step", "since")})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
