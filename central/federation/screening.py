@@ -76,12 +76,11 @@ def _selected(plan: MergePlan, name: str, score: str, selection: Selection) -> M
         for i, planned in enumerate(plan.updates)
         if i not in kept
     ]
-    weight = 1 / (len(kept) + len(plan.solutions))
+    weight = 1 / len(kept)
     changed = {
         "filter": name,
         "left_out": left_out,
         "updates": [plan.updates[i].model_copy(update={"weight": weight}) for i in selection.kept],
-        "solutions": [solution.model_copy(update={"weight": weight}) for solution in plan.solutions],
     }
     return plan.model_copy(update=changed)
 
@@ -107,6 +106,6 @@ class _Stored(Sequence[LoraTensors]):
         update = self._updates[index]
         self.last = update.update_id
         try:
-            return LoraTensors(decode(self._blobs.read(update.payload)).modules)
+            return decode(self._blobs.read(update.payload))
         except LoraCodecError as error:
             raise UnusableUpdate(update.update_id, str(error)) from error

@@ -7,8 +7,8 @@ Guarantee: `identical` means that the release holds its parent and the updates o
 else. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
 release is rebuilt on is a parent that was rebuilt, or has the digest of one that was.
 
-Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads the environment asks for does not
-matter for a plan that says how many made it (`blas_threads`); for older ones it must be as many as central had.
+Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads the environment asks
+for does not matter: a merge computes with one.
 """
 
 from __future__ import annotations

@@ -98,14 +98,6 @@ def make_rows(
     return rows
 
 
-def sample_own(
-    plan: RoundPlan, tokenizer: Any, own: Sequence[Lesson], count: int, *, stop: int, max_length: int
-) -> list[TokenRow]:
-    """At most `count` own rows, drawn without anchors and without a preference for what is hard."""
-    rows = _usable(tokenizer, own, stop, max_length)
-    return random.Random(f"{plan.seed}/gram").sample(rows, min(count, len(rows)))
-
-
 def _usable(tokenizer: Any, lessons: Sequence[Lesson], stop: int, max_length: int) -> list[TokenRow]:
     rows = []
     for lesson in lessons:

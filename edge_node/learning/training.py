@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
-from edge_node.learning.batches import Lesson, TokenRow, end_of_turn, make_rows, sample_own
+from edge_node.learning.batches import Lesson, TokenRow, end_of_turn, make_rows
 from edge_node.learning.checkpoints import newest_valid, seal
-from edge_node.learning.grams import EXAMPLES, sketch_grams
 from edge_node.learning.records import RoundPlan
 from protos.lora import LoraModule, LoraTensors
 
@@ -40,7 +39,7 @@ class RoundObsolete(Exception):
 
 @dataclass(frozen=True)
 class TrainedRound:
-    """tensors: the increment, and its sketches where the plan asks for them; metrics: loss_first, loss_last, steps, seconds, examples, anchors."""
+    """tensors: the increment; metrics: loss_first, loss_last, steps, seconds, examples, anchors."""
 
     tensors: LoraTensors
     metrics: dict[str, float]
@@ -102,11 +101,7 @@ def train_round(
         "examples": float(len(own)),
         "anchors": float(len(anchors)),
     }
-    tensors = read_factors(trainer.model, plan.alpha)
-    if plan.gram_rank:
-        sample = sample_own(plan, tokenizer, own, EXAMPLES, stop=stop, max_length=limit)
-        tensors = LoraTensors(tensors.modules, sketch_grams(trainer.model, sample, rank=plan.gram_rank, seed=plan.seed))
-    return TrainedRound(tensors, metrics, trainer.model)
+    return TrainedRound(read_factors(trainer.model, plan.alpha), metrics, trainer.model)
 
 
 def load_start(base: Path, release: Path | None) -> Any:

@@ -132,7 +132,7 @@ class ReleaseWatcher:
         elif kind == "standing":
             self._store.keep_standing(event.standing.quarantine)
         elif kind == "train":
-            self._store.keep_offer(event.train.offer_id, event.train.max_rank, event.train.gram_rank)
+            self._store.keep_offer(event.train.offer_id, event.train.max_rank)
         elif kind == "evaluation" and self._settings.releases.evaluate:
             self._enqueue(event.evaluation)
 
