@@ -183,8 +183,9 @@ class ReleaseWatcher:
                 pause = min(2 * pause, HEAD_RETRY_LAST_S) if head == failed else RETRY_FIRST_S
                 period, failed = pause, head
             else:
+                if head is not None or self._head_problem:  # without central only what failed here is over
+                    self._problems.clear("releases")
                 self._head_problem = ""
-                self._problems.clear("releases")
                 period, pause = LOOK_PERIOD_S, RETRY_FIRST_S
             try:
                 await asyncio.wait_for(self._head_changed.wait(), period)

@@ -113,12 +113,16 @@ def _raised(lines: list[str]) -> _Raised | None:
 
 
 def _words(first: str, rest: list[str]) -> str:
-    """An exception's message, which may go on over indented lines: pydantic's begins with a count and ends with a link."""
-    words = [] if re.match(r"\d+ validation errors? for ", first) else [first]
-    for line in rest[:10]:
-        if _is_chatter(line.lstrip()) or not line.startswith((" ", "(")):
+    """An exception's message, which may go on over indented lines.
+
+    pydantic's begins with a count; then a line names a field, and indented ones say what is wrong with it.
+    """
+    counted = re.match(r"\d+ validation errors? for ", first) is not None
+    words = [] if counted else [first]
+    for line in rest[:12]:
+        goes_on = line.startswith((" ", "(")) or (counted and re.fullmatch(r"[\w.]+", line))
+        if _is_chatter(line) or not goes_on:
             break
-        words.append(re.sub(r" \[type=\w+, input_value=.*", "", line.strip()))
-        if "For further information visit" in line:
-            words.pop()
-    return " ".join(word.removeprefix("Value error, ") for word in words if word)
+        if "For further information visit" not in line:
+            words.append(re.sub(r" \[type=\w+, input_value=.*", "", line.strip()).removeprefix("Value error, "))
+    return " ".join(word for word in words if word)
