@@ -84,7 +84,7 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
 
 def _problems(data_dir: Path, identity: Identity, of_vllm: list[Problem]) -> list[dict[str, str]]:
     """Those on file, those that only vLLM's process knows, and what can be seen from here: on a full disk no file tells."""
-    found = {problem.room: problem for problem in [*of_vllm, *Problems(data_dir).current()]}
+    found = {problem.room: problem for problem in [*Problems(data_dir).current(), *of_vllm]}
     for room, wrong in surroundings(data_dir, identity):
         known = found.pop(room, None)
         if wrong is not None:

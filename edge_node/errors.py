@@ -7,6 +7,7 @@ EdgeError
 +-- StorageError (OSError)           exit 5: a path cannot be written or read
 +-- ServingError (RuntimeError)      exit 6: vLLM cannot start or a port is taken
 +-- AdapterError (ValueError)        a payload is not usable here
+|   +-- NothingToMeasure           an evaluation asks for no environment of this node
 +-- EnvironmentFault (RuntimeError)  a plug-in's method raised; not its words, which may quote a task
 +-- UnknownInteraction (LookupError) feedback for an id that the node does not hold
 +-- UpdateRefused (RuntimeError)     central refused an update; its `reason` is central's code
@@ -51,6 +52,10 @@ class ServingError(EdgeError, RuntimeError):
 
 class AdapterError(EdgeError, ValueError):
     pass
+
+
+class NothingToMeasure(AdapterError):
+    """No trouble: other nodes measure what the evaluation asks for."""
 
 
 class EnvironmentFault(EdgeError, RuntimeError):

@@ -108,7 +108,7 @@ def _telling_its_end(settings: EdgeSettings) -> Iterator[Problems]:
     """The problems of this data directory: without those of rooms that are switched off, and with why the node ended, if it did."""
     problems = Problems(settings.data_dir)
     off = [] if settings.learning.enabled else ["learner", "learning"]
-    off += [] if settings.capture.enabled else ["capture"]
+    off += [] if settings.capture.enabled else ["capture", "feedback"]
     off += [] if settings.releases.evaluate and settings.environments else ["evaluation", "environments"]
     for room in off:  # they will not succeed any more, and what they suffered from is over
         problems.clear(room)

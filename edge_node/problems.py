@@ -98,11 +98,13 @@ class Problems:
             rooms = {path.stem for path in self._folder.glob("[!.]*.json")}
         except OSError:
             rooms = set()
-        with _lock:
-            unwritten = dict(self._unwritten)
         read = {room: self._read(room) for room in rooms}
-        found = {room: problem for room, problem in read.items() if problem is not None} | unwritten
+        found = {room: problem for room, problem in read.items() if problem is not None} | dict(self._unwritten)
         return [found[room] for room in sorted(found)]
+
+    def unwritten(self) -> list[Problem]:
+        """Those that the disk did not take: only this process knows them. Asks no disk, so that no event loop waits for one."""
+        return list(self._unwritten.values())
 
     def _read(self, room: str) -> Problem | None:
         try:

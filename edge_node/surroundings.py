@@ -59,6 +59,6 @@ def _certificate(identity: Identity, now: datetime) -> tuple[str, str] | None:
     what = "ended" if ends < now else "ends"
     return (
         f"The certificate of {identity.node_id} {what} on {ends:%Y-%m-%d}; central refuses this node from then on.",
-        "Get a join token (`central tokens create`), remove identity/identity.json in EDGE_DATA_DIR and run "
+        "Get a join token (`central tokens create`), stop the node, remove identity/identity.json in EDGE_DATA_DIR and run "
         "`edge-node enroll` with it: key and name stay.",
     )

@@ -172,7 +172,8 @@ class Recorder:
             self._causes.add(cause)
             logger.warning("Interactions are being lost", extra={"cause": cause})
             text = f"Answers go out but are not kept, so nothing is learnt from them: {cause}."
-            self._problems.report("capture", text, NEXT_STEP)
+            # In a thread of its own: the event loop must not wait for the very disk that does not keep up.
+            threading.Thread(target=self._problems.report, args=("capture", text, NEXT_STEP), daemon=True).start()
 
     def _calm_down(self) -> None:
         if self._writes and self._clock() - self._lost_at >= CALM_S:

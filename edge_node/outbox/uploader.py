@@ -68,8 +68,8 @@ class Uploader:
         self._backoff: dict[str, _Backoff] = {}
         self._closed = asyncio.Event()
         self._problems = Problems(settings.data_dir)
-        self._failures: dict[str, str] = {}
-        """By update that waits, why its last attempt failed."""
+        self._failures: dict[str, tuple[str, str]] = {}
+        """By update that waits, why its last attempt failed, and the next step."""
 
     async def run(self) -> None:
         """Upload until `aclose`. The outbox is polled, because other processes add to it and approve."""
@@ -107,7 +107,7 @@ class Uploader:
     async def _tell(self) -> None:
         """The oldest failure among those that wait; else the newest update, when central refused it."""
         if self._failures:
-            self._problems.report("uploads", next(iter(self._failures.values())), CHECK_CENTRAL)
+            self._problems.report("uploads", *next(iter(self._failures.values())))
             return
         refused = await asyncio.to_thread(self._outbox.refused_last)
         if refused is None:
@@ -137,7 +137,11 @@ class Uploader:
         pause_s = self._first_pause_s if known is None else min(known.pause_s * 2, MAX_BACKOFF_S)
         self._backoff[entry.update_id] = _Backoff(pause_s, self._clock() + pause_s)
         text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else repr(error)
-        self._failures[entry.update_id] = f"Update {entry.update_id[:12]} could not be uploaded ({text}); tried again."
+        here = isinstance(error, OSError | sqlite3.Error) and not isinstance(error, TimeoutError)
+        self._failures[entry.update_id] = (
+            f"Update {entry.update_id[:12]} could not be uploaded ({text}); tried again.",
+            CHECK_DISK if here else CHECK_CENTRAL,
+        )
         if known is None:  # repeats would only say the same again
             log.warning("update not uploaded yet", extra=fields | {"error": text})
 

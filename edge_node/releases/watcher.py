@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import AdapterError, EnvironmentFault, ServingError, StorageError
+from edge_node.errors import AdapterError, EnvironmentFault, NothingToMeasure, ServingError, StorageError
 from edge_node.problems import Problems
 from edge_node.releases.comparison import TRANSIENT, Comparison
 from edge_node.releases.download import fetch_release
@@ -290,8 +290,9 @@ class ReleaseWatcher:
             why = f"it took longer than the {offer.deadline_s} s that central waits"
             then = "Ask the operator of central for more time or fewer tasks, or give this node more compute."
         log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": why})
-        room = "environments" if isinstance(error, EnvironmentFault) else "evaluation"
-        self._problems.report(room, f"This node abstained from the last evaluation: {why}", then)
+        if not isinstance(error, NothingToMeasure):
+            room = "environments" if isinstance(error, EnvironmentFault) else "evaluation"
+            self._problems.report(room, f"This node abstained from the last evaluation: {why}", then)
         return releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, abstain_reason=why)
 
     async def _compare_with_retries(self, offer: fleet_pb2.EvaluationOffer) -> releases_pb2.ReportEvaluationRequest:

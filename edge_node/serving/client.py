@@ -36,7 +36,7 @@ def check_socket_path(path: Path) -> Path:
 class ControlState:
     """alias points at `target` (None: at nothing yet); not_ready: why /ready says 503, None when it says 200.
 
-    problems: what vLLM's process knows of, on a full disk also those that no file holds.
+    problems: those of vLLM's process that the disk did not take, so that no file holds them.
     """
 
     alias: str

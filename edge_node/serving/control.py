@@ -64,7 +64,7 @@ class ControlServer:
                 "skipped": counts.skipped,
                 "draining": gateway.draining,
                 "not_ready": gateway.not_ready(),
-                "problems": [asdict(problem) for problem in gateway.problems.current()],
+                "problems": [asdict(problem) for problem in gateway.problems.unwritten()],
             }
         )
 

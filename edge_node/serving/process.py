@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 READY_POLL_S = 0.2
 BACKOFF_MAX_S = 30.0
 PROBES_BEFORE_RESTART = 2
+LOG_END_BYTES = 1 << 20
+"""How much of a log is read for the reason: one that has served for weeks is long."""
 
 
 class VllmProcess:
@@ -94,10 +96,10 @@ class VllmProcess:
                 if self._closing.is_set():
                     return
                 if not self._served_once and not cause.startswith("killed"):
-                    raise ServingError(f"vLLM did not start: {cause}. {self._said()}See {self._log}.")
+                    raise ServingError(f"vLLM did not start: {cause}. {self._said(cause)}See {self._log}.")
                 self._steady_after_s = calm_s(0 if self._ready_at is None else time.monotonic() - self._ready_at)
                 self._problems.report(
-                    "serving", f"vLLM ended and is started again: {cause}. {self._said()}", _next_step(cause)
+                    "serving", f"vLLM ended and is started again: {cause}. {self._said(cause)}", _next_step(cause)
                 )
                 if time.monotonic() - started > 2 * BACKOFF_MAX_S:
                     backoff_s = 1.0
@@ -255,13 +257,18 @@ class VllmProcess:
         except TimeoutError:
             pass
 
-    def _said(self) -> str:
+    def _said(self, cause: str) -> str:
         """What vLLM's log says of its end. Of one that has served only kind and place: a message may quote a request."""
+        served = self._ready_at is not None
+        if cause == _KILLED or (served and not cause.startswith("it exited")):
+            return ""  # it had no time to say so: what stands there is about something else
         try:
-            text = self._log.read_text(errors="replace")
+            with self._log.open("rb") as log:
+                log.seek(max(0, self._log.stat().st_size - LOG_END_BYTES))
+                text = log.read().decode(errors="replace")
         except OSError:
             return ""
-        reason = raised_at(text) if self._ready_at is not None else startup_reason(text)
+        reason = raised_at(text) if served else startup_reason(text)
         return f"Its log says: {reason.removesuffix('.')}. " if reason else ""
 
 
@@ -269,7 +276,10 @@ def _exit_text(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
 
 
+_KILLED = _exit_text(-signal.SIGKILL)
+
+
 def _next_step(cause: str) -> str:
-    if cause == _exit_text(-signal.SIGKILL):
+    if cause == _KILLED:
         return "If nobody killed it, the memory ran out: see `dmesg`; give the node more, or lower EDGE_SERVING__MAX_MODEL_LEN."
     return "See logs/vllm.log.1 in EDGE_DATA_DIR, the log of the one that ended."

@@ -608,6 +608,18 @@ async def test_an_environment_that_raises_is_a_problem_until_an_evaluation_succe
         await until(lambda: not trouble(store))
 
 
+async def test_a_node_without_environments_abstains_and_has_no_trouble(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    central = Central(payload, [evaluation_event(signed, signed)], cuts=0)
+    async with watching(store, await connect(central), Control(), {}):
+        await until(lambda: bool(central.reports))
+    assert "no environment" in central.reports[0].abstain_reason
+    assert trouble(store) == {}
+
+
 @pytest.mark.parametrize(
     ("code", "stays"), [(grpc.StatusCode.INVALID_ARGUMENT, True), (grpc.StatusCode.FAILED_PRECONDITION, False)]
 )

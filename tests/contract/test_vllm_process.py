@@ -23,6 +23,8 @@ from tests.integration.harness import free_port
 STAND_IN = """
 import os, sys
 from aiohttp import web
+import signal
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
 port, mode = int(sys.argv[1]), open(sys.argv[2]).read()
 if mode != "good":
     print("(APIServer pid=7) WARNING 11-26 19:12:43 [x.py:1] Found ulimit of 9: errors like `OSError: [Errno 24] Too many`")
@@ -90,12 +92,14 @@ async def test_a_vllm_that_is_killed_is_a_problem_until_another_one_has_served_f
     async with running(settings) as (vllm, _):
         await vllm.wait_ready()
         assert trouble(settings) is None
+        said = 'Traceback (most recent call last):\n  File "x/engine.py", line 7, in step\nValueError: an hour ago\n'
+        (settings.data_dir / "logs" / "vllm.log").write_text(said)
         assert vllm.pid is not None
         os.kill(vllm.pid, signal.SIGKILL)
         await until(lambda: trouble(settings) is not None)
         problem = trouble(settings)
         assert problem is not None
-        assert problem.text.startswith("vLLM ended and is started again: killed by SIGKILL.")
+        assert problem.text == "vLLM ended and is started again: killed by SIGKILL."
         assert "memory" in problem.next_step
         await until(lambda: trouble(settings) is None)
         assert vllm.generation == 2
@@ -108,7 +112,7 @@ async def test_what_a_vllm_that_served_died_of_quotes_nobody(settings: EdgeSetti
         said = 'Traceback (most recent call last):\n  File "x/engine.py", line 7, in step\nValueError: bad prompt: secret\n'
         log.write_text(said)
         assert vllm.pid is not None
-        os.kill(vllm.pid, signal.SIGTERM)
+        os.kill(vllm.pid, signal.SIGUSR1)
         await until(lambda: trouble(settings) is not None)
         problem = trouble(settings)
         assert problem is not None
