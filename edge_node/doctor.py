@@ -46,7 +46,11 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
 
     `not_ready` says why the node gets no traffic, None when it does; `problems` what fails besides, one a room.
     """
-    identity = Identity.load(settings.data_dir)
+    try:
+        identity = Identity.load(settings.data_dir)
+    except EnrollmentError as error:  # `serve` enrols too: why it could not is the better answer
+        ended = [problem.text for problem in Problems(settings.data_dir).current() if problem.room == "node"]
+        raise EnrollmentError(" ".join([str(error), *ended])) from error
     store = ReleaseStore(
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
     )
