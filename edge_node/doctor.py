@@ -11,7 +11,7 @@ import shutil
 import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from edge_node.experience import ExperienceStore
 from edge_node.identity import Identity
 from edge_node.main import control_socket, read_base
 from edge_node.outbox import Outbox
+from edge_node.problems import Problem, Problems
 from edge_node.releases.store import ReleaseStore
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
+from edge_node.surroundings import LOW_DISK_BYTES, surroundings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
-
-LOW_DISK_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,15 @@ class Check:
 
 
 async def node_status(settings: EdgeSettings) -> dict[str, Any]:
-    """One flat record; raises EnrollmentError when the node is not enrolled."""
-    identity = Identity.load(settings.data_dir)
+    """One record; raises EnrollmentError when the node is not enrolled.
+
+    `not_ready` says why the node gets no traffic, None when it does; `problems` what fails besides, one a room.
+    """
+    try:
+        identity = Identity.load(settings.data_dir)
+    except EnrollmentError as error:  # `serve` enrols too: why it could not is the better answer
+        ended = [problem.text for problem in Problems(settings.data_dir).current() if problem.room == "node"]
+        raise EnrollmentError(" ".join([str(error), *ended])) from error
     store = ReleaseStore(
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
     )
@@ -64,15 +71,30 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     try:
         state = await ControlClient(control_socket(settings.data_dir)).state()
     except ServingError as error:
-        return status | {"problem": str(error)}
+        return status | {"not_ready": str(error), "problems": _problems(settings.data_dir, identity, [])}
+    not_ready = state.not_ready
+    if not_ready is None and not await _is_ready(settings):
+        not_ready = f"{settings.serving.url}/ready does not answer 200."
     return status | {
-        "ready": state.not_ready is None and await _is_ready(settings),
+        "ready": not_ready is None,
         "serving": state.target,
         "loaded": sorted(state.loaded),
         "captured": state.captured,
         "lost": state.lost,
-        "problem": state.not_ready,
+        "not_ready": not_ready,
+        "problems": _problems(settings.data_dir, identity, state.problems),
     }
+
+
+def _problems(data_dir: Path, identity: Identity, of_vllm: list[Problem]) -> list[dict[str, str]]:
+    """Those on file, those that only vLLM's process knows, and what can be seen from here: on a full disk no file tells."""
+    found = {problem.room: problem for problem in [*Problems(data_dir).current(), *of_vllm]}
+    for room, wrong in surroundings(data_dir, identity):
+        known = found.pop(room, None)
+        if wrong is not None:
+            since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
+            found[room] = Problem(room, *wrong, since)
+    return [asdict(found[room]) for room in sorted(found)]
 
 
 async def run_checks(settings: EdgeSettings) -> list[Check]:

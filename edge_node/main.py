@@ -4,6 +4,7 @@
 - `LearnerProcess`: the child that trains rounds and leaves updates in the outbox.
 - `Uploader`: brings updates from the outbox to central.
 - `ReleaseWatcher`: follows central's releases, loads them into vLLM, evaluates candidates, reports status.
+- `Problems`: what fails in any of them now, for `edge-node status` and central; `look_around` adds disk and certificate.
 
 In: settings. Runs until SIGTERM or SIGINT, then stops against the flow: serving first, stores last.
 """
@@ -16,23 +17,26 @@ import hashlib
 import logging
 import os
 import signal
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edge_node.environments import load_environment
-from edge_node.errors import SettingsError, StorageError
+from edge_node.errors import EdgeError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
 from edge_node.learning import LearnerProcess, open_starts
 from edge_node.outbox import Outbox, Uploader
+from edge_node.problems import Problems
 from edge_node.releases.evaluation import Evaluator, evaluation_seed
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.serving import ControlClient, VllmProcess
 from edge_node.settings import EdgeSettings
+from edge_node.surroundings import look_around
 from protos.base import BaseModelError, BaseModelInfo, read_base_model
 from protos.fleet.v1 import fleet_pb2
 
@@ -99,9 +103,28 @@ def own_data_dir(data_dir: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _telling_its_end(settings: EdgeSettings) -> Iterator[Problems]:
+    """The problems of this data directory: without those of rooms that are switched off, and with why the node ended, if it did."""
+    problems = Problems(settings.data_dir)
+    off = [] if settings.learning.enabled else ["learner", "learning"]
+    off += [] if settings.capture.enabled else ["capture", "feedback"]
+    off += [] if settings.releases.evaluate and settings.environments else ["evaluation", "environments"]
+    for room in off:  # they will not succeed any more, and what they suffered from is over
+        problems.clear(room)
+    try:
+        yield problems
+    except (EdgeError, OSError, sqlite3.Error) as error:
+        if not (isinstance(error, ServingError) and "serving" in {problem.room for problem in problems.current()}):
+            problems.report(
+                "node", f"`edge-node serve` ended: {error}", "Mend what it says, then start `edge-node serve`."
+            )
+        raise
+
+
 async def serve(settings: EdgeSettings) -> None:
     """Run the node until a signal; raises EdgeError when it cannot start."""
-    with own_data_dir(settings.data_dir):
+    with own_data_dir(settings.data_dir), _telling_its_end(settings) as problems:
         heart = asyncio.create_task(beat(settings.data_dir))
         identity = await enroll(settings)
         base = await asyncio.to_thread(read_base, settings)
@@ -121,7 +144,6 @@ async def serve(settings: EdgeSettings) -> None:
                 outbox_waiting=states.count("waiting"),
                 outbox_held=states.count("held"),
                 experiences=experience.counts().examples,
-                problem=uploader.problem,
                 max_release_rank=settings.releases.max_rank or 0,
             )
 
@@ -136,7 +158,8 @@ async def serve(settings: EdgeSettings) -> None:
             for name in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(name, stop.set)
             log.info("edge node starts", extra={"node_id": identity.node_id, "cohort": identity.cohort})
-            rooms = [vllm.run(), watcher.run(), uploader.run()]
+            problems.clear("node")
+            rooms = [vllm.run(), watcher.run(), uploader.run(), look_around(settings.data_dir, identity)]
             if settings.learning.enabled:
                 rooms.append(learner.run())
             tasks = [asyncio.create_task(room) for room in rooms]

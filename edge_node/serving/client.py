@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from edge_node.errors import ServingError
+from edge_node.problems import Problem
 
 CONTROL_SOCKET_VARIABLE = "LORIKEET_CONTROL_SOCKET"
 MAX_SOCKET_PATH_BYTES = 107
@@ -33,7 +34,10 @@ def check_socket_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class ControlState:
-    """alias points at `target` (None: at nothing yet); not_ready: why /ready says 503, None when it says 200."""
+    """alias points at `target` (None: at nothing yet); not_ready: why /ready says 503, None when it says 200.
+
+    problems: those of vLLM's process that the disk did not take, so that no file holds them.
+    """
 
     alias: str
     base: str
@@ -45,6 +49,7 @@ class ControlState:
     skipped: int
     draining: bool
     not_ready: str | None
+    problems: list[Problem]
 
 
 class ControlClient:
@@ -77,7 +82,9 @@ class ControlClient:
 
     async def state(self) -> ControlState:
         answer = await self._call("GET", "/state")
-        return ControlState(**{**answer, "loaded": {name: Path(path) for name, path in answer["loaded"].items()}})
+        loaded = {name: Path(path) for name, path in answer["loaded"].items()}
+        problems = [Problem(**fields) for fields in answer["problems"]]
+        return ControlState(**{**answer, "loaded": loaded, "problems": problems})
 
     async def _call(
         self, method: str, path: str, body: Any = None, *, timeout_s: float | None = None

@@ -7,6 +7,7 @@ Guarantees: runs on the server's own event loop, so an answer also shows that th
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class ControlServer:
                 "skipped": counts.skipped,
                 "draining": gateway.draining,
                 "not_ready": gateway.not_ready(),
+                "problems": [asdict(problem) for problem in gateway.problems.unwritten()],
             }
         )
 
