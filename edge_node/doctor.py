@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,21 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 from cryptography import x509
 
 from edge_node.environments import load_environment
 from edge_node.errors import CentralUnreachable, EdgeError, EnrollmentError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
+from edge_node.heartbeat import check_alive
 from edge_node.identity import Identity
 from edge_node.main import control_socket, read_base
 from edge_node.outbox import Outbox
 from edge_node.releases.store import ReleaseStore
-from edge_node.serving import ControlClient
+from edge_node.serving import ControlClient, ControlState, is_listening, port_problem, socket_problem, tls_problem
 from edge_node.settings import EdgeSettings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
 LOW_DISK_BYTES = 2 << 30
+STATE_TIMEOUT_S = 1.0
+"""Status answers at once, also when vLLM does not."""
+SILENCE_S = 15.0
+"""Longer than a probe waits behind the prefill of other requests."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,11 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "outbox": {state: outbox.count(state) for state in sorted(set(outbox))},
     }
     try:
-        state = await ControlClient(control_socket(settings.data_dir)).state()
+        state = await _serving_state(settings)
     except ServingError as error:
         return status | {"problem": str(error)}
     return status | {
-        "ready": state.not_ready is None and await _is_ready(settings),
+        "ready": state.not_ready is None and await is_listening(settings.serving),
         "serving": state.target,
         "loaded": sorted(state.loaded),
         "captured": state.captured,
@@ -102,6 +105,8 @@ async def _check_disk(settings: EdgeSettings) -> str:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{folder} is not a writable directory. Set EDGE_DATA_DIR to one that is.")
+    if problem := socket_problem(folder / "control.sock"):
+        raise StorageError(problem)
     free = shutil.disk_usage(folder).free
     if free < LOW_DISK_BYTES:
         raise StorageError(
@@ -164,24 +169,32 @@ async def _check_central(settings: EdgeSettings) -> str:
 
 
 async def _check_endpoint(settings: EdgeSettings) -> str:
-    serving = settings.serving
-    if await _is_ready(settings):
-        return f"serving on {serving.host}:{serving.port}"
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    place = f"{settings.serving.host}:{settings.serving.port}"
+    try:
+        state = await _serving_state(settings)
+    except ServingError as error:
+        if problem := tls_problem(settings.serving):
+            raise ServingError(problem) from error
+        if (problem := port_problem(settings.serving)) is None:
+            return f"{place} is free; run `edge-node serve`"
         try:
-            probe.bind((serving.host, serving.port))
-        except OSError as error:
-            raise ServingError(
-                f"{serving.host}:{serving.port} is taken but not by a ready node ({error.strerror}). "
-                "Free it or set EDGE_SERVING__PORT."
-            ) from error
-    return f"{serving.host}:{serving.port} is free; run `edge-node serve`"
+            check_alive(settings.data_dir)
+        except EdgeError:
+            raise ServingError(problem) from error
+        raise ServingError(f"The node runs but does not serve: {error}") from error
+    if state.not_ready is not None:
+        raise ServingError(f"The node runs but is not ready: {state.not_ready}")
+    if not await is_listening(settings.serving):
+        raise ServingError(f"The node runs, but not at {place}. Use the EDGE_* variables that it was started with.")
+    return f"serving on {place}"
 
 
-async def _is_ready(settings: EdgeSettings) -> bool:
-    async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
-        try:
-            return (await client.get(f"{settings.serving.url}/ready")).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
+async def _serving_state(settings: EdgeSettings) -> ControlState:
+    """What vLLM says of itself now; raises ServingError, also for an engine that makes no tokens."""
+    state = await ControlClient(control_socket(settings.data_dir), timeout_s=STATE_TIMEOUT_S).state()
+    if state.silent_s > SILENCE_S:
+        raise ServingError(
+            f"vLLM's engine has made no token for {state.silent_s:.0f} s. The supervisor starts an engine that hangs again "
+            "within minutes; see logs/vllm.log."
+        )
+    return state
