@@ -51,18 +51,14 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
     )
     active = store.active()
-    outbox = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
-    counts = ExperienceStore(settings.data_dir / "experience.db").counts()
+    stored = _stored(settings)
     status: dict[str, Any] = {
         "node_id": identity.node_id,
         "cohort": identity.cohort,
         "active_release": active.label if active else None,
         "quarantine": store.quarantine() or None,
         "ready": False,
-        "interactions": counts.interactions,
-        "feedback": counts.feedback,
-        "examples": counts.examples,
-        "outbox": {state: outbox.count(state) for state in sorted(set(outbox))},
+        **stored,
     }
     try:
         state = await _serving_state(settings)
@@ -76,6 +72,23 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "lost": state.lost,
         "problem": state.not_ready,
     }
+
+
+def _stored(settings: EdgeSettings) -> dict[str, Any]:
+    """What the stores hold; a store that cannot be opened, on a full disk for example, does not hide the rest."""
+    held: dict[str, Any] = {"interactions": None, "feedback": None, "examples": None, "outbox": None}
+    unreadable = []
+    try:
+        counts = ExperienceStore(settings.data_dir / "experience.db").counts()
+        held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
+    except StorageError as error:
+        unreadable.append(str(error))
+    try:
+        states = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
+        held["outbox"] = {state: states.count(state) for state in sorted(set(states))}
+    except StorageError as error:
+        unreadable.append(str(error))
+    return held | ({"unreadable": unreadable} if unreadable else {})
 
 
 async def run_checks(settings: EdgeSettings) -> list[Check]:
@@ -105,13 +118,13 @@ async def _check_disk(settings: EdgeSettings) -> str:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"{folder} is not a writable directory. Set EDGE_DATA_DIR to one that is.")
-    if problem := socket_problem(folder / "control.sock"):
-        raise StorageError(problem)
     free = shutil.disk_usage(folder).free
     if free < LOW_DISK_BYTES:
         raise StorageError(
             f"{free >> 20} MiB free at {folder}; expected at least {LOW_DISK_BYTES >> 20}. Free some room."
         )
+    if problem := socket_problem(folder / "control.sock"):
+        raise StorageError(problem)
     return f"{settings.data_dir} is writable, {free >> 30} GiB free"
 
 
