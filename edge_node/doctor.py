@@ -26,7 +26,7 @@ from edge_node.identity import Identity
 from edge_node.main import control_socket, read_base
 from edge_node.outbox import Outbox
 from edge_node.releases.store import ReleaseStore
-from edge_node.serving import ControlClient, ControlState, is_listening, port_problem, socket_problem, tls_problem
+from edge_node.serving import ControlClient, ControlState, is_listening, port_problem, socket_problem, start_problem
 from edge_node.settings import EdgeSettings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
@@ -186,7 +186,7 @@ async def _check_endpoint(settings: EdgeSettings) -> str:
     try:
         state = await _serving_state(settings)
     except ServingError as error:
-        if problem := tls_problem(settings.serving):
+        if problem := start_problem(settings.serving):
             raise ServingError(problem) from error
         if (problem := port_problem(settings.serving)) is None:
             return f"{place} is free; run `edge-node serve`"

@@ -1,20 +1,26 @@
 """The node's public port, seen from the node itself.
 
-In: the serving settings. Out: what keeps vLLM from opening the port, and whether it is open. Guarantees: nothing is
-asked over it, so that neither TLS nor an API key matters.
+In: the serving settings. Out: what keeps vLLM from starting or from opening the port, and whether it is open.
+Guarantees: nothing is asked over it, so that neither TLS nor an API key matters.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import ssl
+import tempfile
+import uuid
 
 from edge_node import vllm_arguments
+from edge_node.serving.client import MAX_SOCKET_PATH_BYTES
 from edge_node.settings import ServingSettings
 
 CONNECT_TIMEOUT_S = 1.0
+MAX_TEMPORARY_BYTES = MAX_SOCKET_PATH_BYTES - len("/") - len(str(uuid.UUID(int=0)))
+"""vLLM's processes talk over sockets that are named by a UUID."""
 
 
 def port_problem(serving: ServingSettings) -> str | None:
@@ -31,8 +37,23 @@ def port_problem(serving: ServingSettings) -> str | None:
     return None
 
 
-def tls_problem(serving: ServingSettings) -> str | None:
-    """Why vLLM could not use its --ssl-* files; None when it could, or when there are none."""
+def start_problem(serving: ServingSettings) -> str | None:
+    """What would end vLLM's start after it has loaded the model; None when nothing is seen."""
+    return _tls_problem(serving) or _temporary_problem()
+
+
+def _temporary_problem() -> str | None:
+    folder = os.environ.get("VLLM_RPC_BASE_PATH") or tempfile.gettempdir()
+    size = len(os.fsencode(folder))
+    if size <= MAX_TEMPORARY_BYTES:
+        return None
+    return (
+        f"The temporary directory {folder} has {size} bytes; vLLM's own Unix sockets in it allow {MAX_TEMPORARY_BYTES}. "
+        "Set TMPDIR, or VLLM_RPC_BASE_PATH, to a shorter one."
+    )
+
+
+def _tls_problem(serving: ServingSettings) -> str | None:
     certificate, key, clients = (
         vllm_arguments.value(serving.extra_args, name) for name in ("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs")
     )

@@ -22,7 +22,7 @@ from edge_node.errors import ServingError, StorageError
 from edge_node.serving import launch
 from edge_node.serving.client import ControlClient, socket_problem
 from edge_node.serving.command import SHUTDOWN_TIMEOUT_S, runs_on_cpu, serving_command, serving_environment
-from edge_node.serving.endpoint import is_listening, port_problem, tls_problem
+from edge_node.serving.endpoint import is_listening, port_problem, start_problem
 from edge_node.settings import EdgeSettings
 from protos.base import BaseModelInfo
 
@@ -72,7 +72,7 @@ class VllmProcess:
         """Starts, watches and restarts vLLM until aclose(); raises ServingError when it cannot even start once."""
         backoff_s = 1.0
         try:
-            if problem := tls_problem(self._settings.serving) or socket_problem(self._socket):
+            if problem := start_problem(self._settings.serving) or socket_problem(self._socket):
                 raise ServingError(problem)
             while not self._closing.is_set():
                 started = time.monotonic()

@@ -108,7 +108,9 @@ async def test_the_nodes_own_requests_pass_every_authentication(gateway: Gateway
     await client.load(V1, make_version(tmp_path, "v1"))
     await client.point(V1)
     async with client.requests(2) as vllm:
-        answer = await vllm.post(CHAT, json={"model": "lorikeet", "messages": []}, headers={"x-lorikeet-capture": "off"})
+        answer = await vllm.post(
+            CHAT, json={"model": "lorikeet", "messages": []}, headers={"x-lorikeet-capture": "off"}
+        )
         assert (answer.status_code, answer.json()["model"], answer.headers["x-lorikeet-model"]) == (200, V1, V1)
         assert (await vllm.post("/invocations", json={})).status_code == 404
 

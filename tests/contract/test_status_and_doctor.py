@@ -133,6 +133,18 @@ async def test_tls_files_are_tried_before_vllm_is_started(
     assert (ok, expected in text) == (False, True), text
 
 
+async def test_a_temporary_directory_that_is_too_long_for_vllm_is_named(
+    settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = with_serving(settings, port=free_port())
+    for size, expected in ((70, True), (71, False)):
+        monkeypatch.setattr("tempfile.tempdir", "/" + "x" * (size - 1))
+        ok, text = await endpoint(serving)
+        assert (ok, "Set TMPDIR" in text) == (expected, not expected)
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/tmp")
+    assert (await endpoint(serving))[0]
+
+
 async def test_an_engine_that_hangs_is_not_ready(running: EdgeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_node.serving.gateway.Gateway.silent_s", lambda gateway: 34.0)
     status = await node_status(running)

@@ -156,4 +156,3 @@ def certificates(folder: Path, starts: timedelta) -> tuple[bytes, bytes, bytes]:
     for file, content in files.items():
         (folder / file).write_bytes(content)
     return files["ca.pem"], private, certificate(other, starts, False)
-

@@ -62,7 +62,9 @@ def test_kept_releases_must_fit_and_nothing_else_is_shown(monkeypatch: pytest.Mo
 
 def test_an_impossible_vllm_argument_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_SERVING__EXTRA_ARGS", '["--api-key", "secret", "--port=9", "--no-enable-lora"]')
-    with pytest.raises(SettingsError, match="--port is not possible: set EDGE_SERVING__PORT; --no-enable-lora") as caught:
+    with pytest.raises(
+        SettingsError, match="--port is not possible: set EDGE_SERVING__PORT; --no-enable-lora"
+    ) as caught:
         load_settings()
     assert "secret" not in str(caught.value)
 

@@ -77,7 +77,8 @@ def test_a_small_model_gets_a_small_cache_unless_the_operator_says_otherwise(tmp
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
     for written in (["--kv-cache-memory-bytes", "1"], ["--kv_cache_memory_bytes=1"]):
         explicit = make_settings(tmp_path, extra_args=written)
-        assert "67108864" not in (line := command.serving_command(explicit, base, on_cpu=True))
+        line = command.serving_command(explicit, base, on_cpu=True)
+        assert "67108864" not in line
         assert line[-2 - len(written) : -2] == written
     (tmp_path / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 32}))
     assert command.kv_cache_bytes(make_settings(tmp_path), base) is None
