@@ -25,6 +25,7 @@ from edge_node.heartbeat import check_alive
 from edge_node.identity import Identity
 from edge_node.main import control_socket, read_base
 from edge_node.outbox import Outbox
+from edge_node.problems import Problems
 from edge_node.releases.store import ReleaseStore
 from edge_node.serving import ControlClient, ControlState, is_listening, port_problem, socket_problem, start_problem
 from edge_node.settings import EdgeSettings
@@ -46,7 +47,7 @@ class Check:
 
 async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     """One flat record; raises EnrollmentError when the node is not enrolled."""
-    identity = Identity.load(settings.data_dir)
+    identity = _identity(settings.data_dir)
     store = ReleaseStore(
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
     )
@@ -72,6 +73,18 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "lost": state.lost,
         "problem": state.not_ready,
     }
+
+
+def _identity(data_dir: Path) -> Identity:
+    """As Identity.load, but of a node that waits for central it says so."""
+    try:
+        return Identity.load(data_dir)
+    except EnrollmentError as error:
+        waiting = [problem for problem in Problems(data_dir).current() if problem.room == "enrolment"]
+        if not waiting or not _is_alive(data_dir):
+            raise
+        text = f"This node waits to be enrolled since {waiting[0].since}. {waiting[0].text} {waiting[0].next_step}"
+        raise EnrollmentError(text) from error
 
 
 def _stored(settings: EdgeSettings) -> dict[str, Any]:
@@ -190,11 +203,9 @@ async def _check_endpoint(settings: EdgeSettings) -> str:
             raise ServingError(problem) from error
         if (problem := port_problem(settings.serving)) is None:
             return f"{place} is free; run `edge-node serve`"
-        try:
-            check_alive(settings.data_dir)
-        except EdgeError:
-            raise ServingError(problem) from error
-        raise ServingError(f"The node runs but does not serve: {error}") from error
+        if _is_alive(settings.data_dir):
+            raise ServingError(f"The node runs but does not serve: {error}") from error
+        raise ServingError(problem) from error
     if state.not_ready is not None:
         raise ServingError(f"The node runs but is not ready: {state.not_ready}")
     if not await is_listening(settings.serving):
@@ -211,3 +222,12 @@ async def _serving_state(settings: EdgeSettings) -> ControlState:
             "within minutes; see logs/vllm.log."
         )
     return state
+
+
+def _is_alive(data_dir: Path) -> bool:
+    """Has a supervisor run here within the last minute?"""
+    try:
+        check_alive(data_dir)
+    except EdgeError:
+        return False
+    return True

@@ -185,16 +185,22 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:
     """A channel to `address` that reconnects by itself; through the environment's proxy unless it is this host."""
-    own = () if not _is_this_host(address) else (("grpc.enable_http_proxy", 0),)
+    own = (("grpc.enable_http_proxy", 0),) if _is_this_host(address) else ()
     return grpc.aio.secure_channel(address, credentials, options=(*CHANNEL_OPTIONS, *own))
 
 
 def _is_this_host(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]").lower()
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ip = ipaddress.ip_address(host)
     except ValueError:
         return host in ("localhost", socket.gethostname().lower())
+    try:  # only an address of this host can be bound
+        with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return ip.is_loopback
+    return True
 
 
 def keep_identity(data_dir: Path, identity: Identity) -> None:

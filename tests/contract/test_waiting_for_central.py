@@ -16,6 +16,7 @@ import pytest
 from central.fleet.tokens import PREFIX
 from central.settings import CentralSettings as Central
 from edge_node import main
+from edge_node.doctor import node_status
 from edge_node.errors import EnrollmentError
 from edge_node.heartbeat import check_alive
 from edge_node.problems import Problems
@@ -99,6 +100,8 @@ async def test_a_waiting_node_is_alive_and_ends_with_a_signal(story: Story) -> N
     async with edge_node(story, "serve") as process:
         await until(lambda: "enrolment" in story.said())
         assert check_alive(story.node.data_dir) < 30
+        with pytest.raises(EnrollmentError, match=r"waits to be enrolled since .*Connection refused"):
+            await node_status(story.node)
         process.send_signal(signal.SIGTERM)
         _, errors = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 0, errors.decode()
