@@ -160,7 +160,7 @@ async def test_status_answers_when_vllm_does_not(settings: EdgeSettings) -> None
         started = time.monotonic()
         status = await node_status(settings)
     assert (status["ready"], "It hangs" in status["problem"]) == (False, True)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
 
 
 async def test_a_store_that_cannot_be_opened_or_is_locked_does_not_hide_the_rest(running: EdgeSettings) -> None:
@@ -171,6 +171,6 @@ async def test_a_store_that_cannot_be_opened_or_is_locked_does_not_hide_the_rest
     started = time.monotonic()
     status = await node_status(running)
     writer.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
     assert (status["ready"], status["interactions"], status["outbox"]) == (True, 0, None)
     assert "outbox" in status["unreadable"][0]
