@@ -10,7 +10,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from edge_node.heartbeat import check_alive
 from edge_node.identity import Identity
 from edge_node.main import control_socket, read_base
 from edge_node.outbox import Outbox
-from edge_node.problems import Problems
+from edge_node.problems import Problem, Problems
 from edge_node.releases.store import ReleaseStore
 from edge_node.serving import ControlClient, ControlState, is_listening, port_problem, socket_problem, start_problem
 from edge_node.settings import EdgeSettings
+from edge_node.surroundings import LOW_DISK_BYTES, surroundings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
-LOW_DISK_BYTES = 2 << 30
 STATE_TIMEOUT_S = 1.0
 """Status answers at once, also when vLLM does not."""
 SILENCE_S = 15.0
@@ -46,7 +46,10 @@ class Check:
 
 
 async def node_status(settings: EdgeSettings) -> dict[str, Any]:
-    """One flat record; raises EnrollmentError when the node is not enrolled."""
+    """One record; raises EnrollmentError when the node is not enrolled.
+
+    `not_ready` says why the node gets no traffic, None when it does; `problems` what fails besides, one a room.
+    """
     identity = _identity(settings.data_dir)
     store = ReleaseStore(
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
@@ -64,14 +67,18 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     try:
         state = await _serving_state(settings)
     except ServingError as error:
-        return status | {"problem": str(error)}
+        return status | {"not_ready": str(error), "problems": _problems(settings.data_dir, identity, [])}
+    not_ready = state.not_ready
+    if not_ready is None and not await is_listening(settings.serving):
+        not_ready = f"{settings.serving.host}:{settings.serving.port} takes no connections."
     return status | {
-        "ready": state.not_ready is None and await is_listening(settings.serving),
+        "ready": not_ready is None,
         "serving": state.target,
         "loaded": sorted(state.loaded),
         "captured": state.captured,
         "lost": state.lost,
-        "problem": state.not_ready,
+        "not_ready": not_ready,
+        "problems": _problems(settings.data_dir, identity, state.problems),
     }
 
 
@@ -102,6 +109,17 @@ def _stored(settings: EdgeSettings) -> dict[str, Any]:
     except StorageError as error:
         unreadable.append(str(error))
     return held | ({"unreadable": unreadable} if unreadable else {})
+
+
+def _problems(data_dir: Path, identity: Identity, of_vllm: list[Problem]) -> list[dict[str, str]]:
+    """Those on file, those that only vLLM's process knows, and what can be seen from here: on a full disk no file tells."""
+    found = {problem.room: problem for problem in [*Problems(data_dir).current(), *of_vllm]}
+    for room, wrong in surroundings(data_dir, identity):
+        known = found.pop(room, None)
+        if wrong is not None:
+            since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
+            found[room] = Problem(room, *wrong, since)
+    return [asdict(found[room]) for room in sorted(found)]
 
 
 async def run_checks(settings: EdgeSettings) -> list[Check]:

@@ -4,6 +4,7 @@
 - `LearnerProcess`: the child that trains rounds and leaves updates in the outbox.
 - `Uploader`: brings updates from the outbox to central.
 - `ReleaseWatcher`: follows central's releases, loads them into vLLM, evaluates candidates, reports status.
+- `Problems`: what fails in any of them now, for `edge-node status` and central; `look_around` adds disk and certificate.
 
 In: settings. Runs until SIGTERM or SIGINT, then stops against the flow: serving first, stores last.
 """
@@ -14,13 +15,14 @@ import asyncio
 import fcntl
 import logging
 import signal
+import sqlite3
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_node.environments import load_environment
-from edge_node.errors import CentralUnreachable, SettingsError, StorageError
+from edge_node.errors import CentralUnreachable, EdgeError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
@@ -32,6 +34,7 @@ from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.serving import ControlClient, VllmProcess
 from edge_node.settings import EdgeSettings
+from edge_node.surroundings import look_around
 from protos.base import BaseModelError, BaseModelInfo, read_base_model
 from protos.fleet.v1 import fleet_pb2
 
@@ -131,12 +134,31 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
         stopping.cancel()
 
 
+@contextmanager
+def _telling_its_end(settings: EdgeSettings) -> Iterator[Problems]:
+    """The problems of this data directory: without those of rooms that are switched off, and with why the node ended, if it did."""
+    problems = Problems(settings.data_dir)
+    off = [] if settings.learning.enabled else ["learner", "learning"]
+    off += [] if settings.capture.enabled else ["capture", "feedback"]
+    off += [] if settings.releases.evaluate and settings.environments else ["evaluation", "environments"]
+    for room in off:  # they will not succeed any more, and what they suffered from is over
+        problems.clear(room)
+    try:
+        yield problems
+    except (EdgeError, OSError, sqlite3.Error) as error:
+        if not (isinstance(error, ServingError) and "serving" in {problem.room for problem in problems.current()}):
+            problems.report(
+                "node", f"`edge-node serve` ended: {error}", "Mend what it says, then start `edge-node serve`."
+            )
+        raise
+
+
 async def serve(settings: EdgeSettings) -> None:
     """Run the node until a signal; raises EdgeError when it cannot start."""
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    with own_data_dir(settings.data_dir):
+    with own_data_dir(settings.data_dir), _telling_its_end(settings) as problems:
         heart = asyncio.create_task(beat(settings.data_dir))
         identity = await _unless(stop, enroll_when_central_answers(settings))
         if identity is None:
@@ -159,7 +181,6 @@ async def serve(settings: EdgeSettings) -> None:
                 outbox_waiting=states.count("waiting"),
                 outbox_held=states.count("held"),
                 experiences=experience.counts().examples,
-                problem=uploader.problem,
                 max_release_rank=settings.releases.max_rank or 0,
             )
 
@@ -171,7 +192,8 @@ async def serve(settings: EdgeSettings) -> None:
                 settings, channel, store, vllm, control, evaluator, counts, lambda: open_starts(settings.data_dir)
             )
             log.info("edge node starts", extra={"node_id": identity.node_id, "cohort": identity.cohort})
-            rooms = [vllm.run(), watcher.run(), uploader.run()]
+            problems.clear("node")
+            rooms = [vllm.run(), watcher.run(), uploader.run(), look_around(settings.data_dir, identity)]
             if settings.learning.enabled:
                 rooms.append(learner.run())
             tasks = [asyncio.create_task(room) for room in rooms]

@@ -90,12 +90,21 @@ def _nodes(client: OperatorClient, options: Options) -> None:
         row["link"] = "revoked" if row["revoked"] else "connected" if row["connected"] else "away"
         row["channel"] = row["status"]["channel"]
         row["serving"] = row["status"]["serving_release_id"][:8]
-        row["problem"] = row["status"]["problem"]
+        row["problems"] = ", ".join(problem["room"] for problem in row["status"]["problems"])
         row["evaluates"] = f"silent since {row['silent_since']}, not waited for" if row["silent_since"] else ""
-    columns = ["node_id", "cohort", "link", "last_seen", "channel", "serving", "quarantine", "problem"]
+    columns = ["node_id", "cohort", "link", "last_seen", "channel", "serving", "quarantine", "problems"]
     if any(row["evaluates"] for row in rows):
         columns.insert(-1, "evaluates")
     print_rows(options, rows, columns)
+    if not options.json:
+        _print_problems(rows)
+
+
+def _print_problems(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for problem in row["status"]["problems"]:
+            print(printable(f"{row['node_id']}  {problem['room']}, since {problem['since']}: {problem['text']}"))
+            print(printable(f"    Next: {problem['next_step']}"))
 
 
 def _revoke(client: OperatorClient, options: Options) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import httpx
 
 from edge_node.environments import Environment, Task
-from edge_node.errors import ServingError
+from edge_node.errors import EnvironmentFault, ServingError
 from edge_node.settings import EnvironmentSpec
 from protos.manifest import canonical_json, sha256_hex
 from protos.releases.v1 import releases_pb2
@@ -61,13 +61,14 @@ class Evaluator:
 
         Raises:
             ServingError: a request failed; no result is complete.
+            EnvironmentFault: the environment raised.
         """
         spec, environment = self.environments[name]
         suite = await asyncio.to_thread(self._suite, name, environment, first_task, tasks)
         async with self.requests(CONCURRENCY) as client:
             with_candidate, with_reference = await asyncio.gather(
-                self._passed(client, candidate, environment, suite, sampling),
-                self._passed(client, reference, environment, suite, sampling),
+                self._passed(client, candidate, name, suite, sampling),
+                self._passed(client, reference, name, suite, sampling),
             )
         pairs = list(zip(with_reference, with_candidate, strict=True))
         every = None
@@ -90,7 +91,10 @@ class Evaluator:
 
     def _suite(self, name: str, environment: Environment, first_task: int, tasks: int) -> Sequence[Task]:
         if first_task == 0:
-            return environment.tasks("held_out", count=tasks, seed=self.seed)
+            try:
+                return environment.tasks("held_out", count=tasks, seed=self.seed)
+            except Exception as error:  # a plug-in may raise anything
+                raise EnvironmentFault(name, "tasks", error) from error
         try:
             before = environment.tasks("held_out", count=first_task, seed=self.seed)
             longer = environment.tasks("held_out", count=first_task + tasks, seed=self.seed)
@@ -105,7 +109,7 @@ class Evaluator:
         return longer[first_task:]
 
     async def _passed(
-        self, client: httpx.AsyncClient, model: str, environment: Environment, suite: Sequence[Task], sampling: Sampling
+        self, client: httpx.AsyncClient, model: str, name: str, suite: Sequence[Task], sampling: Sampling
     ) -> list[list[bool]]:
         """Per task whether each attempt passed; those after a failed one are not made, as not all can pass any more."""
         gate = asyncio.Semaphore(CONCURRENCY)
@@ -115,10 +119,16 @@ class Evaluator:
             while len(passed) < sampling.attempts and all(passed):
                 async with gate:
                     answer = await self._ask(client, model, task, len(passed), sampling)
-                passed.append((await asyncio.to_thread(environment.verify, task, answer)).passed)
+                passed.append(await asyncio.to_thread(self._verify, name, task, answer))
             return passed
 
         return await asyncio.gather(*(one(task) for task in suite))
+
+    def _verify(self, name: str, task: Task, answer: str) -> bool:
+        try:
+            return bool(self.environments[name][1].verify(task, answer).passed)
+        except Exception as error:  # a plug-in may raise anything
+            raise EnvironmentFault(name, "verify", error) from error
 
     async def _ask(self, client: httpx.AsyncClient, model: str, task: Task, attempt: int, sampling: Sampling) -> str:
         # No max_tokens: the model's own end or its context length ends an answer, as for a client that sets none.

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from edge_node.errors import ServingError
+from edge_node.problems import Problem
 
 CONTROL_SOCKET_VARIABLE = "LORIKEET_CONTROL_SOCKET"
 MAX_SOCKET_PATH_BYTES = 107
@@ -56,7 +57,10 @@ def socket_problem(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class ControlState:
-    """alias points at `target` (None: at nothing yet); not_ready: why /ready says 503, None when it says 200."""
+    """alias points at `target` (None: at nothing yet); not_ready: why /ready says 503, None when it says 200.
+
+    problems: those of vLLM's process that the disk did not take, so that no file holds them.
+    """
 
     alias: str
     base: str
@@ -70,6 +74,7 @@ class ControlState:
     not_ready: str | None
     silent_s: float
     """How long the engine has made no token although one is waited for; 0 when all is well."""
+    problems: list[Problem]
 
 
 class ControlClient:
@@ -102,7 +107,9 @@ class ControlClient:
 
     async def state(self) -> ControlState:
         answer = await self._call("GET", "/state")
-        return ControlState(**{**answer, "loaded": {name: Path(path) for name, path in answer["loaded"].items()}})
+        loaded = {name: Path(path) for name, path in answer["loaded"].items()}
+        problems = [Problem(**fields) for fields in answer["problems"]]
+        return ControlState(**{**answer, "loaded": loaded, "problems": problems})
 
     @asynccontextmanager
     async def requests(self, connections: int) -> AsyncIterator[httpx.AsyncClient]:

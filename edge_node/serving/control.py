@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ class ControlServer:
                 "draining": gateway.draining,
                 "not_ready": gateway.not_ready(),
                 "silent_s": gateway.silent_s(),
+                "problems": [asdict(problem) for problem in gateway.problems.unwritten()],
             }
         )
 

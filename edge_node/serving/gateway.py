@@ -16,6 +16,7 @@ from typing import Protocol
 from edge_node.capture import Recorder
 from edge_node.errors import ServingError
 from edge_node.experience import ExperienceStore
+from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
 from edge_node.settings import EdgeSettings
@@ -45,10 +46,12 @@ class Gateway:
         self.engine = engine
         self.aliases = AliasTable(settings.serving.alias, engine.base_name)
         self.store = ExperienceStore(settings.data_dir / "experience.db")
+        self.problems = Problems(settings.data_dir)
         self.recorder = Recorder(
             self.store,
             queue_size=settings.capture.queue_size,
             durable_timeout_s=settings.capture.durable_timeout_s,
+            problems=self.problems,
         )
         self.draining = False
         self.last_progress = time.monotonic()

@@ -19,6 +19,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from edge_node.errors import ServingError, StorageError, UnknownInteraction
+from edge_node.experience import Feedback
+from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.serving.control import ControlServer
@@ -29,6 +31,8 @@ from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.settings import load_settings
 
 logger = logging.getLogger(__name__)
+
+CHECK_STORE = "Check the disk of EDGE_DATA_DIR: its space, permissions and experience.db. Clients may send it again."
 
 
 class LorikeetPlugin:
@@ -45,6 +49,7 @@ class LorikeetPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Raises ServingError (and with it ends vLLM) when the contract or the control socket does not hold."""
+        log_beside_vllm()  # again: vLLM has read an operator's own logging configuration since
         check_contract()
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
@@ -99,15 +104,23 @@ async def _models() -> JSONResponse:
 async def _feedback(request: Request) -> JSONResponse:
     try:
         feedback = read_feedback(await request.body())
-        feedback_id = await asyncio.to_thread(_gateway().store.add_feedback, feedback)
+        feedback_id = await asyncio.to_thread(_keep, feedback)
     except UnknownInteraction as error:
         return _error(404, "NotFoundError", str(error), "id")
     except ValueError as error:
         return _error(400, "BadRequestError", str(error))
     except StorageError as error:
-        logger.error("Feedback not stored", extra={"cause": str(error)})
+        await asyncio.to_thread(
+            _gateway().problems.report, "feedback", f"Feedback is refused with 503: {error}", CHECK_STORE
+        )
         return _error(503, "ServiceUnavailableError", "Feedback could not be stored; send it again later.")
     return JSONResponse({"id": feedback_id, "interaction": feedback.interaction_id})
+
+
+def _keep(feedback: Feedback) -> str:
+    feedback_id = _gateway().store.add_feedback(feedback)
+    _gateway().problems.clear("feedback")
+    return feedback_id
 
 
 def _gateway() -> Gateway:

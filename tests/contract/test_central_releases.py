@@ -201,10 +201,19 @@ async def test_a_later_look_names_its_environments_tasks_and_references(central:
 
 async def test_texts_of_callers_are_kept_short(central: Central, node: Node) -> None:
     long = "x" * 1_000_000
-    status = fleet_pb2.NodeStatus(problem=long, environments=[long, *("e" for _ in range(1000))], experiences=3)
+    problem = fleet_pb2.Problem(room=long[:999], text="\x1b[2J" + long, next_step=long[:999], since=long[:999])
+    environments = [long, *("e" for _ in range(1000))]
+    status = fleet_pb2.NodeStatus(problems=[problem], environments=environments, experiences=3)
     await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=20)
     listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
-    assert (len(listed.status.problem), len(listed.status.environments), listed.status.experiences) == (500, 256, 3)
+    assert (len(listed.status.environments), listed.status.experiences) == (256, 3)
+    kept = listed.status.problems[0]
+    assert [len(text) for text in (kept.room, kept.text, kept.next_step, kept.since)] == [64, 500, 500, 64]
+    assert kept.text.startswith(" [2Jxxx")
+    many = fleet_pb2.NodeStatus(problems=[fleet_pb2.Problem(room=str(number), text="x") for number in range(1000)])
+    await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=many), timeout=20)
+    listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
+    assert [problem.room for problem in listed.status.problems] == [str(number) for number in range(32)]
     code, why, told = await refusal(node.releases.GetHead(releases_pb2.GetHeadRequest(channel=long), timeout=20))
     assert (code, why) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT")
     assert len(told) == 2000

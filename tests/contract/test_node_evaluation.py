@@ -16,7 +16,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_node.environments import Task
-from edge_node.errors import AdapterError, ServingError
+from edge_node.errors import AdapterError, EnvironmentFault, ServingError
 from edge_node.releases.comparison import Comparison
 from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.releases.store import ReleaseStore
@@ -32,6 +32,7 @@ from tests.contract.test_release_watcher import (  # noqa: F401
     head_event,
     key,
     store,
+    trouble,
     until,
     watching,
 )
@@ -300,3 +301,45 @@ async def test_a_reference_that_the_node_no_longer_has_is_downloaded_loaded_and_
     assert counts(result) == (0, 8, 0, 0)
     assert (result.reference_id, result.fallback_reason) == (suite.reference_id, "")
     assert {("load", name) for name in names} <= set(control.calls)
+
+
+class Judging(NextWord):
+    def verify(self, task: Task, answer: str) -> Any:
+        raise KeyError(f"the customer's words: {answer}")
+
+
+async def test_a_verifier_that_raises_is_named_without_its_words() -> None:
+    async with serving(lambda model, number, body: True) as (url, _):
+        evaluator = Evaluator(at(url), {"acme": (EnvironmentSpec(name="acme", factory="x:Y"), Judging())})
+        with pytest.raises(
+            EnvironmentFault, match=r"Environment 'acme' raised KeyError in verify \(.*\.py:\d+\)"
+        ) as raised:
+            await evaluator.compare("acme", "new", "old", 0, 5, GREEDY)
+    assert "customer" not in str(raised.value)
+
+
+async def test_a_vllm_that_refuses_evaluations_is_a_problem(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    """As with `--api-key` that the node does not know: every evaluation got 401, and status said nothing."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        return web.Response(status=401)
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", refuse)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    offer = fleet_pb2.EvaluationOffer(offer_id="o1", candidate=signed, reference=signed, tasks=3, deadline_s=20)
+    central = Central(payload, [head_event(signed), fleet_pb2.WatchResponse(evaluation=offer)], cuts=0)
+    environments = {"e": (EnvironmentSpec(name="e", factory="x:Y"), NextWord())}
+    async with watching(store, await connect(central), Control(), environments, f"http://127.0.0.1:{port}"):
+        await until(lambda: "evaluation" in trouble(store))
+    await runner.cleanup()
+    assert "vLLM answered 401 to an evaluation request" in trouble(store)["evaluation"].text
+    assert "401" in central.reports[0].abstain_reason
