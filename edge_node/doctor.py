@@ -90,12 +90,13 @@ def _identity(data_dir: Path) -> Identity:
         waiting = [problem for problem in Problems(data_dir).current() if problem.room == "enrolment"]
         if not waiting or not _is_alive(data_dir):
             raise
-        text = f"This node waits to be enrolled since {waiting[0].since}. {waiting[0].text} {waiting[0].next_step}"
+        wait = waiting[0]
+        text = f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
         raise EnrollmentError(text) from error
 
 
 def _stored(settings: EdgeSettings) -> dict[str, Any]:
-    """What the stores hold; a store that cannot be opened, on a full disk for example, does not hide the rest."""
+    """What the stores hold. A store that cannot be opened (full disk) does not hide the rest."""
     held: dict[str, Any] = {"interactions": None, "feedback": None, "examples": None, "outbox": None}
     unreadable = []
     try:
@@ -232,12 +233,12 @@ async def _check_endpoint(settings: EdgeSettings) -> str:
 
 
 async def _serving_state(settings: EdgeSettings) -> ControlState:
-    """What vLLM says of itself now; raises ServingError, also for an engine that makes no tokens."""
+    """What vLLM says of itself; raises ServingError, also for an engine that makes no tokens."""
     state = await ControlClient(control_socket(settings.data_dir), timeout_s=STATE_TIMEOUT_S).state()
     if state.silent_s > SILENCE_S:
         raise ServingError(
-            f"vLLM's engine has made no token for {state.silent_s:.0f} s. The supervisor starts an engine that hangs again "
-            "within minutes; see logs/vllm.log."
+            f"vLLM's engine has made no token for {state.silent_s:.0f} s. The supervisor starts an "
+            "engine that hangs again within minutes; see logs/vllm.log."
         )
     return state
 

@@ -167,9 +167,10 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
             if error.code() in REFUSALS:
                 raise EnrollmentError(f"Central refused to enrol this node: {error.details()}") from error
             raise CentralUnreachable(
-                f"Central did not enrol this node at {address}: {error.code().name}: {error.details()}. Check "
-                "EDGE_CENTRAL__ENROLLMENT_ADDRESS, the network with its proxies, both clocks, and that `central serve` "
-                "runs; its certificate must name this host (CENTRAL_LISTEN__NAMES)."
+                f"Central did not enrol this node at {address}: {error.code().name}: "
+                f"{error.details()}. Check EDGE_CENTRAL__ENROLLMENT_ADDRESS, the network with its "
+                "proxies, both clocks, and that `central serve` runs; its certificate must name this "
+                "host (CENTRAL_LISTEN__NAMES)."
             ) from error
     identity = Identity(
         node_id=answer.node_id,
@@ -184,7 +185,7 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
 
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:
-    """A channel to `address` that reconnects by itself; through the environment's proxy unless it is this host."""
+    """A channel to `address` that reconnects by itself. Only to this host it takes no proxy."""
     own = (("grpc.enable_http_proxy", 0),) if _is_this_host(address) else ()
     return grpc.aio.secure_channel(address, credentials, options=(*CHANNEL_OPTIONS, *own))
 

@@ -81,7 +81,7 @@ async def enroll(settings: EdgeSettings) -> Identity:
 
 
 def control_socket(data_dir: Path) -> Path:
-    """vLLM's control socket: in the data directory, where every process of the node finds it, in any mount namespace."""
+    """vLLM's control socket. Every process of the node finds it here, whatever its TMPDIR is."""
     return data_dir / "control.sock"
 
 
@@ -106,7 +106,7 @@ def own_data_dir(data_dir: Path) -> Iterator[None]:
 
 
 async def enroll_when_central_answers(settings: EdgeSettings) -> Identity:
-    """As `enroll`, but a central that cannot be reached yet is asked again and again; raises all else."""
+    """As `enroll`, but asks a central that cannot be reached again and again; raises all else."""
     problems = Problems(settings.data_dir)
     pause_s = ENROL_PAUSE_FIRST_S
     while True:

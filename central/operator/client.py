@@ -44,7 +44,7 @@ class OperatorClient:
         host = "127.0.0.1" if settings.listen.host in WILDCARDS else settings.listen.host
         address = f"[{host}]:{settings.listen.port}" if ":" in host else f"{host}:{settings.listen.port}"
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        # Listings have no bound, and central is trusted. It is on this host: no proxy of the environment leads to it.
+        # Listings have no bound, and central is trusted. It is on this host: no proxy leads to it.
         options = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
         with grpc.secure_channel(address, credentials, options) as channel:
             yield cls(channel, address)
@@ -59,7 +59,8 @@ class OperatorClient:
             if not refused and status.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 details = str(status.details())
                 raise CentralUnreachable(
-                    f"Central does not answer at {self._address} ({status.code().name}: {details}). {_next_step(details)}"
+                    f"Central does not answer at {self._address} ({status.code().name}: {details}). "
+                    f"{_next_step(details)}"
                 ) from error
             raise CentralError(str(status.details() or status.code().name)) from error
 
@@ -70,10 +71,11 @@ def _next_step(details: str) -> str:
         return "Start it with `central serve`, or set CENTRAL_LISTEN__PORT and CENTRAL_DATA_DIR as it has them."
     if any(word in details for word in ("handshake", "certificate", "Socket closed")):
         return (
-            "Something listens there, but TLS failed: set CENTRAL_DATA_DIR, which holds the certificates, and "
-            "CENTRAL_LISTEN__PORT as central has them, and see that this machine's clock is right."
+            "Something listens there, but TLS failed: set CENTRAL_DATA_DIR, which holds the "
+            "certificates, and CENTRAL_LISTEN__PORT as central has them, and see that this machine's "
+            "clock is right."
         )
-    return "See central's log, and that CENTRAL_LISTEN__HOST and CENTRAL_LISTEN__PORT are as central has them."
+    return "See central's log, and that CENTRAL_LISTEN__HOST and CENTRAL_LISTEN__PORT are as it has them."
 
 
 def plain(message: Message) -> dict[str, Any]:

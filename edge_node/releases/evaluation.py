@@ -1,8 +1,8 @@
 """Evaluation of a candidate on this node's environments.
 
 In: two served versions, tasks to leave out and to take. Out: paired counts per environment; tasks and answers stay here.
-Candidate and reference answer the same held-out tasks, in one run, of the node's own vLLM: greedily, or with several
-sampled attempts that share their seeds. A request that fails for a reason of infrastructure makes the node abstain, never look like
+Candidate and reference answer the same held-out tasks, in one run, by the node's own vLLM: greedily,
+or with several sampled attempts that share their seeds. A request that fails for a reason of infrastructure makes the node abstain, never look like
 a lost skill.
 """
 
@@ -47,9 +47,9 @@ class Evaluator:
     """`environments` are this node's, by name; `seed` chooses the held-out tasks."""
 
     requests: Callable[[int], AbstractAsyncContextManager[httpx.AsyncClient]]
-    """Opens a client of the node's own vLLM, for at most so many connections: `ControlClient.requests`.
+    """`ControlClient.requests`: opens a client of the node's own vLLM, for at most so many connections.
 
-    It must set no deadline: the offer's holds for all, and a vLLM that hangs is restarted."""
+    It sets no deadline: the offer's holds for all, and a vLLM that hangs is restarted."""
     environments: Mapping[str, tuple[EnvironmentSpec, Environment]]
     seed: int = 0
 

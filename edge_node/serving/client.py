@@ -1,7 +1,7 @@
 """The node's own end of the control socket.
 
-In: calls, and requests for the engine. Out: what the serving process answered. Guarantees: every failure of a call is
-a ServingError that names the call; a path of any length works.
+In: calls, and requests for the engine. Out: what the serving process answered. Guarantees: every
+failure of a call is a ServingError that names the call; a path of any length works.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ CALL_TIMEOUT_S = 300
 
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """A name of the socket `path` that the kernel takes, inside the block; raises FileNotFoundError without its folder."""
+    """A name of the socket `path` that the kernel takes, inside the block.
+
+    Raises FileNotFoundError without its folder.
+    """
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
         yield str(path)
         return
@@ -49,8 +52,8 @@ def socket_problem(path: Path) -> str | None:
         trial.unlink()
     except OSError as error:
         return (
-            f"No Unix socket can be made in {path.parent}: {error}. Set EDGE_DATA_DIR to a directory of a local file "
-            "system; some network and desktop file systems have no sockets."
+            f"No Unix socket can be made in {path.parent}: {error}. Set EDGE_DATA_DIR to a directory "
+            "of a local file system; some network and desktop file systems have no sockets."
         )
     return None
 
@@ -113,7 +116,10 @@ class ControlClient:
 
     @asynccontextmanager
     async def requests(self, connections: int) -> AsyncIterator[httpx.AsyncClient]:
-        """A client of vLLM's own routes that needs no key, over at most `connections`; without a deadline."""
+        """A client of vLLM's own routes that needs no key and has no deadline.
+
+        connections: most that it opens.
+        """
         limits = httpx.Limits(max_connections=connections)
         with short_path(self._socket) as path:
             transport = httpx.AsyncHTTPTransport(uds=path, limits=limits)
@@ -129,8 +135,9 @@ class ControlClient:
                 response = await client.request(method, path, json=body)
         except TimeoutError as error:
             raise ServingError(
-                f"vLLM did not answer {path} on its control socket {self._socket} within {deadline_s:g} s. It hangs, "
-                "or the machine is overloaded; the supervisor starts a vLLM that hangs again. See logs/vllm.log."
+                f"vLLM did not answer {path} on its control socket {self._socket} within "
+                f"{deadline_s:g} s. It hangs, or the machine is overloaded; the supervisor starts a "
+                "vLLM that hangs again. See logs/vllm.log."
             ) from error
         except (httpx.HTTPError, OSError) as error:
             raise ServingError(
