@@ -83,16 +83,16 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
 
 
 def _identity(data_dir: Path) -> Identity:
-    """As Identity.load, but of a node that waits for central it says so."""
+    """As Identity.load; of a node that waits for central, or ended before it was enrolled, it says why."""
     try:
         return Identity.load(data_dir)
     except EnrollmentError as error:
-        waiting = [problem for problem in Problems(data_dir).current() if problem.room == "enrolment"]
-        if not waiting or not _is_alive(data_dir):
-            raise
-        wait = waiting[0]
-        text = f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
-        raise EnrollmentError(text) from error
+        texts = {problem.room: problem for problem in Problems(data_dir).current()}
+        if (wait := texts.get("enrolment")) is not None and _is_alive(data_dir):
+            text = f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
+            raise EnrollmentError(text) from error
+        ended = [texts["node"].text] if "node" in texts else []
+        raise EnrollmentError(" ".join([str(error), *ended])) from error
 
 
 def _stored(settings: EdgeSettings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Log lines of the node's processes: constant text, then the record's fields as `key=value`.
 
-In: log records with `extra` fields. Out: one line each, on stderr: of the supervisor, of the learner, and of vLLM's processes
-(data_dir/logs/vllm.log). Guarantees: a field is shown whatever vLLM's own logging looks like, and never breaks a line.
+In: log records with `extra` fields. Out: one line each on stderr, which is data_dir/logs/vllm.log in vLLM's processes.
+Guarantees: a field is shown whatever vLLM's own logging looks like, and never breaks a line.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def log_to_stderr() -> None:
 def log_beside_vllm() -> None:
     """Our lines in a process of vLLM; repeats change nothing.
 
-    vLLM's handlers are its own affair: its format leaves fields out, and an operator may turn them off or point them elsewhere
-    (VLLM_CONFIGURE_LOGGING=0, VLLM_LOGGING_CONFIG_PATH). A configuration of the operator's also turns off every logger that
-    exists and that it does not name, so this is called again once vLLM has been configured.
+    vLLM's handlers are not used: their format leaves fields out, and an operator may turn them off or point them
+    elsewhere (VLLM_CONFIGURE_LOGGING=0, VLLM_LOGGING_CONFIG_PATH). An operator's configuration also turns off every
+    logger that exists and that it does not name. So this is called again once vLLM has read it.
     """
     ours = logging.getLogger(OURS)
     if not any(isinstance(handler.formatter, FieldFormatter) for handler in ours.handlers):

@@ -1,6 +1,6 @@
-"""What no room of the node looks after, though all need it: space on the disk, a certificate that is valid.
+"""What no room of the node looks after, though all need it: space on the disk, a valid certificate.
 
-In: the data directory and the node's identity. Out: the problems of rooms `disk` and `certificate`, looked at again every PERIOD_S.
+In: the data directory and the node's identity. Out: the problems of rooms `disk` and `certificate`, every PERIOD_S.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from edge_node.capture.answers import Finished, to_interaction
+from edge_node.errors import EdgeError
 from edge_node.experience import ExperienceStore, Interaction
 from edge_node.problems import Problems
 
@@ -146,7 +147,8 @@ class Recorder:
                 self._calm_down()
             except Exception as error:
                 fate, self._writes = _Fate.LOST, False
-                self._report(str(error))
+                # Another error's words might quote the answer, and the cause goes to central.
+                self._report(str(error) if isinstance(error, EdgeError) else type(error).__name__)
             for entry, _ in rows:
                 self._settle(entry, fate)
         for loop in {entry.loop for entry in group}:

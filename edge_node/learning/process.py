@@ -1,8 +1,8 @@
 """The supervisor's handle on the learner: starts it, starts it again, stops it.
 
 In: settings. Runs `python -m edge_node.learning.worker` until `aclose`; the child inherits EDGE_* and dies with this
-process. A learner that ends is started again after a pause that doubles while it keeps ending soon; it is the problem of room
-`learner` until one has run for a while (problems.calm_s). What it prints goes on to this process's stderr.
+process. A learner that ends is started again after a pause that doubles while it keeps ending soon. It is the problem
+of room `learner` until one has run for a while (problems.calm_s). What it prints goes on to this process's stderr.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 from edge_node.problems import Problems, calm_s
 from edge_node.settings import EdgeSettings
@@ -102,8 +103,9 @@ class LearnerProcess:
     async def _pass_on(self, pipe: asyncio.StreamReader) -> None:
         end = b""
         while piece := await pipe.read(1 << 16):
-            sys.stderr.buffer.write(piece)
-            sys.stderr.buffer.flush()
+            with suppress(OSError):  # nobody reads our log: the learner must not wait for that
+                sys.stderr.buffer.write(piece)
+                sys.stderr.buffer.flush()
             end = (end + piece)[-LAST_WORDS_BYTES:]
             said = [line for line in end.decode(errors="replace").splitlines() if line.startswith("learner: ")]
             self._last_words = said[-1].removeprefix("learner: ") if said else self._last_words

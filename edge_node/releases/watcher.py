@@ -276,7 +276,7 @@ class ReleaseWatcher:
                 async with asyncio.timeout_at(ends):
                     report = await self._compare_with_retries(offer)
             except Exception as error:  # supervision: whatever an environment or vLLM does, this node abstains
-                report = self._abstain(offer, error)
+                report = self._abstain(offer, error, in_time=asyncio.get_running_loop().time() < ends)
             finally:
                 self._evaluating = ()
             if await self._send_report(report, ends) and not report.abstain_reason:
@@ -284,9 +284,11 @@ class ReleaseWatcher:
                 self._problems.clear("environments")
             self._spare.set()
 
-    def _abstain(self, offer: fleet_pb2.EvaluationOffer, error: Exception) -> releases_pb2.ReportEvaluationRequest:
+    def _abstain(
+        self, offer: fleet_pb2.EvaluationOffer, error: Exception, *, in_time: bool
+    ) -> releases_pb2.ReportEvaluationRequest:
         why, then = words(error), next_step(error)
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) and not in_time:
             why = f"it took longer than the {offer.deadline_s} s that central waits"
             then = "Ask the operator of central for more time or fewer tasks, or give this node more compute."
         log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": why})

@@ -1,8 +1,8 @@
 """Why a vLLM did not start, from what it printed.
 
-In: the text of logs/vllm.log. Out: one line, the exception or the argument mistake that ended it, or nothing. Guarantees: a
-warning is never the reason, however many errors it names; of several processes' tracebacks the one with the cause wins over those
-that only say that another process failed.
+In: the text of logs/vllm.log. Out: one line, the exception or the argument mistake that ended it, or nothing.
+Guarantees: a warning is never the reason, however many errors it names. Of several processes' tracebacks the one with the
+cause wins over those that only say that another process failed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _PREFIX = re.compile(
 """`(EngineCore pid=7) ERROR 11-26 19:12:43 [core.py:1510] ` of vLLM, or `ERROR:    ` of uvicorn."""
 _PROCESS = re.compile(r"^\(\S+ pid=\d+\) ")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_GROUP = re.compile(r"^ +(?:\| |\+-+ ?|\+ )")
 _TRACEBACK = "Traceback (most recent call last):"
 _EXCEPTION = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*)(?:: ?(?P<words>.*))?$")
 _ARGUMENT = re.compile(r"^[\w./-]+: error: (?P<words>.+)$")
@@ -47,25 +48,35 @@ class _Raised:
 
 def startup_reason(text: str) -> str:
     """The reason in at most MAX_REASON characters; empty when the text names none."""
-    lines = [_COLOUR.sub("", line.rstrip("\r")) for line in text.split("\n")]
-    plain = [(_level(line), _bare(line)) for line in lines]
+    plain = [(_level(line), _bare(line)) for line in _lines(text)]
     said = [line for level, line in plain if level not in ("DEBUG", "INFO", "WARNING")]
     raised = _tracebacks(said)
     causes = [one for one in raised if not one.is_echo]
     mistakes = [mistake["words"] for line in said if (mistake := _ARGUMENT.match(line))]
     native = [line for line in said if _NATIVE.match(line)]
     errors = [line for level, line in plain if level in ("ERROR", "CRITICAL") and line.strip()]
-    for known in (causes, mistakes, native, raised, errors, _last_word(plain)):
+    last = _last_word(plain)
+    if last and _ARGUMENT.match(last[0]):  # argparse ends the process, whatever was caught and printed before
+        causes = []
+    for known in (native, causes, mistakes, raised, errors, last):
         if known:
             return " ".join(str(known[-1]).split())[:MAX_REASON]
     return ""
 
 
 def raised_at(text: str) -> str:
-    """Kind and place of the last exception, without its words, which may quote a request; empty when there is none."""
-    raised = _tracebacks([_bare(_COLOUR.sub("", line.rstrip("\r"))) for line in text.split("\n")])
+    """Kind and place of the last exception, without its words, which may quote a request.
+
+    Empty when there is none.
+    """
+    raised = _tracebacks([_bare(line) for line in _lines(text)])
     causes = [one for one in raised if not one.is_echo] or raised
     return f"{causes[-1].kind} ({causes[-1].where})" if causes else ""
+
+
+def _lines(text: str) -> list[str]:
+    """Without colours, and without the frame that Python draws around a group of exceptions."""
+    return [_GROUP.sub("", _COLOUR.sub("", line.rstrip("\r"))) for line in text.split("\n")]
 
 
 def _level(line: str) -> str:

@@ -1,8 +1,9 @@
 """The supervised vLLM child.
 
 In: settings, the base model, a path for the control socket. Out: a serving process, started again when it exits or
-hangs, which is the problem of room `serving` until one has run for a while (problems.calm_s). Guarantees: at most one vLLM at a time; it dies with this process, also of `kill -9`; its log is in
-data_dir/logs/vllm.log. Create it in the event loop of the main thread: Linux ties a child's life to that thread.
+hangs. That is the problem of room `serving` until another one has run for a while (problems.calm_s). Guarantees: at
+most one vLLM at a time; it dies with this process, also of `kill -9`; its log is in data_dir/logs/vllm.log. Create it in
+the event loop of the main thread: Linux ties a child's life to that thread.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 from fastapi import Request
 
 from edge_node.doctor import node_status
-from edge_node.errors import StorageError
+from edge_node.errors import EnrollmentError, StorageError
 from edge_node.experience import Interaction
 from edge_node.main import control_socket, own_data_dir, serve
 from edge_node.problems import Problems
@@ -27,6 +27,7 @@ from edge_node.settings import EdgeSettings
 from tests.fakes.endpoint import Outside
 from tests.fakes.gateway import make_gateway, make_version
 from tests.fakes.node_data import make_node
+from tests.fakes.tiny_model import tiny_model
 
 V1 = "lorikeet@v1-aaaaaaaa"
 
@@ -148,3 +149,13 @@ async def test_the_second_supervisor_reports_nothing_into_the_firsts_directory(s
     with own_data_dir(settings.data_dir), pytest.raises(StorageError, match="Another edge node runs"):
         await serve(settings)
     assert Problems(settings.data_dir).current() == []
+
+
+async def test_a_node_that_is_not_enrolled_says_why_its_last_start_could_not(tmp_path: Path) -> None:
+    settings = EdgeSettings.model_validate({"data_dir": tmp_path / "node", "base": {"path": tiny_model()}})
+    with pytest.raises(EnrollmentError):  # there is no token
+        await serve(settings)
+    with pytest.raises(
+        EnrollmentError, match="`edge-node serve` ended: This node is not enrolled and has no join token"
+    ):
+        await node_status(settings)

@@ -609,6 +609,22 @@ async def test_an_environment_that_raises_is_a_problem_until_an_evaluation_succe
         await until(lambda: not trouble(store))
 
 
+async def test_an_evaluation_that_takes_too_long_is_a_problem_with_the_time_it_had(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    class Hanging(Control):
+        async def load(self, name: str, path: Path) -> None:
+            await asyncio.Event().wait()
+
+    payload = make_payload()
+    event = evaluation_event(make_signed(key, payload), make_signed(key, payload))
+    event.evaluation.deadline_s = 1
+    central = Central(payload, [event], cuts=0)
+    async with watching(store, await connect(central), Hanging()):
+        await until(lambda: "evaluation" in trouble(store))
+    assert "it took longer than the 1 s that central waits" in trouble(store)["evaluation"].text
+
+
 async def test_a_node_without_environments_abstains_and_has_no_trouble(
     store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
 ) -> None:

@@ -287,3 +287,12 @@ async def test_without_further_answers_the_problem_ends_too(
         while Problems(tmp_path).current():
             await asyncio.sleep(0.01)
     recorder.close()
+
+
+async def test_an_error_that_quotes_an_answer_is_told_by_its_kind(store: GatedStore, tmp_path: Path) -> None:
+    recorder = make_recorder(store)
+    store.error = ValueError("cannot store 'my secret'")
+    assert not await recorder.keep(make_chat())
+    await until_said(Problems(tmp_path), "ValueError")
+    assert "secret" not in Problems(tmp_path).current()[0].text
+    recorder.close()

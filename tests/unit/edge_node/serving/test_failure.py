@@ -67,6 +67,22 @@ def test_a_warning_is_never_the_reason(prefix: str) -> None:
         ),
         ("\x1b[31mTraceback (most recent call last):\x1b[0m\n  frame\nOSError: no disk\n", "OSError: no disk ()"),
         (
+            "Traceback (most recent call last):\n  x\nImportError: caught\nusage: entry.py [-h]\nentry.py: error: bad\n",
+            "bad",
+        ),
+        (
+            "terminate called after throwing an instance of 'std::bad_alloc'\n"
+            "Traceback (most recent call last):\n  x\nRuntimeError: Failed core proc(s): {'EngineCore': -6}\n",
+            "terminate called after throwing an instance of 'std::bad_alloc'",
+        ),
+        (
+            '  + Exception Group Traceback (most recent call last):\n  |   File "a.py", line 1, in f\n'
+            "  | ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception)\n  +-+---------------- 1 ----------------\n"
+            '    | Traceback (most recent call last):\n    |   File "b.py", line 2, in g\n    | ValueError: the cause\n'
+            "    +------------------------------------\n",
+            "ValueError: the cause (b.py:2)",
+        ),
+        (
             "Traceback (most recent call last):\n  x\nOSError: the real one, which is long enough to stand without a place here\n"
             "Exception ignored in: <function A.__del__>\nTraceback (most recent call last):\n  x\nAttributeError: noise\n"
             "Traceback (most recent call last):\n  x\nasyncio.exceptions.CancelledError\n",
