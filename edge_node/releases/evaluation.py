@@ -1,8 +1,8 @@
 """Evaluation of a candidate on this node's environments.
 
 In: two served versions, tasks to leave out and to take. Out: paired counts per environment; tasks and answers stay here.
-Candidate and reference answer the same held-out tasks, in one run, through the node's own endpoint: greedily, or with several
-sampled attempts that share their seeds. A request that fails for a reason of infrastructure makes the node abstain, never look like
+Candidate and reference answer the same held-out tasks, in one run, by the node's own vLLM: greedily,
+or with several sampled attempts that share their seeds. A request that fails for a reason of infrastructure makes the node abstain, never look like
 a lost skill.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import httpx
@@ -43,9 +44,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Asks the node's own endpoint at `url`; `environments` are this node's, by name; `seed` chooses the held-out tasks."""
+    """`environments` are this node's, by name; `seed` chooses the held-out tasks."""
 
-    url: str
+    requests: Callable[[int], AbstractAsyncContextManager[httpx.AsyncClient]]
+    """`ControlClient.requests`: opens a client of the node's own vLLM, for at most so many connections.
+
+    It sets no deadline: the offer's holds for all, and a vLLM that hangs is restarted."""
     environments: Mapping[str, tuple[EnvironmentSpec, Environment]]
     seed: int = 0
 
@@ -61,10 +65,7 @@ class Evaluator:
         """
         spec, environment = self.environments[name]
         suite = await asyncio.to_thread(self._suite, name, environment, first_task, tasks)
-        limits = httpx.Limits(max_connections=CONCURRENCY)
-        # No deadline per request: the offer's holds for all, and a vLLM that hangs is restarted. And no proxy of the
-        # environment: tasks do not leave this machine.
-        async with httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False) as client:
+        async with self.requests(CONCURRENCY) as client:
             with_candidate, with_reference = await asyncio.gather(
                 self._passed(client, candidate, name, suite, sampling),
                 self._passed(client, reference, name, suite, sampling),

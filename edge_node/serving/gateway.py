@@ -56,6 +56,8 @@ class Gateway:
         self.draining = False
         self.last_progress = time.monotonic()
         """When the last piece of an answer went out."""
+        self._probes: list[float] = []
+        """Since when each probe waits for its token."""
         self._problem: str | None = None
         self._changing = asyncio.Lock()
 
@@ -110,6 +112,7 @@ class Gateway:
     async def probe(self, deadline_s: float) -> bool:
         """True when the engine makes a token, or any answer moves, within the deadline."""
         started = time.monotonic()
+        self._probes.append(started)
         try:
             async with asyncio.timeout(deadline_s):
                 await self.engine.probe()
@@ -117,6 +120,13 @@ class Gateway:
         except TimeoutError:
             # Behind a long queue the probe itself may wait; an engine that answers others does not hang.
             return self.last_progress > started
+        finally:
+            self._probes.remove(started)
+
+    def silent_s(self) -> float:
+        """How long a probe has waited while no answer moved; 0 when none waits."""
+        since = max(min(self._probes), self.last_progress) if self._probes else None
+        return 0.0 if since is None else time.monotonic() - since
 
     async def activate(self) -> None:
         """Loads the release that releases/active.json names and points the alias at it: what a restart does offline."""
@@ -131,3 +141,7 @@ class Gateway:
         except (ServingError, OSError, ValueError, KeyError, TypeError) as error:
             self._problem = f"The active release in {file} cannot be loaded: {error}"
             logger.error("Active release not loaded", extra={"cause": str(error)})
+
+
+here: Gateway | None = None
+"""Of this vLLM process; None until the plug-in has made it."""

@@ -9,11 +9,9 @@ the event loop of the main thread: Linux ties a child's life to that thread.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -23,8 +21,9 @@ import httpx
 from edge_node.errors import ServingError, StorageError
 from edge_node.problems import Problems, calm_s
 from edge_node.serving import launch
-from edge_node.serving.client import ControlClient, check_socket_path
+from edge_node.serving.client import ControlClient, socket_problem
 from edge_node.serving.command import SHUTDOWN_TIMEOUT_S, runs_on_cpu, serving_command, serving_environment
+from edge_node.serving.endpoint import is_listening, port_problem, start_problem
 from edge_node.serving.failure import raised_at, startup_reason
 from edge_node.settings import EdgeSettings
 from protos.base import BaseModelInfo
@@ -52,7 +51,7 @@ class VllmProcess:
     ) -> None:
         self._settings = settings
         self._base = base
-        self._socket = check_socket_path(control_socket.absolute())
+        self._socket = control_socket.absolute()
         self._control = ControlClient(self._socket)
         self._probe_period_s = probe_period_s
         self._probe_deadline_s = probe_deadline_s
@@ -81,6 +80,8 @@ class VllmProcess:
         """Starts, watches and restarts vLLM until aclose(); raises ServingError when it cannot even start once."""
         backoff_s = 1.0
         try:
+            if problem := start_problem(self._settings.serving) or socket_problem(self._socket):
+                raise ServingError(problem)
             while not self._closing.is_set():
                 started = time.monotonic()
                 await self._free_port()
@@ -203,11 +204,11 @@ class VllmProcess:
         if not self._socket.exists():
             return False
         try:
-            await self._control.state()
-            async with httpx.AsyncClient(timeout=self._probe_deadline_s, trust_env=False) as client:
-                return (await client.get(f"{self._settings.serving.url}/health")).status_code == 200
-        except (ServingError, httpx.HTTPError):
+            async with asyncio.timeout(self._probe_deadline_s), self._control.requests(1) as vllm:
+                healthy = (await vllm.get("/health")).status_code == 200
+        except (httpx.HTTPError, OSError):
             return False
+        return healthy and await is_listening(self._settings.serving)
 
     async def _alive(self, exited: asyncio.Future[int]) -> bool:
         probe = asyncio.ensure_future(self._control.probe(self._probe_deadline_s))
@@ -233,23 +234,11 @@ class VllmProcess:
     async def _free_port(self) -> None:
         """Waits for a port that a dying vLLM of ours still holds; raises ServingError when somebody else has it."""
         for _ in range(50 if self.generation else 1):
-            problem = self._port_problem()
+            problem = port_problem(self._settings.serving)
             if problem is None or self._closing.is_set():
                 return
             await self._pause(READY_POLL_S)
         raise ServingError(problem or "")
-
-    def _port_problem(self) -> str | None:
-        host, port = self._settings.serving.host, self._settings.serving.port
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return f"Port {port} on {host} is taken. Stop what listens there, or set EDGE_SERVING__PORT to a free port."
-                return f"Cannot listen on {host}:{port}: {error}. Set EDGE_SERVING__HOST to an address of this machine."
-        return None
 
     async def _pause(self, seconds: float) -> None:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +17,14 @@ from fastapi import Request
 from edge_node.doctor import node_status
 from edge_node.errors import EnrollmentError, StorageError
 from edge_node.experience import Interaction
-from edge_node.main import own_data_dir, serve
+from edge_node.main import control_socket, own_data_dir, serve
 from edge_node.problems import Problems
+from edge_node.serving import gateway as gateways
 from edge_node.serving import plugin
 from edge_node.serving.control import ControlServer
 from edge_node.serving.gateway import Gateway
 from edge_node.settings import EdgeSettings
+from tests.fakes.endpoint import Outside
 from tests.fakes.gateway import make_gateway, make_version
 from tests.fakes.node_data import make_node
 from tests.fakes.tiny_model import tiny_model
@@ -42,15 +43,12 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeSettings:
 async def gateway(settings: EdgeSettings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gateway]:
     """What runs in vLLM's process, with its control socket where the supervisor looks for it."""
     gateway = make_gateway(settings.data_dir)
-    with tempfile.TemporaryDirectory() as directory:
-        socket = Path(directory) / "s"
-        monkeypatch.setattr("edge_node.doctor.control_socket", lambda data_dir: socket)
-        monkeypatch.setattr("edge_node.doctor._is_ready", lambda settings: asyncio.sleep(0, True))
-        monkeypatch.setattr(plugin, "gateway", gateway)
-        server = ControlServer(gateway, socket)
-        await server.start()
-        yield gateway
-        await server.aclose()
+    monkeypatch.setattr("edge_node.doctor.is_listening", lambda serving: asyncio.sleep(0, True))
+    monkeypatch.setattr(gateways, "here", gateway)
+    server = ControlServer(gateway, control_socket(settings.data_dir), Outside(None))
+    await server.start()
+    yield gateway
+    await server.aclose()
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:

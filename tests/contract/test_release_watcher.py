@@ -28,6 +28,7 @@ from edge_node.settings import CentralSettings, EdgeSettings, EnvironmentSpec, R
 from protos.base import BaseModelInfo
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
+from tests.fakes.endpoint import at
 from tests.unit.edge_node.releases.test_release_store import BASE, SHAPES, make_payload, make_signed
 
 
@@ -176,7 +177,7 @@ async def test_the_alias_follows_the_head_and_an_offer_is_answered_once(
         store,
         Vllm(),
         control,  # type: ignore[arg-type]
-        Evaluator("http://127.0.0.1:9", {}),
+        Evaluator(at("http://127.0.0.1:9"), {}),
         fleet_pb2.NodeStatus,
         tuple,
     )
@@ -262,7 +263,7 @@ async def watching(
         store,
         Vllm(),
         control,  # type: ignore[arg-type]
-        Evaluator(evaluation_url, dict(environments)),
+        Evaluator(at(evaluation_url), dict(environments)),
         fleet_pb2.NodeStatus,
         tuple,
     )
