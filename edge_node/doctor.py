@@ -55,7 +55,7 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
     )
     active = store.active()
-    stored = _stored(settings)
+    stored, unreadable = _stored(settings)
     status: dict[str, Any] = {
         "node_id": identity.node_id,
         "cohort": identity.cohort,
@@ -67,10 +67,10 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     try:
         state = await _serving_state(settings)
     except ServingError as error:
-        return status | {"not_ready": str(error), "problems": _problems(settings.data_dir, identity, [])}
+        return status | {"not_ready": str(error), "problems": _problems(settings.data_dir, identity, unreadable)}
     not_ready = state.not_ready
     if not_ready is None and not await is_listening(settings.serving):
-        not_ready = f"{settings.serving.host}:{settings.serving.port} takes no connections."
+        not_ready = f"Nothing listens at {settings.serving.host}:{settings.serving.port}."
     return status | {
         "ready": not_ready is None,
         "serving": state.target,
@@ -78,49 +78,51 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "captured": state.captured,
         "lost": state.lost,
         "not_ready": not_ready,
-        "problems": _problems(settings.data_dir, identity, state.problems),
+        "problems": _problems(settings.data_dir, identity, [*unreadable, *state.problems]),
     }
 
 
-def _identity(data_dir: Path) -> Identity:
-    """As Identity.load; of a node that waits for central, or ended before it was enrolled, it says why."""
-    try:
-        return Identity.load(data_dir)
-    except EnrollmentError as error:
-        texts = {problem.room: problem for problem in Problems(data_dir).current()}
-        if (wait := texts.get("enrolment")) is not None and _is_alive(data_dir):
-            text = f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
-            raise EnrollmentError(text) from error
-        ended = [texts["node"].text] if "node" in texts else []
-        raise EnrollmentError(" ".join([str(error), *ended])) from error
-
-
-def _stored(settings: EdgeSettings) -> dict[str, Any]:
-    """What the stores hold. A store that cannot be opened (full disk) does not hide the rest."""
-    held: dict[str, Any] = {"interactions": None, "feedback": None, "examples": None, "outbox": None}
-    unreadable = []
-    try:
-        counts = ExperienceStore(settings.data_dir / "experience.db").counts()
-        held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
-    except StorageError as error:
-        unreadable.append(str(error))
-    try:
-        states = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
-        held["outbox"] = {state: states.count(state) for state in sorted(set(states))}
-    except StorageError as error:
-        unreadable.append(str(error))
-    return held | ({"unreadable": unreadable} if unreadable else {})
-
-
-def _problems(data_dir: Path, identity: Identity, of_vllm: list[Problem]) -> list[dict[str, str]]:
-    """Those on file, those that only vLLM's process knows, and what can be seen from here: on a full disk no file tells."""
-    found = {problem.room: problem for problem in [*Problems(data_dir).current(), *of_vllm]}
+def _problems(data_dir: Path, identity: Identity, unwritten: list[Problem]) -> list[dict[str, str]]:
+    """Those on file, those that are on no file, and what can be seen from here: on a full disk no file tells."""
+    found = {problem.room: problem for problem in [*Problems(data_dir).current(), *unwritten]}
     for room, wrong in surroundings(data_dir, identity):
         known = found.pop(room, None)
         if wrong is not None:
             since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
             found[room] = Problem(room, *wrong, since)
     return [asdict(found[room]) for room in sorted(found)]
+
+
+def _identity(data_dir: Path) -> Identity:
+    """As Identity.load, but of a node that could not be enrolled so far it says why: `serve` enrols too."""
+    try:
+        return Identity.load(data_dir)
+    except EnrollmentError as error:
+        known = {problem.room: problem for problem in Problems(data_dir).current()}
+        if (wait := known.get("enrolment")) is not None and _is_alive(data_dir):
+            text = f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
+            raise EnrollmentError(text) from error
+        ended = [known["node"].text] if "node" in known else []
+        raise EnrollmentError(" ".join([str(error), *ended])) from error
+
+
+def _stored(settings: EdgeSettings) -> tuple[dict[str, Any], list[Problem]]:
+    """What the stores hold. A store that cannot be opened (full disk) does not hide the rest: it is a problem."""
+    held: dict[str, Any] = {"interactions": None, "feedback": None, "examples": None, "outbox": None}
+    unreadable = []
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
+    try:
+        counts = ExperienceStore(settings.data_dir / "experience.db").counts()
+        held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
+    except StorageError as error:
+        unreadable.append(Problem("experience", str(error), step, now))
+    try:
+        states = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
+        held["outbox"] = {state: states.count(state) for state in sorted(set(states))}
+    except StorageError as error:
+        unreadable.append(Problem("outbox", str(error), step, now))
+    return held, unreadable
 
 
 async def run_checks(settings: EdgeSettings) -> list[Check]:

@@ -20,7 +20,7 @@ def make_identity(data_dir: Path, base: str = "b" * 64) -> Identity:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NODE_ID)])
     now = datetime.now(UTC)
-    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=60))
     pem = certificate.sign(key, SHA256()).public_bytes(Encoding.PEM)
     public = ec.generate_private_key(ec.SECP256R1()).public_key()
     release_key = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
