@@ -12,7 +12,7 @@ import pytest
 
 from edge_node.problems import Problems
 from edge_node.surroundings import LOW_DISK_BYTES, NEAR_END, look_around, surroundings
-from tests.fakes.identity import NODE_ID, make_identity
+from tests.fakes.identity import LIFETIME, NODE_ID, make_identity
 
 DAY = timedelta(days=1)
 
@@ -25,8 +25,8 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     ("before_end", "text"), [(NEAR_END + DAY, None), (DAY, f"certificate of {NODE_ID} ends on"), (-DAY, "ended on")]
 )
 def test_a_certificate_near_its_end_or_ended(tmp_path: Path, before_end: timedelta, text: str | None) -> None:
-    identity = make_identity(tmp_path)  # for one day
-    now = datetime.now(UTC) + DAY - before_end
+    identity = make_identity(tmp_path)
+    now = datetime.now(UTC) + LIFETIME - before_end
     wrong = dict(surroundings(tmp_path, identity, now))["certificate"]
     assert (wrong is None) == (text is None)
     if wrong is not None:
