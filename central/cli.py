@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from central import __version__
 from central.command import Options, asking, command, json_option, print_one, print_rows, print_text, printable, rows_of
 from central.errors import CentralError
+from central.journal_commands import add_journal
 from central.operator.commands import add_forget, add_nodes, add_updates
 from central.settings import CentralSettings, load_settings
 from central.storage.commands import add_backup, add_restore, add_retention
@@ -63,10 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     events.add_argument("--after", type=int, default=0, help="events after this number (default 0)")
     events.add_argument("--limit", type=int, default=1000, help="at most this many (default 1000)")
     json_option(events)
-    journal = commands.add_parser("journal", help="check the journal's hash chain", description="the journal on disk")
-    journal_actions = journal.add_subparsers(required=True, metavar="ACTION")
-    text = "re-read every event, check the hash chain and replay it; writes nothing, central may run or not"
-    json_option(command(journal_actions, "verify", _verify, text))
+    add_journal(commands)
     return parser
 
 
@@ -236,18 +234,6 @@ def _events(client: OperatorClient, options: Options) -> None:
         for row in rows:
             row["body"] = json.loads(row["body"])
     print_rows(options, rows, ("sequence", "at", "cohort", "kind", "subject"))
-
-
-def _verify(settings: CentralSettings, options: Options) -> None:
-    from central.journal import verify_journal
-
-    state = verify_journal(settings.journal_url)
-    digest = state.last_hash if state.sequence else ""
-    if options.json:
-        print(json.dumps({"events": state.sequence, "hash": digest}))
-    else:
-        # A cut-off tail cannot be seen from the chain itself, only against what somebody else wrote down.
-        print(f"The journal is whole: {state.sequence} events, the last one with hash {digest or 'none'}.")
 
 
 def _verify_releases(settings: CentralSettings, options: Options) -> None:
