@@ -37,6 +37,7 @@ from central.fleet.identity import Authenticator
 from central.fleet.pki import Pki
 from central.fleet.presence import Presence
 from central.fleet.service import HEARTBEAT_S, FleetService
+from central.history import FILE as HEAD_FILE
 from central.history import Heads, expect_history, kept_heads, unnamed_blobs
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
@@ -118,7 +119,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     stack.enter_context(WriterLock(settings.journal_url))
     blobs = open_blobs(settings)
     kept = kept_heads(settings.data_dir, blobs)
-    served_before = bool(kept) or count_events(settings.journal_url) > 0
+    served_before = (settings.data_dir / HEAD_FILE).exists() or count_events(settings.journal_url) > 0
     names = [*settings.listen.names, *_listen_name(settings.listen.host)]
     pki = Pki.load_or_create(settings.data_dir, names, served_before)
     blobs.claim(pki.identity)

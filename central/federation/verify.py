@@ -3,8 +3,10 @@
 In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload and the updates' payloads go
 through the merge that made the release (composition.py), and the digest must come out again; so must that of its server state.
 
+What is stored is read too: the bytes that would be served, the cohort's own product and the strategy's state.
+
 Guarantee: `identical` means that the release holds its parent and the updates of its plan with the plan's weights, and nothing
-else. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
+else, and that its bytes lie in the store as they were released. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
 release is rebuilt on is a parent that was rebuilt, or has the digest of one that was.
 
 Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads the environment asks for does not
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from central.errors import StorageError
 from central.federation.composition import build_payload, standing_of
@@ -24,11 +26,12 @@ from central.federation.replies import MergedPayload, train_replies
 from central.federation.stock import make_strategy
 from central.federation.strategy import Blobs
 from central.journal import ReleaseRecord, State
+from central.journal.payloads import release_blobs
 from protos.lora import LoraTensors, encode
 from protos.manifest import ManifestError, sha256_hex, verify
 
-Outcome = Literal["identical", "differs", "failed", "forgotten", "collected"]
-"""forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was forgotten; collected: because
+Outcome = Literal["identical", "differs", "failed", "damaged", "forgotten", "collected"]
+"""damaged: its own bytes in the store are gone or altered, whatever it is rebuilt to; forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was forgotten; collected: because
 retention collected payloads that no release on a reachable line needs."""
 
 
@@ -86,6 +89,16 @@ class _Rebuilder:
         self._last = {sha256_hex(data): data for data in made if data is not None}
         return merged
 
+    def damage(self, release: ReleaseRecord) -> str:
+        """What is wrong with the release's own bytes in the store; empty when nothing is, or when they were collected."""
+        try:
+            for digest in release_blobs(release):
+                if digest not in self._state.collected:
+                    self._blobs.read(digest)
+        except StorageError as error:
+            return str(error)
+        return ""
+
     def read(self, digest: str) -> bytes:
         """What the merge reads: its parent, its parent's server state, and the updates of its plan."""
         if digest in self._last:
@@ -108,11 +121,13 @@ class _Rebuilder:
 
 
 def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release_key_pem: bytes) -> Finding:
-    expected, rebuilt = release.manifest.payload.digest_sha256, ""
+    rebuilt = ""
     outcome: Outcome = "failed"
     problem = ""
     try:
         verify(release_key_pem, release.manifest_bytes, release.signature)
+        if lost := rebuilder.damage(release):
+            return Finding(**_facts(release), outcome="damaged", rebuilt="", problem=lost)
         merged = rebuilder.rebuild(release)
         rebuilt = sha256_hex(merged.data)
         problem = _difference(release, merged, rebuilt)
@@ -125,18 +140,19 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
             outcome = "collected"
     except (FederationError, ManifestError) as error:
         problem = str(error)
+    return Finding(**_facts(release), outcome=outcome, rebuilt=rebuilt, problem=problem)
+
+
+def _facts(release: ReleaseRecord) -> dict[str, Any]:
     manifest = release.manifest
-    return Finding(
-        release_id=release.release_id,
-        version=manifest.label,
-        cohort=release.cohort,
-        state=release.state,
-        outcome=outcome,
-        updates=len(manifest.updates),
-        expected=expected,
-        rebuilt=rebuilt,
-        problem=problem,
-    )
+    return {
+        "release_id": release.release_id,
+        "version": manifest.label,
+        "cohort": release.cohort,
+        "state": release.state,
+        "updates": len(manifest.updates),
+        "expected": manifest.payload.digest_sha256,
+    }
 
 
 def _forgotten(state: State, release: ReleaseRecord) -> str:
