@@ -17,6 +17,7 @@ from central.command import Options, asking, command, json_option, print_one, pr
 from central.errors import CentralError
 from central.journal_commands import add_journal
 from central.operator.commands import add_forget, add_nodes, add_updates
+from central.operator.tokens import add_tokens
 from central.settings import CentralSettings, load_settings
 from central.storage.commands import add_backup, add_restore, add_retention
 
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command(commands, "serve", _serve, "serve nodes and operators, merge and release until stopped")
     add_nodes(commands)
-    _add_tokens(commands)
+    add_tokens(commands)
     _add_releases(commands)
     add_updates(commands)
     add_forget(commands)
@@ -66,16 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     json_option(events)
     add_journal(commands)
     return parser
-
-
-def _add_tokens(commands: Any) -> None:
-    tokens = commands.add_parser("tokens", help="join tokens for new nodes", description="join tokens for new nodes")
-    actions = tokens.add_subparsers(required=True, metavar="ACTION")
-    create = command(actions, "create", asking(_create_token), "print a new join token; it is shown only once")
-    create.add_argument("--cohort", default="shared", help="cohort of the nodes that join with it (default shared)")
-    create.add_argument("--uses", type=int, default=1, help="how many nodes may join with it (default 1)")
-    create.add_argument("--valid-hours", type=float, default=24.0, help="life in hours (default 24)")
-    json_option(create)
 
 
 def _add_releases(commands: Any) -> None:
@@ -126,20 +117,6 @@ def _serve(settings: CentralSettings, options: Options) -> None:
 
     log_to_stderr()
     asyncio.run(serve(settings, lambda line: print(line, flush=True)))
-
-
-def _create_token(client: OperatorClient, options: Options) -> None:
-    from protos.operator.v1 import operator_pb2
-
-    valid_s = options.valid_hours * 3600
-    if not (0 < options.uses < 2**32 and 0 < valid_s < 2**32):  # also false for nan
-        raise CentralError(
-            f"--uses {options.uses} with --valid-hours {options.valid_hours:g} is not possible. Expected both above 0, "
-            f"below {2**32} uses and {2**32 // 3600} hours."
-        )
-    request = operator_pb2.CreateTokenRequest(cohort=options.cohort, uses=options.uses, valid_s=int(valid_s))
-    answer = client.ask(client.stub.CreateToken, request)
-    print(json.dumps({"token": answer.token}) if options.json else answer.token)
 
 
 def _releases(client: OperatorClient, options: Options) -> None:

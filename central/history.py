@@ -122,6 +122,7 @@ def keep_head(data_dir: Path, store: BlobStore, head: Head) -> None:
             stale.unlink()
     write_file(data_dir / FILE, _bytes_of(head))
     store.write_note(NOTE, head.to_bytes())
+    faults.reach("head.copied")
 
 
 def kept_heads(data_dir: Path, store: BlobStore) -> dict[str, Head]:
@@ -167,14 +168,16 @@ def verify_history(
     running central, but may run beside one. Raises StorageError, JournalLost or JournalCorrupt.
     """
     heads = kept_heads(data_dir, store)  # first: a journal that central writes meanwhile is ahead of them
-    key = read_public_key(data_dir)
     if heads and count_events(url) == 0:
-        expect_whole(heads, lambda sequence: None, None, key)
+        expect_whole(heads, lambda sequence: None, None, read_public_key(data_dir))
+    key = b""
     wanted = {head.sequence for head in heads.values()}
     hashes: dict[int, str] = {}
     last: list[Event] = []
 
     def seen(event: Event, state: State) -> None:
+        nonlocal key
+        key = key or read_public_key(data_dir)
         last[:] = [event]
         also(event)
         if event.sequence in wanted:
@@ -183,9 +186,9 @@ def verify_history(
             _check_signatures(event, state, key)
 
     state = verify_journal(url, seen)
-    expect_whole(heads, hashes.get, last[0] if last else None, key)
     if not heads:
         raise _without_heads(data_dir, store, state.sequence)
+    expect_whole(heads, hashes.get, last[0] if last else None, key or read_public_key(data_dir))
     return state
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from central.errors import StorageError
 from central.federation.composition import build_payload, standing_of
@@ -121,13 +121,11 @@ class _Rebuilder:
 
 
 def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release_key_pem: bytes) -> Finding:
-    rebuilt = ""
+    expected, rebuilt = release.manifest.payload.digest_sha256, ""
     outcome: Outcome = "failed"
     problem = ""
     try:
         verify(release_key_pem, release.manifest_bytes, release.signature)
-        if lost := rebuilder.damage(release):
-            return Finding(**_facts(release), outcome="damaged", rebuilt="", problem=lost)
         merged = rebuilder.rebuild(release)
         rebuilt = sha256_hex(merged.data)
         problem = _difference(release, merged, rebuilt)
@@ -140,19 +138,20 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
             outcome = "collected"
     except (FederationError, ManifestError) as error:
         problem = str(error)
-    return Finding(**_facts(release), outcome=outcome, rebuilt=rebuilt, problem=problem)
-
-
-def _facts(release: ReleaseRecord) -> dict[str, Any]:
+    if lost := rebuilder.damage(release):
+        outcome, problem = "damaged", f"what is stored of it: {lost}"
     manifest = release.manifest
-    return {
-        "release_id": release.release_id,
-        "version": manifest.label,
-        "cohort": release.cohort,
-        "state": release.state,
-        "updates": len(manifest.updates),
-        "expected": manifest.payload.digest_sha256,
-    }
+    return Finding(
+        release_id=release.release_id,
+        version=manifest.label,
+        cohort=release.cohort,
+        state=release.state,
+        outcome=outcome,
+        updates=len(manifest.updates),
+        expected=expected,
+        rebuilt=rebuilt,
+        problem=problem,
+    )
 
 
 def _forgotten(state: State, release: ReleaseRecord) -> str:

@@ -68,8 +68,8 @@ class State(Channels, Collections):
 
     def _expect_revoked(self, event: Event, node_id: str) -> None:
         node = known(event, self.nodes, node_id, "node")
-        if not node.revoked or node.cohort != event.cohort:
-            raise conflict(event, f"node {node_id} is of cohort {node.cohort!r}, revoked: {node.revoked}")
+        if not node.revoked:
+            raise conflict(event, f"node {node_id} is not revoked")
 
     def _token_revoked(self, event: Event) -> None:
         token = known(event, self.tokens, event.subject, "token")

@@ -193,7 +193,9 @@ async def test_a_store_of_another_central_is_refused(
         pass  # it has marked the bucket
     code, text = run(tmp_path / "new", "restore", str(backups), **bucket)
     assert (code, "are those of another central" in text) == (5, True), text
-    assert s3.files.find(f"{BUCKET}/of-one-central") == [f"{BUCKET}/of-one-central/{name}" for name in ("head", "owner")]
+    assert s3.files.find(f"{BUCKET}/of-one-central") == [
+        f"{BUCKET}/of-one-central/{name}" for name in ("head", "owner")
+    ]
     shared = {"url": str(prepared.settings.data_dir / "blobs")}
     begun = prepared.settings.data_dir / "blobs" / "upload.tmp"
     begun.write_bytes(b"of the other central, which runs")

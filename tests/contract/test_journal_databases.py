@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 
 from central.errors import StorageError
 from central.journal import Journal, JournalConflict, JournalCorrupt, verify_journal
-from central.journal.migrations.upgrade import FIRST, HEAD, configuration
+from central.journal.migrations.upgrade import HEAD, configuration
 from central.journal.table import METADATA
 from tests.unit.central import builders as make
 
