@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 FILE, NOTE = "journal.head", "head"
 FILE_BYTES = 512
 """The file never changes its size: it is overwritten in place, one sector that a disk writes whole or not at all."""
+READS = 3
 COPY_S = 10.0
 """Pause between two copies to the blob store, where a write may cost a request."""
 PUBLIC_KEY = "release.pub.pem"
@@ -128,10 +130,13 @@ def keep_head(data_dir: Path, store: BlobStore, head: Head) -> None:
 def kept_heads(data_dir: Path, store: BlobStore) -> dict[str, Head]:
     """The heads by the place where each is kept; raises StorageError for one that cannot be read."""
     path = data_dir / FILE
+    found: dict[str, Head] = {}
     with storage(path):
-        found = {str(path): path.read_bytes() if path.is_file() else None}
-    found[store.note_where(NOTE)] = store.read_note(NOTE)
-    return {where: _read(where, data) for where, data in found.items() if data is not None}
+        if path.is_file():
+            found[str(path)] = _read_file(path)
+    if (note := store.read_note(NOTE)) is not None:
+        found[store.note_where(NOTE)] = _read(store.note_where(NOTE), note)
+    return found
 
 
 def expect_whole(
@@ -225,6 +230,14 @@ def read_public_key(data_dir: Path) -> bytes:
 
 def _bytes_of(head: Head) -> bytes:
     return head.to_bytes().ljust(FILE_BYTES)
+
+
+def _read_file(path: Path) -> Head:
+    """A central that runs may be overwriting it: what looks damaged is read again."""
+    for _ in range(READS - 1):
+        with suppress(StorageError):
+            return _read(str(path), path.read_bytes())
+    return _read(str(path), path.read_bytes())
 
 
 def _read(where: str, data: bytes) -> Head:

@@ -95,6 +95,27 @@ def test_deep_needs_the_updates_alone(data: Path, capsys: pytest.CaptureFixture[
     assert all(row["rebuilt"] == row["expected"] for row in rows), "what is gone can be made again"
 
 
+@pytest.mark.parametrize("damage", ["flipped", "swapped", "gone"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_would_be_served_is_read(data: Path, capsys: pytest.CaptureFixture[str], damage: str, deep: bool) -> None:
+    head = releases(data)[-1]
+    blobs = DirectoryBlobs(data / "blobs")
+    file = blobs.path(head.manifest.payload.digest_sha256)
+    other = blobs.path(releases(data)[-2].manifest.payload.digest_sha256)
+    if damage == "gone":
+        file.unlink()
+    else:
+        good = file.read_bytes()
+        file.write_bytes(other.read_bytes() if damage == "swapped" else good[:-1] + bytes([good[-1] ^ 1]))
+    assert run(head.manifest.label, "--json", *(["--deep"] if deep else [])) == 1
+    captured = capsys.readouterr()
+    *before, last = json.loads(captured.out)
+    assert [row["outcome"] for row in before] == ["identical"] * len(before)
+    assert (last["outcome"], last["rebuilt"]) == ("damaged", last["expected"])
+    assert head.manifest.payload.digest_sha256 in last["problem"]
+    assert f"releases are damaged or could not be rebuilt to the same bytes: {head.manifest.label}" in captured.err
+
+
 def test_another_update_or_another_key_is_found(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blobs = DirectoryBlobs(data / "blobs")
     first = releases(data)[1]
