@@ -113,9 +113,10 @@ def _serve(settings: CentralSettings, options: Options) -> None:
     import asyncio
 
     from central.logs import log_to_stderr
+
+    log_to_stderr()  # before gRPC is loaded
     from central.main import serve
 
-    log_to_stderr()
     asyncio.run(serve(settings, lambda line: print(line, flush=True)))
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from central import faults
 from central.cli import main
 from central.errors import StorageError
 from central.fleet.pki import Pki
@@ -283,6 +288,24 @@ def test_a_forgery_is_never_accepted(
     assert (code, "is not signed by this central's release.key" in text) == (5, True), text
     with pytest.raises(StorageError):
         start(original, data)
+
+
+@pytest.mark.parametrize(
+    "fault", ["journal.journal_loss_accepted.applied#1", "journal.journal_loss_accepted.stored#1", "head.kept#1"]
+)
+def test_a_word_that_is_killed_is_given_again(original: Prepared, data: Path, run: Run, fault: str) -> None:
+    older_file(data, original)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "central.cli", "journal", "accept-loss", "--yes"], check=False, capture_output=True, timeout=60,
+        env=environment | {"CENTRAL_DATA_DIR": str(data), faults.VARIABLE: fault},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with pytest.raises(StorageError):
+        start(original, data)
+    code, text = run(data, "journal", "accept-loss", "--yes")
+    assert code == 0, text
+    assert start(original, data) > OLD
 
 
 def test_a_directory_in_which_no_central_ran_has_no_loss(tmp_path: Path, run: Run) -> None:
