@@ -66,6 +66,7 @@ class Heads:
         self._last: Head | None = None
         self._copied: Head | None = None
         self._failing = False
+        self._copying = threading.Lock()
 
     def seal(self, sequence: int, digest: str) -> Head:
         """The signed head for an event."""
@@ -91,10 +92,11 @@ class Heads:
 
     def copy(self) -> None:
         """Write the newest head beside the blobs, unless it is there; raises StorageError."""
-        if (head := self._last) is not None and head != self._copied:
-            self._store.write_note(NOTE, head.to_bytes())
-            self._copied = head
-            faults.reach("head.copied")
+        with self._copying:
+            if (head := self._last) is not None and head != self._copied:
+                self._store.write_note(NOTE, head.to_bytes())
+                self._copied = head
+                faults.reach("head.copied")
 
     def run(self, stop: threading.Event) -> None:
         """Copy every `COPY_S` until `stop` is set."""
@@ -173,8 +175,7 @@ def verify_history(
     running central, but may run beside one. Raises StorageError, JournalLost or JournalCorrupt.
     """
     heads = kept_heads(data_dir, store)  # first: a journal that central writes meanwhile is ahead of them
-    if heads and count_events(url) == 0:
-        expect_whole(heads, lambda sequence: None, None, read_public_key(data_dir))
+    expect_begun(url, heads, data_dir, store)
     key = b""
     wanted = {head.sequence for head in heads.values()}
     hashes: dict[int, str] = {}
@@ -197,11 +198,21 @@ def verify_history(
     return state
 
 
+def expect_begun(url: str, heads: Mapping[str, Head], data_dir: Path, store: BlobStore) -> None:
+    """Raises JournalLost for a database without events where a central had some; makes nothing."""
+    if count_events(url):
+        return
+    if heads:
+        expect_whole(heads, lambda sequence: None, None, read_public_key(data_dir))
+    elif any(True for _ in store.digests()):
+        raise _without_heads(data_dir, store, 0)
+
+
 def expect_history(journal: Journal, heads: Mapping[str, Head], data_dir: Path, store: BlobStore, key: bytes) -> None:
-    """The same check of an open journal, before central serves from it."""
+    """The same check of an open journal that has events, before central serves from it."""
     last = last_event(journal)
-    if not heads and (last is not None or any(True for _ in store.digests())):
-        raise _without_heads(data_dir, store, last.sequence if last else 0)
+    if not heads and last is not None:
+        raise _without_heads(data_dir, store, last.sequence)
     expect_whole(heads, lambda sequence: _hash_at(journal, sequence), last, key)
 
 

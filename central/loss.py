@@ -9,7 +9,7 @@ from __future__ import annotations
 from central.errors import StorageError
 from central.file_lock import DataLock
 from central.fleet.pki import Pki
-from central.history import Heads, JournalLost, expect_sealed, kept_heads, last_event, verify_history
+from central.history import Heads, JournalLost, expect_begun, expect_sealed, kept_heads, last_event, verify_history
 from central.journal import EventKind, Journal, NewEvent, WriterLock, count_events
 from central.registry import open_blobs
 from central.settings import CentralSettings
@@ -27,18 +27,19 @@ def accept_loss(settings: CentralSettings, apply: bool) -> str:
 
 
 def _find(settings: CentralSettings) -> JournalLost | None:
-    store = open_blobs(settings)
+    store, url = open_blobs(settings), settings.journal_url
     heads = kept_heads(settings.data_dir, store)
-    if not heads and count_events(settings.journal_url) == 0 and not any(True for _ in store.digests()):
-        raise StorageError(
-            f"No central ran in {settings.data_dir} yet: it has no journal and no head. Set CENTRAL_DATA_DIR to the directory that "
-            "central serves from."
-        )
     try:
-        verify_history(settings.data_dir, settings.journal_url, store)
+        expect_begun(url, heads, settings.data_dir, store)
+        if heads or count_events(url):
+            verify_history(settings.data_dir, url, store)
+            return None
     except JournalLost as error:
         return error
-    return None
+    raise StorageError(
+        f"No central ran in {settings.data_dir} yet: it has no journal and no head. Set CENTRAL_DATA_DIR to the directory that central "
+        "serves from."
+    )
 
 
 def _accept(settings: CentralSettings, loss: JournalLost) -> None:

@@ -38,7 +38,7 @@ from central.fleet.pki import Pki
 from central.fleet.presence import Presence
 from central.fleet.service import HEARTBEAT_S, FleetService
 from central.history import FILE as HEAD_FILE
-from central.history import Heads, expect_history, kept_heads, unnamed_blobs
+from central.history import Heads, expect_begun, expect_history, kept_heads, unnamed_blobs
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
 from central.intake.service import UpdateService
@@ -122,8 +122,11 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     served_before = (settings.data_dir / HEAD_FILE).exists() or count_events(settings.journal_url) > 0
     names = [*settings.listen.names, *_listen_name(settings.listen.host)]
     pki = Pki.load_or_create(settings.data_dir, names, served_before)
+    is_ours = blobs.owner() == pki.identity  # what lies in a store that is handed over is no sign of a lost journal
     blobs.claim(pki.identity)
     partial = PartialUploads(settings.data_dir / "uploads")
+    if is_ours:
+        expect_begun(settings.journal_url, kept, settings.data_dir, blobs)
     heads = Heads(settings.data_dir, blobs, pki.release_key)
     journal = Journal(settings.journal_url, seals=heads)
     stack.callback(journal.close)

@@ -3,7 +3,7 @@
 Guarantees: the node's key never comes here; enrolling again with the same key, name and token gives the same node id
 (a node whose answer was lost tries again, even when that was the token's last use); a node with another base model is
 refused; a key belongs to one node; a revoked key is never enrolled again, a revoked name only with a token that readmits it. A refused
-caller waits for its answer (guesses.py), so that secrets are not guessed by the thousand; who has the right one does not wait.
+caller waits for its answer (guesses.py), so that secrets are not guessed by the thousand; who has the right one waits two seconds at most.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
     async def Enroll(
         self, request: fleet_pb2.EnrollRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> fleet_pb2.EnrollResponse:
+        await self._guesses.wait_to_ask(context.peer())
         try:
             return await asyncio.to_thread(self.enroll, request)
         except Refused:

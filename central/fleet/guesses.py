@@ -1,8 +1,9 @@
 """Who is refused at enrolment waits for the answer, longer each time, so that nobody guesses tokens by the thousand.
 
 In: the address of a refused caller. Out: nothing, after a while. Guarantees: the first few answers to an address come at once; further
-ones come one a second per address and ten a second in all, each at most `LONGEST_S` late. Only refusals wait: a node with the right
-token is let in at once, also from the address of somebody who guesses. Memory is bounded: beyond `ADDRESSES` newcomers share one place.
+ones come one a second per address and ten a second in all, each at most `LONGEST_S` late. Meanwhile every call of the
+address waits at most `ASK_S` before its token is looked at, so that nobody learns by hanging up on the late answers; then a node with the
+right token is let in, also from the address of somebody who guesses. Memory is bounded: beyond `ADDRESSES` newcomers share one place.
 Used on the event loop alone.
 """
 
@@ -22,6 +23,7 @@ RATE, FREE_OF_ALL = 10.0, 50
 """The same for all addresses together: refusals a second, and so many at once."""
 LONGEST_S = 20.0
 """Nodes wait 30 s for an answer."""
+ASK_S = 2.0
 ADDRESSES = 4096
 OTHERS = "others"
 
@@ -40,10 +42,19 @@ class Guesses:
         """When the next answer to an address is due, had it used its free ones."""
         self._all_due = -inf
 
+    async def wait_to_ask(self, peer: str) -> None:
+        """Wait before the token of `peer` (as gRPC names it) is looked at, while its address or all together were refused too often."""
+        if (late_s := self.late_s(peer)) > 0:
+            await self._sleep(min(late_s, ASK_S))
+
     async def wait(self, peer: str) -> None:
-        """Wait until the caller `peer` (as gRPC names it) may have its refusal."""
+        """Wait until the caller `peer` may have its refusal."""
         if (pause_s := self.pause_s(peer)) > 0:
             await self._sleep(pause_s)
+
+    def late_s(self, peer: str) -> float:
+        """How far refusals are behind; counts nothing."""
+        return max(self._due.get(address_of(peer), self._due.get(OTHERS, -inf)), self._all_due) - self._clock()
 
     def pause_s(self, peer: str) -> float:
         """Count a refusal; how long its answer waits."""

@@ -85,21 +85,23 @@ class BlobStore(ABC):
         Not every object store has a conditional write, so this is none: of two that claim at the same moment both may go on. The later
         mark stays, and the other central is refused at its next start.
         """
-        if self._owner() is None:
+        if self.owner() is None:
             self.write_note(OWNER, f"{owner}\n".encode())
         self.expect_owner(owner)
 
     def expect_owner(self, owner: str) -> None:
         """Raises StorageError when the store is marked as another central's; writes nothing."""
-        if (found := self._owner()) not in (owner, None):
+        if (found := self.owner()) not in (owner, None):
             raise StorageError(
                 f"The blobs beside {self.note_where(OWNER)} are those of another central: the mark says {(found or 'nothing')[:12]!r}, this "
                 f"one is {owner[:12]!r}. Two that share a store delete each other's payloads. Set CENTRAL_BLOBS__URL to a place of this "
-                f"central's own. To hand the store over, stop the other central for good and remove {self.note_where(OWNER)}; this one marks "
+                f"central's own. To hand the store over, stop the other central for good and remove {self.note_where(OWNER)}; remove `head` beside it "
+                f"too, if it is there; this one marks "
                 "it at its next start."
             )
 
-    def _owner(self) -> str | None:
+    def owner(self) -> str | None:
+        """Whose store it is marked to be; None: not marked."""
         note = self.read_note(OWNER)
         return None if note is None else note.decode(errors="replace").strip()
 

@@ -175,7 +175,7 @@ async def test_guesses_are_slow_and_the_right_token_is_not(tmp_path: Path) -> No
         await asyncio.sleep(0.5)
         honest = time.monotonic()
         await central.enroll("a", token)
-        assert time.monotonic() - honest < 2, "from the same address, while others guess"
+        assert time.monotonic() - honest < 4, "from the same address, while others guess"
         while len(answered) < 6:
             await asyncio.sleep(0.05)
         assert len([at for at in answered if at < 0.9]) <= 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from central.fleet.guesses import ADDRESSES, FREE, FREE_OF_ALL, LONGEST_S, RATE, Guesses, address_of
+from central.fleet.guesses import ADDRESSES, ASK_S, FREE, FREE_OF_ALL, LONGEST_S, RATE, Guesses, address_of
 
 
 class Clock:
@@ -26,6 +26,31 @@ def test_the_first_refusals_come_at_once_and_further_ones_a_second_apart() -> No
     assert guesses.pause_s("ipv4:10.0.0.2:5") == 0.0, "another address"
     clock.now += 60
     assert guesses.pause_s("ipv4:10.0.0.1:6") == 0.0, "it has been quiet"
+
+
+async def test_only_who_was_refused_too_often_waits_before_it_is_heard() -> None:
+    slept: list[float] = []
+
+    async def sleep(pause_s: float) -> None:
+        slept.append(pause_s)
+
+    clock = Clock()
+    guesses = Guesses(clock, sleep)
+    for _ in range(FREE):
+        await guesses.wait_to_ask("ipv4:10.0.0.1:5")
+        await guesses.wait("ipv4:10.0.0.1:5")
+    assert slept == []
+    await guesses.wait("ipv4:10.0.0.1:5")
+    await guesses.wait_to_ask("ipv4:10.0.0.1:5")
+    await guesses.wait_to_ask("ipv4:10.0.0.2:5")
+    assert slept == [1.0, 1.0], "not the other address"
+    for _ in range(100):
+        guesses.pause_s("ipv4:10.0.0.1:5")
+    await guesses.wait_to_ask("ipv4:10.0.0.1:6")
+    assert slept[2:] == [ASK_S], "a node with the right token waits no longer"
+    clock.now += LONGEST_S + 1
+    await guesses.wait_to_ask("ipv4:10.0.0.1:6")
+    assert slept[3:] == []
 
 
 def test_no_answer_is_later_than_a_node_waits() -> None:
