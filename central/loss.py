@@ -9,7 +9,8 @@ from __future__ import annotations
 from central.errors import StorageError
 from central.file_lock import DataLock
 from central.fleet.pki import Pki
-from central.history import Heads, JournalLost, expect_begun, expect_sealed, kept_heads, last_event, verify_history
+from central.heads import Heads, kept_heads
+from central.history import JournalLost, expect_begun, expect_sealed, last_event, verify_history
 from central.journal import EventKind, Journal, NewEvent, WriterLock, count_events
 from central.registry import open_blobs
 from central.settings import CentralSettings

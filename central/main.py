@@ -3,7 +3,7 @@
 In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server TLS for enrolment. The cast:
 
     DataLock        one central per data directory; WriterLock: one per journal, wherever its database is
-    Journal         the only truth (journal/); Heads: where it ends, kept outside of its database (history.py)
+    Journal         the only truth (journal/); Heads: where it ends, kept outside of its database (heads.py)
     Pki             keys and certificates (fleet/)
     BlobStore       payloads; Registry: releases and channels (registry/)
     PartialUploads  updates on their way; Admission: checks and admits them (intake/)
@@ -37,8 +37,9 @@ from central.fleet.identity import Authenticator
 from central.fleet.pki import Pki
 from central.fleet.presence import Presence
 from central.fleet.service import HEARTBEAT_S, FleetService
-from central.history import FILE as HEAD_FILE
-from central.history import Heads, expect_begun, expect_history, kept_heads, unnamed_blobs
+from central.heads import FILE as HEAD_FILE
+from central.heads import Heads, kept_heads
+from central.history import expect_begun, expect_history, unnamed_blobs
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
 from central.intake.service import UpdateService

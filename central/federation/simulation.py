@@ -32,7 +32,7 @@ from central.federation.server_app import CohortLoop, make_server_app
 from central.federation.strategy import CONFIG, to_arrays, to_tensors
 from central.federation.trial import check_strategy
 from central.fleet.pki import Pki
-from central.history import Heads
+from central.heads import Heads
 from central.journal import EvaluationRecord, EventKind, Journal, NewEvent, ReleaseRecord
 from central.registry import BlobStore, DirectoryBlobs, Registry
 from central.settings import CentralSettings

@@ -58,9 +58,9 @@ class Authenticator:
             raise Refused(
                 grpc.StatusCode.UNAUTHENTICATED,
                 Reason.CERTIFICATE_EXPIRED,
-                f"The certificate of {peer.kind} {peer.name} ended at {peer.not_after:%Y-%m-%dT%H:%M:%SZ}. A node enrols anew: its operator "
-                "asks central's for a join token and removes the node's identity directory. An operator's certificate is made anew when "
-                "central starts.",
+                f"The certificate of {peer.kind} {peer.name} ended at {peer.not_after:%Y-%m-%dT%H:%M:%SZ}. A node "
+                "gets another one when identity/identity.json is removed from its data directory and it enrols again with a join token of "
+                "its cohort; its key and id stay. An operator's certificate is made anew when central starts.",
             )
 
     async def node(self, context: grpc.aio.ServicerContext[Any, Any]) -> NodeRecord:

@@ -45,7 +45,7 @@ def revoke_node(journal: Journal, node_id: str, by: str) -> Revocation:
             if update.state in ("waiting", "planned", "quarantined")
         ]
         left = 0 if token.revoked else token.uses - token.used
-        ended = [token_revoked(token, f"its node {node_id} was revoked")] if left else []
+        ended = [token_revoked(token, f"its node {node_id} was revoked", by)] if left else []
         journal.append(*unmerged, *ended, NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id, {"by": by}))
         return Revocation(token.token_id, left, others)
 

@@ -68,13 +68,13 @@ def revoke_token(journal: Journal, token_id: str, by: str) -> TokenRecord:
                 f"Token {token_id!r} is not known. Expected a token's id, not the token itself; `central tokens list` shows them.",
             )
         if not token.revoked:
-            journal.append(token_revoked(token, f"an operator ({by}) revoked it"))
+            journal.append(token_revoked(token, "an operator revoked it", by))
         return state.tokens[token_id]
 
 
-def token_revoked(token: TokenRecord, reason: str) -> NewEvent:
-    """The event that ends a token."""
-    return NewEvent(EventKind.TOKEN_REVOKED, token.cohort, token.token_id, {"reason": reason})
+def token_revoked(token: TokenRecord, reason: str, by: str) -> NewEvent:
+    """The event that ends a token; `by` is the operator's name."""
+    return NewEvent(EventKind.TOKEN_REVOKED, token.cohort, token.token_id, {"reason": reason, "by": by})
 
 
 def token_state(token: TokenRecord, now: datetime) -> TokenState:

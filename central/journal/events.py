@@ -31,7 +31,7 @@ class EventKind(StrEnum):
     """What can happen. The comment beside a kind gives its subject and the keys of its body."""
 
     TOKEN_CREATED = "token_created"  # token id: secret_sha256, uses, expires_at, by, readmits (node id; absent: none)
-    TOKEN_REVOKED = "token_revoked"  # token id: reason, by
+    TOKEN_REVOKED = "token_revoked"  # token id: reason, by, by
     NODE_ENROLLED = "node_enrolled"  # node id: name, token_id, public_key_pem, base, certificate_sha256
     NODE_REVOKED = "node_revoked"  # node id: by
     NODE_QUARANTINED = "node_quarantined"  # node id: reason, by

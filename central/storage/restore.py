@@ -22,8 +22,9 @@ from central.durable import TEMPORARY_SUFFIX, storage, sync_directory, write_fil
 from central.errors import StorageError
 from central.file_lock import DataLock
 from central.fleet.pki import identity_of
-from central.history import FILE as HEAD_FILE
-from central.history import JournalLost, expect_sealed, expect_whole, keep_head, kept_heads
+from central.heads import FILE as HEAD_FILE
+from central.heads import keep_head, kept_heads
+from central.history import JournalLost, expect_sealed, expect_whole
 from central.journal import Event, State, WriterLock, count_events, import_journal, verify_journal
 from central.journal.head import Head
 from central.journal.journal import replay

@@ -17,7 +17,7 @@ from central.federation import JournalGrid
 from central.federation import grid as grid_module
 from central.federation.screening import screen_of
 from central.federation.server_app import CohortLoop
-from central.history import Heads
+from central.heads import Heads
 from central.journal import EvaluationRecord, Event, EventKind, Journal, NewEvent, ReleaseRecord, State
 from central.registry import DirectoryBlobs, Registry
 from central.settings import CentralSettings

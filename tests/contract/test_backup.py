@@ -24,7 +24,7 @@ from central import faults
 from central.cli import main
 from central.errors import StorageError
 from central.fleet.pki import Pki
-from central.history import Heads
+from central.heads import Heads
 from central.intake.partial import PartialUploads
 from central.journal import Journal, verify_journal
 from central.journal.payloads import stored_blobs

@@ -24,7 +24,7 @@ from central import faults
 from central.cli import main
 from central.errors import StorageError
 from central.fleet.pki import Pki
-from central.history import FILE, NOTE, Heads
+from central.heads import FILE, NOTE, Heads
 from central.journal import EventKind, Journal, NewEvent, read_journal
 from central.journal.events import FIRST_HASH, chain
 from central.journal.table import row_of

@@ -16,7 +16,7 @@ from central.cli import _parser, main
 from central.command import print_rows
 from central.errors import REASON_KEY, CentralError
 from central.fleet.pki import Pki
-from central.history import Heads
+from central.heads import Heads
 from central.journal import Journal
 from central.operator.client import OperatorClient, plain
 from central.registry import DirectoryBlobs, Registry
