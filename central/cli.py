@@ -224,8 +224,9 @@ def _verify_releases(settings: CentralSettings, options: Options) -> None:
     bad = [row["version"] for row in rows if row["outcome"] not in fine and not _was_let_go(row)]
     if bad:
         raise CentralError(
-            f"{len(bad)} of {len(rows)} releases are damaged or could not be rebuilt to the same bytes: {', '.join(bad)}. Expected all "
-            "identical on the machine that merged them; run `central journal verify`, and restore missing blobs from a backup."
+            f"{len(bad)} of {len(rows)} releases are damaged or could not be rebuilt to the same "
+            f"bytes: {', '.join(bad)}. Expected all identical on the machine that merged them; run "
+            "`central journal verify`, and restore missing blobs from a backup."
         )
 
 

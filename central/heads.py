@@ -1,10 +1,12 @@
-"""Where the journal's end is kept: outside of its database, where a rollback of that does not reach.
+"""Where the journal's end is kept: outside of its database, where a rollback of that does not
+reach.
 
-In: the number and hash of the last event, central's release key. Out: the signed head in two places: the file `journal.head` in the
-data directory, and the note `head` beside the blobs.
+In: the number and hash of the last event, central's release key. Out: the signed head in two
+places: the file `journal.head` in the data directory, and the note `head` beside the blobs.
 
-Guarantees: what `Journal.append` returned for is in the file, on disk (`keep`); the blob store follows within `COPY_S` and at every
-stop (`copy`). A kill in between leaves a head behind the journal, never before it.
+Guarantees: what `Journal.append` returned for is in the file, on disk (`keep`); the blob store
+follows within `COPY_S` and at every stop (`copy`). A kill in between leaves a head behind the
+journal, never before it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ log = logging.getLogger(__name__)
 
 FILE, NOTE = "journal.head", "head"
 FILE_BYTES = 512
-"""The file never changes its size: it is overwritten in place, one sector that a disk writes whole or not at all."""
+"""The file never changes its size: it is overwritten in place, one sector that a disk writes whole
+or not at all.
+"""
 READS = 3
 COPY_S = 10.0
 """Pause between two copies to the blob store, where a write may cost a request."""
@@ -52,7 +56,9 @@ class Heads:
         return sign_head(self._key, sequence, digest)
 
     def keep(self, head: Head) -> None:
-        """Write the head to the file. A disk that refuses is logged, once: the head stays behind until it takes it again."""
+        """Write the head to the file. A disk that refuses is logged, once: the head stays behind
+        until it takes it again.
+        """
         self._last = head
         try:
             self._write(_bytes_of(head))
@@ -137,6 +143,6 @@ def _read(where: str, data: bytes) -> Head:
         return Head.from_bytes(data.rstrip(b" "))
     except ManifestError as error:
         raise StorageError(
-            f"The journal's head at {where} is damaged: {error} Expected what central wrote there. Remove it: the journal is then "
-            "checked against the other copy of the head."
+            f"The journal's head at {where} is damaged: {error} Expected what central wrote there. "
+            "Remove it: the journal is then checked against the other copy of the head."
         ) from error

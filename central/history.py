@@ -1,8 +1,9 @@
 """Whether a journal is whole: it ends where central left it, and central signed it.
 
-In: the journal's events and its heads (heads.py). Out: nothing, or what is missing. A journal is whole when it holds the event of every
-head under the same hash and its last event bears central's seal; that one speaks for all events before it. A journal that is ahead of
-its heads is whole: a kill came between its commit and the head.
+In: the journal's events and its heads (heads.py). Out: nothing, or what is missing. A journal is
+whole when it holds the event of every head under the same hash and its last event bears central's
+seal; that one speaks for all events before it. A journal that is ahead of its heads is whole: a
+kill came between its commit and the head.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ PUBLIC_KEY = "release.pub.pem"
 
 
 WAY_BACK = (
-    "Put the newest journal back, or restore the newest backup (`central restore`). To go on without the missing events for good: "
-    "`central journal accept-loss`."
+    "Put the newest journal back, or restore the newest backup (`central restore`). To go on "
+    "without the missing events for good: `central journal accept-loss`."
 )
 
 
 class JournalLost(StorageError):
-    """The journal lacks events that central recorded, or has others in their place; `head` is what it should hold, if known."""
+    """The journal lacks events that central recorded, or has others in their place; `head` is what
+    it should hold, if known.
+    """
 
     def __init__(self, what: str, head: Head | None = None) -> None:
         super().__init__(f"{what} {WAY_BACK}")
@@ -47,9 +50,11 @@ def expect_whole(
     last: Event | None,
     public_key_pem: bytes,
 ) -> None:
-    """Raises JournalLost when the journal does not hold the event of every head, JournalCorrupt when its end is not central's own.
+    """Raises JournalLost when the journal does not hold the event of every head, JournalCorrupt
+    when its end is not central's own.
 
-    `hash_at` gives the hash of the event with a number, None when there is none; `last` is the journal's last event.
+    `hash_at` gives the hash of the event with a number, None when there is none; `last` is the
+    journal's last event.
     """
     for where, head in heads.items():
         _expect_own(where, head, public_key_pem)
@@ -69,10 +74,12 @@ def verify_history(
     signatures: bool = False,
     also: Callable[[Event], None] = lambda event: None,
 ) -> State:
-    """Re-read the journal on disk, as verify_journal, and check its end against the heads; returns its state.
+    """Re-read the journal on disk, as verify_journal, and check its end against the heads; returns
+    its state.
 
-    `also` is called with every event. `signatures` checks also every seal, and every signature of a node or of central that an event holds. Writes nothing and needs no
-    running central, but may run beside one. Raises StorageError, JournalLost or JournalCorrupt.
+    `also` is called with every event. `signatures` checks also every seal, and every signature of a
+    node or of central that an event holds. Writes nothing and needs no running central, but may run
+    beside one. Raises StorageError, JournalLost or JournalCorrupt.
     """
     heads = kept_heads(data_dir, store)  # first: a journal that central writes meanwhile is ahead of them
     expect_begun(url, heads, data_dir, store)
@@ -123,7 +130,9 @@ def last_event(journal: Journal) -> Event | None:
 
 
 def unnamed_blobs(state: State, store: BlobStore) -> list[str]:
-    """Blobs that no event names, in order. Beside a running central: also those whose event is about to come."""
+    """Blobs that no event names, in order. Beside a running central: also those whose event is
+    about to come.
+    """
     return sorted(set(store.digests()) - stored_blobs(state).keys() - state.collected.keys())
 
 
@@ -134,8 +143,8 @@ def read_public_key(data_dir: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise StorageError(
-            f"The key that releases are signed with cannot be read: {error.strerror} ({path}). Set CENTRAL_DATA_DIR to the "
-            "directory that central serves from."
+            f"The key that releases are signed with cannot be read: {error.strerror} ({path}). Set "
+            "CENTRAL_DATA_DIR to the directory that central serves from."
         ) from error
 
 
@@ -144,20 +153,24 @@ def _expect_own(where: str, head: Head, public_key_pem: bytes) -> None:
         verify_seal(public_key_pem, head.sequence, head.hash, head.seal)
     except ManifestError as error:
         raise JournalCorrupt(
-            f"The journal's head at {where} (event {head.sequence}) is not signed by this central's release.key. If pki/ holds the "
-            "keys of another central, restore its own from a backup. If the head was altered, remove it: the journal is then checked "
+            f"The journal's head at {where} (event {head.sequence}) is not signed by this "
+            "central's release.key. If pki/ holds the keys of another central, restore its own "
+            "from a backup. If the head was altered, remove it: the journal is then checked "
             "against the other copy of the head."
         ) from error
 
 
 def expect_sealed(last: Event, public_key_pem: bytes) -> None:
-    """Raises JournalCorrupt unless central signed the journal's last event, and so everything before it."""
+    """Raises JournalCorrupt unless central signed the journal's last event, and so everything
+    before it.
+    """
     try:
         verify_seal(public_key_pem, last.sequence, last.hash, last.seal)
     except ManifestError as error:
         raise JournalCorrupt(
-            f"Journal event {last.sequence} ({last.kind}), the last one, is not signed by this central's release.key. The journal was "
-            "rewritten, or cut off by hand, or belongs to another central. Restore it from a backup."
+            f"Journal event {last.sequence} ({last.kind}), the last one, is not signed by this "
+            "central's release.key. The journal was rewritten, or cut off by hand, or belongs to "
+            "another central. Restore it from a backup."
         ) from error
 
 
@@ -168,20 +181,21 @@ def _difference(where: str, head: Head, end: int, found: str | None) -> str:
         )
         has = f"ends with event {end}" if end else "has no events"
         return (
-            f"The journal {has}, but central recorded event {head.sequence} (the head in {where}). {missing} missing; nodes were "
-            "told that what is in them is safe."
+            f"The journal {has}, but central recorded event {head.sequence} (the head in {where}). "
+            f"{missing} missing; nodes were told that what is in them is safe."
         )
     return (
-        f"Event {head.sequence} of the journal has hash {found[:12]}; central recorded it as {head.hash[:12]} (the head in {where}). "
-        f"This is another journal, or an older one that went on: what was recorded up to event {head.sequence} may be missing."
+        f"Event {head.sequence} of the journal has hash {found[:12]}; central recorded it as "
+        f"{head.hash[:12]} (the head in {where}). This is another journal, or an older one that "
+        f"went on: what was recorded up to event {head.sequence} may be missing."
     )
 
 
 def _without_heads(data_dir: Path, store: BlobStore, sequence: int) -> JournalLost:
     has = f"ends with event {sequence}" if sequence else "has no events, though the blob store has blobs"
     return JournalLost(
-        f"The journal {has}, and no head of it is kept: neither {data_dir / FILE} nor {store.note_where(NOTE)} is there, so nobody can "
-        "say whether events are missing."
+        f"The journal {has}, and no head of it is kept: neither {data_dir / FILE} nor "
+        f"{store.note_where(NOTE)} is there, so nobody can say whether events are missing."
     )
 
 
@@ -204,6 +218,6 @@ def _check_signatures(event: Event, state: State, central_key: bytes) -> None:
             verify(central_key, body["manifest"].encode(), base64.b64decode(body["signature"]))
     except (ManifestError, ValueError, KeyError) as error:
         raise JournalCorrupt(
-            f"Journal event {event.sequence} ({event.kind} of {event.subject}) holds a signature that does not fit: {error} It was "
-            "altered; restore the journal from a backup."
+            f"Journal event {event.sequence} ({event.kind} of {event.subject}) holds a signature "
+            f"that does not fit: {error} It was altered; restore the journal from a backup."
         ) from error

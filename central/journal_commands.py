@@ -22,8 +22,8 @@ def add_journal(commands: Any) -> None:
     journal = commands.add_parser("journal", help="check the journal on disk", description="the journal on disk")
     actions = journal.add_subparsers(required=True, metavar="ACTION")
     text = (
-        "re-read every event; check the hash chain, every signature, and that the end is there; list blobs that no event names; writes "
-        "nothing, central may run or not"
+        "re-read every event; check the hash chain, every signature, and that the end is there; "
+        "list blobs that no event names; writes nothing, central may run or not"
     )
     json_option(command(actions, "verify", _verify, text))
     text = (
@@ -51,8 +51,8 @@ def _verify(settings: CentralSettings, options: Options) -> None:
     if unnamed:
         named = ", ".join(unnamed[:MAX_NAMED]) + (", ..." if len(unnamed) > MAX_NAMED else "")
         print(
-            f"Blobs that no event names: {len(unnamed)} ({named}). An upload that is interrupted leaves one until the node goes on. "
-            "Nothing deletes them; --json lists them all."
+            f"Blobs that no event names: {len(unnamed)} ({named}). An upload that is interrupted "
+            "leaves one until the node goes on. Nothing deletes them; --json lists them all."
         )
 
 
@@ -69,6 +69,6 @@ def _accept_loss(settings: CentralSettings, options: Options) -> None:
         print(f"{missing} This is accepted: central goes on from the journal as it is.")
     if missing and not options.yes:
         raise CentralError(
-            f"{missing} Nothing was changed. Restore the newest backup if there is one. To give the missing events up for good, repeat "
-            "with --yes."
+            f"{missing} Nothing was changed. Restore the newest backup if there is one. To give "
+            "the missing events up for good, repeat with --yes."
         )

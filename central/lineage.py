@@ -14,10 +14,11 @@ from central.settings import CentralSettings
 
 
 def verify_on_disk(settings: CentralSettings, release: str, cohort: str, deep: bool) -> list[Finding]:
-    """Findings for one release, or for every release and candidate (of one cohort) when `release` is empty.
+    """Findings for one release, or for every release and candidate (of one cohort) when `release`
+    is empty.
 
-    The journal is verified on the way, its end too. Raises Refused for an unknown release or cohort, StorageError when it cannot be
-    read or is not whole.
+    The journal is verified on the way, its end too. Raises Refused for an unknown release or
+    cohort, StorageError when it cannot be read or is not whole.
     """
     store = open_blobs(settings)
     state = verify_history(settings.data_dir, settings.journal_url, store)

@@ -1,7 +1,9 @@
-"""`central journal accept-loss`: the operator's word that central may go on without events that it once recorded.
+"""`central journal accept-loss`: the operator's word that central may go on without events that it
+once recorded.
 
-In: settings; no central runs. Out: what is missing, and with `apply` an event about it and new heads. Guarantees: without `apply` nothing
-is written; a journal that was rewritten, whose last event is not signed by central, is never accepted.
+In: settings; no central runs. Out: what is missing, and with `apply` an event about it and new
+heads. Guarantees: without `apply` nothing is written; a journal that was rewritten, whose last
+event is not signed by central, is never accepted.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ def _find(settings: CentralSettings) -> JournalLost | None:
     except JournalLost as error:
         return error
     raise StorageError(
-        f"No central ran in {settings.data_dir} yet: it has no journal and no head. Set CENTRAL_DATA_DIR to the directory that central "
-        "serves from."
+        f"No central ran in {settings.data_dir} yet: it has no journal and no head. Set "
+        "CENTRAL_DATA_DIR to the directory that central serves from."
     )
 
 

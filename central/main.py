@@ -3,7 +3,7 @@
 In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server TLS for enrolment. The cast:
 
     DataLock        one central per data directory; WriterLock: one per journal, wherever its database is
-    Journal         the only truth (journal/); Heads: where it ends, kept outside of its database (heads.py)
+    Journal         the only truth (journal/); Heads: where it ends (heads.py)
     Pki             keys and certificates (fleet/)
     BlobStore       payloads; Registry: releases and channels (registry/)
     PartialUploads  updates on their way; Admission: checks and admits them (intake/)

@@ -105,9 +105,11 @@ def _streaming(behaviour: Any, method: str) -> Callable[[Any, Context], AsyncIte
 
 
 class Repeats:
-    """Which of many equal log lines are written: the first, then one a minute with how many there were since.
+    """Which of many equal log lines are written: the first, then one a minute with how many there
+    were since.
 
-    Whoever may call can fail at will, and must not fill central's disk with lines. The keys are few: methods and reasons.
+    Whoever may call can fail at will, and must not fill central's disk with lines. The keys are
+    few: methods and reasons.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -150,8 +152,8 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
         _log(logging.ERROR, "stored payload lost", method, detail=str(error))
         await context.abort(
             grpc.StatusCode.DATA_LOSS,
-            "A payload that central stored is gone or was altered. Its operator must restore it: central's log names it, `central "
-            "releases verify` finds every one.",
+            "A payload that central stored is gone or was altered. Its operator must restore it: "
+            "central's log names it, `central releases verify` finds every one.",
             ((REASON_KEY, Reason.PAYLOAD_LOST.value),),
         )
     if isinstance(error, StorageError):

@@ -1,16 +1,21 @@
 """Rebuilds releases from their plans and compares them with what was released.
 
-In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload and the updates' payloads go
-through the merge that made the release (composition.py), and the digest must come out again; so must that of its server state.
+In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload
+and the updates' payloads go through the merge that made the release (composition.py), and the
+digest must come out again; so must that of its server state.
 
-What is stored is read too: the bytes that would be served, the cohort's own product and the strategy's state.
+What is stored is read too: the bytes that would be served, the cohort's own product and the
+strategy's state.
 
-Guarantee: `identical` means that the release holds its parent and the updates of its plan with the plan's weights, and nothing
-else, and that its bytes lie in the store as they were released. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
-release is rebuilt on is a parent that was rebuilt, or has the digest of one that was.
+Guarantee: `identical` means that the release holds its parent and the updates of its plan with the
+plan's weights, and nothing else, and that its bytes lie in the store as they were released. With
+`deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is
+believed: what a release is rebuilt on is a parent that was rebuilt, or has the digest of one that
+was.
 
-Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads the environment asks for does not
-matter for a plan that says how many made it (`blas_threads`); for older ones it must be as many as central had.
+Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads
+the environment asks for does not matter for a plan that says how many made it (`blas_threads`); for
+older ones it must be as many as central had.
 """
 
 from __future__ import annotations
@@ -31,8 +36,10 @@ from protos.lora import LoraTensors, encode
 from protos.manifest import ManifestError, sha256_hex, verify
 
 Outcome = Literal["identical", "differs", "failed", "damaged", "forgotten", "collected"]
-"""damaged: its own bytes in the store are gone or altered, whatever it is rebuilt to; forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was forgotten; collected: because
-retention collected payloads that no release on a reachable line needs."""
+"""damaged: its own bytes in the store are gone or altered, whatever it is rebuilt to; forgotten: it
+cannot be rebuilt any more, because payloads went with a contribution that was forgotten; collected:
+because retention collected payloads that no release on a reachable line needs.
+"""
 
 
 class PayloadCollected(StorageError):
@@ -90,7 +97,9 @@ class _Rebuilder:
         return merged
 
     def damage(self, release: ReleaseRecord) -> str:
-        """What is wrong with the release's own bytes in the store; empty when nothing is, or when they were collected."""
+        """What is wrong with the release's own bytes in the store; empty when nothing is, or when
+        they were collected.
+        """
         try:
             for digest in release_blobs(release):
                 if digest not in self._state.collected:

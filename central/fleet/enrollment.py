@@ -1,9 +1,11 @@
 """EnrollmentService: a join token and a certificate request go in, a node's identity comes out.
 
-Guarantees: the node's key never comes here; enrolling again with the same key, name and token gives the same node id
-(a node whose answer was lost tries again, even when that was the token's last use); a node with another base model is
-refused; a key belongs to one node; a revoked key is never enrolled again, a revoked name only with a token that readmits it. A refused
-caller waits for its answer (guesses.py), so that secrets are not guessed by the thousand; who has the right one waits two seconds at most.
+Guarantees: the node's key never comes here; enrolling again with the same key, name and token gives
+the same node id (a node whose answer was lost tries again, even when that was the token's last
+use); a node with another base model is refused; a key belongs to one node; a revoked key is never
+enrolled again, a revoked name only with a token that readmits it. A refused caller waits for its
+answer (guesses.py), so that secrets are not guessed by the thousand; who has the right one waits
+two seconds at most.
 """
 
 from __future__ import annotations
@@ -136,8 +138,8 @@ def _expect_free_key(state: State, pem: str) -> None:
         raise Refused(
             grpc.StatusCode.ALREADY_EXISTS,
             Reason.KEY_TAKEN,
-            f"This key is enrolled as node {node.node_id}. Set EDGE_NODE_NAME back to {node.name!r}, or remove the node's identity "
-            "directory to enrol with a new key.",
+            f"This key is enrolled as node {node.node_id}. Set EDGE_NODE_NAME back to "
+            f"{node.name!r}, or remove the node's identity directory to enrol with a new key.",
         )
 
 
@@ -151,8 +153,9 @@ def _expect_free_name(state: State, name: str, token: TokenRecord) -> None:
         raise Refused(
             grpc.StatusCode.PERMISSION_DENIED,
             Reason.REVOKED_NODE,
-            f"A node of the name {name!r} was revoked. The operator of central can let it come back with `central tokens create "
-            "--readmit NODE_ID`; or choose another EDGE_NODE_NAME.",
+            f"A node of the name {name!r} was revoked. The operator of central can let it come "
+            "back with `central tokens create --readmit NODE_ID`; or choose another "
+            "EDGE_NODE_NAME.",
         )
     if owners:
         raise Refused(
@@ -179,8 +182,9 @@ def _revoked(node: NodeRecord) -> Refused:
     return Refused(
         grpc.StatusCode.PERMISSION_DENIED,
         Reason.REVOKED_NODE,
-        f"Node {node.node_id} was revoked, and its key is never enrolled again. The operator of central can let its site come back with "
-        f"`central tokens create --readmit {node.node_id}`; then remove the node's identity directory and enrol with that token.",
+        f"Node {node.node_id} was revoked, and its key is never enrolled again. The operator of "
+        "central can let its site come back with `central tokens create --readmit "
+        f"{node.node_id}`; then remove the node's identity directory and enrol with that token.",
     )
 
 

@@ -1,10 +1,12 @@
-"""Who is refused at enrolment waits for the answer, longer each time, so that nobody guesses tokens by the thousand.
+"""Who is refused at enrolment waits for the answer, longer each time, so that nobody guesses tokens
+by the thousand.
 
-In: the address of a refused caller. Out: nothing, after a while. Guarantees: the first few answers to an address come at once; further
-ones come one a second per address and ten a second in all, each at most `LONGEST_S` late. Meanwhile every call of the
-address waits at most `ASK_S` before its token is looked at, so that nobody learns by hanging up on the late answers; then a node with the
-right token is let in, also from the address of somebody who guesses. Memory is bounded: beyond `ADDRESSES` newcomers share one place.
-Used on the event loop alone.
+In: the address of a refused caller. Out: nothing, after a while. Guarantees: the first few answers
+to an address come at once; further ones come one a second per address and ten a second in all, each
+at most `LONGEST_S` late. Meanwhile every call of the address waits at most `ASK_S` before its token
+is looked at, so that nobody learns by hanging up on the late answers; then a node with the right
+token is let in, also from the address of somebody who guesses. Memory is bounded: beyond
+`ADDRESSES` newcomers share one place. Used on the event loop alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from math import inf
 from urllib.parse import unquote
 
 FREE = 5
-"""Refusals of an address that are answered at once; a mistyped token costs no time. They come back, one in `PAUSE_S`."""
+"""Refusals of an address that are answered at once; a mistyped token costs no time. They come back,
+one in `PAUSE_S`.
+"""
 PAUSE_S = 1.0
 RATE, FREE_OF_ALL = 10.0, 50
 """The same for all addresses together: refusals a second, and so many at once."""
@@ -43,7 +47,9 @@ class Guesses:
         self._all_due = -inf
 
     async def wait_to_ask(self, peer: str) -> None:
-        """Wait before the token of `peer` (as gRPC names it) is looked at, while its address or all together were refused too often."""
+        """Wait before the token of `peer` (as gRPC names it) is looked at, while its address or all
+        together were refused too often.
+        """
         if (late_s := self.late_s(peer)) > 0:
             await self._sleep(min(late_s, ASK_S))
 
@@ -73,7 +79,9 @@ class Guesses:
 
 
 def address_of(peer: str) -> str:
-    """The address in `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`; of IPv6 the first 64 bits, which one site has."""
+    """The address in `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`; of IPv6 the first 64 bits,
+    which one site has.
+    """
     host = unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

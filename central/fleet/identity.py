@@ -1,8 +1,9 @@
 """Who is calling: the URI name in the peer's certificate, checked against the journal.
 
-In: a gRPC call over mutual TLS. Out: the enrolled node, or the operator's name. Guarantee: node and cohort come from
-the certificate and the journal, never from a message; a revoked node is refused, and so is a certificate whose time is over,
-though TLS looks at it only when a connection begins. Long calls ask again on their way (`Permission`).
+In: a gRPC call over mutual TLS. Out: the enrolled node, or the operator's name. Guarantee: node and
+cohort come from the certificate and the journal, never from a message; a revoked node is refused,
+and so is a certificate whose time is over, though TLS looks at it only when a connection begins.
+Long calls ask again on their way (`Permission`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Authenticator:
         self._clock = clock
 
     def peer(self, context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
-        """What the caller's certificate says, whoever it is; raises Refused when it is none of ours or its time is over."""
+        """What the caller's certificate says, whoever it is; raises Refused when it is none of ours
+        or its time is over.
+        """
         peer = read_peer(context)
         self.expect_in_time(peer)
         return peer
@@ -58,9 +61,11 @@ class Authenticator:
             raise Refused(
                 grpc.StatusCode.UNAUTHENTICATED,
                 Reason.CERTIFICATE_EXPIRED,
-                f"The certificate of {peer.kind} {peer.name} ended at {peer.not_after:%Y-%m-%dT%H:%M:%SZ}. A node "
-                "gets another one when identity/identity.json is removed from its data directory and it enrols again with a join token of "
-                "its cohort; its key and id stay. An operator's certificate is made anew when central starts.",
+                f"The certificate of {peer.kind} {peer.name} ended at "
+                f"{peer.not_after:%Y-%m-%dT%H:%M:%SZ}. A node gets another one when "
+                "identity/identity.json is removed from its data directory and it enrols again "
+                "with a join token of its cohort; its key and id stay. An operator's certificate "
+                "is made anew when central starts.",
             )
 
     async def node(self, context: grpc.aio.ServicerContext[Any, Any]) -> NodeRecord:
@@ -82,8 +87,9 @@ class Authenticator:
             raise Refused(
                 grpc.StatusCode.PERMISSION_DENIED,
                 Reason.REVOKED_NODE,
-                f"Node {node.node_id} was revoked. The operator of central can let its site come back with `central tokens create "
-                f"--readmit {node.node_id}`; then remove the node's identity directory and enrol with that token.",
+                f"Node {node.node_id} was revoked. The operator of central can let its site come "
+                f"back with `central tokens create --readmit {node.node_id}`; then remove the "
+                "node's identity directory and enrol with that token.",
             )
         if node.cohort != peer.cohort:
             raise Refused(
@@ -106,7 +112,9 @@ class Authenticator:
 
 
 class Permission:
-    """Whether the caller of a long call may still go on: its certificate may end, or its node be revoked, meanwhile."""
+    """Whether the caller of a long call may still go on: its certificate may end, or its node be
+    revoked, meanwhile.
+    """
 
     def __init__(self, authenticator: Authenticator, peer: Peer) -> None:
         self._authenticator = authenticator
@@ -114,7 +122,9 @@ class Permission:
         self._ask_at = asyncio.get_running_loop().time() + ASK_S
 
     async def expect(self) -> None:
-        """Raises Refused when it may not; asks the journal at most once in `ASK_S`, so call it as often as you like."""
+        """Raises Refused when it may not; asks the journal at most once in `ASK_S`, so call it as
+        often as you like.
+        """
         self._authenticator.expect_in_time(self._peer)
         if (now := asyncio.get_running_loop().time()) >= self._ask_at:
             self._ask_at = now + ASK_S

@@ -1,9 +1,10 @@
 """Central's keys and certificates.
 
-In: a data directory and the names that nodes call central by. Out: the CA, the server's certificate, the release key,
-the operator's certificate, and certificates for nodes. Guarantees: every file is written whole; a directory that a kill
-left half filled at the first start is completed; a key that nodes rely on is never replaced; keys are readable by their owner
-only. All keys are ECDSA P-256.
+In: a data directory and the names that nodes call central by. Out: the CA, the server's
+certificate, the release key, the operator's certificate, and certificates for nodes. Guarantees:
+every file is written whole; a directory that a kill left half filled at the first start is
+completed; a key that nodes rely on is never replaced; keys are readable by their owner only. All
+keys are ECDSA P-256.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ BACKDATE = timedelta(minutes=10)
 """A node whose clock is a little behind still accepts a fresh certificate."""
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 RELIED_ON = {"ca.key": "ca.pem", "release.key": "release.pub.pem"}
-"""Keys that nodes have pinned, with their public parts. The others are made anew when they are lost."""
+"""Keys that nodes have pinned, with their public parts. The others are made anew when they are
+lost.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Pki:
     def load_or_create(cls, data_dir: Path, names: Sequence[str], served_before: bool = False) -> Pki:
         """Read the directory, making what is absent; raises StorageError.
 
-        `served_before`: this central has a history, so nodes rely on its CA and its release key, and those must be there.
+        `served_before`: this central has a history, so nodes rely on its CA and its release key,
+        and those must be there.
         """
         folder = data_dir / "pki"
         for name, public in RELIED_ON.items():
@@ -130,21 +134,24 @@ def _key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _expect_kept(path: Path, public: Path, served_before: bool) -> None:
-    """Raises StorageError for a key that was there and is lost: nodes would refuse whatever a new one signs."""
+    """Raises StorageError for a key that was there and is lost: nodes would refuse whatever a new
+    one signs.
+    """
     with storage(path):
         if path.is_file() or not (served_before or public.is_file()):
             return
     raise StorageError(
-        f"{path} is lost, and nodes trust no other: they would refuse this central and its releases. Expected the key that this central "
-        f"was started with. Copy it there from a backup ({'backups/<time>/pki/' + path.name}) or from where you keep the keys, "
-        "with mode 0600."
+        f"{path} is lost, and nodes trust no other: they would refuse this central and its "
+        "releases. Expected the key that this central was started with. Copy it there from a "
+        f"backup ({'backups/<time>/pki/' + path.name}) or from where you keep the keys, with mode "
+        "0600."
     )
 
 
 def _other_key(path: Path, public: Path) -> StorageError:
     return StorageError(
-        f"{path} is not the key of {public}: one of the two was replaced, and nodes trust only the pair that they enrolled with. Restore "
-        "both from one backup."
+        f"{path} is not the key of {public}: one of the two was replaced, and nodes trust only the "
+        "pair that they enrolled with. Restore both from one backup."
     )
 
 

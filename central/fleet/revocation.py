@@ -1,8 +1,11 @@
-"""Revocation: a node is refused from now on, nothing more of it is merged, and nobody else comes in with its token.
+"""Revocation: a node is refused from now on, nothing more of it is merged, and nobody else comes in
+with its token.
 
-In: a node id. Out: one append to the journal. Guarantees: what is left of the node's join token ends with it; its key is never enrolled
-again, and its name only with a token that readmits it (enrollment.py); what the node sent and no accepted release holds is set aside in
-the same transaction, also from a merge under way, whose other updates wait again; merged updates stay merged.
+In: a node id. Out: one append to the journal. Guarantees: what is left of the node's join token
+ends with it; its key is never enrolled again, and its name only with a token that readmits it
+(enrollment.py); what the node sent and no accepted release holds is set aside in the same
+transaction, also from a merge under way, whose other updates wait again; merged updates stay
+merged.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """FleetService: the line on which a node hears everything it must know.
 
-In: watches and status reports of nodes. Out: channel heads, the standing train offer and open evaluation offers at
-once, then every change, and a heartbeat. A watch compares what its node should know with what it was told, so a slow
-reader never makes a queue grow and nothing is lost between two looks. A revoked node's watch ends, and with a heartbeat that of a
-certificate that has ended.
+In: watches and status reports of nodes. Out: channel heads, the standing train offer and open
+evaluation offers at once, then every change, and a heartbeat. A watch compares what its node should
+know with what it was told, so a slow reader never makes a queue grow and nothing is lost between
+two looks. A revoked node's watch ends, and with a heartbeat that of a certificate that has ended.
 """
 
 from __future__ import annotations

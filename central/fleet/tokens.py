@@ -36,7 +36,8 @@ def expect_sensible(uses: int, valid_s: int) -> None:
 def create_token(
     journal: Journal, ca_pem: bytes, cohort: str, uses: int, valid_s: int, by: str, readmit: str = ""
 ) -> tuple[str, str]:
-    """Record a new token of an existing cohort; returns its string and its id. `by` is the operator's name.
+    """Record a new token of an existing cohort; returns its string and its id. `by` is the
+    operator's name.
 
     `readmit`: a revoked node, whose name may be enrolled again with this token. Raises Refused.
     """
@@ -65,7 +66,8 @@ def revoke_token(journal: Journal, token_id: str, by: str) -> TokenRecord:
             raise Refused(
                 grpc.StatusCode.NOT_FOUND,
                 Reason.UNKNOWN_TOKEN,
-                f"Token {token_id!r} is not known. Expected a token's id, not the token itself; `central tokens list` shows them.",
+                f"Token {token_id!r} is not known. Expected a token's id, not the token itself; "
+                "`central tokens list` shows them.",
             )
         if not token.revoked:
             journal.append(token_revoked(token, "an operator revoked it", by))
@@ -120,6 +122,6 @@ def _expect_revoked(state: State, node_id: str) -> None:
         raise Refused(
             grpc.StatusCode.INVALID_ARGUMENT,
             Reason.BAD_ARGUMENT,
-            f"Node {node_id!r} is {'not known' if node is None else 'not revoked'}. Expected the id of a revoked node to readmit; "
-            "`central nodes` shows them.",
+            f"Node {node_id!r} is {'not known' if node is None else 'not revoked'}. Expected the "
+            "id of a revoked node to readmit; `central nodes` shows them.",
         )

@@ -1,7 +1,9 @@
-"""What the journal is made of: kinds of events, one event, and the hash that chains it to the one before.
+"""What the journal is made of: kinds of events, one event, and the hash that chains it to the one
+before.
 
-In: field values. Out: immutable events. Guarantee: an event's hash covers every other field but its seal, the previous hash
-included, so that no stored event can be altered, dropped or re-ordered without breaking the chain after it.
+In: field values. Out: immutable events. Guarantee: an event's hash covers every other field but its
+seal, the previous hash included, so that no stored event can be altered, dropped or re-ordered
+without breaking the chain after it.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ class NewEvent:
 
 @dataclass(frozen=True)
 class Event:
-    """One recorded event. `at` is RFC 3339 UTC; `hash` is SHA-256 over the canonical JSON of all other fields but `seal`."""
+    """One recorded event. `at` is RFC 3339 UTC; `hash` is SHA-256 over the canonical JSON of all
+    other fields but `seal`.
+    """
 
     sequence: int
     at: str
@@ -95,7 +99,9 @@ class Event:
     previous_hash: str
     hash: str
     seal: str = ""
-    """Central's signature over number and hash (head.py), on the last event of every append; empty on the others."""
+    """Central's signature over number and hash (head.py), on the last event of every append; empty
+    on the others.
+    """
 
     @property
     def expected_hash(self) -> str:

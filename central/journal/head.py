@@ -1,8 +1,9 @@
 """The signed end of the journal: a head.
 
-In: the number and hash of an event, central's release key. Out: a signature ("seal") that nobody without the key can make, and the
-head, which names an event and carries its seal. Guarantee: the hash of an event covers every event before it, so a seal speaks for
-the whole journal up to its event.
+In: the number and hash of an event, central's release key. Out: a signature ("seal") that nobody
+without the key can make, and the head, which names an event and carries its seal. Guarantee: the
+hash of an event covers every event before it, so a seal speaks for the whole journal up to its
+event.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from protos.manifest import Digest, Document, ManifestError, canonical_json, ver
 
 
 class Head(Document):
-    """One event of the journal, the last one when it was written. Number 0: the journal has no event yet."""
+    """One event of the journal, the last one when it was written. Number 0: the journal has no
+    event yet.
+    """
 
     sequence: int = Field(ge=0)
     hash: Digest

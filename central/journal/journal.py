@@ -54,10 +54,11 @@ class Journal:
     """Append-only record with its state; one writer per database."""
 
     def __init__(self, url: str, clock: Callable[[], str] = utc_now, seals: Seals | None = None) -> None:
-        """Open or create the journal at SQLAlchemy `url` (not in memory), replay it and verify its chain.
+        """Open or create the journal at SQLAlchemy `url` (not in memory), replay it and verify its
+        chain.
 
-        `seals` signs the last event of every append, and keeps the journal's head elsewhere before `append` returns. Without it the
-        events have no signature.
+        `seals` signs the last event of every append, and keeps the journal's head elsewhere before
+        `append` returns. Without it the events have no signature.
 
         Raises StorageError when it cannot be opened, JournalCorrupt when the chain is broken.
         """
@@ -227,11 +228,13 @@ class Journal:
 
 
 def verify_journal(url: str, seen: Callable[[Event, State], None] = lambda event, state: None) -> State:
-    """Re-read the whole chain of an existing journal and replay it; returns the state that its events imply.
+    """Re-read the whole chain of an existing journal and replay it; returns the state that its
+    events imply.
 
-    `seen` is called after each event with the state so far. Writes nothing and needs no running central, but may run beside one.
-    Raises StorageError when the journal cannot be read, JournalCorrupt naming the first bad event. Signatures and the journal's
-    end are checked by central/history.py.
+    `seen` is called after each event with the state so far. Writes nothing and needs no running
+    central, but may run beside one. Raises StorageError when the journal cannot be read,
+    JournalCorrupt naming the first bad event. Signatures and the journal's end are checked by
+    central/history.py.
     """
     state = State()
     with _uncollected():

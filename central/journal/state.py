@@ -84,8 +84,8 @@ class State(Channels, Collections):
         if token.cohort != event.cohort or token.used >= token.uses or token.revoked:
             raise conflict(
                 event,
-                f"token {token.token_id} of cohort {token.cohort!r} was used {token.used} of {token.uses} times, revoked: "
-                f"{token.revoked!r}",
+                f"token {token.token_id} of cohort {token.cohort!r} was used {token.used} of "
+                f"{token.uses} times, revoked: {token.revoked!r}",
             )
         self._changes.put(self.tokens, token.token_id, replace(token, nodes=(*token.nodes, event.subject)))
         self._changes.put(

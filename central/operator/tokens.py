@@ -1,6 +1,7 @@
 """`central tokens create | list | revoke`: who may still join.
 
-In: arguments. Out: text or JSON, after the running central has answered. Imports nothing heavy, so that `--help` answers at once.
+In: arguments. Out: text or JSON, after the running central has answered. Imports nothing heavy, so
+that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def _create(client: OperatorClient, options: Options) -> None:
     valid_s = options.valid_hours * 3600
     if not (0 < options.uses < 2**32 and 0 < valid_s < 2**32):  # also false for nan
         raise CentralError(
-            f"--uses {options.uses} with --valid-hours {options.valid_hours:g} is not possible. Expected both above 0, "
-            f"below {2**32} uses and {2**32 // 3600} hours."
+            f"--uses {options.uses} with --valid-hours {options.valid_hours:g} is not possible. "
+            f"Expected both above 0, below {2**32} uses and {2**32 // 3600} hours."
         )
     request = operator_pb2.CreateTokenRequest(
         cohort=options.cohort, uses=options.uses, valid_s=int(valid_s), readmit_node_id=options.readmit

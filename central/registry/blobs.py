@@ -93,11 +93,12 @@ class BlobStore(ABC):
         """Raises StorageError when the store is marked as another central's; writes nothing."""
         if (found := self.owner()) not in (owner, None):
             raise StorageError(
-                f"The blobs beside {self.note_where(OWNER)} are those of another central: the mark says {(found or 'nothing')[:12]!r}, this "
-                f"one is {owner[:12]!r}. Two that share a store delete each other's payloads. Set CENTRAL_BLOBS__URL to a place of this "
-                f"central's own. To hand the store over, stop the other central for good and remove {self.note_where(OWNER)}; remove `head` beside it "
-                f"too, if it is there; this one marks "
-                "it at its next start."
+                f"The blobs beside {self.note_where(OWNER)} are those of another central: the mark "
+                f"says {(found or 'nothing')[:12]!r}, this one is {owner[:12]!r}. Two that share a "
+                "store delete each other's payloads. Set CENTRAL_BLOBS__URL to a place of this "
+                "central's own. To hand the store over, stop the other central for good and "
+                f"remove {self.note_where(OWNER)}; remove `head` beside it too, if it is there; "
+                "this one marks it at its next start."
             )
 
     def owner(self) -> str | None:

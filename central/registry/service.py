@@ -1,7 +1,8 @@
 """ReleaseService: releases and candidates for nodes.
 
-In: calls of enrolled nodes. Out: signed manifests, payloads from any offset, and evaluation reports in the journal.
-Guarantees: a node sees only releases of its own cohort; no node gets the last bytes of a payload that is not what was released; the first report of a node for an offer counts.
+In: calls of enrolled nodes. Out: signed manifests, payloads from any offset, and evaluation reports
+in the journal. Guarantees: a node sees only releases of its own cohort; no node gets the last bytes
+of a payload that is not what was released; the first report of a node for an offer counts.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
             self._expect_intact(payload, found)
 
     def _read(self, payload: Payload, begin: int, found: Hash) -> bytes:
-        """The next chunk. The last one only when all that was read is what was released; raises BlobLost."""
+        """The next chunk. The last one only when all that was read is what was released; raises
+        BlobLost.
+        """
         end = min(begin + CHUNK_BYTES, payload.size_bytes)
         chunk = self._blobs.read_range(payload.digest_sha256, begin, end)
         found.update(chunk)

@@ -120,7 +120,9 @@ def _copy(settings: CentralSettings, work: Path, target: BlobStore, progress: Pr
 
 
 def _export(settings: CentralSettings, store: BlobStore, path: Path) -> tuple[State, str]:
-    """Write the journal as it is now; returns its state and the file's SHA-256. Raises StorageError for one that is not whole."""
+    """Write the journal as it is now; returns its state and the file's SHA-256. Raises StorageError
+    for one that is not whole.
+    """
     digest = hashlib.sha256()
     with storage(path), path.open("wb") as stream:
 

@@ -110,7 +110,8 @@ def check_backup(source: Source, progress: Progress) -> None:
 
 
 def restore(settings: CentralSettings, source: Source, progress: Progress, accept_loss: bool = False) -> None:
-    """Make the data directory, the blob store and the journal of `settings` those of the backup; raises StorageError.
+    """Make the data directory, the blob store and the journal of `settings` those of the backup;
+    raises StorageError.
 
     `accept_loss`: also when central is known to have recorded events that the backup does not have.
     """
@@ -156,7 +157,9 @@ def restore(settings: CentralSettings, source: Source, progress: Progress, accep
 
 
 def _expect_newest(data_dir: Path, target: BlobStore, source: Source) -> None:
-    """Raises JournalLost when a head that is still there names an event that the backup does not have."""
+    """Raises JournalLost when a head that is still there names an event that the backup does not
+    have.
+    """
     heads = kept_heads(data_dir, target)
     wanted = {head.sequence for head in heads.values()}
     hashes = {e.sequence: e.hash for e in read_events(source.path / JOURNAL) if e.sequence in wanted} if wanted else {}
@@ -164,8 +167,9 @@ def _expect_newest(data_dir: Path, target: BlobStore, source: Source) -> None:
         expect_whole(heads, hashes.get, source.last, source.release_key_pem)
     except JournalLost as error:
         raise StorageError(
-            f"Backup {source.path.name} is older than what central recorded. {error.what} Nothing was restored. Restore a newer backup; "
-            "to give the missing events up for good, repeat with --accept-loss."
+            f"Backup {source.path.name} is older than what central recorded. {error.what} Nothing "
+            "was restored. Restore a newer backup; to give the missing events up for good, repeat "
+            "with --accept-loss."
         ) from error
 
 
@@ -198,7 +202,9 @@ def _mark_of(source: Source) -> bytes:
 
 
 def _expect_room(settings: CentralSettings, source: Source) -> bool:
-    """Refuse to mix two centrals; True when the data directory is marked as being restored from this backup."""
+    """Refuse to mix two centrals; True when the data directory is marked as being restored from
+    this backup.
+    """
     data, marker = settings.data_dir, settings.data_dir / MARKER
     events = count_events(settings.journal_url)
     if marker.exists():
@@ -206,8 +212,9 @@ def _expect_room(settings: CentralSettings, source: Source) -> bool:
             begun = marker.read_bytes()
         if begun != _mark_of(source):
             raise StorageError(
-                f"{data} holds an unfinished restore of another backup ({begun.decode(errors='replace').strip()}). Finish that one, or empty the directory and "
-                "the database."
+                f"{data} holds an unfinished restore of another backup "
+                f"({begun.decode(errors='replace').strip()}). Finish that one, or empty the "
+                "directory and the database."
             )
         return True
     expected = {DataLock.NAME, HEAD_FILE, "lost+found", *(() if source.manifest.has_keys else (PKI,))}
