@@ -4,8 +4,8 @@ In: the state, the blobs, releases. Out: one finding per release. Reads only. Th
 and the updates' payloads go through the merge that made the release (composition.py), and the
 digest must come out again; so must that of its server state.
 
-What is stored is read too: the bytes that would be served, the cohort's own product and the
-strategy's state.
+What is stored is read too: the bytes that would be served, and of a channel's head also the
+cohort's own product and the strategy's state, which the next merge reads.
 
 Guarantee: `identical` means that the release holds its parent and the updates of its plan with the
 plan's weights, and nothing else, and that its bytes lie in the store as they were released. With
@@ -36,9 +36,10 @@ from protos.lora import LoraTensors, encode
 from protos.manifest import ManifestError, sha256_hex, verify
 
 Outcome = Literal["identical", "differs", "failed", "damaged", "forgotten", "collected"]
-"""damaged: its own bytes in the store are gone or altered, whatever it is rebuilt to; forgotten: it
-cannot be rebuilt any more, because payloads went with a contribution that was forgotten; collected:
-because retention collected payloads that no release on a reachable line needs.
+"""damaged: what would be served of it is gone or altered in the store, whatever it is rebuilt to;
+forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was
+forgotten; collected: because retention collected payloads that no release on a reachable line
+needs.
 """
 
 
@@ -97,11 +98,13 @@ class _Rebuilder:
         return merged
 
     def damage(self, release: ReleaseRecord) -> str:
-        """What is wrong with the release's own bytes in the store; empty when nothing is, or when
-        they were collected.
+        """What is wrong with the bytes in the store that would be served, or, of a channel's head,
+        merged next; empty when nothing is, or when they were collected.
         """
+        is_head = release.release_id in self._state.channels.values()
+        stored = release_blobs(release) if is_head else [release.manifest.payload.digest_sha256]
         try:
-            for digest in release_blobs(release):
+            for digest in stored:
                 if digest not in self._state.collected:
                     self._blobs.read(digest)
         except StorageError as error:
