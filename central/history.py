@@ -9,7 +9,6 @@ kill came between its commit and the head.
 from __future__ import annotations
 
 import base64
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from central.journal.events import FIRST_HASH
 from central.journal.head import Head, verify_seal
 from central.journal.payloads import stored_blobs
 from central.registry import BlobStore
-from protos.manifest import ManifestError, UpdateManifest, verify
-
-log = logging.getLogger(__name__)
+from protos.manifest import ManifestError, verify
 
 PUBLIC_KEY = "release.pub.pem"
 
@@ -211,9 +208,9 @@ def _check_signatures(event: Event, state: State, central_key: bytes) -> None:
         if event.seal:
             verify_seal(central_key, event.sequence, event.hash, event.seal)
         if event.kind is EventKind.UPDATE_ADMITTED:
-            data = body["manifest"].encode()
-            node = state.nodes[UpdateManifest.from_bytes(data).node_id]
-            verify(node.public_key_pem.encode(), data, base64.b64decode(body["signature"]))
+            node = state.nodes[state.updates[event.subject].manifest.node_id]
+            signature = base64.b64decode(body["signature"])
+            verify(node.public_key_pem.encode(), body["manifest"].encode(), signature)
         elif event.kind in (EventKind.COHORT_CREATED, EventKind.CANDIDATE_BUILT):
             verify(central_key, body["manifest"].encode(), base64.b64decode(body["signature"]))
     except (ManifestError, ValueError, KeyError) as error:

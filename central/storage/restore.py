@@ -157,7 +157,7 @@ def restore(settings: CentralSettings, source: Source, progress: Progress, accep
 
 
 def _expect_newest(data_dir: Path, target: BlobStore, source: Source) -> None:
-    """Raises JournalLost when a head that is still there names an event that the backup does not
+    """Raises StorageError when a head that is still there names an event that the backup does not
     have.
     """
     heads = kept_heads(data_dir, target)
