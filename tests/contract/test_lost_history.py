@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
@@ -32,6 +33,7 @@ from central.main import open_rooms
 from central.registry import DirectoryBlobs
 from central.settings import CentralSettings
 from tests.contract import central_harness as harness
+from tests.contract.s3 import BUCKET, S3
 from tests.unit.central import builders as make
 
 Run = Callable[..., tuple[int, str]]
@@ -249,6 +251,31 @@ def head_at(data: Path, sequence: int) -> bytes:
     digest = next(event.hash for event in read_journal(f"sqlite:///{data}/journal.db") if event.sequence == sequence)
     heads = Heads(data, DirectoryBlobs(data / "blobs"), Pki.load_or_create(data, []).release_key)
     return heads.seal(sequence, digest).to_bytes()
+
+
+async def test_a_postgresql_that_was_rolled_back_is_refused(tmp_path: Path, postgres: sa.URL, s3: S3) -> None:
+    """Neither head lies in the database; with a new data directory the one in the bucket is left."""
+    engines = {
+        "journal": {"url": postgres.render_as_string(hide_password=False)},
+        "blobs": {"url": f"s3://{BUCKET}/rolled-back", "options": s3.options},
+    }
+    settings = harness.make_settings(tmp_path, **engines)
+    async with harness.running_central(settings) as central:
+        token = await central.token()
+        await central.enroll("a", token)
+        await central.enroll("b", token)
+    engine = sa.create_engine(postgres)
+    with engine.begin() as connection:
+        connection.execute(sa.text("delete from events where sequence = 4"))
+    engine.dispose()
+    for without_data_dir in (False, True):
+        if without_data_dir:
+            shutil.copytree(settings.data_dir / "pki", tmp_path / "pki")
+            shutil.rmtree(settings.data_dir)
+            settings.data_dir.mkdir()
+            shutil.move(tmp_path / "pki", settings.data_dir / "pki")
+        with pytest.raises(StorageError, match="ends with event 3, but central recorded event 4"), ExitStack() as stack:
+            await asyncio.to_thread(open_rooms, settings, stack)
 
 
 # The operator's word.
