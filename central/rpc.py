@@ -109,7 +109,7 @@ class Repeats:
     were since.
 
     Whoever may call can fail at will, and must not fill central's disk with lines. The keys are
-    few: methods and reasons.
+    few: methods and reasons, and blobs that are damaged.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -149,7 +149,7 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
         _log(logging.WARNING, "call conflicts with the journal", method, detail=text)
         await context.abort(grpc.StatusCode.ABORTED, f"{text} Look at the present state and try again.")
     if isinstance(error, BlobLost):
-        _log(logging.ERROR, "stored payload lost", method, detail=str(error))
+        _log(logging.ERROR, "stored payload lost", method, str(error))  # every damaged one is named
         await context.abort(
             grpc.StatusCode.DATA_LOSS,
             "A payload that central stored is gone or was altered. Its operator must restore it: "
