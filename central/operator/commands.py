@@ -28,13 +28,16 @@ def add_nodes(commands: Any) -> None:
     json_option(nodes)
     actions = nodes.add_subparsers(metavar="ACTION")
     json_option(command(actions, "list", asking(_nodes), "every node (the default)"), nested=True)
-    revoke = command(actions, "revoke", asking(_revoke), "refuse a node from now on")
+    revoke = command(
+        actions, "revoke", asking(_revoke), "refuse a node from now on, and end what is left of its join token"
+    )
     text = "admit what a node sends, but keep it from being merged; it goes on serving and learning"
     quarantine = command(actions, "quarantine", asking(_quarantine), text)
     quarantine.add_argument("--reason", required=True, help="shown to operators and to the node")
     release = command(actions, "release", asking(_release), "end a node's quarantine; what it sent waits to be merged")
     for parser in (revoke, quarantine, release):
         parser.add_argument("node_id")
+    json_option(revoke, nested=True)
 
 
 def add_updates(commands: Any) -> None:
@@ -108,10 +111,11 @@ def _print_problems(rows: list[dict[str, Any]]) -> None:
 
 
 def _revoke(client: OperatorClient, options: Options) -> None:
+    from central.operator.texts import revoked
     from protos.operator.v1 import operator_pb2
 
-    client.ask(client.stub.RevokeNode, operator_pb2.RevokeNodeRequest(node_id=options.node_id))
-    print(f"Node {options.node_id} is revoked.")
+    done = client.ask(client.stub.RevokeNode, operator_pb2.RevokeNodeRequest(node_id=options.node_id))
+    print_text(options, done, lambda done: revoked(options.node_id, done))
 
 
 def _quarantine(client: OperatorClient, options: Options) -> None:
