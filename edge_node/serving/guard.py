@@ -1,6 +1,6 @@
 """A `vllm.general_plugins` entry point that every vLLM process runs at its start.
 
-In: nothing. Out: a process that dies with its parent, and on one-thread CPU hosts an engine core that is forked instead
+In: nothing. Out: a process that knows our model classes and dies with its parent, and on one-thread CPU hosts an engine core that is forked instead
 of imported a second time. Guarantees: a `kill -9` of any parent leaves no vLLM process behind.
 """
 
@@ -13,6 +13,8 @@ import os
 import signal
 from typing import Any
 
+from edge_node.serving import language_model
+
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
@@ -24,6 +26,7 @@ def guard_process() -> None:
     ours, theirs = logging.getLogger("edge_node"), logging.getLogger("vllm")
     ours.handlers, ours.propagate = theirs.handlers, False
     ours.setLevel(logging.INFO)
+    language_model.register()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid)
