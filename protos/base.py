@@ -233,7 +233,7 @@ def _wrapper_prefix(path: Path, config: Mapping[str, Any], tensors: Mapping[str,
     if not inner:
         return ""
     kind, text = config.get("model_type"), config.get("text_config")
-    text_kind = text.get("model_type") if isinstance(text, dict) else None
+    text_kind = str(text.get("model_type")) if isinstance(text, dict) else None
     found = [p for p in WRAPPER_PREFIXES if any(name.startswith(f"{p}layers.") for name in tensors)]
     if kind in WRAPPERS and text_kind in WRAPPED_TEXT and len(found) == 1:
         return found[0]

@@ -131,6 +131,12 @@ def test_another_wrapper_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     assert "gemma3, llava, mistral3" in text
 
 
+@pytest.mark.parametrize("inside", [{}, {"model_type": []}, {"model_type": None}])
+def test_a_wrapper_that_names_no_text_model_is_refused(tmp_path: Path, inside: dict[str, Any]) -> None:
+    tensors = layers(prefix="language_model.model.")
+    assert "inside 'gemma3'" in refused(make(tmp_path / "base", tensors, model_type="gemma3", text_config=inside))
+
+
 def test_another_text_model_inside_a_wrapper_is_refused_by_name(tmp_path: Path) -> None:
     tensors = layers(prefix="language_model.model.")
     text = refused(make(tmp_path / "base", tensors, model_type="llava", text_config={"model_type": "phi"}))
