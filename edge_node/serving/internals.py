@@ -39,7 +39,9 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
     "vllm.platforms": {"current_platform.is_cpu": ()},
-    "vllm": {"SamplingParams": ()},
+    "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_prefix",), "WeightsMapper.apply": ("weights",)},
+    "vllm.config": {"VllmConfig.with_hf_config": ("hf_config", "architectures")},
+    "vllm": {"SamplingParams": (), "ModelRegistry.register_model": ("model_arch", "model_cls")},
 }
 """Module -> dotted name -> parameters that must exist (none listed: the name alone)."""
 
