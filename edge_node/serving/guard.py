@@ -1,7 +1,8 @@
 """A `vllm.general_plugins` entry point that every vLLM process runs at its start.
 
-In: nothing. Out: a process that dies with its parent, and on one-thread CPU hosts an engine core that is forked instead
-of imported a second time. Guarantees: a `kill -9` of any parent leaves no vLLM process behind.
+In: nothing. Out: a process that dies with its parent, on CPU with the adapters' arithmetic of cpu_lora.py, and on
+one-thread CPU hosts an engine core that is forked instead of imported a second time. Guarantees: a `kill -9` of any
+parent leaves no vLLM process behind; a vLLM whose LoRA on CPU differs ends at its start.
 """
 
 from __future__ import annotations
@@ -24,11 +25,22 @@ def guard_process() -> None:
     ours, theirs = logging.getLogger("edge_node"), logging.getLogger("vllm")
     ours.handlers, ours.propagate = theirs.handlers, False
     ours.setLevel(logging.INFO)
+    replace_cpu_lora()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid)
     elif os.environ.get("OMP_NUM_THREADS") == "1":
         fork_engine_core()
+
+
+def replace_cpu_lora() -> None:
+    """Raises ServingError, which ends vLLM. In every process, because the model's worker may live in any of them."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from edge_node.serving import cpu_lora
+
+        cpu_lora.install(type(current_platform))
 
 
 def die_with_parent(parent_pid: int) -> None:
