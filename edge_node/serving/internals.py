@@ -33,6 +33,13 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "BaseServing._check_model": ("request",),
         "BaseServing._maybe_get_adapters": ("request",),
     },
+    "vllm.entrypoints.openai.completion.protocol": {
+        "CompletionRequest.to_sampling_params": ("max_tokens", "default_sampling_params")
+    },
+    "vllm.entrypoints.openai.chat_completion.protocol": {
+        "ChatCompletionRequest.to_sampling_params": ("max_tokens", "default_sampling_params")
+    },
+    "vllm.exceptions": {"VLLMValidationError": ("message", "parameter", "value")},
     "vllm.plugins.endpoint_plugins.interface": {
         "EndpointPlugin.attach_router": ("app",),
         "EndpointPlugin.init_state": ("engine_client", "state", "args"),

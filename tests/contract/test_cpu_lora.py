@@ -135,7 +135,9 @@ def test_embeddings(batch: Batch) -> None:
 def test_a_wrapper_that_was_told_nothing_yet_changes_nothing() -> None:
     wrapper = AdapterProducts(8, max_batches=8, device=torch.device("cpu"))
     y = torch.ones(8, 3)
-    wrapper.add_lora_linear(y, torch.ones(8, 2), (torch.ones(SLOTS, 1, 1, 2),), (torch.ones(SLOTS, 1, 3, 1),), 1.0, (3,))
+    wrapper.add_lora_linear(
+        y, torch.ones(8, 2), (torch.ones(SLOTS, 1, 1, 2),), (torch.ones(SLOTS, 1, 3, 1),), 1.0, (3,)
+    )
     assert torch.equal(y, torch.ones(8, 3))
 
 
