@@ -44,8 +44,11 @@ NUMBERS = [
     1e308,
     -1e308,
     5e-324,
+    float("nan"),
+    float("inf"),
 ]
 TEXTS = [
+    "\ud800",
     "",
     "w1",
     "w1 w2 w3",
@@ -64,6 +67,7 @@ TEXTS = [
 ]
 MAX_TOKENS = "max_tokens", "max_completion_tokens"
 SMALL = {"max_tokens": 3}
+JSON = {"content-type": "application/json"}
 
 
 def schemas() -> dict[str, dict[str, Any]]:
@@ -171,7 +175,10 @@ async def test_no_request_ends_the_engine() -> None:
 async def send(node: ServingNode, batch: list[tuple[tuple[str, dict[str, Any]], int]], seen: dict[int, int]) -> None:
     """All at once, so that they share steps; then a plain request, which a dead engine would not answer."""
     models = [node.base, *node.versions]
-    posts = [node.http.post(path, json=body | {"model": models[number]}) for (path, body), number in batch]
+    posts = [
+        node.http.post(path, content=json.dumps(body | {"model": models[number]}), headers=JSON)  # escapes, and NaN
+        for (path, body), number in batch
+    ]
     for answer in await asyncio.gather(*posts, return_exceptions=True):
         if isinstance(answer, httpx.Response):
             seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
