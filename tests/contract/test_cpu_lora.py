@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,8 +159,8 @@ def test_the_cpu_platform_of_the_installed_vllm_takes_it(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("add_lora_logits", r"add_lora_logits takes self, y, x, indices, kwargs|has no parameter"),
-        ("_apply_expand", r"_apply_expand"),
+        ("add_lora_logits", "add_lora_logits has no parameter buffer"),
+        ("_apply_expand", "_apply_expand has no parameter add_inputs"),
     ],
 )
 def test_another_vllm_is_refused_and_nothing_is_replaced(
@@ -182,3 +185,19 @@ def test_one_parameter_more_is_a_difference() -> None:
     with pytest.raises(ServingError, match="LoRARequest takes lora_name, lora_int_id, lora_path"):
         internals._check_surface(surface, exact=True)
     internals._check_surface(surface)
+
+
+def test_a_process_of_another_vllm_ends_when_it_loads_the_plug_ins() -> None:
+    """What every vLLM process does at its start; the server, the engine core and the worker alike."""
+    start = (
+        "from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU\n"
+        "PunicaWrapperCPU.add_lora_logits = lambda self, y, x: None\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+    )
+    environment = os.environ | {"VLLM_PLUGINS": "lorikeet"}
+    done = subprocess.run([sys.executable, "-c", start], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "ServingError: vLLM 0.32" in done.stderr
+    assert "add_lora_logits has no parameter buffer" in done.stderr
+    assert "Install an unmodified vllm==0.32.0" in done.stderr

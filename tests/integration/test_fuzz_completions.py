@@ -19,7 +19,7 @@ from tests.integration.serving_node import CHAT, COMPLETIONS, ServingNode, servi
 
 pytestmark = [pytest.mark.timeout(580), pytest.mark.slow]
 
-EXAMPLES = 250
+EXAMPLES = 1500
 NUMBERS = [
     0,
     1,
