@@ -78,9 +78,17 @@ class AdapterProducts(PunicaWrapperCPU):  # type: ignore[misc]
         buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`y += scale * x @ A^T @ B^T`, slice by slice; x `[tokens, in]`, y `[tokens, sum of output_slices]`."""
-        if self._token_rows:
-            super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, buffer=buffer, **kwargs)
+        """`y += scale * x @ A^T @ B^T`, slice by slice; x `[tokens, in]`, y `[tokens, sum of output_slices]`.
+
+        Without the float32 buffer of vLLM's own: a third of a module's time when a step has few tokens.
+        """
+        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        for slot, rows in self._token_rows:
+            inputs, offset = x[rows], 0
+            for A, B, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+                inner = _inner(inputs, _weight(A, slot), scale)
+                _add(y[:, offset : offset + width], rows, inner, _weight(B, slot))
+                offset += width
 
     def add_lora_logits(
         self,
@@ -120,9 +128,8 @@ def shrink(
 ) -> None:
     """`y = scale * x @ W^T` for each slot's rows; y float32 `[rows, rank]`; other rows stay as they are."""
     for slot, rows in rows_of:
-        weight = _weight(stacked, slot)
-        product = torch.mm(x[rows].to(weight.dtype), weight.t()).to(y.dtype)
-        y[rows, : product.shape[1]] = product if scale == 1 else product * scale
+        inner = _inner(x[rows], _weight(stacked, slot), scale)
+        y[rows, : inner.shape[1]] = inner.to(y.dtype)
 
 
 def expand(
@@ -133,17 +140,27 @@ def expand(
     The model's output may be narrower or wider than W, because both pad the vocabulary: the common columns count.
     """
     for slot, rows in rows_of:
-        weight = _weight(stacked, slot)[: y.shape[1]].to(y.dtype).t()
-        inputs, width = x[rows].to(y.dtype), weight.shape[1]
+        weight = _weight(stacked, slot)[: y.shape[1]]
+        columns = y[:, : weight.shape[0]]
         if not add_inputs:
-            y[rows, :width] = torch.mm(inputs, weight)
-        elif isinstance(rows, slice):
-            y[rows, :width].addmm_(inputs, weight)  # half the time of a product and an addition
-        else:
-            y[:, :width].index_add_(0, rows, torch.mm(inputs, weight))
+            columns[rows] = 0
+        _add(columns, rows, x[rows], weight)
 
 
 def _weight(stacked: torch.Tensor, slot: int) -> torch.Tensor:
     """The matrix of one slot; vLLM stacks `[slots, 1, out, in]`, for some modules without the 1."""
-    weight = stacked[slot]
-    return weight.squeeze(0) if weight.dim() == 3 else weight
+    return stacked[slot, 0] if stacked.dim() == 4 else stacked[slot]
+
+
+def _inner(x: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+    product = torch.mm(x.to(weight.dtype), weight.t())
+    return product if scale == 1 else product * scale
+
+
+def _add(y: torch.Tensor, rows: Rows, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """`y[rows] += x @ weight^T`, in y's dtype; x has these rows only."""
+    x, weight = x.to(y.dtype), weight.to(y.dtype).t()
+    if isinstance(rows, slice):
+        y[rows].addmm_(x, weight)  # half the time of a product and an addition
+    else:
+        y.index_add_(0, rows, torch.mm(x, weight))
