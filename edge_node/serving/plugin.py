@@ -54,7 +54,12 @@ class LorikeetPlugin:
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
             raise ServingError(f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket.")
-        started = Gateway(load_settings(), Engine(engine_client, state, args))
+        engine = Engine(engine_client, state, args)
+        if engine.on_cpu:
+            from edge_node.serving.cpu_requests import refuse_prompt_logprobs
+
+            refuse_prompt_logprobs()
+        started = Gateway(load_settings(), engine)
         await started.activate()
         requests = LorikeetMiddleware(_without_middleware(self._app), started)
         state.lorikeet_control = ControlServer(started, Path(socket), requests)
