@@ -26,6 +26,7 @@ INTAKE = (
     "intake.admitted",  # it is in the journal, but the node has no receipt
 )
 BLOBS = ("blob.written", "blob.published")
+SPACE = ("space.ballast_released",)
 RETENTION = (
     "journal.blobs_collected.applied",
     "journal.blobs_collected.stored",  # it is said, and nothing is deleted yet
@@ -75,6 +76,7 @@ CONTRIBUTIONS = (
 POINTS = (
     *INTAKE,
     *BLOBS,
+    *SPACE,
     *RETENTION,
     *TRANSFER,
     *MERGE,

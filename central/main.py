@@ -8,7 +8,7 @@ In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server
     BlobStore       payloads; Registry: releases and channels (registry/)
     PartialUploads  updates on their way; Admission: checks and admits them (intake/)
     CohortThreads   one Flower ServerApp loop per cohort (federation/)
-    Collector       deletes payloads that nothing needs any more (storage/)
+    Collector       deletes payloads that nothing needs any more (storage/); Space: the room that uploads leave (space.py)
 
 Guarantee: a kill at any point loses nothing that was acknowledged; the next start goes on from journal and blobs.
 """
@@ -25,11 +25,15 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import grpc
+import sqlalchemy as sa
 
 from central import faults
 from central.cohorts import CohortThreads
+from central.durable import make_directory, storage
 from central.errors import ListenError, SettingsError
 from central.file_lock import DataLock
 from central.fleet.enrollment import EnrollmentService
@@ -41,11 +45,13 @@ from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
 from central.intake.service import UpdateService
 from central.journal import Journal, WriterLock
+from central.journal.payloads import stored_blobs
 from central.operator.service import OperatorService
-from central.registry import BlobStore, Registry, open_blobs
+from central.registry import BlobStore, DirectoryBlobs, Registry, open_blobs
 from central.registry.service import ReleaseService
 from central.rpc import SERVER_OPTIONS, ErrorTranslator, bound_heaps
 from central.settings import CentralSettings
+from central.space import Space
 from central.storage.collector import Collector
 from central.storage.restore import expect_no_unfinished_restore
 from protos.base import BaseModelError, BaseModelInfo, read_base_model
@@ -71,6 +77,7 @@ class Rooms:
     registry: Registry
     partial: PartialUploads
     collector: Collector
+    space: Space
 
 
 async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> None:
@@ -87,7 +94,10 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         rooms = await asyncio.to_thread(open_rooms, settings, stack)
         gc.freeze()  # the history stays: a search for garbage that walks it stops every thread (0.7 s at 100,000 updates)
         presence = Presence()
-        run_cohort = await asyncio.to_thread(_load_federation, rooms, settings, presence)
+        cohorts: CohortThreads
+        run_cohort = await asyncio.to_thread(
+            _load_federation, rooms, settings, presence, lambda cohort: cohorts.went_on(cohort)
+        )
         cohorts = CohortThreads(rooms.journal, run_cohort)
         stopped = threading.Event()
         try:
@@ -112,22 +122,45 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     base = _read_base(settings)
     stack.enter_context(DataLock(settings.data_dir))
     expect_no_unfinished_restore(settings.data_dir)
+    blobs = open_blobs(settings)
+    space = Space(_places(settings, blobs), settings.limits.reserve_bytes)
+    space.release_ballast()  # what is written at start may find the disk full
     stack.enter_context(WriterLock(settings.journal_url))
     pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
-    blobs = open_blobs(settings)
-    blobs.claim(pki.identity)
-    blobs.prepare()
     partial = PartialUploads(settings.data_dir / "uploads")
     journal = Journal(settings.journal_url)
     stack.callback(journal.close)
+    with journal.read() as state:
+        blobs.expect_some(stored_blobs(state))
+    blobs.claim(pki.identity)
+    blobs.prepare()
     _expect_same_base(journal, base)
     _expect_same_cohorts(journal, settings)
     registry = Registry(journal, blobs, pki.release_key, base.digest, settings.builds_on)
     with journal.read() as state:
         partial.discard_all(state.updates)  # a kill may have come between an update's admission and this
-    collector = Collector(journal, blobs, partial, settings.retention)
+    collector = Collector(journal, blobs, partial, settings.retention, space=space)
     collector.recover()
-    return Rooms(base, journal, pki, blobs, registry, partial, collector)
+    space.take_ballast()
+    if text := space.shortage():
+        log.warning("no upload is taken", extra={"reason": text})
+    return Rooms(base, journal, pki, blobs, registry, partial, collector, space)
+
+
+def _places(settings: CentralSettings, blobs: BlobStore) -> list[Path]:
+    """The directories that central writes to, one on each disk."""
+    journal = sa.make_url(settings.journal_url)
+    places = [settings.data_dir]
+    if journal.get_backend_name() == "sqlite" and journal.database:
+        places.append(Path(journal.database).parent)
+    if isinstance(blobs, DirectoryBlobs):
+        places.append(blobs.root)
+    found: dict[int, Path] = {}
+    for place in places:
+        make_directory(place)
+        with storage(place):
+            found.setdefault(place.stat().st_dev, place)
+    return list(found.values())
 
 
 class Services:
@@ -202,6 +235,8 @@ class Services:
             rooms.pki.release_key,
             rooms.base,
             self._settings.limits,
+            rooms.space,
+            rooms.collector.make_room,
         )
         server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
@@ -222,6 +257,7 @@ class Services:
                 self._settings.channels,
                 rooms.collector,
                 self._failure,
+                rooms.space.shortage,
             ),
             server,
         )
@@ -237,7 +273,7 @@ class Services:
 
 
 def _load_federation(
-    rooms: Rooms, settings: CentralSettings, presence: Presence
+    rooms: Rooms, settings: CentralSettings, presence: Presence, went_on: Callable[[str], None]
 ) -> Callable[[str, threading.Event], None]:
     """The loop of one cohort; raises SettingsError for a strategy that cannot work. Flower is imported here, not before."""
     # Flower reports its use to its makers unless told otherwise.
@@ -249,7 +285,16 @@ def _load_federation(
         check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
 
     def run(cohort: str, stop: threading.Event) -> None:
-        run_cohort(cohort, rooms.journal, rooms.registry, rooms.blobs, settings, stop, presence.is_connected)
+        run_cohort(
+            cohort,
+            rooms.journal,
+            rooms.registry,
+            rooms.blobs,
+            settings,
+            stop,
+            presence.is_connected,
+            went_on=partial(went_on, cohort),
+        )
 
     return run
 

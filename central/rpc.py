@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 
-from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError
+from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError, StorageFull
 from central.journal import JournalConflict
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,13 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
     if isinstance(error, JournalConflict):
         log.warning("call conflicts with the journal", extra={"method": method, "detail": text})
         await context.abort(grpc.StatusCode.ABORTED, f"{text} Look at the present state and try again.")
+    if isinstance(error, StorageFull):
+        log.error("storage full", extra={"method": method, "detail": str(error)})
+        await context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            "Central's disk is full. Try again later; central's operator has to make room (`central retention --apply`).",
+            ((REASON_KEY, Reason.STORAGE_FULL.value),),
+        )
     if isinstance(error, StorageError):
         log.error("storage failed", extra={"method": method, "detail": str(error)})
         await context.abort(
