@@ -59,6 +59,7 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "interactions": counts.interactions,
         "feedback": counts.feedback,
         "examples": counts.examples,
+        "unusable_examples": dict(counts.unusable),
         "outbox": {state: outbox.count(state) for state in sorted(set(outbox))},
     }
     try:

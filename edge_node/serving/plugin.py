@@ -49,7 +49,9 @@ class LorikeetPlugin:
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
             raise ServingError(f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket.")
-        started = Gateway(load_settings(), Engine(engine_client, state, args))
+        settings, engine = load_settings(), Engine(engine_client, state, args)
+        engine.chat_format.write(settings.data_dir)  # the learner renders anchors as vLLM renders requests
+        started = Gateway(settings, engine)
         await started.activate()
         state.lorikeet_control = ControlServer(started, Path(socket))
         await state.lorikeet_control.start()
@@ -88,7 +90,7 @@ async def _models() -> JSONResponse:
 async def _feedback(request: Request) -> JSONResponse:
     try:
         feedback = read_feedback(await request.body())
-        feedback_id = await asyncio.to_thread(_gateway().store.add_feedback, feedback)
+        receipt = await asyncio.to_thread(_gateway().keep_feedback, feedback)
     except UnknownInteraction as error:
         return _error(404, "NotFoundError", str(error), "id")
     except ValueError as error:
@@ -96,7 +98,8 @@ async def _feedback(request: Request) -> JSONResponse:
     except StorageError as error:
         logger.error("Feedback not stored", extra={"cause": str(error)})
         return _error(503, "ServiceUnavailableError", "Feedback could not be stored; send it again later.")
-    return JSONResponse({"id": feedback_id, "interaction": feedback.interaction_id})
+    answer = {"id": receipt.id, "interaction": feedback.interaction_id, "usable": not receipt.unusable}
+    return JSONResponse(answer | ({"reason": receipt.unusable} if receipt.unusable else {}))
 
 
 def _gateway() -> Gateway:
