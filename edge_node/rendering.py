@@ -139,11 +139,10 @@ def read_stop_ids(base: Path) -> list[int]:
 def _message(message: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
     """The message as vLLM gives it to the template: content as text or parts, tool arguments as objects."""
     role, texts = message["role"], _texts(message.get("content"))
-    as_parts = parts and role != "tool"
-    made: dict[str, Any] = {
-        "role": role,
-        "content": [{"type": "text", "text": text} for text in texts] if as_parts else "\n".join(texts),
-    }
+    content: Any = "\n".join(text for text in texts if text)
+    if parts:
+        content = "\n".join(texts) if role == "tool" else [{"type": "text", "text": text} for text in texts]
+    made: dict[str, Any] = {"role": role, "content": content}
     if role == "assistant":
         if message.get("tool_calls"):
             made["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
