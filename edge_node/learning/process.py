@@ -1,8 +1,7 @@
 """The supervisor's handle on the learner: starts it, starts it again, stops it.
 
 In: settings. Runs `python -m edge_node.learning.worker` until `aclose`; the child inherits EDGE_* and dies with this
-process. A learner that ends is started again after a pause that doubles while it keeps ending soon, and that it ended
-is the room's problem, unless it said itself what is wrong.
+process. A learner that ends is started again after a pause that doubles while it keeps ending soon.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import os
 import sys
 import time
 
-from edge_node.problems import Problems
 from edge_node.settings import EdgeSettings
 
 log = logging.getLogger(__name__)
@@ -23,8 +21,6 @@ MAX_PAUSE_S = 60.0
 STEADY_S = 60.0
 """A learner that ran this long was healthy: the next pause is short again."""
 STOP_S = 10.0
-ROOM = "learning"
-"""Name under which the learner reports problems."""
 
 # The learner never talks to a hub or a telemetry service, whatever the libraries would like.
 QUIET = {
@@ -40,7 +36,6 @@ class LearnerProcess:
 
     def __init__(self, settings: EdgeSettings, first_pause_s: float = FIRST_PAUSE_S) -> None:
         self._enabled = settings.learning.enabled
-        self._problems = Problems(settings.data_dir)
         self._first_pause_s = first_pause_s
         self._child: asyncio.subprocess.Process | None = None
         self._closed = asyncio.Event()
@@ -64,13 +59,6 @@ class LearnerProcess:
             if time.monotonic() - began > STEADY_S:
                 pause_s = self._first_pause_s
             log.warning("learner ended", extra={"exit_code": code, "restart_in_s": pause_s})
-            if all(problem.room != ROOM for problem in self._problems.current()):
-                self._problems.report(
-                    ROOM,
-                    f"The learner ended with {_words(code)} and is started again.",
-                    "Look at the supervisor's log. After signal 9 memory was probably short: lower "
-                    "EDGE_LEARNING__BATCH_OWN and EDGE_LEARNING__BATCH_ANCHOR.",
-                )
             try:
                 await asyncio.wait_for(self._closed.wait(), pause_s)
             except TimeoutError:
@@ -97,7 +85,3 @@ class LearnerProcess:
         except TimeoutError:
             self._child.kill()
             await self._child.wait()
-
-
-def _words(exit_code: int) -> str:
-    return f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"

@@ -26,7 +26,6 @@ from typing import Any
 from edge_node.errors import AdapterError, EdgeError, StorageError
 from edge_node.experience import Counts, ExperienceStore
 from edge_node.learning.policy import Signals, decide
-from edge_node.learning.process import ROOM
 from edge_node.learning.records import RoundImpossible, RoundPlan, RoundStore, plan_round
 from edge_node.problems import Problems
 from edge_node.releases.peft_directory import directory_rank
@@ -35,6 +34,8 @@ from protos.manifest import ManifestError, ReleaseManifest
 
 log = logging.getLogger("edge_node.learning")
 
+ROOM = "learning"
+"""Name under which rounds report problems."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -111,7 +112,10 @@ class Worker:
         return plan
 
     def _report(self, counts: Counts) -> None:
-        """Say that too little can be learnt from; the problem of before is over, unless a round was abandoned."""
+        """Say that too little can be learnt from, or that nothing is wrong. An abandoned round stays a problem until
+        another one is finished."""
+        if self._rounds.last_was_abandoned():
+            return
         needed = self._settings.learning.min_examples
         if counts.examples < needed <= counts.examples + sum(counts.unusable.values()):
             reasons = "; ".join(f"{count} because {reason}" for reason, count in counts.unusable.items())
@@ -121,7 +125,7 @@ class Worker:
                 f"{needed}, and others cannot be used: {reasons}.",
                 "See `reason` in the answers of POST /v1/feedback, and edge_node/experience/README.md.",
             )
-        elif not self._rounds.last_was_abandoned():
+        else:
             self._problems.clear(ROOM)
 
     def _train(self, plan: RoundPlan) -> None:
@@ -146,9 +150,10 @@ class Worker:
             at = traceback.extract_tb(error.__traceback__)[-1]
             fields = {"round_id": plan.round_id, "why": type(error).__name__, "at": f"{at.filename}:{at.lineno}"}
             log.error("round abandoned", extra=fields)
-            self._rounds.abandon(plan.round_id, repr(error))
-            text = str(error) if isinstance(error, RoundImpossible) else f"{fields['why']} at {fields['at']}."
+            where = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}."
+            text = str(error) if isinstance(error, RoundImpossible) else where
             self._problems.report(ROOM, f"Round {plan.round_id} was abandoned: {text}", _next_step(error))
+            self._rounds.abandon(plan.round_id, repr(error))
             return
         self._rounds.finish(plan.round_id, update_id)
         self._problems.clear(ROOM)
@@ -217,22 +222,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger().handlers[0].addFilter(_with_fields)
     try:
         settings = load_settings()
-    except EdgeError as error:
-        print(f"learner: {error}", file=sys.stderr)
-        return error.exit_code
-    again = "The learner tries again by itself."
-    try:
         from edge_node.identity import Identity
 
         Worker(settings, Identity.load(settings.data_dir).node_id).run()
     except EdgeError as error:
         print(f"learner: {error}", file=sys.stderr)
-        Problems(settings.data_dir).report(ROOM, f"The learner cannot work: {error}", again)
         return error.exit_code
     except (OSError, sqlite3.Error) as error:
-        text = f"the disk of EDGE_DATA_DIR cannot be used: {error}. Free space, or check it."
-        print(f"learner: {text}", file=sys.stderr)
-        Problems(settings.data_dir).report(ROOM, f"The learner cannot work: {text}", again)
+        print(f"learner: the disk of EDGE_DATA_DIR cannot be used: {error}. Free space, or check it.", file=sys.stderr)
         return StorageError.exit_code
     return 0
 
