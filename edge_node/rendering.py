@@ -1,8 +1,10 @@
-"""Messages -> token ids, as this node's vLLM makes them, for what was never served: anchors and environment tasks.
+"""Messages -> token ids, as this node's vLLM makes them, for what was never served: anchors and
+environment tasks.
 
-In: a tokenizer, and the chat format that vLLM said it uses (`chat_format.json` in the data directory). Out: prompt ids,
-answer ids. Guarantees: for text messages the ids are those that vLLM makes of them (a contract test compares). What was
-served is never rendered again: its ids are in the experience store. Imports no library by itself.
+In: a tokenizer, and the chat format that vLLM said it uses (`chat_format.json` in the data
+directory). Out: prompt ids, answer ids. Guarantees: for text messages the ids are those that vLLM
+makes of them (a contract test compares). What was served is never rendered again: its ids are in
+the experience store. Imports no library by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from edge_node.errors import SettingsError, StorageError
 
 FILE_NAME = "chat_format.json"
 HF_RENDERER = "HfRenderer"
-"""Name of the vLLM renderer that this module agrees with: a Jinja template over a Hugging Face tokenizer."""
+"""Name of the vLLM renderer that this module agrees with: a Jinja template over a Hugging Face
+tokenizer.
+"""
 PROBE = "qzxprobe"
 """An answer that no template and no special token holds a part of."""
 RESERVED = frozenset({"tokenize", "return_dict", "chat_template"})
@@ -32,7 +36,9 @@ class ChatFormat:
     template: str | None = None
     """The Jinja template; None: the tokenizer's own."""
     parts: bool = False
-    """True: the template reads content as a list of parts (vLLM's content format `openai`), not as a string."""
+    """True: the template reads content as a list of parts (vLLM's content format `openai`), not as
+    a string.
+    """
     options: Mapping[str, Any] = field(default_factory=dict)
     """Template variables that every request has: vLLM's --default-chat-template-kwargs."""
     tokenizer: str | None = None
@@ -41,7 +47,9 @@ class ChatFormat:
     """Class of vLLM's renderer."""
 
     def write(self, data_dir: Path) -> None:
-        """Replaces the one before, never by half a file; vLLM writes it at every start. Raises OSError."""
+        """Replaces the one before, never by half a file; vLLM writes it at every start. Raises
+        OSError.
+        """
         data_dir.mkdir(parents=True, exist_ok=True)
         partial = data_dir / f"{FILE_NAME}.partial"
         partial.write_text(json.dumps(asdict(self)))
@@ -49,7 +57,9 @@ class ChatFormat:
 
     @classmethod
     def read(cls, data_dir: Path) -> ChatFormat:
-        """What vLLM wrote at its last start; the tokenizer's own template when it never ran here. Raises StorageError."""
+        """What vLLM wrote at its last start; the tokenizer's own template when it never ran here.
+        Raises StorageError.
+        """
         path = data_dir / FILE_NAME
         try:
             return cls(**json.loads(path.read_bytes()))
@@ -63,7 +73,9 @@ class Renderer:
     """One tokenizer with one chat format; usable from several threads when the tokenizer is."""
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int], chat: ChatFormat | None = None) -> None:
-        """`stop_ids`: further tokens that end an answer of the model, beside the tokenizer's eos (`read_stop_ids`)."""
+        """`stop_ids`: further tokens that end an answer of the model, beside the tokenizer's eos
+        (`read_stop_ids`).
+        """
         self.tokenizer = tokenizer
         self._stop_ids = {*stop_ids, tokenizer.eos_token_id}
         self._chat = chat or ChatFormat()
@@ -74,6 +86,7 @@ class Renderer:
         Raises:
             SettingsError: vLLM renders with something else than a chat template, or a content holds more than text.
             Exception: whatever the template raises on messages that it refuses.
+
         """
         if self._chat.renderer != HF_RENDERER:
             raise SettingsError(
@@ -89,9 +102,11 @@ class Renderer:
 
     @cached_property
     def end_of_turn(self) -> int:
-        """Id that ends an answer: the stop token that the chat template writes after one, else the tokenizer's eos.
+        """Id that ends an answer: the stop token that the chat template writes after one, else the
+        tokenizer's eos.
 
-        They differ for some models (Gemma: <end_of_turn> and <eos>); a model trained on the wrong one never stops.
+        They differ for some models (Gemma: <end_of_turn> and <eos>); a model trained on the wrong
+        one never stops.
         """
         messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
         try:
@@ -126,7 +141,9 @@ def load_renderer(base: Path, chat: ChatFormat | None = None) -> Renderer:
 
 
 def read_stop_ids(base: Path) -> list[int]:
-    """Ids that end an answer, from the model's generation config, or its config where there is none."""
+    """Ids that end an answer, from the model's generation config, or its config where there is
+    none.
+    """
     for name in ("generation_config.json", "config.json"):
         try:
             ids = json.loads((base / name).read_bytes()).get("eos_token_id")
@@ -137,7 +154,9 @@ def read_stop_ids(base: Path) -> list[int]:
 
 
 def _message(message: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
-    """The message as vLLM gives it to the template: content as text or parts, tool arguments as objects."""
+    """The message as vLLM gives it to the template: content as text or parts, tool arguments as
+    objects.
+    """
     role, texts = message["role"], _texts(message.get("content"))
     content: Any = "\n".join(text for text in texts if text)
     if parts:
@@ -180,7 +199,9 @@ def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_system_message(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What vLLM makes of the role `developer` where the template does not know it: the system message, and one only."""
+    """What vLLM makes of the role `developer` where the template does not know it: the system
+    message, and one only.
+    """
     made = [
         {**{key: value for key, value in message.items() if key != "tools"}, "role": "system"}
         if message["role"] == "developer"

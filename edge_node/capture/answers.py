@@ -1,8 +1,8 @@
 """From the raw bytes of a finished answer to an interaction.
 
-In: the parsed request, the body as it went to the client (JSON or server-sent events), and the token ids that the engine
-had. Out: an Interaction, or None for an answer that did not come to its end. Raises ValueError or its kin when the bytes
-are not what vLLM sends. Pure.
+In: the parsed request, the body as it went to the client (JSON or server-sent events), and the
+token ids that the engine had. Out: an Interaction, or None for an answer that did not come to its
+end. Raises ValueError or its kin when the bytes are not what vLLM sends. Pure.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def _ids(finished: Finished) -> tuple[tuple[int, ...], tuple[int, ...], str]:
 
 
 def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """As the client sent them; a prompt of /v1/completions (text, token ids, or several) as one of role `prompt`."""
+    """As the client sent them; a prompt of /v1/completions (text, token ids, or several) as one of
+    role `prompt`.
+    """
     messages = request.get("messages")
     return list(messages) if isinstance(messages, list) else [{"role": "prompt", "content": request.get("prompt")}]
 

@@ -1,8 +1,8 @@
 """The durable store of interactions and feedback.
 
-In: finished answers with their token ids, and feedback. Out: examples for training, a cursor, counts. Guarantees: every
-write is one durable SQLite transaction, safe with several processes on the same file; repeats change nothing; only what
-can be learnt is an example.
+In: finished answers with their token ids, and feedback. Out: examples for training, a cursor,
+counts. Guarantees: every write is one durable SQLite transaction, safe with several processes on
+the same file; repeats change nothing; only what can be learnt is an example.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Interaction:
     prompt_ids: tuple[int, ...]
     """Token ids of the prompt as the engine had it."""
     answer_ids: tuple[int, ...]
-    """Token ids of the answer as the engine made it, with reasoning, tool calls and the token that ended it."""
+    """Token ids of the answer as the engine made it, with reasoning, tool calls and the token that
+    ended it.
+    """
     unusable: str = ""
     """Why nothing can be learnt from it, whatever is said of it; empty when something can."""
 
@@ -87,7 +89,8 @@ class Feedback:
     correction: str | None = None
     comment: str | None = None
     correction_ids: tuple[int, ...] | None = ()
-    """Token ids of the correction to the end of its turn; None when it is too long to be counted."""
+    """Token ids of the correction to the end of its turn; None when it is too long to be counted.
+    """
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn: `target_ids` is what should have been, or was rightly, answered to `prompt_ids`."""
+    """One thing to learn: `target_ids` is what should have been, or was rightly, answered to
+    `prompt_ids`.
+    """
 
     feedback_id: str
     interaction_id: str
@@ -112,7 +117,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Counts:
-    """examples: usable ones; unusable: reason -> number of corrected and verified answers that cannot be learnt."""
+    """examples: usable ones; unusable: reason -> number of corrected and verified answers that
+    cannot be learnt.
+    """
 
     interactions: int
     feedback: int
@@ -159,7 +166,8 @@ class ExperienceStore:
             db.executemany("INSERT OR IGNORE INTO interactions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def add_feedback(self, feedback: Feedback, *, max_tokens: int) -> Receipt:
-        """Makes `feedback` durable; the same again right after gives the same receipt. Raises UnknownInteraction.
+        """Makes `feedback` durable; the same again right after gives the same receipt. Raises
+        UnknownInteraction.
 
         max_tokens: most tokens of prompt and answer together that can be learnt.
         """
@@ -214,7 +222,8 @@ class ExperienceStore:
         return self._count("SELECT COALESCE(MAX(number), 0) FROM feedback")
 
     def failures(self, *, after: int, model: str | None = None) -> int:
-        """Feedbacks after the cursor `after` with a usable correction, or a score below 1 and no correction.
+        """Feedbacks after the cursor `after` with a usable correction, or a score below 1 and no
+        correction.
 
         `model`: answers of that version only.
         """
@@ -316,6 +325,8 @@ def _unpack(packed: bytes) -> tuple[int, ...]:
 
 
 def _receipt(feedback_id: str, unusable: str, feedback: Feedback) -> Receipt:
-    """Feedback without a verdict to learn is stored and counted, and nothing can be learnt from it either."""
+    """Feedback without a verdict to learn is stored and counted, and nothing can be learnt from it
+    either.
+    """
     offers = feedback.correction is not None or (feedback.score or 0) >= 1
     return Receipt(feedback_id, unusable if offers else NO_VERDICT)

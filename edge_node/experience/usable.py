@@ -1,7 +1,8 @@
 """Whether something can be learnt from feedback: the one place where that is decided.
 
-In: what is known of an interaction and of what was said of it. Out: why nothing can be learnt, in words that stand in
-status, at central and in the answer to the feedback; empty when it can be used. Pure; quotes nothing of a customer.
+In: what is known of an interaction and of what was said of it. Out: why nothing can be learnt, in
+words that stand in status, at central and in the answer to the feedback; empty when it can be used.
+Pure; quotes nothing of a customer.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ def why_unusable(known: str, prompt_tokens: int, target_tokens: int | None, max_
     prompt_tokens: length of the prompt as served.
     target_tokens: length of what is to be learnt, with the token that ends it; None: too long to be counted.
     max_tokens: most tokens of prompt and answer together that the model serves and a round trains on.
+
     """
     if known:
         return known

@@ -1,8 +1,9 @@
 """Examples -> fixed batches.
 
-In: own and anchor examples in token ids, a plan. Out: `TokenRow`s in training order, the loss on the answer only. Own
-examples are the ids that were served; anchors are rendered as vLLM renders (`edge_node/rendering.py`). Nothing is cut
-here, and nothing is left out: what cannot be used is no example. The same plan and examples give the same rows.
+In: own and anchor examples in token ids, a plan. Out: `TokenRow`s in training order, the loss on
+the answer only. Own examples are the ids that were served; anchors are rendered as vLLM renders
+(`edge_node/rendering.py`). Nothing is cut here, and nothing is left out: what cannot be used is no
+example. The same plan and examples give the same rows.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ def token_row(lesson: Lesson) -> TokenRow:
 
 
 def make_batches(plan: RoundPlan, own: Sequence[Lesson], anchors: Sequence[Lesson]) -> Batches:
-    """All rows of the round in order: `steps` batches of batch_own own and batch_anchor anchor rows.
+    """All rows of the round in order: `steps` batches of batch_own own and batch_anchor anchor
+    rows.
 
-    Of the own rows, batch_hard come from the hard examples alone, where there are any (prioritised replay,
-    arXiv:1511.05952, with two classes instead of priorities). Within each kind every example is drawn once before any
-    is drawn again. `own` is not empty; without anchors a batch holds own rows only.
+    Of the own rows, batch_hard come from the hard examples alone, where there are any (prioritised
+    replay, arXiv:1511.05952, with two classes instead of priorities). Within each kind every
+    example is drawn once before any is drawn again. `own` is not empty; without anchors a batch
+    holds own rows only.
     """
     hard = [index for index, lesson in enumerate(own) if lesson.hard]
     batch_hard = plan.batch_hard if hard else 0

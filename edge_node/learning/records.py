@@ -36,7 +36,9 @@ CREATE TABLE IF NOT EXISTS rounds (
 
 
 class RoundImpossible(LookupError):
-    """A round that can never be completed. Its words are ours and quote nothing that a customer wrote."""
+    """A round that can never be completed. Its words are ours and quote nothing that a customer
+    wrote.
+    """
 
     def __init__(self, text: str, next_step: str) -> None:
         super().__init__(text)

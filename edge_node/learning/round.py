@@ -33,7 +33,8 @@ DEFAULT_MAX_TOKENS = 4096
 def run_round(
     plan: RoundPlan, settings: EdgeSettings, outbox: Outbox, workspace: Path, active: Callable[[], str | None]
 ) -> str:
-    """Train `plan` (from its newest checkpoint) and leave the update in the outbox; returns the update id.
+    """Train `plan` (from its newest checkpoint) and leave the update in the outbox; returns the
+    update id.
 
     Args:
         active: id of the release that the node serves now. A round whose update would supersede an earlier one is
@@ -44,6 +45,7 @@ def run_round(
         SettingsError: no base model, or an environment cannot be loaded or its anchors not rendered.
         RoundImpossible: there is nothing to learn, or the start release is not on disk any more.
         RoundObsolete: see `active`.
+
     """
     known = outbox.of_round(plan.round_id)
     if known is not None:  # killed after the hand-over, before it was recorded
@@ -117,9 +119,11 @@ def train_on_experience(
 
 
 def anchor_lessons(settings: EdgeSettings, base: Path, plan: RoundPlan) -> list[Lesson]:
-    """What the base could do, from the train splits of the anchor environments: `anchor_pool` examples in all.
+    """What the base could do, from the train splits of the anchor environments: `anchor_pool`
+    examples in all.
 
-    One that is longer than the model serves is left out; raises SettingsError when an environment has no other.
+    One that is longer than the model serves is left out; raises SettingsError when an environment
+    has no other.
     """
     specs = [spec for spec in settings.environments if spec.anchor]
     renderer = load_renderer(base, ChatFormat.read(settings.data_dir))
@@ -163,7 +167,9 @@ def _max_positions(base: Path) -> int:
 
 
 def release_directory(data_dir: Path, release_id: str, rank: int = 0) -> Path:
-    """The PEFT directory of a release, which must be of that rank where one is given; raises RoundImpossible."""
+    """The PEFT directory of a release, which must be of that rank where one is given; raises
+    RoundImpossible.
+    """
     path = data_dir / "releases" / "versions" / release_id
     if not (path / "adapter_config.json").is_file():
         raise RoundImpossible(

@@ -41,7 +41,8 @@ class RoundObsolete(Exception):
 class TrainedRound:
     """tensors: the increment, and its sketches where the plan asks for them.
 
-    metrics: loss_first, loss_last, steps, seconds, examples and anchors (distinct ones that were trained on).
+    metrics: loss_first, loss_last, steps, seconds, examples and anchors (distinct ones that were
+    trained on).
     """
 
     tensors: LoraTensors
@@ -69,6 +70,7 @@ def train_round(
 
     Raises:
         RoundObsolete: `obsolete` said so.
+
     """
     disable_progress_bar()
     model = load_start(base, release)

@@ -112,8 +112,9 @@ class Worker:
         return plan
 
     def _report(self, counts: Counts) -> None:
-        """Say that too little can be learnt from, or that nothing is wrong. An abandoned round stays a problem until
-        another one is finished."""
+        """Say that too little can be learnt from, or that nothing is wrong. An abandoned round
+        stays a problem until another one is finished.
+        """
         if self._rounds.last_was_abandoned():
             return
         needed = self._settings.learning.min_examples

@@ -102,7 +102,9 @@ class Gateway:
         logger.info("Adapter unloaded", extra={"release": name})
 
     def keep_feedback(self, feedback: Feedback) -> Receipt:
-        """Makes `feedback` durable, a correction with its token ids; slow, so for a thread. Raises what the store does."""
+        """Makes `feedback` durable, a correction with its token ids; slow, so for a thread. Raises
+        what the store does.
+        """
         if feedback.correction is not None:
             ids = self.engine.answer_ids(feedback.correction)
             feedback = replace(feedback, correction_ids=None if ids is None else tuple(ids))

@@ -1,8 +1,9 @@
-"""The only module that touches vLLM, pinned to 0.32.*: everything of its private surface that we rely on.
+"""The only module that touches vLLM, pinned to 0.32.*: everything of its private surface that we
+rely on.
 
-In: vLLM's engine client and app state. Out: adapter loading, a probe, health, the token ids of captured requests, the chat
-format. Guarantees: `check_contract` fails with a clear ServingError on any vLLM whose surface differs, before a request is
-served.
+In: vLLM's engine client and app state. Out: adapter loading, a probe, health, the token ids of
+captured requests, the chat format. Guarantees: `check_contract` fails with a clear ServingError on
+any vLLM whose surface differs, before a request is served.
 """
 
 from __future__ import annotations
@@ -148,14 +149,17 @@ class Engine:
             pass
 
     def answer_ids(self, text: str) -> list[int] | None:
-        """Ids of an answer with this text, to its end; None when it cannot fit into the model. For any thread."""
+        """Ids of an answer with this text, to its end; None when it cannot fit into the model. For
+        any thread.
+        """
         if len(text) > self.max_model_len * self._tokenizer.max_chars_per_token:
             return None
         return self._renderer.answer_ids(text)
 
 
 def recorded(generate: Generate) -> Generate:
-    """`generate` of vLLM's engine that leaves the ids of captured requests in SERVED and changes nothing else.
+    """`generate` of vLLM's engine that leaves the ids of captured requests in SERVED and changes
+    nothing else.
 
     It is called in the context of the HTTP request that it works for, once for each of its prompts.
     """
@@ -190,7 +194,9 @@ async def _record(outputs: AsyncGenerator[Any, None], generation: Generation, de
 
 
 def read_chat_format(online: Any) -> ChatFormat:
-    """What vLLM's OnlineRenderer renders chat requests with, with the operator's arguments resolved by vLLM itself."""
+    """What vLLM's OnlineRenderer renders chat requests with, with the operator's arguments resolved
+    by vLLM itself.
+    """
     hf = importlib.import_module("vllm.renderers.hf")
     model_config, name = online.model_config, type(online.renderer).__name__
     if not isinstance(online.renderer, hf.HfRenderer):

@@ -1,4 +1,5 @@
-"""The node's ClientApp with virtual nodes: each has a small experience store of its own, made when it is first asked.
+"""The node's ClientApp with virtual nodes: each has a small experience store of its own, made when
+it is first asked.
 
 A virtual node serves nothing, so the token ids of its prompts are rendered here.
 """

@@ -1,4 +1,5 @@
-"""What a round trains on is what vLLM served, in token ids: vLLM's own API server over an engine that only counts.
+"""What a round trains on is what vLLM served, in token ids: vLLM's own API server over an engine
+that only counts.
 
 Each request also asks for `return_token_ids`, so that vLLM itself says what it served.
 """
@@ -213,7 +214,9 @@ def test_most_of_these_requests_were_answered(running: Running) -> None:
 @given(messages)
 @many
 def test_a_task_is_rendered_as_vllm_renders_it(running: Running, said: list[dict[str, Any]]) -> None:
-    """Anchors and environment tasks were never served: rendered here, evaluated through the endpoint."""
+    """Anchors and environment tasks were never served: rendered here, evaluated through the
+    endpoint.
+    """
     response = running.post(CHAT, {"messages": said, "temperature": 0, "max_tokens": 1, "return_token_ids": True})
     if response.status_code == 200:
         assert running.renderer.prompt_ids(said) == served(response)[1]

@@ -1,6 +1,8 @@
-"""Chat templates with the habits of known model families, written for the tests, and a byte-level tokenizer for them.
+"""Chat templates with the habits of known model families, written for the tests, and a byte-level
+tokenizer for them.
 
-In: the name of a style. Out: a directory with tokenizer and config that transformers and vLLM load (no weights).
+In: the name of a style. Out: a directory with tokenizer and config that transformers and vLLM load
+(no weights).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """vLLM's real API server over an engine that only counts: everything of a request but the model.
 
-In: a base directory, settings, the engine's answers. Out: the ASGI app with our middleware and plug-in, as `edge-node`
-starts it. Requests are parsed, rendered, streamed and parsed back by vLLM's own code.
+In: a base directory, settings, the engine's answers. Out: the ASGI app with our middleware and
+plug-in, as `edge-node` starts it. Requests are parsed, rendered, streamed and parsed back by vLLM's
+own code.
 """
 
 from __future__ import annotations

@@ -187,7 +187,9 @@ async def feedback(node: Node) -> None:
 
 
 async def what_was_served_is_what_is_learnt(node: Node) -> None:
-    """vLLM says with `return_token_ids` what it served; with a stop string the model's answer has no end."""
+    """vLLM says with `return_token_ids` what it served; with a stop string the model's answer has
+    no end.
+    """
     call = {"id": "c", "type": "function", "function": {"name": "w7", "arguments": '{"w8": "w9"}'}}
     user = {"role": "user", "content": "w1 w2 w3 w4 w5"}
     shapes: list[tuple[str, dict[str, Any]]] = [
