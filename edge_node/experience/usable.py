@@ -15,12 +15,15 @@ NO_VERDICT = "it says neither that the answer was right nor what would have been
 
 
 def why_unusable(known: str, prompt_tokens: int, target_tokens: int | None, max_tokens: int) -> str:
-    """Args:
-    known: what capture found against the interaction; empty when nothing.
-    prompt_tokens: length of the prompt as served.
-    target_tokens: length of what is to be learnt, with the token that ends it; None: too long to be counted.
-    max_tokens: most tokens of prompt and answer together that the model serves and a round trains on.
+    """The reason, or nothing.
 
+    Args:
+        known: what capture found against the interaction; empty when nothing.
+        prompt_tokens: length of the prompt as served.
+        target_tokens: length of what is to be learnt, with the token that ends it; None when it is
+            too long to be counted.
+        max_tokens: most tokens of prompt and answer together that the model serves, and that a
+            round trains on.
     """
     if known:
         return known
