@@ -84,9 +84,9 @@ class Renderer:
         """Ids of the prompt of a chat request with these messages and no further fields.
 
         Raises:
-            SettingsError: vLLM renders with something else than a chat template, or a content holds more than text.
+            SettingsError: vLLM renders with something else than a chat template, or a content holds
+                more than text.
             Exception: whatever the template raises on messages that it refuses.
-
         """
         if self._chat.renderer != HF_RENDERER:
             raise SettingsError(
@@ -113,8 +113,9 @@ class Renderer:
             text = self._render(messages, add_generation_prompt=False)
         except Exception:  # a template may refuse anything by raising, and completions need none
             text = ""
-        after = self._encode(text.rpartition(PROBE)[2])
-        return int(next((token for token in after if token in self._stop_ids), self.tokenizer.eos_token_id))
+        _, found, after = text.rpartition(PROBE)
+        ids = self._encode(after) if found else []
+        return int(next((token for token in ids if token in self._stop_ids), self.tokenizer.eos_token_id))
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         conversation = [_message(message, parts=self._chat.parts) for message in messages]

@@ -179,17 +179,17 @@ class ExperienceStore:
             ).fetchone()
             if found is None:
                 raise UnknownInteraction(feedback.interaction_id)
-            newest = db.execute(
-                "SELECT id, unusable, score, correction, comment FROM feedback WHERE interaction_id = ? "
-                "ORDER BY number DESC LIMIT 1",
-                (feedback.interaction_id,),
-            ).fetchone()
-            if newest is not None and tuple(newest)[2:] == content:
-                return _receipt(newest["id"], newest["unusable"], feedback)
             target_tokens: int | None = found[2] // TOKEN_BYTES
             if feedback.correction is not None:
                 target_tokens = None if feedback.correction_ids is None else len(feedback.correction_ids)
             unusable = why_unusable(found[0], found[1] // TOKEN_BYTES, target_tokens, max_tokens)
+            newest = db.execute(
+                "SELECT id, score, correction, comment, unusable FROM feedback WHERE interaction_id = ? "
+                "ORDER BY number DESC LIMIT 1",
+                (feedback.interaction_id,),
+            ).fetchone()
+            if newest is not None and tuple(newest)[1:] == (*content, unusable):
+                return _receipt(newest["id"], unusable, feedback)
             feedback_id = f"fb-{uuid.uuid4().hex}"
             db.execute(
                 "INSERT INTO feedback (id, created_at, interaction_id, score, correction, comment, correction_ids, unusable)"

@@ -50,7 +50,10 @@ class LorikeetPlugin:
         if not socket:
             raise ServingError(f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket.")
         settings, engine = load_settings(), Engine(engine_client, state, args)
-        engine.chat_format.write(settings.data_dir)  # the learner renders anchors as vLLM renders requests
+        try:
+            engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
+        except OSError as error:  # a full disk must not keep a node from serving
+            logger.error("Chat format not written", extra={"cause": str(error)})
         started = Gateway(settings, engine)
         await started.activate()
         state.lorikeet_control = ControlServer(started, Path(socket))

@@ -59,6 +59,14 @@ def test_an_answer_ends_as_the_template_ends_it(after: str, stops: list[int], ex
     assert renderer.answer_ids("ok") == [*ids("ok"), expected]
 
 
+def test_a_template_that_leaves_answers_out_leaves_the_eos() -> None:
+    class Forgetful(ToyTokenizer):
+        def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> str:
+            return "<s>\N{END OF TEXT}<u>"
+
+    assert Renderer(Forgetful(), [END]).answer_ids("ok") == [*ids("ok"), EOS]
+
+
 def test_a_template_that_refuses_everything_leaves_the_eos() -> None:
     assert Renderer(ToyTokenizer(refuses=True), [END]).answer_ids("ok") == [*ids("ok"), EOS]
 

@@ -77,7 +77,11 @@ def test_repeated_feedback_changes_nothing(store: ExperienceStore) -> None:
     assert tell(store, 1, score=0.0, right="right") == first
     assert store.cursor() == 1
     assert tell(store, 1, score=1.0) != first
-    assert store.cursor() == 2
+    longer = Feedback("chatcmpl-1", correction="right", correction_ids=tuple(range(90)))
+    receipts = [store.add_feedback(longer, max_tokens=limit) for limit in (50, 100, 100)]
+    assert [bool(receipt.unusable) for receipt in receipts] == [True, False, False]
+    assert len({receipt.id for receipt in receipts}) == 2, "where the node can learn it now, it is news"
+    assert store.cursor() == 4
 
 
 def test_examples_are_corrections_and_verified_answers_newest_first(store: ExperienceStore) -> None:
