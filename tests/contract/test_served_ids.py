@@ -208,7 +208,7 @@ def test_completions_train_on_the_served_ids(running: Running, body: dict[str, A
 
 
 def test_most_of_these_requests_were_answered(running: Running) -> None:
-    assert running.statuses.count(200) > len(running.statuses) / 2
+    assert running.statuses.count(200) >= len(running.statuses) / 2
 
 
 @given(messages)
