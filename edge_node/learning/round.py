@@ -163,7 +163,8 @@ def _anchor(renderer: Renderer, spec: EnvironmentSpec, task: Task, answer: str |
 
 def _max_positions(base: Path) -> int:
     config = json.loads((base / "config.json").read_bytes())
-    return int(config.get("max_position_embeddings") or DEFAULT_MAX_TOKENS)
+    text = config.get("text_config") or config  # a language model inside a wrapper has its own
+    return int(text.get("max_position_embeddings") or DEFAULT_MAX_TOKENS)
 
 
 def release_directory(data_dir: Path, release_id: str, rank: int = 0) -> Path:
