@@ -45,7 +45,6 @@ def run_round(
         SettingsError: no base model, or an environment cannot be loaded or its anchors not rendered.
         RoundImpossible: there is nothing to learn, or the start release is not on disk any more.
         RoundObsolete: see `active`.
-
     """
     known = outbox.of_round(plan.round_id)
     if known is not None:  # killed after the hand-over, before it was recorded
@@ -126,6 +125,8 @@ def anchor_lessons(settings: EdgeSettings, base: Path, plan: RoundPlan) -> list[
     has no other.
     """
     specs = [spec for spec in settings.environments if spec.anchor]
+    if not specs:
+        return []
     renderer = load_renderer(base, ChatFormat.read(settings.data_dir))
     limit = settings.serving.max_model_len or _max_positions(base)
     lessons: list[Lesson] = []

@@ -70,7 +70,6 @@ def train_round(
 
     Raises:
         RoundObsolete: `obsolete` said so.
-
     """
     disable_progress_bar()
     model = load_start(base, release)
