@@ -64,7 +64,9 @@ def _ids(finished: Finished) -> tuple[tuple[int, ...], tuple[int, ...], str]:
     (generation,) = generations
     if not generation.text_only:
         return (), (), NOT_ONLY_TEXT
-    return tuple(generation.prompt_ids), tuple(generation.answer_ids), ""
+    # Asked for none, vLLM makes one token all the same and shows it to nobody.
+    shown = () if finished.request.get("max_tokens") == 0 else tuple(generation.answer_ids)
+    return tuple(generation.prompt_ids), shown, ""
 
 
 def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -95,6 +95,13 @@ def test_an_interaction_that_nothing_can_be_learnt_from_says_why(
     assert (interaction.prompt_ids, interaction.answer_ids, interaction.unusable) == ((), (), reason)
 
 
+def test_a_token_that_nobody_was_shown_is_no_part_of_the_answer() -> None:
+    request = {"prompt": "1 2", "echo": True, "max_tokens": 0}
+    interaction = to_interaction(make_chat(request=request, message=None, text="1 2"))
+    assert interaction is not None
+    assert (interaction.answer, interaction.prompt_ids, interaction.answer_ids) == ("", (5, 6), ())
+
+
 def test_an_echoed_prompt_is_no_part_of_the_answer() -> None:
     interaction = to_interaction(make_chat(request={"prompt": "1 2", "echo": True}, message=None, text="1 2 3"))
     assert interaction is not None
