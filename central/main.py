@@ -3,7 +3,7 @@
 In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server TLS for enrolment. The cast:
 
     DataLock        one central per data directory; WriterLock: one per journal, wherever its database is
-    Journal         the only truth (journal/)
+    Journal         the only truth (journal/); Heads: where it ends (heads.py)
     Pki             keys and certificates (fleet/)
     BlobStore       payloads; Registry: releases and channels (registry/)
     PartialUploads  updates on their way; Admission: checks and admits them (intake/)
@@ -30,17 +30,20 @@ import grpc
 
 from central import faults
 from central.cohorts import CohortThreads
-from central.errors import ListenError, SettingsError
+from central.errors import ListenError, SettingsError, StorageError
 from central.file_lock import DataLock
 from central.fleet.enrollment import EnrollmentService
 from central.fleet.identity import Authenticator
 from central.fleet.pki import Pki
 from central.fleet.presence import Presence
 from central.fleet.service import HEARTBEAT_S, FleetService
+from central.heads import FILE as HEAD_FILE
+from central.heads import Heads, kept_heads
+from central.history import expect_begun, expect_history, unnamed_blobs
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
 from central.intake.service import UpdateService
-from central.journal import Journal, WriterLock
+from central.journal import Journal, WriterLock, count_events
 from central.operator.service import OperatorService
 from central.registry import BlobStore, Registry, open_blobs
 from central.registry.service import ReleaseService
@@ -71,6 +74,7 @@ class Rooms:
     registry: Registry
     partial: PartialUploads
     collector: Collector
+    heads: Heads
 
 
 async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> None:
@@ -93,7 +97,8 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         try:
             async with Services(rooms, settings, presence, failure=cohorts.failure):
                 await asyncio.to_thread(cohorts.start)
-                threading.Thread(target=rooms.collector.run, args=(stopped,), name="retention", daemon=True).start()
+                for name, work in (("retention", rooms.collector.run), ("journal-head", rooms.heads.run)):
+                    threading.Thread(target=work, args=(stopped,), name=name, daemon=True).start()
                 listen = settings.listen
                 announce(
                     f"central is ready on {_address(listen.host, listen.port)}, enrolment on "
@@ -113,13 +118,23 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     stack.enter_context(DataLock(settings.data_dir))
     expect_no_unfinished_restore(settings.data_dir)
     stack.enter_context(WriterLock(settings.journal_url))
-    pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
     blobs = open_blobs(settings)
+    kept = kept_heads(settings.data_dir, blobs)
+    served_before = (settings.data_dir / HEAD_FILE).exists() or count_events(settings.journal_url) > 0
+    names = [*settings.listen.names, *_listen_name(settings.listen.host)]
+    pki = Pki.load_or_create(settings.data_dir, names, served_before)
+    is_ours = blobs.owner() == pki.identity  # what lies in a store that is handed over is no sign of a lost journal
     blobs.claim(pki.identity)
-    blobs.prepare()
     partial = PartialUploads(settings.data_dir / "uploads")
-    journal = Journal(settings.journal_url)
+    if is_ours:
+        expect_begun(settings.journal_url, kept, settings.data_dir, blobs)
+    heads = Heads(settings.data_dir, blobs, pki.release_key)
+    journal = Journal(settings.journal_url, seals=heads)
     stack.callback(journal.close)
+    expect_history(journal, kept, settings.data_dir, blobs, pki.release_key_pem)
+    heads.start(journal)
+    stack.callback(_copy_head, heads)
+    blobs.prepare()  # a kill may leave its probe: from here on that is no sign of a lost journal
     _expect_same_base(journal, base)
     _expect_same_cohorts(journal, settings)
     registry = Registry(journal, blobs, pki.release_key, base.digest, settings.builds_on)
@@ -127,7 +142,23 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
         partial.discard_all(state.updates)  # a kill may have come between an update's admission and this
     collector = Collector(journal, blobs, partial, settings.retention)
     collector.recover()
-    return Rooms(base, journal, pki, blobs, registry, partial, collector)
+    _report_unnamed(journal, blobs)
+    return Rooms(base, journal, pki, blobs, registry, partial, collector, heads)
+
+
+def _copy_head(heads: Heads) -> None:
+    """At the stop; the next start does it again."""
+    try:
+        heads.copy()
+    except StorageError as error:
+        log.error("the journal's head is not copied", extra={"detail": str(error)})
+
+
+def _report_unnamed(journal: Journal, blobs: BlobStore) -> None:
+    with journal.read() as state:
+        found = unnamed_blobs(state, blobs)
+    if found:  # an upload that was interrupted leaves one, and names it when the node goes on
+        log.warning("blobs that no event names", extra={"blobs": len(found), "list": "central journal verify"})
 
 
 class Services:

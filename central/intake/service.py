@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import grpc
 
 from central.errors import Reason, Refused
-from central.fleet.identity import Authenticator, read_peer
+from central.fleet.identity import Authenticator, Permission
 from central.fleet.streams import OpenStreams
 from central.intake import turns
 from central.intake.admission import Admission, Arrival
@@ -81,7 +81,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
             )
 
     async def Upload(self, request_iterator: Requests, context: Context) -> updates_pb2.UploadResponse:
-        peer = read_peer(context)
+        peer = self._authenticator.peer(context)
         with self._uploads.one(peer.name):
             header = await self._read_header(request_iterator)
             begun = self._threads.submit(self._admission.begin, peer, header)
@@ -131,6 +131,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         """Take every chunk of a complete payload; what fills the last window is not written yet."""
         manifest, incoming = arrival.manifest, arrival.incoming
         update_id, size = incoming.update_id, manifest.payload.size_bytes
+        permission = Permission(self._authenticator, arrival.peer)
 
         def what() -> str:
             return f"update {update_id}, of which {incoming.size} bytes are here"
@@ -138,6 +139,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         async with self._patience(what) as patience:
             async for request in requests:
                 patience.reschedule(None)
+                await permission.expect()
                 chunk = request.chunk
                 del request  # it holds a second copy, and many streams wait for the disk at once
                 if not 0 < len(chunk) <= MAX_CHUNK_BYTES:

@@ -31,6 +31,7 @@ EVENTS = sa.Table(
     sa.Column("body", sa.Text, nullable=False),
     sa.Column("previous_hash", sa.Text, nullable=False),
     sa.Column("hash", sa.Text, nullable=False),
+    sa.Column("seal", sa.Text, nullable=False, server_default=""),
 )
 PAGE = 1000
 
@@ -85,6 +86,7 @@ def row_of(event: Event) -> dict[str, Any]:
         "body": canonical_json(dict(event.body)).decode(),
         "previous_hash": event.previous_hash,
         "hash": event.hash,
+        "seal": event.seal,
     }
 
 
@@ -105,11 +107,13 @@ def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
 
 
 def _event(row: sa.Row[Any]) -> Event:
-    sequence, at, kind, cohort, subject, text, previous_hash, digest = tuple(row)  # 8 look-ups by name take longer
+    sequence, at, kind, cohort, subject, text, previous_hash, digest, seal = tuple(
+        row
+    )  # 9 look-ups by name take longer
     try:
         body = json.loads(text)
         if not isinstance(body, dict):
             raise ValueError(f"its body is {text[:40]!r}, not an object")
-        return Event(sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest)
+        return Event(sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest, seal)
     except (ValueError, RecursionError) as error:
         raise JournalCorrupt(f"Journal event {sequence} of kind {kind!r} cannot be read: {error}.") from error

@@ -17,12 +17,19 @@ from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
 from central.fleet.quarantine import quarantine_node, release_node
 from central.fleet.revocation import revoke_node, unknown_node
-from central.fleet.tokens import create_token, expect_sensible
+from central.fleet.tokens import create_token, expect_sensible, revoke_token
 from central.journal import Journal, NodeRecord, ReleaseRecord, State
 from central.operator.contributions import requeue, set_aside
 from central.operator.forgetting import Proposal, cancel_forget, describe, order_forget, propose_forget
 from central.operator.lineage import diff_releases, explain_release
-from central.operator.listing import event_message, forget_message, node_message, release_message, update_message
+from central.operator.listing import (
+    event_message,
+    forget_message,
+    node_message,
+    release_message,
+    token_message,
+    update_message,
+)
 from central.registry import BlobStore, Registry
 from central.registry.registry import unknown_cohort
 from central.settings import ChannelSettings
@@ -82,18 +89,39 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     async def CreateToken(
         self, request: operator_pb2.CreateTokenRequest, context: Context
     ) -> operator_pb2.CreateTokenResponse:
-        def create(by: str) -> str:
+        def create(by: str) -> tuple[str, str]:
             expect_sensible(request.uses, request.valid_s)
             self._registry.ensure_cohort(request.cohort)
-            return create_token(self._journal, self._ca_pem, request.cohort, request.uses, request.valid_s, by)
+            return create_token(
+                self._journal, self._ca_pem, request.cohort, request.uses, request.valid_s, by, request.readmit_node_id
+            )
 
-        return operator_pb2.CreateTokenResponse(token=await self._ask(context, create))
+        token, token_id = await self._ask(context, create)
+        return operator_pb2.CreateTokenResponse(token=token, token_id=token_id)
+
+    async def ListTokens(
+        self, request: operator_pb2.ListTokensRequest, context: Context
+    ) -> operator_pb2.ListTokensResponse:
+        def list_tokens(by: str) -> list[operator_pb2.Token]:
+            with self._journal.read() as state:
+                _expect_cohort(state, request.cohort)
+                return [token_message(token) for token in state.tokens.values() if request.cohort in ("", token.cohort)]
+
+        return operator_pb2.ListTokensResponse(tokens=await self._ask(context, list_tokens))
+
+    async def RevokeToken(
+        self, request: operator_pb2.RevokeTokenRequest, context: Context
+    ) -> operator_pb2.RevokeTokenResponse:
+        token = await self._ask(context, lambda by: revoke_token(self._journal, request.token_id, by))
+        return operator_pb2.RevokeTokenResponse(token=token_message(token))
 
     async def RevokeNode(
         self, request: operator_pb2.RevokeNodeRequest, context: Context
     ) -> operator_pb2.RevokeNodeResponse:
-        await self._ask(context, lambda by: revoke_node(self._journal, request.node_id, by))
-        return operator_pb2.RevokeNodeResponse()
+        done = await self._ask(context, lambda by: revoke_node(self._journal, request.node_id, by))
+        return operator_pb2.RevokeNodeResponse(
+            token_id=done.token_id, ended_uses=done.ended_uses, other_node_ids=done.others
+        )
 
     async def ListReleases(
         self, request: operator_pb2.ListReleasesRequest, context: Context

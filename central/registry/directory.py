@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from central import faults
@@ -22,7 +23,7 @@ from central.durable import (
     sync_file,
     write_file,
 )
-from central.registry.blobs import OWNER, BlobStore
+from central.registry.blobs import BlobStore, is_digest
 from protos.manifest import sha256_hex
 
 
@@ -95,17 +96,23 @@ class DirectoryBlobs(BlobStore):
         with storage(path):
             return path.read_bytes()
 
-    def _owner(self) -> str | None:
-        path = self._root / OWNER
+    def digests(self) -> Iterator[str]:
+        with storage(self._root):
+            for path in self._root.glob("??/*"):
+                if is_digest(path.name):
+                    yield path.name
+
+    def read_note(self, name: str) -> bytes | None:
+        path = self._root / name
         with storage(path):
-            return path.read_text().strip() if path.is_file() else None
+            return path.read_bytes() if path.is_file() else None
 
-    def _mark(self, owner: str) -> None:
+    def write_note(self, name: str, data: bytes) -> None:
         make_directory(self._root)
-        write_file(self._root / OWNER, f"{owner}\n".encode())
+        write_file(self._root / name, data)
 
-    def _mark_where(self) -> str:
-        return str(self._root / OWNER)
+    def note_where(self, name: str) -> str:
+        return str(self._root / name)
 
     def _copy(self, file: Path, path: Path) -> None:
         copy = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

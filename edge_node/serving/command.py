@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from edge_node import vllm_arguments
 from edge_node.errors import ServingError
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.settings import EdgeSettings
@@ -63,7 +64,6 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
         "--max-loras", str(serving.max_loras),
         "--max-lora-rank", str(serving.max_lora_rank),
         "--max-cpu-loras", str(serving.max_cpu_loras),
-        "--middleware", MIDDLEWARE,
         "--generation-config", "vllm",
         "--api-server-count", "1",
         "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S),
@@ -73,11 +73,12 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
     if on_cpu:
         command.append("--enforce-eager")
         size_bytes = kv_cache_bytes(settings, base)
-        if size_bytes is not None and KV_CACHE_ARGUMENT not in serving.extra_args:
+        if size_bytes is not None and KV_CACHE_ARGUMENT not in vllm_arguments.names(serving.extra_args):
             command += [KV_CACHE_ARGUMENT, str(size_bytes)]
     if serving.max_model_len is not None:
         command += ["--max-model-len", str(serving.max_model_len)]
-    return command + serving.extra_args
+    # The last middleware is the outermost: it sees what clients see, whatever an operator adds.
+    return [*command, *serving.extra_args, "--middleware", MIDDLEWARE]
 
 
 def kv_cache_bytes(settings: EdgeSettings, base: BaseModelInfo) -> int | None:
@@ -128,7 +129,7 @@ def serving_environment(
         # Eager anyway; without it the first request for logprobs compiles its kernel and holds up all others for 10-40 s.
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
         # In vLLM the variable wins over the argument: an operator's argument takes it away, ours leaves it alone.
-        if KV_CACHE_ARGUMENT in settings.serving.extra_args:
+        if KV_CACHE_ARGUMENT in vllm_arguments.names(settings.serving.extra_args):
             environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         elif KV_CACHE_ARGUMENT not in command:
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

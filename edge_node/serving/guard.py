@@ -13,6 +13,8 @@ import os
 import signal
 from typing import Any
 
+from edge_node.logs import log_beside_vllm
+
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
@@ -20,10 +22,7 @@ PR_SET_PDEATHSIG = 1
 
 def guard_process() -> None:
     """Runs in the API server, and in each engine core and worker that was spawned."""
-    # vLLM configures its own loggers only; ours share its handlers, format and file.
-    ours, theirs = logging.getLogger("edge_node"), logging.getLogger("vllm")
-    ours.handlers, ours.propagate = theirs.handlers, False
-    ours.setLevel(logging.INFO)
+    log_beside_vllm()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edge_node.capture import SERVED, Finished, Served
-from edge_node.serving import plugin
+from edge_node.serving import gateway as gateways
 from edge_node.serving.gateway import Gateway
 
 Message = MutableMapping[str, Any]
@@ -49,7 +49,7 @@ class LorikeetMiddleware:
             await send({"type": "websocket.close", "code": 1008})
             return
         path = scope["path"]
-        gateway = self._gateway or plugin.gateway
+        gateway = self._gateway or gateways.here
         if path not in ALLOWED:
             await _refuse(send, 404, "NotFoundError", f"No route {path}. Routes here: {', '.join(sorted(ALLOWED))}.")
         elif gateway is None:
@@ -84,6 +84,8 @@ class _Completion:
         self._capturing = False
         self._streamed = False
         self._served = Served()
+        self._gone = False
+        """The client hung up: what vLLM says now, `null`, is no answer."""
 
     async def run(self, body: bytes) -> None:
         try:
@@ -130,10 +132,15 @@ class _Completion:
         self._gateway.aliases.enter(self._model)
         before = SERVED.set(self._served if self._capturing else None)
         try:
-            await self._app(scope, _replay(body, self._receive), self._send_on)
+            await self._app(scope, _replay(body, self._hear), self._send_on)
         finally:
             SERVED.reset(before)
             self._gateway.aliases.leave(self._model)
+
+    async def _hear(self) -> Message:
+        message = await self._receive()
+        self._gone = self._gone or message["type"] == "http.disconnect"
+        return message
 
     async def _send_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -146,7 +153,7 @@ class _Completion:
             )
         elif message["type"] == "http.response.body":
             self._gateway.last_progress = time.monotonic()
-            if self._capturing:
+            if self._capturing and not self._gone:
                 await self._capture(message)
         await self._send(message)
 

@@ -187,14 +187,14 @@ def test_a_store_belongs_to_one_central(store: BlobStore) -> None:
 
 
 def test_of_two_that_claim_at_once_the_later_mark_stays(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = store._mark
+    write = store.write_note
 
-    def overtaken(owner: str) -> None:
-        mark(owner)
-        mark("b" * 64)
+    def overtaken(name: str, data: bytes) -> None:
+        write(name, data)
+        write(name, b"b" * 64)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_mark", overtaken)
+        patch.setattr(store, "write_note", overtaken)
         with pytest.raises(StorageError, match="another central"):
             store.claim("a" * 64)
     store.claim("b" * 64)

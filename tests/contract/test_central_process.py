@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.errors import StorageError
 from central.file_lock import DataLock
@@ -19,6 +21,7 @@ from central.fleet.pki import Pki
 from central.intake.direct import WINDOW_BYTES
 from central.journal import Journal
 from central.settings import CentralSettings
+from edge_node.identity import JoinToken
 from protos.base import read_base_model
 from protos.manifest import CHUNK_BYTES, sign
 from protos.updates.v1 import updates_pb2
@@ -129,6 +132,37 @@ async def test_a_kill_within_an_upload_costs_less_than_a_window(tmp_path: Path) 
                 await ready(second)
                 await node.channel.channel_ready()
                 assert (await node.query(manifest.digest)).committed_bytes == 2 * WINDOW_BYTES
+
+
+async def test_what_anybody_may_do_fills_no_log(tmp_path: Path) -> None:
+    """Wrong tokens, no TLS, TLS without a certificate: a few lines each, however many there are."""
+    settings = harness.make_settings(tmp_path)
+    ports = (settings.listen.port, settings.listen.enrollment_port)
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    async with process(settings, "serve") as central:
+        await ready(central)
+        async with outside(settings) as seen:
+            token = await seen.token()
+        wrong = JoinToken(token.token_id, "wrong", token.ca_pem)
+        key = ec.generate_private_key(ec.SECP256R1())
+        address = f"localhost:{settings.listen.enrollment_port}"
+        guesses = [asyncio.create_task(harness.join(address, "x", wrong, key)) for _ in range(20)]
+        for number in range(40):
+            with suppress(OSError):
+                tls = context if number % 2 else None
+                _, writer = await asyncio.open_connection("127.0.0.1", ports[number // 2 % 2], ssl=tls)
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                writer.close()
+        await asyncio.wait(guesses, timeout=2)
+        for guess in guesses:
+            guess.cancel()
+        await asyncio.gather(*guesses, return_exceptions=True)
+        central.kill()
+        _, log = await central.communicate()
+    lines = log.decode().splitlines()
+    assert len([line for line in lines if "BAD_TOKEN" in line]) == 1
+    assert not [line for line in lines if "andshake" in line]
 
 
 async def test_a_taken_port_is_one_line_and_exit_code_6(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from edge_node.learning.batches import IGNORED, Lesson, token_row
 from edge_node.rendering import ChatFormat, load_renderer
-from edge_node.serving import plugin
+from edge_node.serving import gateway as gateways
 from tests.fakes.chat_templates import CHATML, PARTS, POSITIONS, QWEN3, STYLES, make_base
 from tests.fakes.vllm_server import Server, api_server
 
@@ -60,7 +60,7 @@ class Running:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     def post(self, path: str, body: dict[str, Any], **headers: str) -> Any:
-        plugin.gateway = self.server.gateway  # one of the process: other servers of this file run as well
+        gateways.here = self.server.gateway  # one of the process: other servers of this file run as well
         response = self.wait(self.server.http.post(path, json=body, headers=headers))
         self.statuses.append(response.status_code)
         return response

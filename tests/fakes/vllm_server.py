@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from edge_node.serving import plugin
+from edge_node.serving import gateway as gateways
 from edge_node.serving.command import serving_command
 from edge_node.serving.gateway import Gateway
 from edge_node.settings import EdgeSettings
@@ -116,7 +116,7 @@ async def api_server(base: Path, data_dir: Path, *extra_args: str) -> AsyncItera
         app = build_app(arguments, ("generate",), engine.model_config)
         client: Any = engine
         await init_app_state(client, app.state, arguments, ("generate",))
-        gateway = plugin.gateway
+        gateway = gateways.here
         assert gateway is not None
         await gateway.engine.load(VERSION, data_dir)
         gateway.aliases.add(VERSION, data_dir)
@@ -128,6 +128,6 @@ async def api_server(base: Path, data_dir: Path, *extra_args: str) -> AsyncItera
         gateway.recorder.close()
         gateway.store.close()
     finally:
-        plugin.gateway = None
+        gateways.here = None
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
