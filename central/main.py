@@ -114,9 +114,9 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
 
 def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     """Open everything on disk, recovering what a kill left; `stack` closes it again. Blocks."""
-    base = _read_base(settings)
     stack.enter_context(DataLock(settings.data_dir))
     expect_no_unfinished_restore(settings.data_dir)
+    base = _read_base(settings)
     stack.enter_context(WriterLock(settings.journal_url))
     blobs = open_blobs(settings)
     kept = kept_heads(settings.data_dir, blobs)
@@ -291,7 +291,7 @@ def _read_base(settings: CentralSettings) -> BaseModelInfo:
             "CENTRAL_BASE__PATH is not set. Set it to the Hugging Face directory of the base model that the nodes serve."
         )
     try:
-        return read_base_model(settings.base.path)
+        return read_base_model(settings.base.path, memory=settings.data_dir)
     except BaseModelError as error:
         raise SettingsError(f"CENTRAL_BASE__PATH is not usable. {error}") from error
     except OSError as error:

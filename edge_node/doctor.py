@@ -1,6 +1,6 @@
 """`edge-node status` and `edge-node doctor`: what the node is doing, and what keeps it from it.
 
-In: settings. Out: plain values and checks, each with what was seen and the next step. Changes nothing.
+In: settings. Out: plain values and checks, each with what was seen and the next step. Changes nothing, but remembers what it found of the base.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Any
 import grpc
 from cryptography import x509
 
+from edge_node.base_model import check_base, read_base
 from edge_node.environments import load_environment
 from edge_node.errors import CentralUnreachable, EdgeError, EnrollmentError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.heartbeat import check_alive
 from edge_node.identity import Identity
-from edge_node.main import control_socket, read_base
+from edge_node.main import control_socket
 from edge_node.outbox import Outbox
 from edge_node.problems import Problem, Problems
 from edge_node.releases.store import ReleaseStore
@@ -164,7 +165,7 @@ async def _check_disk(settings: EdgeSettings) -> str:
 
 
 async def _check_base(settings: EdgeSettings) -> str:
-    base = await asyncio.to_thread(read_base, settings)
+    base = await asyncio.to_thread(check_base, settings)
     try:
         identity = Identity.load(settings.data_dir)
     except EnrollmentError:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edge_node.base_model import check_base, read_base
 from edge_node.environments import load_environment
 from edge_node.errors import CentralUnreachable, EdgeError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
@@ -35,7 +36,6 @@ from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.serving import ControlClient, VllmProcess
 from edge_node.settings import EdgeSettings
 from edge_node.surroundings import look_around
-from protos.base import BaseModelError, BaseModelInfo, read_base_model
 from protos.fleet.v1 import fleet_pb2
 
 log = logging.getLogger(__name__)
@@ -46,23 +46,13 @@ ENROL_PAUSE_LAST_S = 30.0
 """Pauses between two tries to reach central; they double."""
 
 
-def read_base(settings: EdgeSettings) -> BaseModelInfo:
-    """The node's base model; raises SettingsError."""
-    if settings.base.path is None:
-        raise SettingsError("EDGE_BASE__PATH is not set. Set it to the Hugging Face directory of the base model.")
-    try:
-        return read_base_model(settings.base.path)
-    except BaseModelError as error:
-        raise SettingsError(f"EDGE_BASE__PATH: {error}") from error
-
-
 async def enroll(settings: EdgeSettings) -> Identity:
     """Enrol this node, or return the identity it has; the cohort's first release is on disk afterwards.
 
     Raises:
         EnrollmentError, CentralUnreachable, StorageError, SettingsError.
     """
-    base = await asyncio.to_thread(read_base, settings)
+    base = await asyncio.to_thread(check_base, settings)
     if not (settings.data_dir / "identity" / "identity.json").is_file():
         answer = await request_enrollment(settings, base.digest)
         store = ReleaseStore(settings.data_dir, answer.identity, base, settings.releases.max_rank)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from edge_node.base_model import read_base
 from edge_node.environments import Task, load_environment
 from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore
@@ -88,10 +89,7 @@ def train_on_experience(
     obsolete: Callable[[], bool] = lambda: False,
 ) -> TrainedRound:
     """The round's training alone: the node's examples up to the plan's cursor, anchors, and `release`'s directory."""
-    if settings.base.path is None:
-        raise SettingsError(
-            "EDGE_BASE__PATH is not set; the learner needs the Hugging Face directory of the base model."
-        )
+    base = read_base(settings)
     store = ExperienceStore(settings.data_dir / "experience.db")
     examples = store.examples(up_to=plan.cursor, limit=plan.max_examples)
     if not examples:
@@ -101,7 +99,8 @@ def train_on_experience(
         )
     return train_round(
         plan,
-        base=settings.base.path,
+        base=base.path,
+        modules=base.module_shapes,
         release=release if plan.release_rank else None,
         own=[
             Lesson(
@@ -111,7 +110,7 @@ def train_on_experience(
             )
             for example in examples
         ],
-        anchors=anchor_lessons(settings, settings.base.path, plan) if plan.batch_anchor else [],
+        anchors=anchor_lessons(settings, base.path, plan) if plan.batch_anchor else [],
         workspace=workspace,
         obsolete=obsolete,
     )

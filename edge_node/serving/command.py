@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edge_node import vllm_arguments
 from edge_node.errors import ServingError
+from edge_node.serving import language_model
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.settings import EdgeSettings
 from protos.base import BaseModelInfo
@@ -59,6 +60,11 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
         "--served-model-name", f"base@{base.digest[:8]}",
         "--host", serving.host,
         "--port", str(serving.port),
+        # The files that the digest covers and the learner trains on: without this vLLM prefers Mistral's own format
+        # (consolidated*.safetensors, params.json, tekken.json) where it lies beside them.
+        "--load-format", "safetensors",
+        "--config-format", "hf",
+        "--tokenizer-mode", "hf",
         "--dtype", serving.dtype,
         "--enable-lora",
         "--max-loras", str(serving.max_loras),
@@ -70,6 +76,8 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
     ]  # fmt: skip
+    if base.is_wrapped:
+        command += ["--hf-overrides", json.dumps({"architectures": [language_model.architecture(base.path)]})]
     if on_cpu:
         command.append("--enforce-eager")
         size_bytes = kv_cache_bytes(settings, base)
@@ -88,6 +96,7 @@ def kv_cache_bytes(settings: EdgeSettings, base: BaseModelInfo) -> int | None:
     """
     try:
         config = json.loads((base.path / "config.json").read_text())
+        config = config["text_config"] if base.is_wrapped else config
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         length = settings.serving.max_model_len or config["max_position_embeddings"]

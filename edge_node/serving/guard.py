@@ -1,6 +1,6 @@
 """A `vllm.general_plugins` entry point that every vLLM process runs at its start.
 
-In: nothing. Out: a process that dies with its parent, and on one-thread CPU hosts an engine core that is forked instead
+In: nothing. Out: a process that knows our model classes and dies with its parent, and on one-thread CPU hosts an engine core that is forked instead
 of imported a second time. Guarantees: a `kill -9` of any parent leaves no vLLM process behind.
 """
 
@@ -14,6 +14,7 @@ import signal
 from typing import Any
 
 from edge_node.logs import log_beside_vllm
+from edge_node.serving import language_model
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ PR_SET_PDEATHSIG = 1
 def guard_process() -> None:
     """Runs in the API server, and in each engine core and worker that was spawned."""
     log_beside_vllm()
+    language_model.register()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid)

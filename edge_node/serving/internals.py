@@ -45,7 +45,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
     "vllm.platforms": {"current_platform.is_cpu": ()},
-    "vllm": {"SamplingParams": ("output_kind",)},
+    "vllm": {"SamplingParams": ("output_kind",), "ModelRegistry.register_model": ("model_arch", "model_cls")},
     "vllm.outputs": {
         "RequestOutput": ("prompt_token_ids", "outputs"),
         "CompletionOutput": ("index", "token_ids"),
@@ -65,6 +65,8 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "resolve_chat_template": ("tokenizer", "chat_template", "tools", "model_config"),
         "resolve_chat_template_content_format": ("tokenizer", "chat_template", "tools", "given_format", "model_config"),
     },
+    "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_prefix",), "WeightsMapper.apply": ("weights",)},
+    "vllm.config": {"VllmConfig.with_hf_config": ("hf_config", "architectures")},
 }
 """Module -> dotted name -> parameters that must exist (none listed: the name alone)."""
 Generate = Callable[..., AsyncGenerator[Any, None]]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import ssl
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from central.errors import StorageError
+from central.errors import SettingsError, StorageError
 from central.file_lock import DataLock
 from central.fleet.pki import Pki
 from central.intake.direct import WINDOW_BYTES
@@ -26,6 +28,7 @@ from protos.base import read_base_model
 from protos.manifest import CHUNK_BYTES, sign
 from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
+from tests.fakes.base_models import make
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +71,25 @@ async def outside(settings: CentralSettings) -> AsyncIterator[harness.Central]:
 
     async with AsyncExitStack() as stack:
         yield harness.Central(Seen(), settings, stack)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [({"num_experts": 8}, "a mixture of experts"), ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)")],
+)  # fmt: skip
+async def test_a_base_that_cannot_work_is_refused_at_the_start(
+    tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
+    settings = harness.make_settings(tmp_path)
+    path = settings.base.path or Path()
+    shutil.rmtree(path)
+    make(path, **config)
+    async with process(settings, "serve") as running:
+        _, errors = await asyncio.wait_for(running.communicate(), 60)
+    assert running.returncode == SettingsError.exit_code
+    assert f"CENTRAL_BASE__PATH is not usable. Base model {path} does not work here" in errors.decode()
+    assert said in errors.decode()
+    assert not (settings.data_dir / "journal.db").exists()
 
 
 async def test_a_killed_central_goes_on_where_it_was(tmp_path: Path) -> None:

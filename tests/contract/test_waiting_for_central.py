@@ -23,6 +23,7 @@ from edge_node.problems import Problems
 from edge_node.settings import BaseModelSettings, CentralSettings, EdgeSettings
 from protos.operator.v1 import operator_pb2
 from tests.contract.central_harness import make_settings, running_central
+from tests.fakes import base_models
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +53,7 @@ class Story:
 
 @pytest.fixture
 async def story(tmp_path: Path) -> Story:
+    base_models.make(tmp_path / "base")  # of a known family: vLLM is not asked about it
     settings = make_settings(tmp_path)
     async with running_central(settings) as central:
         request = operator_pb2.CreateTokenRequest(cohort="shared", uses=1, valid_s=3600)

@@ -31,10 +31,23 @@ def test_the_command_says_what_the_settings_say(tmp_path: Path) -> None:
         "--port 8123", "--enable-lora", "--max-loras 5", "--max-lora-rank 64", "--max-cpu-loras 32", "--enforce-eager",
         "--generation-config vllm",
         "--api-server-count 1", "--max-model-len 256",
+        "--load-format safetensors --config-format hf --tokenizer-mode hf",
     ):  # fmt: skip
         assert part in line
     assert line.endswith("--seed 1 --middleware edge_node.serving.middleware.LorikeetMiddleware")
     assert "--enforce-eager" not in command.serving_command(settings, BASE, on_cpu=False)
+
+
+def test_a_text_model_inside_a_wrapper_is_served_alone(tmp_path: Path) -> None:
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 128, "max_position_embeddings": 1024}
+    config = {"model_type": "gemma3", "text_config": shape | {"model_type": "gemma3_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = BaseModelInfo(tmp_path, "ab" * 32, {}, is_wrapped=True)
+    line = command.serving_command(make_settings(tmp_path), base, on_cpu=True)
+    overrides = json.loads(line[line.index("--hf-overrides") + 1])
+    assert overrides == {"architectures": ["LanguageModelOfGemma3ForCausalLM"]}
+    assert command.kv_cache_bytes(make_settings(tmp_path), base) == 256 * 1024 * 2 * 4 * 2 * 128
+    assert "--hf-overrides" not in command.serving_command(make_settings(tmp_path), BASE, on_cpu=True)
 
 
 def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
