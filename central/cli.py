@@ -13,7 +13,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from central import __version__
-from central.command import Options, asking, command, json_option, print_one, print_rows, print_text, printable, rows_of
+from central.command import (
+    Options,
+    asking,
+    command,
+    json_option,
+    print_one,
+    print_rows,
+    print_standstills,
+    print_text,
+    printable,
+    rows_of,
+)
 from central.errors import CentralError
 from central.journal_commands import add_journal
 from central.operator.commands import add_forget, add_nodes, add_updates
@@ -126,6 +137,7 @@ def _releases(client: OperatorClient, options: Options) -> None:
 
     answer = client.ask(client.stub.ListReleases, operator_pb2.ListReleasesRequest(cohort=options.cohort))
     rows = rows_of(answer.releases)
+    print_standstills(options, answer.standstills)
     if not options.json:
         for row in rows:
             row["channels"] = ",".join(row["channels"])

@@ -4,6 +4,7 @@ CentralError
 +-- SettingsError (ValueError)        exit 2: the environment variables are not usable
 +-- CentralUnreachable (ConnectionError)  exit 4: a command of the operator got no answer from central
 +-- StorageError (OSError)            exit 5: data directory, journal or blob store cannot be used
+|   +-- StorageFull                   the same because its disk, or its share of it, is full
 +-- ListenError (OSError)             exit 6: a port is taken
 +-- Refused (ValueError)              a caller's request was refused; changes nothing; has a gRPC status and a reason code
 """
@@ -33,6 +34,10 @@ class CentralUnreachable(CentralError, ConnectionError):
 
 class StorageError(CentralError, OSError):
     exit_code = 5
+
+
+class StorageFull(StorageError):
+    """There is no room; the same may work later."""
 
 
 class ListenError(CentralError, OSError):
@@ -81,6 +86,7 @@ class Reason(StrEnum):
     BAD_ARGUMENT = "BAD_ARGUMENT"
     PAYLOAD_LOST = "PAYLOAD_LOST"
     STORAGE_FAILED = "STORAGE_FAILED"
+    STORAGE_FULL = "STORAGE_FULL"
 
 
 class Refused(CentralError, ValueError):

@@ -30,6 +30,7 @@ HEAD = (
     "head.kept",  # what was recorded is in the head too, and nobody knows yet
     "head.copied",
 )
+SPACE = ("space.ballast_released",)
 RETENTION = (
     "journal.blobs_collected.applied",
     "journal.blobs_collected.stored",  # it is said, and nothing is deleted yet
@@ -83,6 +84,7 @@ POINTS = (
     *INTAKE,
     *BLOBS,
     *HEAD,
+    *SPACE,
     *RETENTION,
     *TRANSFER,
     *MERGE,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 
-from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError
+from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError, StorageFull
 from central.journal import JournalConflict
 from central.registry.blobs import BlobLost
 
@@ -155,6 +155,13 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
             "A payload that central stored is gone or was altered. Its operator must restore it: "
             "central's log names it, `central releases verify` finds every one.",
             ((REASON_KEY, Reason.PAYLOAD_LOST.value),),
+        )
+    if isinstance(error, StorageFull):
+        _log(logging.ERROR, "storage full", method, detail=str(error))
+        await context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            "Central's disk is full. Try again later; central's operator has to make room (`central retention --apply`).",
+            ((REASON_KEY, Reason.STORAGE_FULL.value),),
         )
     if isinstance(error, StorageError):
         _log(logging.ERROR, "storage failed", method, detail=str(error))

@@ -20,17 +20,17 @@ older ones it must be as many as central had.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from central.errors import StorageError
 from central.federation.composition import build_payload, standing_of
-from central.federation.errors import FederationError
+from central.federation.errors import FederationError, LostUpdate
 from central.federation.replies import MergedPayload, train_replies
 from central.federation.stock import make_strategy
 from central.federation.strategy import Blobs
-from central.journal import ReleaseRecord, State
+from central.journal import Journal, ReleaseRecord, State
 from central.journal.payloads import release_blobs
 from protos.lora import LoraTensors, encode
 from protos.manifest import ManifestError, sha256_hex, verify
@@ -75,6 +75,17 @@ def verify_releases(
             yield _verify(state, release, rebuilder, release_key_pem)
 
 
+def remake(journal: Journal, release: ReleaseRecord, blobs: Blobs) -> Mapping[str, bytes]:
+    """What the release's plan makes, by digest: its payload, its own product, its strategy's state.
+
+    Raises FederationError or StorageError when it cannot be made again.
+    """
+    with journal.read() as state:
+        ready = _Rebuilder(state, blobs).prepare(release)
+    merged = ready()  # a merge takes long: not under the journal's lock
+    return {sha256_hex(data): data for data in (merged.data, merged.server_state, merged.own) if data is not None}
+
+
 def _line(state: State, release_id: str) -> set[str]:
     """The release, its ancestors, and the releases of another cohort that they are composed with, with theirs."""
     line = state.lineage(release_id)
@@ -92,7 +103,7 @@ class _Rebuilder:
 
     def rebuild(self, release: ReleaseRecord) -> MergedPayload:
         """Raises FederationError or StorageError when it cannot be rebuilt."""
-        merged = self._merge(release)
+        merged = self.prepare(release)()
         made = (merged.data, merged.server_state, merged.own)
         self._last = {sha256_hex(data): data for data in made if data is not None}
         return merged
@@ -119,17 +130,23 @@ class _Rebuilder:
             raise PayloadCollected(f"payload {digest[:12]} was {gone.text}")
         return self._blobs.read(digest)
 
-    def _merge(self, release: ReleaseRecord) -> MergedPayload:
+    def prepare(self, release: ReleaseRecord) -> Callable[[], MergedPayload]:
+        """Read of the state what the merge needs; what is returned does the merge."""
         if release.plan_id is None:
-            return MergedPayload(encode(LoraTensors()), 0.0)
+            return lambda: MergedPayload(encode(LoraTensors()), 0.0)
         planned = self._state.plans[release.plan_id]
         plan = planned.plan
         strategy = make_strategy(plan.strategy, plan.strategy_options, self)
         replies = train_replies(self._state, planned)
-        merged = build_payload(plan, standing_of(self._state, plan), strategy, self, replies)
-        if merged is None:
-            raise FederationError(f"{plan.strategy} made nothing of the plan's {len(plan.updates)} updates.")
-        return merged
+        standing = standing_of(self._state, plan)
+
+        def merge() -> MergedPayload:
+            merged = build_payload(plan, standing, strategy, self, replies)
+            if merged is None:
+                raise FederationError(f"{plan.strategy} made nothing of the plan's {len(plan.updates)} updates.")
+            return merged
+
+        return merge
 
 
 def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release_key_pem: bytes) -> Finding:
@@ -142,7 +159,7 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
         rebuilt = sha256_hex(merged.data)
         problem = _difference(release, merged, rebuilt)
         outcome = "differs" if problem else "identical"
-    except StorageError as error:
+    except (StorageError, LostUpdate) as error:
         problem = str(error)
         if why := _forgotten(state, release):
             outcome, problem = "forgotten", f"{why}: {problem}"

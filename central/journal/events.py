@@ -43,8 +43,11 @@ class EventKind(StrEnum):
     TRAIN_OFFERED = "train_offered"  # offer id: max_rank, gram_rank (absent: 0)
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)
     UPDATE_SUPERSEDED = "update_superseded"  # update id: by
-    UPDATE_SET_ASIDE = "update_set_aside"  # update id: reason, by (an operator's name; absent: central)
-    UPDATE_REQUEUED = "update_requeued"  # update id: by (absent in old ones)
+    UPDATE_SET_ASIDE = (
+        "update_set_aside"  # update id: reason, by (an operator's name; absent: central), lost (true: its payload is gone or
+        # damaged, and its node may send the bytes again; absent: not)
+    )
+    UPDATE_REQUEUED = "update_requeued"  # update id: by (an operator's name; absent: central)
     FORGET_ORDERED = (
         "forget_ordered"  # order id: node_id ("": single updates), updates, method (replay|subtract), accept_loss, by
     )

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from central import faults
-from central.errors import StorageError
+from central.errors import StorageError, StorageFull
 from central.journal.events import (
     FIRST_HASH,
     Event,
@@ -40,6 +40,7 @@ from central.journal.table import (
     METADATA,
     PAGE,
     cause_of,
+    is_full,
     open_database,
     read_page,
     row_of,
@@ -221,6 +222,11 @@ class Journal:
             ) from error
         except SQLAlchemyError as error:
             self._doubtful.append(recorded)
+            if is_full(error):
+                raise StorageFull(
+                    f"The journal cannot be written: {cause_of(error)}. Free space on its disk; `central retention --apply` lists "
+                    "and deletes what nothing needs."
+                ) from error
             raise StorageError(
                 f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the disk of its database."
             ) from error

@@ -85,6 +85,8 @@ class UpdateRecord:
     """Why it was superseded, set aside or quarantined."""
     since: str = ""
     """When it came into its state; empty: when it was admitted."""
+    lost: bool = False
+    """Set aside because its payload is gone or damaged: its node may send the bytes again."""
 
 
 @dataclass(frozen=True)

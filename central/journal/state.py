@@ -147,6 +147,7 @@ class State(Channels, Collections):
             admitted_hash=event.hash,
         )
         self._put_update(record)
+        self._changes.append(self._by_payload, manifest.payload.digest_sha256, event.subject)
         self._name_blobs([manifest.payload.digest_sha256])
         key = (manifest.node_id, manifest.start.release)
         self._changes.append(self._by_start, key, event.subject)

@@ -7,6 +7,7 @@ synchronous=FULL, so that a commit survives `kill -9` and a power cut; a row tha
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ EVENTS = sa.Table(
     sa.Column("seal", sa.Text, nullable=False, server_default=""),
 )
 PAGE = 1000
+DISK_FULL = "53100"
+"""Of PostgreSQL."""
 
 
 def open_database(url: str, read_only: bool = False) -> sa.Engine:
@@ -93,6 +96,14 @@ def row_of(event: Event) -> dict[str, Any]:
 def cause_of(error: Exception) -> str:
     """What the database's driver said, in one line."""
     return str(getattr(error, "orig", None) or error).splitlines()[0]
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the database had no room for what was written."""
+    cause = getattr(error, "orig", None)
+    if isinstance(cause, sqlite3.Error):
+        return getattr(cause, "sqlite_errorname", "") == "SQLITE_FULL"
+    return getattr(cause, "sqlstate", "") == DISK_FULL
 
 
 def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:

@@ -9,7 +9,17 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from central.command import Options, asking, command, json_option, print_rows, print_text, printable, rows_of
+from central.command import (
+    Options,
+    asking,
+    command,
+    json_option,
+    print_rows,
+    print_standstills,
+    print_text,
+    printable,
+    rows_of,
+)
 from central.errors import CentralError
 
 if TYPE_CHECKING:
@@ -149,7 +159,9 @@ def _updates(client: OperatorClient, options: Options) -> None:
 
     request = operator_pb2.ListUpdatesRequest(cohort=options.cohort, node_id=options.node)
     wanted = options.state.replace("-", "_")
-    rows = rows_of(client.ask(client.stub.ListUpdates, request).updates)
+    answer = client.ask(client.stub.ListUpdates, request)
+    rows = rows_of(answer.updates)
+    print_standstills(options, answer.standstills)
     _print_updates(options, [row for row in rows if wanted in ("", row["state"])])
 
 

@@ -67,6 +67,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         channels: ChannelSettings,
         collector: Collector,
         failure: Callable[[str], str],
+        shortage: Callable[[], str],
     ) -> None:
         self._journal = journal
         self._registry = registry
@@ -76,6 +77,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._ca_pem = ca_pem
         self._collector = collector
         self._failure = failure
+        self._shortage = shortage
         self._channels = channels
 
     async def ListNodes(
@@ -135,7 +137,8 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                     if request.cohort in ("", release.cohort)
                 ]
 
-        return operator_pb2.ListReleasesResponse(releases=await self._ask(context, list_releases))
+        releases = await self._ask(context, list_releases)
+        return operator_pb2.ListReleasesResponse(releases=releases, standstills=self._standstills(request.cohort))
 
     async def GetRelease(
         self, request: operator_pb2.GetReleaseRequest, context: Context
@@ -190,7 +193,8 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 updates = state.updates_of(request.node_id) if request.node_id else state.updates.values()
                 return [update_message(update) for update in updates if request.cohort in ("", update.cohort)]
 
-        return operator_pb2.ListUpdatesResponse(updates=await self._ask(context, list_updates))
+        updates = await self._ask(context, list_updates)
+        return operator_pb2.ListUpdatesResponse(updates=updates, standstills=self._standstills(request.cohort))
 
     async def RequeueUpdates(
         self, request: operator_pb2.RequeueUpdatesRequest, context: Context
@@ -276,6 +280,13 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     def _forget_message(self, proposal: Proposal) -> operator_pb2.ForgetOrder:
         with self._journal.read() as state:
             return forget_message(state, proposal, self._failure(proposal.order.cohort))
+
+    def _standstills(self, cohort: str) -> list[operator_pb2.Standstill]:
+        """What does not go on at present, of one cohort or (empty) of all; uploads concern every cohort."""
+        with self._journal.read() as state:
+            cohorts = [name for name in state.cohorts() if cohort in ("", name)]
+        reasons = [(name, self._failure(name)) for name in cohorts] + [("", self._shortage())]
+        return [operator_pb2.Standstill(cohort=name, reason=reason) for name, reason in reasons if reason]
 
     def _message(self, release: ReleaseRecord) -> operator_pb2.Release:
         with self._journal.read() as state:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 
 from central.errors import StorageError
@@ -17,10 +18,15 @@ from protos.manifest import sha256_hex
 
 OWNER = "owner"
 """Name of the note at the top of a store that says whose it is. Notes are no blobs."""
+LOOKED_FOR = 100
+"""Blobs that a store without a mark is searched for."""
 
 
 class BlobLost(StorageError):
-    """A blob is not there, or its bytes were altered: reading it again does not help."""
+    """A blob is not there, was altered, or cannot be read while the store answers: reading it again does not help.
+
+    The store may still be at fault as a whole, for example a volume that is not mounted: then its other blobs are lost too.
+    """
 
 
 def is_digest(name: str) -> bool:
@@ -60,7 +66,7 @@ class BlobStore(ABC):
 
     @abstractmethod
     def _read(self, digest: str) -> bytes:
-        """All bytes; raises StorageError when it is absent."""
+        """All bytes; raises BlobLost when it is absent or unreadable."""
 
     @abstractmethod
     def digests(self) -> Iterator[str]:
@@ -106,12 +112,30 @@ class BlobStore(ABC):
         note = self.read_note(OWNER)
         return None if note is None else note.decode(errors="replace").strip()
 
+    def expect_some(self, digests: Collection[str]) -> None:
+        """Raises StorageError when the store has neither a mark nor any of the first blobs that the journal names: then it is another
+        place than before, and every update would seem lost. Before `claim`."""
+        first = list(islice(digests, LOOKED_FOR))
+        if first and self.owner() is None and not any(digest in self for digest in first):
+            raise StorageError(
+                f"The journal names {len(digests)} payloads, and none of the first {len(first)} is beside {self.note_where(OWNER)}. Mount "
+                "the volume, set CENTRAL_BLOBS__URL to the place they lie in, or restore them from a backup."
+            )
+
     def read(self, digest: str) -> bytes:
         """The bytes of a blob; raises BlobLost when it is absent or was altered."""
         data = self._read(digest)
         if (found := sha256_hex(data)) != digest:
             raise self.altered(digest, found)
         return data
+
+    def holds(self, digest: str) -> bool:
+        """Whether the blob is there with all its bytes as they were; reads it. Raises StorageError when the store is away."""
+        try:
+            self.read(digest)
+        except BlobLost:
+            return False
+        return True
 
     def prepare(self) -> None:
         """Get ready for the one central that writes here: a small blob is written, read and deleted. Raises StorageError."""
@@ -124,6 +148,12 @@ class BlobStore(ABC):
     def absent(self, digest: str) -> BlobLost:
         """What to raise for a blob that is not there."""
         return BlobLost(f"Blob {digest} is not at {self.where(digest)}. Restore the blobs from a backup.")
+
+    def unreadable(self, digest: str, cause: str) -> BlobLost:
+        """What to raise for a blob that the store has and does not give."""
+        return BlobLost(
+            f"Blob {self.where(digest)} cannot be read: {cause}. Mend its permissions or its disk, or restore it from a backup."
+        )
 
     def altered(self, digest: str, found: str) -> BlobLost:
         """What to raise for a blob whose bytes have the digest `found`."""

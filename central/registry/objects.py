@@ -51,7 +51,7 @@ class ObjectBlobs(BlobStore):
 
     def put(self, data: bytes) -> str:
         digest = sha256_hex(data)
-        if self._size(digest) != len(data):
+        if self._size(digest) != len(data) or not self.holds(digest):
             self._write(self._key(digest), lambda key: self._files.pipe_file(key, data))
         return digest
 
@@ -59,7 +59,7 @@ class ObjectBlobs(BlobStore):
         with storage(file):
             size = file.stat().st_size
         faults.reach("blob.written")
-        if self._size(digest) != size:
+        if self._size(digest) != size or not self.holds(digest):
             self._write(self._key(digest), lambda key: self._files.put_file(str(file), key, **self._put_options))
             if (kept := self._size(digest)) != size:
                 raise StorageError(
@@ -97,6 +97,8 @@ class ObjectBlobs(BlobStore):
                 return bytes(self._files.cat_file(self._key(digest)))
             except FileNotFoundError as error:
                 raise self.absent(digest) from error
+            except PermissionError as error:  # also what S3 says of an absent object to who may not list the bucket
+                raise self.unreadable(digest, f"the store forbids it ({error})") from error
 
     def digests(self) -> Iterator[str]:
         with self._asking():

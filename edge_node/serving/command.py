@@ -128,6 +128,8 @@ def serving_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
+        # Of vLLM's 16,384 answers to one request the probe would be the last, and a healthy engine be restarted.
+        "VLLM_MAX_N_SEQUENCES": inherited.get("VLLM_MAX_N_SEQUENCES", "128"),
         # Longer than clients keep an idle connection (httpx: 5 s, vLLM's default too): a request on a connection that
         # the server is just closing fails at the client.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": inherited.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75"),

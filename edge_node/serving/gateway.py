@@ -30,7 +30,6 @@ class EngineLike(Protocol):
 
     base_name: str
     max_model_len: int
-    on_cpu: bool
 
     @property
     def errored(self) -> bool: ...

@@ -1,8 +1,7 @@
 """The outermost ASGI layer of vLLM's server.
 
-In: every HTTP request. Out: 404 for paths that clients do not need, 503 while draining or before the first release, 400
-for requests that would kill the CPU engine; otherwise vLLM's answer, with the version fixed at arrival and the last
-event held back until the interaction is durable. Guarantees: body, header and captured record name the same version.
+In: every HTTP request. Out: 404 for paths that clients do not need, 503 while draining or before the first release;
+otherwise vLLM's answer, with the version fixed at arrival and the last event held back until the interaction is durable. Guarantees: body, header and captured record name the same version.
 """
 
 from __future__ import annotations
@@ -100,9 +99,6 @@ class _Completion:
             # Not a request that could reach a model: vLLM's own 400 names the mistake.
             await self._app(self._scope, _replay(body, self._receive), self._send)
             return
-        if self._gateway.engine.on_cpu and (mistake := _kills_cpu_engine(request)):
-            await _refuse(self._send, 400, "BadRequestError", mistake)
-            return
         asked = request.get("model")
         if asked is None or isinstance(asked, str):
             self._model = self._gateway.aliases.resolve(asked)
@@ -193,16 +189,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _kills_cpu_engine(request: dict[str, Any]) -> str | None:
-    """vLLM 0.32 with LoRA on CPU dies of prompt log-probabilities, and takes every request in flight with it."""
-    if request.get("prompt_logprobs") is not None:
-        return "prompt_logprobs is not available on a CPU node. Leave it out; logprobs of the answer work."
-    logprobs = request.get("logprobs")  # 0 asks for them too
-    if request.get("echo") and logprobs is not None and logprobs is not False:
-        return "echo together with logprobs is not available on a CPU node. Leave one of them out."
-    return None
 
 
 async def _refuse(send: Send, status: int, kind: str, message: str, param: str | None = None) -> None:

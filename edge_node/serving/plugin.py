@@ -55,6 +55,10 @@ class LorikeetPlugin:
         if not socket:
             raise ServingError(f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket.")
         settings, engine = load_settings(), Engine(engine_client, state, args)
+        if engine.on_cpu:
+            from edge_node.serving.cpu_requests import refuse_prompt_logprobs
+
+            refuse_prompt_logprobs()
         try:
             engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
         except OSError as error:  # a full disk must not keep a node from serving

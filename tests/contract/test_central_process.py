@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @asynccontextmanager
-async def process(settings: CentralSettings, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def process(settings: CentralSettings, *arguments: str, **more: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`central` with these arguments; `more` are settings by the rest of their names."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")}
     environment |= {
         "CENTRAL_DATA_DIR": str(settings.data_dir),
@@ -42,6 +43,8 @@ async def process(settings: CentralSettings, *arguments: str) -> AsyncIterator[a
         "CENTRAL_LISTEN__PORT": str(settings.listen.port),
         "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
         "CENTRAL_MERGE__MIN_UPDATES": "99",
+        "CENTRAL_RETENTION__SUPERSEDED_DAYS": str(settings.retention.superseded_days),
+        **{f"CENTRAL_{name}": value for name, value in more.items()},
     }
     running = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "central.cli", *arguments,

@@ -258,6 +258,8 @@ async def test_final_refusal_is_kept_with_its_reason_and_blocks_nobody(outbox: O
         (grpc.StatusCode.PERMISSION_DENIED, ""),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
+        (grpc.StatusCode.UNAVAILABLE, "STORAGE_FULL"),
         (grpc.StatusCode.ABORTED, "SILENT_STREAM"),
     ],
 )

@@ -464,10 +464,20 @@ class ListReleasesRequest(_message.Message):
     def __init__(self, cohort: _Optional[str] = ...) -> None: ...
 
 class ListReleasesResponse(_message.Message):
-    __slots__ = ("releases",)
+    __slots__ = ("releases", "standstills")
     RELEASES_FIELD_NUMBER: _ClassVar[int]
+    STANDSTILLS_FIELD_NUMBER: _ClassVar[int]
     releases: _containers.RepeatedCompositeFieldContainer[Release]
-    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+    standstills: _containers.RepeatedCompositeFieldContainer[Standstill]
+    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ..., standstills: _Optional[_Iterable[_Union[Standstill, _Mapping]]] = ...) -> None: ...
+
+class Standstill(_message.Message):
+    __slots__ = ("cohort", "reason")
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    cohort: str
+    reason: str
+    def __init__(self, cohort: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class GetReleaseRequest(_message.Message):
     __slots__ = ("release",)
@@ -613,10 +623,12 @@ class ListUpdatesRequest(_message.Message):
     def __init__(self, cohort: _Optional[str] = ..., node_id: _Optional[str] = ...) -> None: ...
 
 class ListUpdatesResponse(_message.Message):
-    __slots__ = ("updates",)
+    __slots__ = ("updates", "standstills")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    STANDSTILLS_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[Update]
-    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+    standstills: _containers.RepeatedCompositeFieldContainer[Standstill]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., standstills: _Optional[_Iterable[_Union[Standstill, _Mapping]]] = ...) -> None: ...
 
 class RequeueUpdatesRequest(_message.Message):
     __slots__ = ("updates",)

@@ -162,19 +162,6 @@ async def test_the_id_of_an_answer_is_the_nodes_to_give(gateway: Gateway) -> Non
     assert [name for name, _ in app.headers] == [b"content-length"]
 
 
-@pytest.mark.parametrize(
-    "body", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 0}, {"echo": True, "logprobs": True}], ids=str
-)
-async def test_requests_that_kill_the_cpu_engine_are_refused(gateway: Gateway, body: dict[str, Any]) -> None:
-    app = App()
-    client = Client(app, gateway)
-    await client.request("/v1/completions", {"prompt": "a"} | body)
-    assert (client.status, app.requests) == (400, [])
-    gateway.engine.on_cpu = False
-    await Client(app, gateway).request("/v1/completions", {"prompt": "a"} | body)
-    assert len(app.requests) == 1
-
-
 @pytest.mark.parametrize("body", [b"{", b"[1]", b'{"model": 7}', b"\xff"])
 async def test_what_is_no_request_is_left_to_vllm(gateway: Gateway, body: bytes) -> None:
     app = App(status=400)

@@ -61,6 +61,7 @@ def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(tmp_path: Path, m
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
     assert (environment["VLLM_PLUGINS"], environment["OMP_NUM_THREADS"]) == ("mine,lorikeet", "3")
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert environment["VLLM_MAX_N_SEQUENCES"] == "128", "the probe must not wait behind thousands of answers"
     for name in list(environment):
         if name.startswith("EDGE_"):
             monkeypatch.setenv(name, environment[name])
