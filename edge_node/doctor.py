@@ -109,13 +109,14 @@ def _identity(data_dir: Path) -> Identity:
 
 def _stored(settings: EdgeSettings) -> tuple[dict[str, Any], list[Problem]]:
     """What the stores hold. A store that cannot be opened (full disk) does not hide the rest: it is a problem."""
-    held: dict[str, Any] = {"interactions": None, "feedback": None, "examples": None, "outbox": None}
+    held: dict[str, Any] = dict.fromkeys(("interactions", "feedback", "examples", "unusable_examples", "outbox"))
     unreadable = []
     now = datetime.now(UTC).isoformat(timespec="seconds")
     step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
     try:
         counts = ExperienceStore(settings.data_dir / "experience.db").counts()
         held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
+        held["unusable_examples"] = dict(counts.unusable)
     except StorageError as error:
         unreadable.append(Problem("experience", str(error), step, now))
     try:
