@@ -170,9 +170,7 @@ class Central:
 
     def channel(self, key: bytes | None = None, certificate: bytes | None = None) -> grpc.aio.Channel:
         credentials = grpc.ssl_channel_credentials(self.rooms.pki.ca_pem, key, certificate)
-        # What is not read yet stays small: a test knows that a download is still under way.
-        options = (("grpc.http2.bdp_probe", 0),)
-        channel = grpc.aio.secure_channel(f"localhost:{self.settings.listen.port}", credentials, options)
+        channel = grpc.aio.secure_channel(f"localhost:{self.settings.listen.port}", credentials)
         self.stack.push_async_callback(channel.close)
         return channel
 
