@@ -59,11 +59,16 @@ class LorikeetPlugin:
             from edge_node.serving.cpu_requests import refuse_prompt_logprobs
 
             refuse_prompt_logprobs()
+        started = Gateway(settings, engine)
         try:
             engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
+            started.problems.clear("chat-format")
         except OSError as error:  # a full disk must not keep a node from serving
-            logger.error("Chat format not written", extra={"cause": str(error)})
-        started = Gateway(settings, engine)
+            started.problems.report(
+                "chat-format",
+                f"vLLM's chat format could not be written: {error}. Anchors are rendered with the one before.",
+                "Check the disk of EDGE_DATA_DIR, then start the node again.",
+            )
         await started.activate()
         requests = LorikeetMiddleware(_without_middleware(self._app), started)
         state.lorikeet_control = ControlServer(started, Path(socket), requests)
