@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import subprocess
@@ -12,12 +13,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm.model_executor.models
+from vllm.model_executor.models import registry
 
-from edge_node.errors import ServingError
+from edge_node.base_model import check_base
+from edge_node.errors import ServingError, SettingsError
 from edge_node.serving import internals, launch
 from edge_node.serving.command import serving_command
-from edge_node.settings import EdgeSettings
-from protos.base import BaseModelInfo
+from edge_node.settings import BaseModelSettings, EdgeSettings
+from protos.base import WITHOUT_LORA, BaseModelInfo
+from protos.families import FAMILIES
+from tests.fakes.base_models import make
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -66,6 +72,32 @@ def test_vllm_understands_our_command_line(tmp_path: Path) -> None:
     assert (arguments.api_server_count, arguments.enforce_eager, arguments.max_cpu_loras) == (1, True, 32)
 
 
+def test_the_table_of_models_without_lora_is_vllms() -> None:
+    """Read from vLLM's source: importing every model takes minutes."""
+    models = Path(vllm.model_executor.models.__file__).parent
+    bases: dict[str, set[str]] = {}
+    for file in [*models.glob("*.py"), *models.parents[1].joinpath("models").rglob("*.py")]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases}
+                bases.setdefault(node.name, set()).update(names)
+
+    def has_lora(name: str) -> bool:
+        return name == "SupportsLoRA" or any(has_lora(base) for base in bases.get(name, set()) - {name})
+
+    table = registry._TEXT_GENERATION_MODELS
+    assert {name for name, (_, model) in table.items() if not has_lora(model)} == WITHOUT_LORA
+    assert not WITHOUT_LORA & set(FAMILIES)
+
+
+def test_a_node_asks_vllm_about_a_base(tmp_path: Path) -> None:
+    """Both sides of edge_node/base_check.py, on a base that vLLM has no class for."""
+    base = make(tmp_path / "base", architectures=["NovelForCausalLM"], model_type="novel")
+    settings = EdgeSettings(data_dir=tmp_path, base=BaseModelSettings(path=base))
+    with pytest.raises(SettingsError, match=r"does not work here: transformers cannot load it: .*novel"):
+        check_base(settings)
+
+
 def test_vllm_names_the_adapter_of_a_request_and_404s_unknown_models() -> None:
     """What the alias rests on: `lora_requests` decides who is served, and its name goes into the answer."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -90,9 +122,12 @@ async def test_the_engine_wrapper_calls_vllm_as_it_is() -> None:
         return True
 
     models = SimpleNamespace(lora_requests={}, model_config=SimpleNamespace(max_model_len=8))
-    client = SimpleNamespace(add_lora=add_lora, remove_lora=remove_lora, errored=False)
-    arguments: Any = SimpleNamespace(served_model_name=["base@abababab"])
-    engine = internals.Engine(client, SimpleNamespace(openai_serving_models=models), arguments)
+    client = SimpleNamespace(add_lora=add_lora, remove_lora=remove_lora, errored=False, generate=None)
+    arguments: Any = SimpleNamespace(served_model_name=["base@abababab"], model="/nowhere")
+    renderer = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eos_token_id=2))
+    online = SimpleNamespace(renderer=renderer, model_config=models.model_config)
+    engine = internals.Engine(client, SimpleNamespace(openai_serving_models=models, online_renderer=online), arguments)
+    assert engine.chat_format.renderer == "SimpleNamespace", "one that the learner does not know"
     await engine.load("lorikeet@v1", Path("/v1"))
     await engine.load("lorikeet@v2", Path("/v2"))
     assert list(models.lora_requests) == ["lorikeet@v1", "lorikeet@v2"]

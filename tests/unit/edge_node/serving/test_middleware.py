@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edge_node.capture import SERVED, Generation
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.middleware import LorikeetMiddleware, Message
 from tests.fakes.gateway import make_gateway, make_version
@@ -44,6 +45,8 @@ class App:
         self.requests.append(request)
         if self.during is not None:
             await self.during()
+        if (served := SERVED.get()) is not None:
+            served.generations.append(Generation(text_only=True, prompt_ids=[5, 6], answer_ids=[7, 2]))
         kind = b"text/event-stream; charset=utf-8" if self.stream else b"application/json"
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", kind)]})
         model = request.get("model") if isinstance(request, dict) else None
@@ -115,6 +118,7 @@ async def test_the_version_is_fixed_at_arrival(gateway: Gateway, asked: dict[str
     interaction = gateway.store.interaction("chatcmpl-1")
     assert interaction is not None
     assert (interaction.model, interaction.answer, interaction.messages) == (V1, "yes", QUESTION["messages"])
+    assert (interaction.prompt_ids, interaction.answer_ids) == ((5, 6), (7, 2))
     assert not gateway.aliases.in_flight
 
 
@@ -138,24 +142,24 @@ async def test_errors_and_opted_out_answers_are_not_kept(gateway: Gateway) -> No
     assert gateway.recorder.counts().lost == 0
 
 
+async def test_only_a_captured_request_records_its_tokens(gateway: Gateway) -> None:
+    seen: list[bool] = []
+    app = App()
+
+    async def look() -> None:
+        seen.append(SERVED.get() is not None)
+
+    app.during = look
+    await Client(app, gateway).request(CHAT, QUESTION)
+    await Client(app, gateway).request(CHAT, QUESTION, headers=[(b"x-lorikeet-capture", b"off")])
+    assert (seen, SERVED.get()) == ([True, False], None)
+
+
 async def test_the_id_of_an_answer_is_the_nodes_to_give(gateway: Gateway) -> None:
     app = App()
     await Client(app, gateway).request(CHAT, QUESTION | {"request_id": "mine"}, headers=[(b"x-request-id", b"mine")])
     assert "request_id" not in app.requests[0]
     assert [name for name, _ in app.headers] == [b"content-length"]
-
-
-@pytest.mark.parametrize(
-    "body", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 0}, {"echo": True, "logprobs": True}], ids=str
-)
-async def test_requests_that_kill_the_cpu_engine_are_refused(gateway: Gateway, body: dict[str, Any]) -> None:
-    app = App()
-    client = Client(app, gateway)
-    await client.request("/v1/completions", {"prompt": "a"} | body)
-    assert (client.status, app.requests) == (400, [])
-    gateway.engine.on_cpu = False
-    await Client(app, gateway).request("/v1/completions", {"prompt": "a"} | body)
-    assert len(app.requests) == 1
 
 
 @pytest.mark.parametrize("body", [b"{", b"[1]", b'{"model": 7}', b"\xff"])
@@ -197,3 +201,26 @@ async def test_bodies_that_cannot_be_read_are_refused_here(gateway: Gateway, mon
         await client.request(path, b'"' + b"x" * 200 + b'"')
         assert client.status == 413
     assert app.requests == []
+
+
+class Vllm(App):
+    """As vLLM: it stops at a disconnect and then answers `null` with 200."""
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        await receive()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        kind = b"text/event-stream" if self.stream else b"application/json"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if self.stream else b"null"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_hangs_up_loses_nothing(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    await Client(Vllm(stream=stream), gateway).request(CHAT, QUESTION | {"stream": stream})
+    gateway.recorder.close()
+    counts = gateway.recorder.counts()
+    assert (counts.captured, counts.lost, counts.skipped) == (0, 0, 0)
+    assert "lost" not in caplog.text
