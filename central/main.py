@@ -30,6 +30,7 @@ import grpc
 
 from central import faults
 from central.cohorts import CohortThreads
+from central.descriptors import allowed_connections, watch_connections
 from central.errors import ListenError, SettingsError
 from central.file_lock import DataLock
 from central.fleet.enrollment import EnrollmentService
@@ -44,7 +45,7 @@ from central.journal import Journal, WriterLock
 from central.operator.service import OperatorService
 from central.registry import BlobStore, Registry, open_blobs
 from central.registry.service import ReleaseService
-from central.rpc import SERVER_OPTIONS, ErrorTranslator, bound_heaps
+from central.rpc import ErrorTranslator, bound_heaps, enrollment_options, server_options
 from central.settings import CentralSettings
 from central.storage.collector import Collector
 from central.storage.restore import expect_no_unfinished_restore
@@ -151,6 +152,8 @@ class Services:
             rooms.journal, self._authenticator, self._presence, heartbeat_s, settings.limits.node_watches
         )
         self._servers: list[grpc.aio.Server] = []
+        self._connections = allowed_connections(settings.limits)
+        self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Services:
         listen, pki = self._settings.listen, self._rooms.pki
@@ -168,6 +171,8 @@ class Services:
         except BaseException:
             await self.aclose(0.0)
             raise
+        everybody = self._connections + self._settings.limits.enrollment_connections
+        self._watch = asyncio.create_task(watch_connections(everybody))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -176,6 +181,8 @@ class Services:
     async def aclose(self, grace_s: float) -> None:
         """End watches, refuse new calls, and give those in flight `grace_s`; idempotent."""
         self._fleet.close()
+        if self._watch is not None:
+            self._watch.cancel()
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
     async def _listen(
@@ -203,7 +210,8 @@ class Services:
             rooms.base,
             self._settings.limits,
         )
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
+        options = server_options(self._settings.limits, self._connections)
+        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
         updates_pb2_grpc.add_UpdateServiceServicer_to_server(
             UpdateService(admission, rooms.partial, authenticator, self._settings.limits), server
@@ -229,7 +237,8 @@ class Services:
 
     def _enrollment_server(self) -> grpc.aio.Server:
         rooms = self._rooms
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
+        options = enrollment_options(self._settings.limits)
+        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
         fleet_pb2_grpc.add_EnrollmentServiceServicer_to_server(
             EnrollmentService(rooms.journal, rooms.blobs, rooms.pki, rooms.base.digest), server
         )

@@ -200,6 +200,14 @@ class LimitSettings(Group):
     """Watches that one node may have open at once: one, and those of lost connections that central has not noticed yet."""
     upload_idle_s: float = Field(default=60, gt=0)
     """An upload of which no chunk comes for this long is closed; what came stays, and the node goes on from there."""
+    connections: int = Field(default=4096, ge=1)
+    """Connections that nodes and operators may have open at once. Fewer when the hard limit of open files leaves no room for
+    them: each counts as two files."""
+    enrollment_connections: int = Field(default=64, ge=1)
+    """Connections that the enrolment port takes at once. Each of them lives for 20 s at most."""
+    handshake_s: float = Field(default=20, gt=0)
+    """A connection that has not finished its TLS and HTTP/2 greeting by then is closed, on both ports. The enrolment port closes
+    one without a call after as long."""
 
 
 class RetentionSettings(Group):

@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @asynccontextmanager
-async def process(settings: CentralSettings, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+async def process(
+    settings: CentralSettings, *arguments: str, files: int = 0
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`files`: how many the process may open at most; 0: as many as this one."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")}
     environment |= {
         "CENTRAL_DATA_DIR": str(settings.data_dir),
@@ -37,8 +40,9 @@ async def process(settings: CentralSettings, *arguments: str) -> AsyncIterator[a
         "CENTRAL_LISTEN__ENROLLMENT_PORT": str(settings.listen.enrollment_port),
         "CENTRAL_MERGE__MIN_UPDATES": "99",
     }
+    limited = ["bash", "-c", f'ulimit -n {files} && exec "$@"', "central"] if files else []
     running = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "central.cli", *arguments,
+        *limited, sys.executable, "-m", "central.cli", *arguments,
         cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
