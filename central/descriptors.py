@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +67,7 @@ async def watch_connections(allowed: int) -> None:
 
 def _sockets() -> int:
     number = 0
-    for name in os.listdir(OPEN):
+    for path in OPEN.iterdir():
         with suppress(OSError):  # closed meanwhile
-            number += os.readlink(OPEN / name).startswith("socket:")
+            number += str(path.readlink()).startswith("socket:")
     return number
