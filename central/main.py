@@ -118,7 +118,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     blobs = open_blobs(settings)
     blobs.claim(pki.identity)
     blobs.prepare()
-    partial = PartialUploads(settings.data_dir / "uploads")
+    partial = PartialUploads(settings.data_dir / "uploads", settings.limits.node_unfinished)
     journal = Journal(settings.journal_url)
     stack.callback(journal.close)
     _expect_same_base(journal, base)

@@ -196,6 +196,10 @@ class LimitSettings(Group):
     """Unfinished and waiting bytes that one node may have at central."""
     node_uploads: int = Field(default=4, ge=1)
     """Uploads, and questions about uploads, that one node may have open at once."""
+    node_unfinished: int = Field(default=16, ge=1)
+    """Unfinished uploads that central keeps of one node. With more, the one that was not touched for longest begins afresh."""
+    node_updates_per_hour: int = Field(default=240, ge=1)
+    """Updates of one node that central admits in an hour. Each of them stays in the journal and in memory for ever."""
     node_watches: int = Field(default=4, ge=1)
     """Watches that one node may have open at once: one, and those of lost connections that central has not noticed yet."""
     upload_idle_s: float = Field(default=60, gt=0)

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from central import faults
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, Peer
+from central.intake.bounds import Allowance, manifest_bytes
 from central.intake.group_commit import GroupCommit
 from central.intake.partial import Incoming, PartialUploads
 from central.intake.validation import PayloadCheck, Shapes, check_manifest, check_signature
@@ -70,6 +71,8 @@ class Admission:
         self._base = base.digest
         self._shapes: Shapes = base.module_shapes
         self._limits = limits
+        self._max_manifest_bytes = manifest_bytes(base.module_shapes)
+        self._allowance = Allowance(limits.node_updates_per_hour)
         self._commits = GroupCommit(journal)
 
     def begin(self, peer: Peer, header: updates_pb2.UploadHeader) -> Arrival | updates_pb2.Receipt:
@@ -78,12 +81,13 @@ class Admission:
         Raises Refused.
         """
         node = self._authenticator.enrolled(peer)
-        manifest = check_signature(node, header.manifest, header.signature)
+        manifest = check_signature(node, header.manifest, header.signature, self._max_manifest_bytes)
         with self._journal.read() as state:
             known = state.updates.get(manifest.digest)
             if known is None:
                 check_manifest(state, node, manifest, self._base, self._limits)
                 self._check_quota(state, manifest)
+                self._allowance.expect_one(node.node_id)
         if known is not None:
             return self.receipt(known)
         faults.reach("intake.begun")
@@ -146,6 +150,7 @@ class Admission:
 
         def answer(update: UpdateRecord) -> updates_pb2.Receipt:
             faults.reach("intake.recorded")
+            self._allowance.take_one(manifest.node_id)
             self._partial.discard(manifest.node_id, update_id)
             return self.receipt(update)
 

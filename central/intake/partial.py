@@ -42,22 +42,25 @@ class _File:
     size: int = 0
     gone: bool = False
     """Discarded: a stream that still holds it must not go on."""
+    streams: int = 0
+    """Streams that hold it; under the lock of all files."""
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class PartialUploads:
     """One per central; thread-safe. Every method but `held_bytes` blocks on disk."""
 
-    def __init__(self, root: Path) -> None:
-        """Create `root` when absent; raises StorageError."""
+    def __init__(self, root: Path, node_unfinished: int = 16) -> None:
+        """Create `root` when absent; raises StorageError. Of one node `node_unfinished` are kept."""
         self._root = root
+        self._node_unfinished = node_unfinished
         self._windows = Windows()
         self._lock = threading.Lock()
         self._files: dict[str, dict[str, _File]] = {}
-        """By node and update."""
+        """By node and update, those that were touched last at the end."""
         make_directory(root)
         with storage(root):
-            for path in root.glob(f"*/*{SUFFIX}"):
+            for path in sorted(root.glob(f"*/*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
                 self._files.setdefault(path.parent.name, {})[path.stem] = _File(path, path.stat().st_size)
 
     def committed(self, node_id: str, update_id: str) -> int:
@@ -76,16 +79,16 @@ class PartialUploads:
         """Go on with the update at `offset`; raises Refused when the bytes on disk end elsewhere. Close it again."""
         path = self.path(node_id, update_id)
         with self._lock:
-            file = self._files.setdefault(node_id, {}).setdefault(update_id, _File(path))
-        with file.lock, storage(path):
-            if file.gone:  # just now
-                expect_offset(update_id, offset, -1)
-            if not path.parent.is_dir():
-                make_directory(path.parent)
-                sync_directory(self._root)
-            disk = DirectFile(path)
-            file.size = disk.size()
-            incoming = Incoming(update_id, file, disk, self._windows, inspect)
+            own = self._files.setdefault(node_id, {})
+            file = own.pop(update_id) if update_id in own else _File(path)
+            own[update_id] = file
+            file.streams += 1
+        try:
+            incoming = self._hold(file, update_id, offset, inspect)
+        except BaseException:
+            self._let_go(file)
+            raise
+        self._drop_oldest(node_id)
         try:
             # Without the lock, which who answers all nodes may wait for: what came earlier does not change.
             incoming.read_again(offset)
@@ -93,6 +96,35 @@ class PartialUploads:
             incoming.close()
             raise
         return incoming
+
+    def _hold(self, file: _File, update_id: str, offset: int, inspect: Inspect) -> Incoming:
+        with file.lock, storage(file.path):
+            if file.gone:  # just now
+                expect_offset(update_id, offset, -1)
+            if not file.path.parent.is_dir():
+                make_directory(file.path.parent)
+                sync_directory(self._root)
+            disk = DirectFile(file.path)
+            file.size = disk.size()
+            return Incoming(update_id, file, disk, self._windows, inspect, self._let_go)
+
+    def _let_go(self, file: _File) -> None:
+        """A stream holds the file no longer; one that nothing came of leaves none."""
+        with self._lock:
+            file.streams -= 1
+            is_unused = not file.streams and not file.size
+        if is_unused:
+            self._drop(file)
+
+    def _drop_oldest(self, node_id: str) -> None:
+        """Forget what the node has not touched for longest, until it has as many as it may."""
+        with self._lock:
+            files = list(self._files.get(node_id, {}).values())
+            spare = len(files) - self._node_unfinished
+            oldest = [file for file in files if not file.streams][: max(0, spare)]
+        for file in oldest:
+            log.info("unfinished upload dropped, its node has newer ones", extra={"path": str(file.path)})
+            self._drop(file)
 
     def discard(self, node_id: str, update_id: str) -> None:
         """Forget the bytes; idempotent. Also what is said of an update that is admitted: its bytes are among the blobs."""
@@ -160,8 +192,17 @@ class Incoming:
     never two calls at once. Where the bytes of earlier streams end within a window, `catch_up` comes before `take`.
     """
 
-    def __init__(self, update_id: str, file: _File, disk: DirectFile, windows: Windows, inspect: Inspect) -> None:
+    def __init__(
+        self,
+        update_id: str,
+        file: _File,
+        disk: DirectFile,
+        windows: Windows,
+        inspect: Inspect,
+        let_go: Callable[[_File], None],
+    ) -> None:
         self.update_id = update_id
+        self._let_go = let_go
         self.size = 0
         """Bytes so far, those in the window included."""
         self.file = file
@@ -247,6 +288,7 @@ class Incoming:
                 self._disk.close()
                 self._disk = None
                 self._give_back()
+        self._let_go(self.file)
 
     @contextmanager
     def held(self) -> Iterator[None]:

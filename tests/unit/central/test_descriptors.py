@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-from collections.abc import Iterator
-
 import pytest
 
 from central import descriptors
@@ -22,12 +20,12 @@ def test_connections_leave_room_for_what_they_ask_for(files: int, expected: int)
 
 
 @pytest.fixture
-def few_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def few_files(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """A system whose soft limit is 64, and the hard one 1,024."""
     limits = [(64, 1024)]
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda which, wanted: limits.append(wanted))
-    yield limits
+    return limits
 
 
 def test_the_soft_limit_is_raised_and_a_low_hard_one_is_said(
