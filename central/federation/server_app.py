@@ -38,7 +38,6 @@ from central.journal import (
     PlanRecord,
     ReleaseRecord,
     State,
-    utc_now,
 )
 from central.registry import BlobLost, BlobStore, Registry
 from central.registry.canary import promotion
@@ -55,7 +54,7 @@ def run_cohort(
     settings: CentralSettings,
     stop: threading.Event,
     is_connected: Callable[[str], bool] = lambda node_id: True,
-    clock: Callable[[], str] = utc_now,
+    clock: Callable[[], str] | None = None,
 ) -> None:
     """Run the cohort's loop in this thread until `stop` is set (seen within a second, or at the end of a merge).
 

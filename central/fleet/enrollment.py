@@ -11,7 +11,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -41,14 +41,14 @@ class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
         blobs: BlobStore,
         pki: Pki,
         base: str,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         """`base` is the digest of central's base model."""
         self._journal = journal
         self._blobs = blobs
         self._pki = pki
         self._base = base
-        self._clock = clock
+        self._clock = clock or journal.now
 
     async def Enroll(
         self, request: fleet_pb2.EnrollRequest, context: grpc.aio.ServicerContext[Any, Any]

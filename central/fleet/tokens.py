@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hmac
 import secrets
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import grpc
 
@@ -34,7 +34,7 @@ def expect_sensible(uses: int, valid_s: int) -> None:
 def create_token(journal: Journal, ca_pem: bytes, cohort: str, uses: int, valid_s: int, by: str) -> str:
     """Record a new token of an existing cohort and return its string; `by` is the operator's name."""
     token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    expires_at = (datetime.now(UTC) + timedelta(seconds=valid_s)).isoformat(timespec="seconds").replace("+00:00", "Z")
+    expires_at = (journal.now() + timedelta(seconds=valid_s)).isoformat(timespec="seconds").replace("+00:00", "Z")
     body = {"secret_sha256": sha256_hex(secret.encode()), "uses": uses, "expires_at": expires_at, "by": by}
     journal.append(NewEvent(EventKind.TOKEN_CREATED, cohort, token_id, body))
     document = canonical_json({"id": token_id, "secret": secret, "ca": ca_pem.decode()})

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 import grpc
 
 from central import faults
+from central.clock import steady_s, wall_time
 from central.durable import make_directory, storage, sync_directory, sync_file
 from central.errors import Reason, Refused, StorageError
 from central.intake.direct import WINDOW_BYTES, DirectFile, Windows
@@ -44,15 +44,21 @@ class _File:
     """Discarded: a stream that still holds it must not go on."""
     streams: int = 0
     """Streams that hold it; under the lock of all files."""
+    touched_s: float = 0.0
+    """When the last of them let go of it, by the clock of `PartialUploads`."""
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class PartialUploads:
     """One per central; thread-safe. Every method but `held_bytes` blocks on disk."""
 
-    def __init__(self, root: Path, node_unfinished: int = 16) -> None:
-        """Create `root` when absent; raises StorageError. Of one node `node_unfinished` are kept."""
+    def __init__(self, root: Path, node_unfinished: int = 16, clock: Callable[[], float] = steady_s) -> None:
+        """Create `root` when absent; raises StorageError. Of one node `node_unfinished` are kept.
+
+        `clock` counts seconds that nobody can set.
+        """
         self._root = root
+        self._clock = clock
         self._node_unfinished = node_unfinished
         self._windows = Windows()
         self._lock = threading.Lock()
@@ -61,7 +67,13 @@ class PartialUploads:
         make_directory(root)
         with storage(root):
             for path in sorted(root.glob(f"*/*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
-                self._files.setdefault(path.parent.name, {})[path.stem] = _File(path, path.stat().st_size)
+                self._files.setdefault(path.parent.name, {})[path.stem] = self._found(path)
+
+    def _found(self, path: Path) -> _File:
+        """What an earlier run of central left; a time that lies ahead counts as now."""
+        found = path.stat()
+        age_s = max(0.0, wall_time().timestamp() - found.st_mtime)
+        return _File(path, found.st_size, touched_s=self._clock() - age_s)
 
     def committed(self, node_id: str, update_id: str) -> int:
         """Bytes of the update that are durable."""
@@ -112,6 +124,7 @@ class PartialUploads:
         """A stream holds the file no longer; one that nothing came of leaves none."""
         with self._lock:
             file.streams -= 1
+            file.touched_s = self._clock()
             is_unused = not file.streams and not file.size
         if is_unused:
             self._drop(file)
@@ -147,11 +160,11 @@ class PartialUploads:
     def stale(self, age_s: float, drop: bool) -> tuple[int, int]:
         """How many unfinished updates no node has touched for `age_s`, and their bytes; `drop` forgets them."""
         with self._lock:
-            files = [file for own in self._files.values() for file in own.values()]
+            files = [file for own in self._files.values() for file in own.values() if not file.streams]
         count = size_bytes = 0
         for file in files:
             with file.lock, storage(file.path), suppress(FileNotFoundError):  # admitted or discarded meanwhile
-                if time.time() - file.path.stat().st_mtime >= age_s:
+                if self._clock() - file.touched_s >= age_s:
                     count, size_bytes = count + 1, size_bytes + file.size
                     if drop:
                         self._drop(file)

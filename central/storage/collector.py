@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 
 from central import faults
 from central.errors import CentralError, StorageError
@@ -52,13 +52,13 @@ class Collector:
         blobs: BlobStore,
         uploads: PartialUploads,
         policy: RetentionSettings,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         self._journal = journal
         self._blobs = blobs
         self._uploads = uploads
         self._policy = policy
-        self._clock = clock
+        self._clock = clock or journal.now
         self._one_at_a_time = threading.Lock()
 
     def preview(self) -> Collection:
