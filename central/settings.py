@@ -210,8 +210,7 @@ class LimitSettings(Group):
     enrollment_connections: int = Field(default=64, ge=1)
     """Connections that the enrolment port takes at once. Each of them lives for 20 s at most."""
     handshake_s: float = Field(default=20, gt=0)
-    """A connection that has not finished its TLS and HTTP/2 greeting by then is closed, on both ports. The enrolment port closes
-    one without a call after as long."""
+    """A connection that has not finished its TLS and HTTP/2 greeting by then is closed, on both ports."""
 
 
 class RetentionSettings(Group):

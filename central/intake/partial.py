@@ -163,8 +163,8 @@ class PartialUploads:
             files = [file for own in self._files.values() for file in own.values() if not file.streams]
         count = size_bytes = 0
         for file in files:
-            with file.lock, storage(file.path), suppress(FileNotFoundError):  # admitted or discarded meanwhile
-                if self._clock() - file.touched_s >= age_s:
+            with file.lock:
+                if not file.gone and self._clock() - file.touched_s >= age_s:
                     count, size_bytes = count + 1, size_bytes + file.size
                     if drop:
                         self._drop(file)

@@ -121,8 +121,14 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         done: Future[updates_pb2.Receipt] = Future()
         turn.keep()
         self._threads.submit(self._admission.finish, arrival, _on_loop(turn.end), done)
-        # Who hangs up meanwhile changes nothing: it goes on to the end.
-        await asyncio.wait([ended := _unheard(done)])
+        ended = _unheard(done)
+        try:
+            await asyncio.wait([ended])
+        except (
+            asyncio.CancelledError
+        ):  # who hangs up changes nothing: it goes on to the end, and who asks now waits for it
+            await asyncio.wait([ended])
+            raise
         return ended.result()
 
     def _let_go(self, begun: Future[Arrival | updates_pb2.Receipt]) -> None:

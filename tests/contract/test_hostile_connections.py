@@ -178,9 +178,15 @@ async def _process(
 def _hold(held: ExitStack, make: Callable[[], socket.socket], number: int) -> int:
     """Open so many and leave them silent; returns how many were taken, and still are."""
     made = []
-    for _ in range(number):
-        with suppress(OSError):
+    patience = 5
+    while number and patience:
+        number -= 1
+        try:
             made.append(held.enter_context(make()))
+        except TimeoutError:  # nobody answers any more
+            patience -= 1
+        except OSError:
+            pass
     alive = 0
     for connection in made:
         connection.settimeout(0.01)
