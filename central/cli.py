@@ -13,9 +13,22 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from central import __version__
-from central.command import Options, asking, command, json_option, print_one, print_rows, print_text, printable, rows_of
+from central.command import (
+    Options,
+    asking,
+    command,
+    json_option,
+    print_one,
+    print_rows,
+    print_standstills,
+    print_text,
+    printable,
+    rows_of,
+)
 from central.errors import CentralError
+from central.journal_commands import add_journal
 from central.operator.commands import add_forget, add_nodes, add_updates
+from central.operator.tokens import add_tokens
 from central.settings import CentralSettings, load_settings
 from central.storage.commands import add_backup, add_restore, add_retention
 
@@ -52,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command(commands, "serve", _serve, "serve nodes and operators, merge and release until stopped")
     add_nodes(commands)
-    _add_tokens(commands)
+    add_tokens(commands)
     _add_releases(commands)
     add_updates(commands)
     add_forget(commands)
@@ -63,21 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     events.add_argument("--after", type=int, default=0, help="events after this number (default 0)")
     events.add_argument("--limit", type=int, default=1000, help="at most this many (default 1000)")
     json_option(events)
-    journal = commands.add_parser("journal", help="check the journal's hash chain", description="the journal on disk")
-    journal_actions = journal.add_subparsers(required=True, metavar="ACTION")
-    text = "re-read every event, check the hash chain and replay it; writes nothing, central may run or not"
-    json_option(command(journal_actions, "verify", _verify, text))
+    add_journal(commands)
     return parser
-
-
-def _add_tokens(commands: Any) -> None:
-    tokens = commands.add_parser("tokens", help="join tokens for new nodes", description="join tokens for new nodes")
-    actions = tokens.add_subparsers(required=True, metavar="ACTION")
-    create = command(actions, "create", asking(_create_token), "print a new join token; it is shown only once")
-    create.add_argument("--cohort", default="shared", help="cohort of the nodes that join with it (default shared)")
-    create.add_argument("--uses", type=int, default=1, help="how many nodes may join with it (default 1)")
-    create.add_argument("--valid-hours", type=float, default=24.0, help="life in hours (default 24)")
-    json_option(create)
 
 
 def _add_releases(commands: Any) -> None:
@@ -124,24 +124,11 @@ def _serve(settings: CentralSettings, options: Options) -> None:
     import asyncio
 
     from central.logs import log_to_stderr
+
+    log_to_stderr()  # before gRPC is loaded
     from central.main import serve
 
-    log_to_stderr()
     asyncio.run(serve(settings, lambda line: print(line, flush=True)))
-
-
-def _create_token(client: OperatorClient, options: Options) -> None:
-    from protos.operator.v1 import operator_pb2
-
-    valid_s = options.valid_hours * 3600
-    if not (0 < options.uses < 2**32 and 0 < valid_s < 2**32):  # also false for nan
-        raise CentralError(
-            f"--uses {options.uses} with --valid-hours {options.valid_hours:g} is not possible. Expected both above 0, "
-            f"below {2**32} uses and {2**32 // 3600} hours."
-        )
-    request = operator_pb2.CreateTokenRequest(cohort=options.cohort, uses=options.uses, valid_s=int(valid_s))
-    answer = client.ask(client.stub.CreateToken, request)
-    print(json.dumps({"token": answer.token}) if options.json else answer.token)
 
 
 def _releases(client: OperatorClient, options: Options) -> None:
@@ -150,6 +137,7 @@ def _releases(client: OperatorClient, options: Options) -> None:
 
     answer = client.ask(client.stub.ListReleases, operator_pb2.ListReleasesRequest(cohort=options.cohort))
     rows = rows_of(answer.releases)
+    print_standstills(options, answer.standstills)
     if not options.json:
         for row in rows:
             row["channels"] = ",".join(row["channels"])
@@ -238,18 +226,6 @@ def _events(client: OperatorClient, options: Options) -> None:
     print_rows(options, rows, ("sequence", "at", "cohort", "kind", "subject"))
 
 
-def _verify(settings: CentralSettings, options: Options) -> None:
-    from central.journal import verify_journal
-
-    state = verify_journal(settings.journal_url)
-    digest = state.last_hash if state.sequence else ""
-    if options.json:
-        print(json.dumps({"events": state.sequence, "hash": digest}))
-    else:
-        # A cut-off tail cannot be seen from the chain itself, only against what somebody else wrote down.
-        print(f"The journal is whole: {state.sequence} events, the last one with hash {digest or 'none'}.")
-
-
 def _verify_releases(settings: CentralSettings, options: Options) -> None:
     from central.lineage import verify_on_disk
 
@@ -260,8 +236,9 @@ def _verify_releases(settings: CentralSettings, options: Options) -> None:
     bad = [row["version"] for row in rows if row["outcome"] not in fine and not _was_let_go(row)]
     if bad:
         raise CentralError(
-            f"{len(bad)} of {len(rows)} releases could not be rebuilt to the same bytes: {', '.join(bad)}. Expected all "
-            "identical on the machine that merged them; run `central journal verify`, and restore missing blobs from a backup."
+            f"{len(bad)} of {len(rows)} releases are damaged or could not be rebuilt to the same "
+            f"bytes: {', '.join(bad)}. Expected all identical on the machine that merged them; run "
+            "`central journal verify`, and restore missing blobs from a backup."
         )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from central.errors import CentralError
-from central.journal import Event, EventKind, Journal, utc_now
+from central.journal import Event, EventKind, Journal
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class CohortThreads:
         self._stop = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
         self._failures: dict[str, str] = {}
+        self._failing_since: dict[str, str] = {}
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -68,9 +69,14 @@ class CohortThreads:
         """Why the cohort's loop failed last, when, and when it tries again; empty once it went on."""
         return self._failures.get(cohort, "")
 
+    def went_on(self, cohort: str) -> None:
+        """What the cohort's loop failed of is past: it got further, or has nothing left to do."""
+        self._failures.pop(cohort, None)
+        self._failing_since.pop(cohort, None)
+
     def _heard(self, event: Event) -> None:
         if event.kind in _PROGRESS:
-            self._failures.pop(event.cohort, None)
+            self.went_on(event.cohort)
         if event.kind is EventKind.COHORT_CREATED:
             self._start(event.cohort)
 
@@ -88,7 +94,7 @@ class CohortThreads:
                 self._run(cohort, self._stop)
             except Exception as error:
                 why = str(error) if isinstance(error, CentralError) else repr(error)
-                self._failures[cohort] = f"{why} (at {utc_now()[:19]}Z, tried again after {pause_s:g} s)"
+                self._failures[cohort] = f"{why} ({self._when(cohort)}, tried again after {pause_s:g} s)"
                 log.exception("loop of a cohort failed; it starts again", extra={"cohort": cohort, "pause_s": pause_s})
             else:
                 if not self._stop.is_set():
@@ -97,3 +103,8 @@ class CohortThreads:
                 pause_s = self._first_pause_s
             self._stop.wait(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
+
+    def _when(self, cohort: str) -> str:
+        now = f"{self._journal.clock()[:19]}Z"
+        since = self._failing_since.setdefault(cohort, now)
+        return f"at {now}" if since == now else f"since {since}, last at {now}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,13 @@ def print_rows(options: Options, rows: list[dict[str, Any]], columns: Sequence[s
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_standstills(options: Options, standstills: Sequence[Any]) -> None:
+    """Say first what does not go on; beside JSON on stderr."""
+    for row in rows_of(standstills):
+        what = f"Cohort {row['cohort']} stands still" if row["cohort"] else "Central takes no uploads"
+        print(printable(f"{what}: {row['reason']}"), file=sys.stderr if options.json else sys.stdout)
 
 
 def print_one(options: Options, message: Any) -> None:

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from central.errors import StorageError
+from central.errors import StorageError, StorageFull
 
 TEMPORARY_SUFFIX = ".tmp"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a write says that there is no room for."""
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -27,6 +29,11 @@ def storage(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
+        if error.errno in FULL:
+            raise StorageFull(
+                f"{path} cannot be written: {error.strerror}. Free space on its disk; `central retention --apply` lists and "
+                "deletes what nothing needs."
+            ) from error
         raise StorageError(
             f"{path} cannot be used: {error.strerror or error}. "
             "Expected a writable place with free space; check CENTRAL_DATA_DIR and its owner."

@@ -4,6 +4,7 @@ CentralError
 +-- SettingsError (ValueError)        exit 2: the environment variables are not usable
 +-- CentralUnreachable (ConnectionError)  exit 4: a command of the operator got no answer from central
 +-- StorageError (OSError)            exit 5: data directory, journal or blob store cannot be used
+|   +-- StorageFull                   the same because its disk, or its share of it, is full
 +-- ListenError (OSError)             exit 6: a port is taken
 +-- Refused (ValueError)              a caller's request was refused; changes nothing; has a gRPC status and a reason code
 """
@@ -35,6 +36,10 @@ class StorageError(CentralError, OSError):
     exit_code = 5
 
 
+class StorageFull(StorageError):
+    """There is no room; the same may work later."""
+
+
 class ListenError(CentralError, OSError):
     exit_code = 6
 
@@ -48,8 +53,11 @@ class Reason(StrEnum):
 
     BAD_TOKEN = "BAD_TOKEN"
     NAME_TAKEN = "NAME_TAKEN"
+    KEY_TAKEN = "KEY_TAKEN"
+    UNKNOWN_TOKEN = "UNKNOWN_TOKEN"
     UNKNOWN_NODE = "UNKNOWN_NODE"
     REVOKED_NODE = "REVOKED_NODE"
+    CERTIFICATE_EXPIRED = "CERTIFICATE_EXPIRED"
     NOT_OPERATOR = "NOT_OPERATOR"
     BAD_SIGNATURE = "BAD_SIGNATURE"
     BAD_MANIFEST = "BAD_MANIFEST"
@@ -78,7 +86,9 @@ class Reason(StrEnum):
     UNKNOWN_OFFER = "UNKNOWN_OFFER"
     NOT_ACCEPTED = "NOT_ACCEPTED"
     BAD_ARGUMENT = "BAD_ARGUMENT"
+    PAYLOAD_LOST = "PAYLOAD_LOST"
     STORAGE_FAILED = "STORAGE_FAILED"
+    STORAGE_FULL = "STORAGE_FULL"
 
 
 class Refused(CentralError, ValueError):

@@ -26,6 +26,11 @@ INTAKE = (
     "intake.admitted",  # it is in the journal, but the node has no receipt
 )
 BLOBS = ("blob.written", "blob.published")
+HEAD = (
+    "head.kept",  # what was recorded is in the head too, and nobody knows yet
+    "head.copied",
+)
+SPACE = ("space.ballast_released",)
 RETENTION = (
     "journal.blobs_collected.applied",
     "journal.blobs_collected.stored",  # it is said, and nothing is deleted yet
@@ -33,7 +38,7 @@ RETENTION = (
     "journal.collection_finished.applied",
     "journal.collection_finished.stored",
 )
-TRANSFER = (  # backup and restore: processes of their own
+TRANSFER = (  # backup, restore and accept-loss: processes of their own
     "backup.journal",
     "backup.blob",
     "backup.complete",  # all of it is on disk, and has not its name yet
@@ -41,6 +46,8 @@ TRANSFER = (  # backup and restore: processes of their own
     "restore.blob",
     "restore.keys",
     "restore.journal",  # all of it is there, but not checked
+    "journal.journal_loss_accepted.applied",
+    "journal.journal_loss_accepted.stored",
 )
 MERGE = ("merge.computed", "merge.candidate_kept", "merge.state_kept", "merge.own_kept")
 EVENTS = (
@@ -59,6 +66,7 @@ EVENTS = (
 """Each has two points: `journal.<event>.applied` (not on disk yet) and `journal.<event>.stored` (nobody knows yet)."""
 CONTRIBUTIONS = (
     "token_created",
+    "token_revoked",
     "node_enrolled",
     "node_revoked",
     "node_quarantined",
@@ -75,6 +83,8 @@ CONTRIBUTIONS = (
 POINTS = (
     *INTAKE,
     *BLOBS,
+    *HEAD,
+    *SPACE,
     *RETENTION,
     *TRANSFER,
     *MERGE,

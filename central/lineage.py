@@ -6,30 +6,24 @@ same directory meanwhile.
 
 from __future__ import annotations
 
-from central.errors import StorageError
 from central.federation.verify import Finding, verify_releases
-from central.journal import verify_journal
+from central.history import read_public_key, verify_history
 from central.registry import open_blobs
 from central.registry.registry import find_release, unknown_cohort
 from central.settings import CentralSettings
 
 
 def verify_on_disk(settings: CentralSettings, release: str, cohort: str, deep: bool) -> list[Finding]:
-    """Findings for one release, or for every release and candidate (of one cohort) when `release` is empty.
+    """Findings for one release, or for every release and candidate (of one cohort) when `release`
+    is empty.
 
-    The journal is verified on the way. Raises Refused for an unknown release or cohort, StorageError when it cannot be read.
+    The journal is verified on the way, its end too. Raises Refused for an unknown release or
+    cohort, StorageError when it cannot be read or is not whole.
     """
-    state = verify_journal(settings.journal_url)
+    store = open_blobs(settings)
+    state = verify_history(settings.data_dir, settings.journal_url, store)
     if cohort and cohort not in state.cohorts():
         raise unknown_cohort(state, cohort)
     chosen = [find_release(state, release, cohort)] if release else list(state.releases.values())
-    key = settings.data_dir / "pki" / "release.pub.pem"
-    try:
-        key_pem = key.read_bytes()
-    except OSError as error:
-        raise StorageError(
-            f"The key that releases are signed with cannot be read: {error.strerror} ({key}). Set CENTRAL_DATA_DIR to the "
-            "directory that central serves from."
-        ) from error
     wanted = [r for r in chosen if cohort in ("", r.cohort)]
-    return list(verify_releases(state, wanted, open_blobs(settings), key_pem, deep))
+    return list(verify_releases(state, wanted, store, read_public_key(settings.data_dir), deep))

@@ -6,6 +6,7 @@ In: log records with `extra` fields. Out: one line each on stderr.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -24,7 +25,9 @@ class FieldFormatter(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Set up logging for the whole process; repeats change nothing."""
+    """Set up logging for the whole process, before gRPC is loaded; repeats change nothing."""
+    # gRPC's own log has a line for every failed TLS handshake, and whoever reaches the port can make thousands a second.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FieldFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -3,12 +3,12 @@
 In: CentralSettings. Out: two ports - mutual TLS for nodes and operators, server TLS for enrolment. The cast:
 
     DataLock        one central per data directory; WriterLock: one per journal, wherever its database is
-    Journal         the only truth (journal/)
+    Journal         the only truth (journal/); Heads: where it ends (heads.py)
     Pki             keys and certificates (fleet/)
     BlobStore       payloads; Registry: releases and channels (registry/)
     PartialUploads  updates on their way; Admission: checks and admits them (intake/)
     CohortThreads   one Flower ServerApp loop per cohort (federation/)
-    Collector       deletes payloads that nothing needs any more (storage/)
+    Collector       deletes payloads that nothing needs any more (storage/); Space: the room that uploads leave (space.py)
 
 Guarantee: a kill at any point loses nothing that was acknowledged; the next start goes on from journal and blobs.
 """
@@ -25,28 +25,37 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import grpc
+import sqlalchemy as sa
 
 from central import faults
 from central.cohorts import CohortThreads
 from central.descriptors import allowed_connections, watch_connections
-from central.errors import ListenError, SettingsError
+from central.durable import make_directory, storage
+from central.errors import ListenError, SettingsError, StorageError
 from central.file_lock import DataLock
 from central.fleet.enrollment import EnrollmentService
 from central.fleet.identity import Authenticator
 from central.fleet.pki import Pki
 from central.fleet.presence import Presence
 from central.fleet.service import HEARTBEAT_S, FleetService
+from central.heads import FILE as HEAD_FILE
+from central.heads import Heads, kept_heads
+from central.history import expect_begun, expect_history, unnamed_blobs
 from central.intake.admission import Admission
 from central.intake.partial import PartialUploads
 from central.intake.service import UpdateService
-from central.journal import Journal, WriterLock
+from central.journal import Journal, WriterLock, count_events
+from central.journal.payloads import stored_blobs
 from central.operator.service import OperatorService
-from central.registry import BlobStore, Registry, open_blobs
+from central.registry import BlobStore, DirectoryBlobs, Registry, open_blobs
 from central.registry.service import ReleaseService
 from central.rpc import ErrorTranslator, bound_heaps, enrollment_options, server_options
 from central.settings import CentralSettings
+from central.space import Space
 from central.storage.collector import Collector
 from central.storage.restore import expect_no_unfinished_restore
 from protos.base import BaseModelError, BaseModelInfo, read_base_model
@@ -72,6 +81,8 @@ class Rooms:
     registry: Registry
     partial: PartialUploads
     collector: Collector
+    heads: Heads
+    space: Space
 
 
 async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> None:
@@ -88,13 +99,17 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         rooms = await asyncio.to_thread(open_rooms, settings, stack)
         gc.freeze()  # the history stays: a search for garbage that walks it stops every thread (0.7 s at 100,000 updates)
         presence = Presence()
-        run_cohort = await asyncio.to_thread(_load_federation, rooms, settings, presence)
+        cohorts: CohortThreads
+        run_cohort = await asyncio.to_thread(
+            _load_federation, rooms, settings, presence, lambda cohort: cohorts.went_on(cohort)
+        )
         cohorts = CohortThreads(rooms.journal, run_cohort)
         stopped = threading.Event()
         try:
             async with Services(rooms, settings, presence, failure=cohorts.failure):
                 await asyncio.to_thread(cohorts.start)
-                threading.Thread(target=rooms.collector.run, args=(stopped,), name="retention", daemon=True).start()
+                for name, work in (("retention", rooms.collector.run), ("journal-head", rooms.heads.run)):
+                    threading.Thread(target=work, args=(stopped,), name=name, daemon=True).start()
                 listen = settings.listen
                 announce(
                     f"central is ready on {_address(listen.host, listen.port)}, enrolment on "
@@ -110,25 +125,75 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
 
 def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     """Open everything on disk, recovering what a kill left; `stack` closes it again. Blocks."""
-    base = _read_base(settings)
     stack.enter_context(DataLock(settings.data_dir))
     expect_no_unfinished_restore(settings.data_dir)
-    stack.enter_context(WriterLock(settings.journal_url))
-    pki = Pki.load_or_create(settings.data_dir, [*settings.listen.names, *_listen_name(settings.listen.host)])
+    base = _read_base(settings)
     blobs = open_blobs(settings)
-    blobs.claim(pki.identity)
-    blobs.prepare()
+    space = Space(_places(settings, blobs), settings.limits.reserve_bytes)
+    space.release_ballast()  # what is written at start may find the disk full
+    stack.enter_context(WriterLock(settings.journal_url))
+    kept = kept_heads(settings.data_dir, blobs)
+    served_before = (settings.data_dir / HEAD_FILE).exists() or count_events(settings.journal_url) > 0
+    names = [*settings.listen.names, *_listen_name(settings.listen.host)]
+    pki = Pki.load_or_create(settings.data_dir, names, served_before)
+    is_ours = blobs.owner() == pki.identity  # what lies in a store that is handed over is no sign of a lost journal
+    blobs.expect_owner(pki.identity)
     partial = PartialUploads(settings.data_dir / "uploads", settings.limits.node_unfinished)
-    journal = Journal(settings.journal_url)
+    if is_ours:
+        expect_begun(settings.journal_url, kept, settings.data_dir, blobs)
+    heads = Heads(settings.data_dir, blobs, pki.release_key)
+    journal = Journal(settings.journal_url, seals=heads)
     stack.callback(journal.close)
+    expect_history(journal, kept, settings.data_dir, blobs, pki.release_key_pem)
+    with journal.read() as state:
+        blobs.expect_some(stored_blobs(state))
+    blobs.claim(pki.identity)
+    heads.start(journal)
+    stack.callback(_copy_head, heads)
+    blobs.prepare()  # a kill may leave its probe: from here on that is no sign of a lost journal
     _expect_same_base(journal, base)
     _expect_same_cohorts(journal, settings)
     registry = Registry(journal, blobs, pki.release_key, base.digest, settings.builds_on)
     with journal.read() as state:
         partial.discard_all(state.updates)  # a kill may have come between an update's admission and this
-    collector = Collector(journal, blobs, partial, settings.retention)
+    collector = Collector(journal, blobs, partial, settings.retention, space=space)
     collector.recover()
-    return Rooms(base, journal, pki, blobs, registry, partial, collector)
+    _report_unnamed(journal, blobs)
+    space.take_ballast()
+    if text := space.shortage():
+        log.warning("no upload is taken", extra={"reason": text})
+    return Rooms(base, journal, pki, blobs, registry, partial, collector, heads, space)
+
+
+def _copy_head(heads: Heads) -> None:
+    """At the stop; the next start does it again."""
+    try:
+        heads.copy()
+    except StorageError as error:
+        log.error("the journal's head is not copied", extra={"detail": str(error)})
+
+
+def _report_unnamed(journal: Journal, blobs: BlobStore) -> None:
+    with journal.read() as state:
+        found = unnamed_blobs(state, blobs)
+    if found:  # an upload that was interrupted leaves one, and names it when the node goes on
+        log.warning("blobs that no event names", extra={"blobs": len(found), "list": "central journal verify"})
+
+
+def _places(settings: CentralSettings, blobs: BlobStore) -> list[Path]:
+    """The directories that central writes to, one on each disk."""
+    journal = sa.make_url(settings.journal_url)
+    places = [settings.data_dir]
+    if journal.get_backend_name() == "sqlite" and journal.database:
+        places.append(Path(journal.database).parent)
+    if isinstance(blobs, DirectoryBlobs):
+        places.append(blobs.root)
+    found: dict[int, Path] = {}
+    for place in places:
+        make_directory(place)
+        with storage(place):
+            found.setdefault(place.stat().st_dev, place)
+    return list(found.values())
 
 
 class Services:
@@ -209,6 +274,8 @@ class Services:
             rooms.pki.release_key,
             rooms.base,
             self._settings.limits,
+            rooms.space,
+            rooms.collector.make_room,
         )
         options = server_options(self._settings.limits, self._connections)
         server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
@@ -230,6 +297,7 @@ class Services:
                 self._settings.channels,
                 rooms.collector,
                 self._failure,
+                rooms.space.shortage,
             ),
             server,
         )
@@ -246,7 +314,7 @@ class Services:
 
 
 def _load_federation(
-    rooms: Rooms, settings: CentralSettings, presence: Presence
+    rooms: Rooms, settings: CentralSettings, presence: Presence, went_on: Callable[[str], None]
 ) -> Callable[[str, threading.Event], None]:
     """The loop of one cohort; raises SettingsError for a strategy that cannot work. Flower is imported here, not before."""
     # Flower reports its use to its makers unless told otherwise.
@@ -258,7 +326,16 @@ def _load_federation(
         check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
 
     def run(cohort: str, stop: threading.Event) -> None:
-        run_cohort(cohort, rooms.journal, rooms.registry, rooms.blobs, settings, stop, presence.is_connected)
+        run_cohort(
+            cohort,
+            rooms.journal,
+            rooms.registry,
+            rooms.blobs,
+            settings,
+            stop,
+            presence.is_connected,
+            went_on=partial(went_on, cohort),
+        )
 
     return run
 
@@ -269,7 +346,7 @@ def _read_base(settings: CentralSettings) -> BaseModelInfo:
             "CENTRAL_BASE__PATH is not set. Set it to the Hugging Face directory of the base model that the nodes serve."
         )
     try:
-        return read_base_model(settings.base.path)
+        return read_base_model(settings.base.path, memory=settings.data_dir)
     except BaseModelError as error:
         raise SettingsError(f"CENTRAL_BASE__PATH is not usable. {error}") from error
     except OSError as error:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 
-from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError
+from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError, StorageFull
 from central.journal import JournalConflict
+from central.registry.blobs import BlobLost
 from central.settings import LimitSettings
 
 log = logging.getLogger(__name__)
 
+QUIET_S = 60.0
+"""Equal lines of the log are at least this far apart."""
 MAX_TEXT = 2000
 """Longest status message: it may quote what a caller sent, and gRPC drops a call whose trailers are too large."""
 if TYPE_CHECKING:
@@ -147,18 +151,67 @@ def _streaming(behaviour: Any, method: str) -> Callable[[Any, Context], AsyncIte
     return call
 
 
+class Repeats:
+    """Which of many equal log lines are written: the first, then one a minute with how many there
+    were since.
+
+    Whoever may call can fail at will, and must not fill central's disk with lines. The keys are
+    few: methods and reasons, and blobs that are damaged.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[tuple[str, ...], tuple[float, int]] = {}
+
+    def count(self, *key: str) -> int:
+        """How many the line stands for that is to be written now; 0: write none."""
+        now = self._clock()
+        since, unwritten = self._seen.get(key, (-QUIET_S, 0))
+        if now - since < QUIET_S:
+            self._seen[key] = (since, unwritten + 1)
+            return 0
+        self._seen[key] = (now, 0)
+        return unwritten + 1
+
+
+_repeats = Repeats()
+
+
+def _log(
+    level: int, text: str, method: str, reason: str = "", exc_info: Exception | None = None, **fields: str
+) -> None:
+    if count := _repeats.count(text, method, reason):
+        known = {"method": method, **({"reason": reason} if reason else {}), **fields}
+        log.log(level, text, extra={**known, **({"times": count} if count > 1 else {})}, exc_info=exc_info)
+
+
 async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     text = str(error)[:MAX_TEXT]
     if isinstance(error, Refused):
-        log.info("call refused", extra={"method": method, "reason": error.reason, "detail": text})
+        _log(logging.INFO, "call refused", method, error.reason, detail=text)
         await context.abort(error.status, text, ((REASON_KEY, error.reason.value),))
     if isinstance(error, JournalConflict):
-        log.warning("call conflicts with the journal", extra={"method": method, "detail": text})
+        _log(logging.WARNING, "call conflicts with the journal", method, detail=text)
         await context.abort(grpc.StatusCode.ABORTED, f"{text} Look at the present state and try again.")
+    if isinstance(error, BlobLost):
+        _log(logging.ERROR, "stored payload lost", method, str(error))  # every damaged one is named
+        await context.abort(
+            grpc.StatusCode.DATA_LOSS,
+            "A payload that central stored is gone or was altered. Its operator must restore it: "
+            "central's log names it, `central releases verify` finds every one.",
+            ((REASON_KEY, Reason.PAYLOAD_LOST.value),),
+        )
+    if isinstance(error, StorageFull):
+        _log(logging.ERROR, "storage full", method, detail=str(error))
+        await context.abort(
+            grpc.StatusCode.UNAVAILABLE,
+            "Central's disk is full. Try again later; central's operator has to make room (`central retention --apply`).",
+            ((REASON_KEY, Reason.STORAGE_FULL.value),),
+        )
     if isinstance(error, StorageError):
-        log.error("storage failed", extra={"method": method, "detail": str(error)})
+        _log(logging.ERROR, "storage failed", method, detail=str(error))
         await context.abort(
             grpc.StatusCode.UNAVAILABLE,
             "Central cannot use its storage at the moment; its log says why. Try again later.",
@@ -166,6 +219,6 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
         )
     if isinstance(error, CentralError):
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
-    log.error("call failed", extra={"method": method}, exc_info=error)
+    _log(logging.ERROR, "call failed", method, type(error).__name__, exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "Central failed at this call; its log says why.")
     raise AssertionError("abort always raises")

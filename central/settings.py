@@ -193,7 +193,10 @@ class LimitSettings(Group):
     max_norm: float = Field(default=1e3, gt=0)
     """Largest Frobenius norm of one module's increment."""
     node_quota_bytes: int = Field(default=16 << 30, ge=1)
-    """Unfinished and waiting bytes that one node may have at central."""
+    """Bytes that one node may have on central's disk: unfinished uploads, and updates that no release holds (waiting, superseded,
+    set aside, in quarantine) until retention collects their payloads."""
+    reserve_bytes: int | None = Field(default=None, ge=0)
+    """Free bytes below which no upload is taken, on each disk that central writes on. Unset: a twentieth of the disk, at most 1 GiB."""
     node_uploads: int = Field(default=4, ge=1)
     """Uploads, and questions about uploads, that one node may have open at once."""
     node_unfinished: int = Field(default=16, ge=1)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import sqlite3
 import sys
 from typing import TYPE_CHECKING, Any
 
 from edge_node import __version__
-from edge_node.errors import EdgeError, StorageError
+from edge_node.errors import IN_TROUBLE, EdgeError, StorageError
+from edge_node.logs import log_to_stderr
 from edge_node.settings import EdgeSettings, load_settings
 
 if TYPE_CHECKING:
@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; ends the process."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s%(fields)s"
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_fields)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_stderr()
     try:
         sys.exit(options.run(load_settings(), options))
     except EdgeError as error:
@@ -62,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command("enroll", _enroll, "make this node's key and get its certificate with EDGE_CENTRAL__JOIN_TOKEN")
     command("serve", _serve, "serve, learn, upload and follow releases until stopped")
-    status = command("status", _status, "what this node serves, holds and waits for")
+    status = command("status", _status, "what this node serves, holds, waits for, and what fails")
+    status.epilog = f"Exit code: 0 ready, 1 not ready, {IN_TROUBLE} ready but a room fails (problems)."
     status.add_argument("--json", action="store_true", help="for machines")
     status.add_argument("--live", action="store_true", help="only whether the supervisor is alive (for probes)")
     doctor = command("doctor", _doctor, "check settings, base, certificate, central, disk and port; say what to do")
@@ -111,9 +107,20 @@ def _status(settings: EdgeSettings, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(status, indent=1))
     else:
-        for key, value in status.items():
+        _print_status(status)
+    if not status["ready"]:
+        return 1
+    return IN_TROUBLE if status["problems"] else 0
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    for key, value in status.items():
+        if key != "problems":
             print(f"{key.replace('_', ' '):22} {value}")
-    return 0 if status["ready"] else 1
+    print(f"{'problems':22} {len(status['problems']) or 'none'}")
+    for problem in status["problems"]:
+        print(f"  {problem['room']}, since {problem['since']}: {problem['text']}")
+        print(f"    Next: {problem['next_step']}")
 
 
 def _doctor(settings: EdgeSettings, options: argparse.Namespace) -> int:
@@ -163,16 +170,6 @@ def _open_outbox(settings: EdgeSettings) -> Outbox:
 
     Identity.load(settings.data_dir)  # a mistyped EDGE_DATA_DIR must not look like an empty outbox
     return Outbox(settings.data_dir / "outbox", settings.outbox.approval)
-
-
-def _fields(record: logging.LogRecord) -> bool:
-    """Append the fields of `extra` to the constant event text."""
-    standard = logging.makeLogRecord({}).__dict__
-    extra = {
-        k: v for k, v in record.__dict__.items() if k not in standard and k not in ("message", "asctime", "fields")
-    }
-    record.fields = "".join(f" {key}={value}" for key, value in extra.items())
-    return True
 
 
 if __name__ == "__main__":

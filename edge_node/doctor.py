@@ -1,6 +1,6 @@
 """`edge-node status` and `edge-node doctor`: what the node is doing, and what keeps it from it.
 
-In: settings. Out: plain values and checks, each with what was seen and the next step. Changes nothing.
+In: settings. Out: plain values and checks, each with what was seen and the next step. Changes nothing, but remembers what it found of the base.
 """
 
 from __future__ import annotations
@@ -8,32 +8,37 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 from cryptography import x509
 
+from edge_node.base_model import check_base, read_base
 from edge_node.environments import load_environment
 from edge_node.errors import CentralUnreachable, EdgeError, EnrollmentError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
+from edge_node.heartbeat import check_alive
 from edge_node.identity import Identity, clock_advice
-from edge_node.main import control_socket, read_base
+from edge_node.main import control_socket
 from edge_node.outbox import Outbox
+from edge_node.problems import Problem, Problems
 from edge_node.releases.store import ReleaseStore
-from edge_node.serving import ControlClient
+from edge_node.serving import ControlClient, ControlState, is_listening, port_problem, socket_problem, start_problem
 from edge_node.settings import EdgeSettings
+from edge_node.surroundings import LOW_DISK_BYTES, surroundings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
-LOW_DISK_BYTES = 2 << 30
 MAX_CLOCK_DIFFERENCE_S = 60
+STATE_TIMEOUT_S = 1.0
+"""Status answers at once, also when vLLM does not."""
+SILENCE_S = 15.0
+"""Longer than a probe waits behind the prefill of other requests."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +49,83 @@ class Check:
 
 
 async def node_status(settings: EdgeSettings) -> dict[str, Any]:
-    """One flat record; raises EnrollmentError when the node is not enrolled."""
-    identity = Identity.load(settings.data_dir)
+    """One record; raises EnrollmentError when the node is not enrolled.
+
+    `not_ready` says why the node gets no traffic, None when it does; `problems` what fails besides, one a room.
+    """
+    identity = _identity(settings.data_dir)
     store = ReleaseStore(
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
     )
     active = store.active()
-    outbox = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
-    counts = ExperienceStore(settings.data_dir / "experience.db").counts()
+    stored, unreadable = _stored(settings)
     status: dict[str, Any] = {
         "node_id": identity.node_id,
         "cohort": identity.cohort,
         "active_release": active.label if active else None,
         "quarantine": store.quarantine() or None,
         "ready": False,
-        "interactions": counts.interactions,
-        "feedback": counts.feedback,
-        "examples": counts.examples,
-        "outbox": {state: outbox.count(state) for state in sorted(set(outbox))},
+        **stored,
     }
     try:
-        state = await ControlClient(control_socket(settings.data_dir)).state()
+        state = await _serving_state(settings)
     except ServingError as error:
-        return status | {"problem": str(error)}
+        return status | {"not_ready": str(error), "problems": _problems(settings.data_dir, identity, unreadable)}
+    not_ready = state.not_ready
+    if not_ready is None and not await is_listening(settings.serving):
+        not_ready = f"Nothing listens at {settings.serving.host}:{settings.serving.port}."
     return status | {
-        "ready": state.not_ready is None and await _is_ready(settings),
+        "ready": not_ready is None,
         "serving": state.target,
         "loaded": sorted(state.loaded),
         "captured": state.captured,
         "lost": state.lost,
-        "problem": state.not_ready,
+        "not_ready": not_ready,
+        "problems": _problems(settings.data_dir, identity, [*unreadable, *state.problems]),
     }
+
+
+def _problems(data_dir: Path, identity: Identity, unwritten: list[Problem]) -> list[dict[str, str]]:
+    """Those on file, those that are on no file, and what can be seen from here: on a full disk no file tells."""
+    found = {problem.room: problem for problem in [*Problems(data_dir).current(), *unwritten]}
+    for room, wrong in surroundings(data_dir, identity):
+        known = found.pop(room, None)
+        if wrong is not None:
+            since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
+            found[room] = Problem(room, *wrong, since)
+    return [asdict(found[room]) for room in sorted(found)]
+
+
+def _identity(data_dir: Path) -> Identity:
+    """As Identity.load, but of a node that could not be enrolled so far it says why: `serve` enrols too."""
+    try:
+        return Identity.load(data_dir)
+    except EnrollmentError as error:
+        known = {problem.room: problem for problem in Problems(data_dir).current()}
+        if (wait := known.get("enrolment")) is not None and _is_alive(data_dir):
+            text = f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
+            raise EnrollmentError(text) from error
+        ended = [known["node"].text] if "node" in known else []
+        raise EnrollmentError(" ".join([str(error), *ended])) from error
+
+
+def _stored(settings: EdgeSettings) -> tuple[dict[str, Any], list[Problem]]:
+    """What the stores hold. A store that cannot be opened (full disk) does not hide the rest: it is a problem."""
+    held: dict[str, Any] = {"interactions": None, "feedback": None, "examples": None, "outbox": None}
+    unreadable = []
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
+    try:
+        counts = ExperienceStore(settings.data_dir / "experience.db").counts()
+        held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
+    except StorageError as error:
+        unreadable.append(Problem("experience", str(error), step, now))
+    try:
+        states = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
+        held["outbox"] = {state: states.count(state) for state in sorted(set(states))}
+    except StorageError as error:
+        unreadable.append(Problem("outbox", str(error), step, now))
+    return held, unreadable
 
 
 async def run_checks(settings: EdgeSettings) -> list[Check]:
@@ -109,11 +160,13 @@ async def _check_disk(settings: EdgeSettings) -> str:
         raise StorageError(
             f"{free >> 20} MiB free at {folder}; expected at least {LOW_DISK_BYTES >> 20}. Free some room."
         )
+    if problem := socket_problem(folder / "control.sock"):
+        raise StorageError(problem)
     return f"{settings.data_dir} is writable, {free >> 30} GiB free"
 
 
 async def _check_base(settings: EdgeSettings) -> str:
-    base = await asyncio.to_thread(read_base, settings)
+    base = await asyncio.to_thread(check_base, settings)
     try:
         identity = Identity.load(settings.data_dir)
     except EnrollmentError:
@@ -179,24 +232,39 @@ def expect_same_time(central_s: int, node_s: float) -> None:
 
 
 async def _check_endpoint(settings: EdgeSettings) -> str:
-    serving = settings.serving
-    if await _is_ready(settings):
-        return f"serving on {serving.host}:{serving.port}"
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((serving.host, serving.port))
-        except OSError as error:
-            raise ServingError(
-                f"{serving.host}:{serving.port} is taken but not by a ready node ({error.strerror}). "
-                "Free it or set EDGE_SERVING__PORT."
-            ) from error
-    return f"{serving.host}:{serving.port} is free; run `edge-node serve`"
+    place = f"{settings.serving.host}:{settings.serving.port}"
+    try:
+        state = await _serving_state(settings)
+    except ServingError as error:
+        if problem := start_problem(settings.serving):
+            raise ServingError(problem) from error
+        if (problem := port_problem(settings.serving)) is None:
+            return f"{place} is free; run `edge-node serve`"
+        if _is_alive(settings.data_dir):
+            raise ServingError(f"The node runs but does not serve: {error}") from error
+        raise ServingError(problem) from error
+    if state.not_ready is not None:
+        raise ServingError(f"The node runs but is not ready: {state.not_ready}")
+    if not await is_listening(settings.serving):
+        raise ServingError(f"The node runs, but not at {place}. Use the EDGE_* variables that it was started with.")
+    return f"serving on {place}"
 
 
-async def _is_ready(settings: EdgeSettings) -> bool:
-    async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
-        try:
-            return (await client.get(f"{settings.serving.url}/ready")).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
+async def _serving_state(settings: EdgeSettings) -> ControlState:
+    """What vLLM says of itself; raises ServingError, also for an engine that makes no tokens."""
+    state = await ControlClient(control_socket(settings.data_dir), timeout_s=STATE_TIMEOUT_S).state()
+    if state.silent_s > SILENCE_S:
+        raise ServingError(
+            f"vLLM's engine has made no token for {state.silent_s:.0f} s. The supervisor starts an "
+            "engine that hangs again within minutes; see logs/vllm.log."
+        )
+    return state
+
+
+def _is_alive(data_dir: Path) -> bool:
+    """Has a supervisor run here within the last minute?"""
+    try:
+        check_alive(data_dir)
+    except EdgeError:
+        return False
+    return True

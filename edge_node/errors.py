@@ -7,11 +7,21 @@ EdgeError
 +-- StorageError (OSError)           exit 5: a path cannot be written or read
 +-- ServingError (RuntimeError)      exit 6: vLLM cannot start or a port is taken
 +-- AdapterError (ValueError)        a payload is not usable here
+|   +-- NothingToMeasure           an evaluation asks for no environment of this node
++-- EnvironmentFault (RuntimeError)  a plug-in's method raised; not its words, which may quote a task
 +-- UnknownInteraction (LookupError) feedback for an id that the node does not hold
 +-- UpdateRefused (RuntimeError)     central refused an update; its `reason` is central's code
+
+`edge-node status` exits with 0 for a node that is ready and has no problem, 1 for one that is not ready, and
+IN_TROUBLE (7) for one that is ready while a room of it fails. `status --live` looks at the supervisor alone.
 """
 
 from __future__ import annotations
+
+import traceback
+
+IN_TROUBLE = 7
+"""Exit code of `edge-node status` when the node answers requests, but something else fails."""
 
 
 class EdgeError(Exception):
@@ -42,6 +52,26 @@ class ServingError(EdgeError, RuntimeError):
 
 class AdapterError(EdgeError, ValueError):
     pass
+
+
+class NothingToMeasure(AdapterError):
+    """No trouble: other nodes measure what the evaluation asks for."""
+
+
+class EnvironmentFault(EdgeError, RuntimeError):
+    """An environment raised where its contract says that it does not."""
+
+    def __init__(self, environment: str, method: str, error: Exception) -> None:
+        super().__init__(
+            f"Environment {environment!r} raised {type(error).__name__} in {method}{_where(error)}; expected it to raise nothing."
+        )
+        self.environment = environment
+
+
+def _where(error: Exception) -> str:
+    """File and line of the raise, which quote no task."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
 
 
 class UnknownInteraction(EdgeError, LookupError):

@@ -7,13 +7,11 @@ Imports nothing heavy, because a probe runs often.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from pathlib import Path
 
 from edge_node.errors import EdgeError
-
-log = logging.getLogger(__name__)
+from edge_node.problems import Problems
 
 FILE_NAME = "supervisor.alive"
 INTERVAL_S = 5.0
@@ -23,11 +21,14 @@ SILENCE_S = 60.0
 
 async def beat(data_dir: Path) -> None:
     """Touch the file until cancelled."""
+    problems = Problems(data_dir)
     while True:
         try:
             (data_dir / FILE_NAME).touch()
+            problems.clear("heartbeat")
         except OSError as error:  # a full disk must not make a supervisor look dead that later recovers
-            log.warning("sign of life not written", extra={"why": str(error)})
+            text = f"The sign of life {data_dir / FILE_NAME} cannot be written: {error.strerror}. Probes will restart this node."
+            problems.report("heartbeat", text, "Check the disk of EDGE_DATA_DIR: its space and permissions.")
         await asyncio.sleep(INTERVAL_S)
 
 

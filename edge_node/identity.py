@@ -8,8 +8,10 @@ key and name get the same node id, and `identity.json` is written last.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import os
+import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +42,15 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
+REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.NOT_FOUND,
+)
+"""Central's answers that another try does not change."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ class Identity:
         """A mutual-TLS channel to central; reconnects by itself."""
         key_pem = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         credentials = grpc.ssl_channel_credentials(self.ca_pem, key_pem, self.certificate_pem)
-        return grpc.aio.secure_channel(settings.central.address, credentials, options=CHANNEL_OPTIONS)
+        return open_channel(settings.central.address, credentials)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
 
     Raises:
         EnrollmentError: no token, or central refused; the message is central's.
-        CentralUnreachable: central did not answer.
+        CentralUnreachable: central did not answer, or could not at the moment; later it may.
         StorageError: the key cannot be kept.
     """
     if settings.central.join_token is None:
@@ -141,7 +152,7 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
         x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, settings.node_name)])
     )
     address = settings.central.enrollment_address
-    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
+    async with open_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
         try:
             answer: fleet_pb2.EnrollResponse = await fleet_pb2_grpc.EnrollmentServiceStub(channel).Enroll(
                 fleet_pb2.EnrollRequest(
@@ -154,15 +165,15 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
                 timeout=settings.central.call_timeout_s,
             )
         except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                advice = clock_advice(error.details() or "") or (
-                    "Check EDGE_CENTRAL__ENROLLMENT_ADDRESS and that `central serve` runs; its certificate must name this host "
-                    "(CENTRAL_LISTEN__NAMES)."
-                )
-                raise CentralUnreachable(
-                    f"Central did not answer at {address} ({error.details()}). {advice}"
-                ) from error
-            raise EnrollmentError(f"Central refused to enrol this node: {error.details()}") from error
+            if error.code() in REFUSALS:
+                raise EnrollmentError(f"Central refused to enrol this node: {error.details()}") from error
+            advice = clock_advice(error.details() or "") or (
+                "Check EDGE_CENTRAL__ENROLLMENT_ADDRESS, the network with its proxies, both clocks, and "
+                "that `central serve` runs; its certificate must name this host (CENTRAL_LISTEN__NAMES)."
+            )
+            raise CentralUnreachable(
+                f"Central did not enrol this node at {address}: {error.code().name}: {error.details()}. {advice}"
+            ) from error
     identity = Identity(
         node_id=answer.node_id,
         cohort=answer.cohort,
@@ -199,6 +210,26 @@ def clock_advice(details: str, certificate_pem: bytes | None = None, now: dateti
             "Otherwise central may have as many connections as it takes; its log says so."
         )
     return None
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:
+    """A channel to `address` that reconnects by itself. Only to this host it takes no proxy."""
+    own = (("grpc.enable_http_proxy", 0),) if _is_this_host(address) else ()
+    return grpc.aio.secure_channel(address, credentials, options=(*CHANNEL_OPTIONS, *own))
+
+
+def _is_this_host(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]").lower()
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("localhost", socket.gethostname().lower())
+    try:  # only an address of this host can be bound
+        with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return ip.is_loopback
+    return True
 
 
 def keep_identity(data_dir: Path, identity: Identity) -> None:

@@ -4,6 +4,7 @@
 - `LearnerProcess`: the child that trains rounds and leaves updates in the outbox.
 - `Uploader`: brings updates from the outbox to central.
 - `ReleaseWatcher`: follows central's releases, loads them into vLLM, evaluates candidates, reports status.
+- `Problems`: what fails in any of them now, for `edge-node status` and central; `look_around` adds disk and certificate.
 
 In: settings. Runs until SIGTERM or SIGINT, then stops against the flow: serving first, stores last.
 """
@@ -12,41 +13,37 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import hashlib
 import logging
-import os
 import signal
-import tempfile
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+from edge_node.base_model import check_base, read_base
 from edge_node.environments import load_environment
-from edge_node.errors import SettingsError, StorageError
+from edge_node.errors import CentralUnreachable, EdgeError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
 from edge_node.learning import LearnerProcess, open_starts
 from edge_node.outbox import Outbox, Uploader
+from edge_node.problems import Problems
 from edge_node.releases.evaluation import Evaluator, evaluation_seed
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.serving import ControlClient, VllmProcess
 from edge_node.settings import EdgeSettings
-from protos.base import BaseModelError, BaseModelInfo, read_base_model
+from edge_node.surroundings import look_around
 from protos.fleet.v1 import fleet_pb2
 
 log = logging.getLogger(__name__)
 
-
-def read_base(settings: EdgeSettings) -> BaseModelInfo:
-    """The node's base model; raises SettingsError."""
-    if settings.base.path is None:
-        raise SettingsError("EDGE_BASE__PATH is not set. Set it to the Hugging Face directory of the base model.")
-    try:
-        return read_base_model(settings.base.path)
-    except BaseModelError as error:
-        raise SettingsError(f"EDGE_BASE__PATH: {error}") from error
+T = TypeVar("T")
+ENROL_PAUSE_FIRST_S = 1.0
+ENROL_PAUSE_LAST_S = 30.0
+"""Pauses between two tries to reach central; they double."""
 
 
 async def enroll(settings: EdgeSettings) -> Identity:
@@ -55,7 +52,7 @@ async def enroll(settings: EdgeSettings) -> Identity:
     Raises:
         EnrollmentError, CentralUnreachable, StorageError, SettingsError.
     """
-    base = await asyncio.to_thread(read_base, settings)
+    base = await asyncio.to_thread(check_base, settings)
     if not (settings.data_dir / "identity" / "identity.json").is_file():
         answer = await request_enrollment(settings, base.digest)
         store = ReleaseStore(settings.data_dir, answer.identity, base, settings.releases.max_rank)
@@ -74,9 +71,8 @@ async def enroll(settings: EdgeSettings) -> Identity:
 
 
 def control_socket(data_dir: Path) -> Path:
-    """Where vLLM's control socket is: short, because a Unix socket's path has at most 107 bytes."""
-    name = hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"lorikeet-{os.getuid()}-{name}.sock"
+    """vLLM's control socket. Every process of the node finds it here, whatever its TMPDIR is."""
+    return data_dir / "control.sock"
 
 
 @contextmanager
@@ -99,11 +95,65 @@ def own_data_dir(data_dir: Path) -> Iterator[None]:
         yield
 
 
+async def enroll_when_central_answers(settings: EdgeSettings) -> Identity:
+    """As `enroll`, but asks a central that cannot be reached again and again; raises all else."""
+    problems = Problems(settings.data_dir)
+    pause_s = ENROL_PAUSE_FIRST_S
+    while True:
+        try:
+            identity = await enroll(settings)
+        except CentralUnreachable as error:
+            problems.report(
+                "enrolment", str(error), f"The node asks again, every {ENROL_PAUSE_LAST_S:.0f} s in the end."
+            )
+        else:
+            problems.clear("enrolment")
+            return identity
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, ENROL_PAUSE_LAST_S)
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None when `stop` is set before, which ends the work."""
+    task, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        stopping.cancel()
+
+
+@contextmanager
+def _telling_its_end(settings: EdgeSettings) -> Iterator[Problems]:
+    """The problems of this data directory: without those of rooms that are switched off, and with why the node ended, if it did."""
+    problems = Problems(settings.data_dir)
+    off = [] if settings.learning.enabled else ["learner", "learning"]
+    off += [] if settings.capture.enabled else ["capture", "feedback"]
+    off += [] if settings.releases.evaluate and settings.environments else ["evaluation", "environments"]
+    for room in off:  # they will not succeed any more, and what they suffered from is over
+        problems.clear(room)
+    try:
+        yield problems
+    except (EdgeError, OSError, sqlite3.Error) as error:
+        if not (isinstance(error, ServingError) and "serving" in {problem.room for problem in problems.current()}):
+            problems.report(
+                "node", f"`edge-node serve` ended: {error}", "Mend what it says, then start `edge-node serve`."
+            )
+        raise
+
+
 async def serve(settings: EdgeSettings) -> None:
     """Run the node until a signal; raises EdgeError when it cannot start."""
-    with own_data_dir(settings.data_dir):
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    with own_data_dir(settings.data_dir), _telling_its_end(settings) as problems:
         heart = asyncio.create_task(beat(settings.data_dir))
-        identity = await enroll(settings)
+        identity = await _unless(stop, enroll_when_central_answers(settings))
+        if identity is None:
+            log.info("edge node stopped before it was enrolled")
+            return
         base = await asyncio.to_thread(read_base, settings)
         environments = {spec.name: (spec, load_environment(spec)) for spec in settings.environments}
         store = ReleaseStore(settings.data_dir, identity, base, settings.releases.max_rank)
@@ -121,22 +171,19 @@ async def serve(settings: EdgeSettings) -> None:
                 outbox_waiting=states.count("waiting"),
                 outbox_held=states.count("held"),
                 experiences=experience.counts().examples,
-                problem=uploader.problem,
                 max_release_rank=settings.releases.max_rank or 0,
             )
 
         async with identity.channel(settings) as channel:
             control = ControlClient(socket)
             uploader = Uploader(outbox, channel, identity, settings)
-            evaluator = Evaluator(settings.serving.url, environments, evaluation_seed(identity.node_id))
+            evaluator = Evaluator(control.requests, environments, evaluation_seed(identity.node_id))
             watcher = ReleaseWatcher(
                 settings, channel, store, vllm, control, evaluator, counts, lambda: open_starts(settings.data_dir)
             )
-            stop = asyncio.Event()
-            for name in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(name, stop.set)
             log.info("edge node starts", extra={"node_id": identity.node_id, "cohort": identity.cohort})
-            rooms = [vllm.run(), watcher.run(), uploader.run()]
+            problems.clear("node")
+            rooms = [vllm.run(), watcher.run(), uploader.run(), look_around(settings.data_dir, identity)]
             if settings.learning.enabled:
                 rooms.append(learner.run())
             tasks = [asyncio.create_task(room) for room in rooms]

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 MAX_TEXT = 500
 """Longest text and next step, in characters: central stores them, and status prints them on a line."""
+SEE_LOG = "See the log of `edge-node serve` and logs/vllm.log in EDGE_DATA_DIR."
+"""The next step where nothing better is known."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,33 @@ class Problem:
     since: str
 
 
+_lock = threading.Lock()
+_unwritten: dict[Path, dict[str, Problem]] = {}
+"""Problems that the disk did not take, by folder; they are known to this process only."""
+
+
+def calm_s(ran_s: float, first_s: float = 10.0, last_s: float = 600.0) -> float:
+    """How long a process must run until the end of the one before, which ran `ran_s`, is no trouble any more.
+
+    Twice as long: a process that ends every five minutes is in trouble all the time, not for a moment every five minutes.
+    """
+    return min(max(first_s, 2 * ran_s), last_s)
+
+
 class Problems:
-    """The problems of one data directory; any number of processes and threads may hold one each."""
+    """The problems of one data directory; any number of processes, threads and rooms may make one each."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._folder = data_dir / "problems"
-        self._lock = threading.Lock()
-        self._unwritten: dict[str, Problem] = {}
-        """Problems that the disk did not take; they are known to this process only."""
+        self._folder = data_dir.absolute() / "problems"
+        with _lock:
+            self._unwritten = _unwritten.setdefault(self._folder, {})
 
     def report(self, room: str, text: str, next_step: str) -> None:
         """`room` fails now. Said in the log once per change; `since` stays that of the first failure."""
-        with self._lock:
-            before = self._read(room) or self._unwritten.get(room)
+        with _lock:
+            before = self._unwritten.get(room) or self._read(room)
             since = before.since if before else datetime.now(UTC).isoformat(timespec="seconds")
-            problem = Problem(room, text[:MAX_TEXT], next_step[:MAX_TEXT], since)
+            problem = Problem(room, _line(text), _line(next_step), since)
             if problem == before:
                 return
             log.warning("trouble", extra={"room": room, "problem": problem.text, "next_step": problem.next_step})
@@ -65,7 +79,7 @@ class Problems:
 
     def clear(self, room: str) -> None:
         """`room` succeeded."""
-        with self._lock:
+        with _lock:
             before = self._unwritten.pop(room, None)
             try:
                 (self._folder / f"{room}.json").unlink()
@@ -73,7 +87,9 @@ class Problems:
                 if before is None:
                     return
             except OSError as error:
-                log.warning("problem not removed", extra={"room": room, "cause": str(error)})
+                if before is None:  # it is still there, and is removed at the next success
+                    log.warning("problem not removed", extra={"room": room, "cause": str(error)})
+                    return
             log.info("trouble is over", extra={"room": room})
 
     def current(self) -> list[Problem]:
@@ -82,11 +98,13 @@ class Problems:
             rooms = {path.stem for path in self._folder.glob("[!.]*.json")}
         except OSError:
             rooms = set()
-        with self._lock:
-            unwritten = dict(self._unwritten)
         read = {room: self._read(room) for room in rooms}
-        found = {room: problem for room, problem in read.items() if problem is not None} | unwritten
+        found = {room: problem for room, problem in read.items() if problem is not None} | dict(self._unwritten)
         return [found[room] for room in sorted(found)]
+
+    def unwritten(self) -> list[Problem]:
+        """Those that the disk did not take: only this process knows them. Asks no disk, so that no event loop waits for one."""
+        return list(self._unwritten.values())
 
     def _read(self, room: str) -> Problem | None:
         try:
@@ -94,3 +112,8 @@ class Problems:
             return Problem(**{name: str(fields[name]) for name in ("room", "text", "next_step", "since")})
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _line(text: str) -> str:
+    """One line of bounded length that any terminal and any message takes."""
+    return "".join(character if character.isprintable() else " " for character in text)[:MAX_TEXT].strip()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from edge_node import vllm_arguments
 from edge_node.errors import SettingsError
 
 PREFIX = "EDGE_"
@@ -43,7 +44,7 @@ class CentralSettings(Group):
 
 
 class ServingSettings(Group):
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     """Address that the OpenAI-compatible endpoint listens on."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port of the OpenAI-compatible endpoint."""
@@ -60,15 +61,15 @@ class ServingSettings(Group):
     max_cpu_loras: int = Field(default=32, ge=4)
     """Adapters kept in memory; at least EDGE_RELEASES__KEEP + 3."""
     extra_args: list[str] = Field(default_factory=list)
-    """Further vLLM arguments, as a JSON list."""
+    """Further vLLM arguments, as a JSON list. Those that the node sets itself are refused
+    (edge_node/vllm_arguments.py)."""
     startup_timeout_s: float = Field(default=600, gt=0)
     """A vLLM that is not ready by then is stopped and started again."""
 
     @property
-    def url(self) -> str:
-        """Where this machine reaches the endpoint."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+    def reached_at(self) -> str:
+        """The host by which this machine reaches the endpoint."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
 
 class CaptureSettings(Group):
@@ -178,6 +179,13 @@ class EdgeSettings(BaseSettings):
     releases: ReleasesSettings = ReleasesSettings()
 
     @model_validator(mode="after")
+    def _arguments_are_possible(self) -> EdgeSettings:
+        # Of all settings together, because the error of one field quotes it: it may hold API keys.
+        if mistakes := vllm_arguments.mistakes(self.serving.extra_args):
+            raise ValueError(f"EDGE_SERVING__EXTRA_ARGS: {'; '.join(mistakes)}")
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit(self) -> EdgeSettings:
         # Kept ones, a candidate under evaluation and its reference, and an old version that a rollback made active again.
         needed = self.releases.keep + 3
@@ -210,7 +218,8 @@ def load_settings() -> EdgeSettings:
                 mistakes.append(item["msg"].removeprefix("Value error, "))
                 continue
             variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
-            value = "" if item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
+            secret = "extra_args" in item["loc"]  # API keys are among them
+            value = "" if secret or item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
             text = "unknown setting" if item["type"] == "extra_forbidden" else item["msg"]
             mistakes.append(f"{variable}: {text}{value}")
     except ValueError as error:  # pydantic-settings: a list or object that is not JSON

@@ -17,5 +17,9 @@ class UnusableUpdate(FederationError):
         self.update_id = update_id
 
 
+class LostUpdate(UnusableUpdate):
+    """The payload of one update is gone or damaged, while the store has the others; when its bytes come again it waits again."""
+
+
 class StrategyFailed(FederationError):
-    """A stock strategy makes nothing of a plan's updates; they are set aside together and the loop goes on."""
+    """A strategy makes nothing of a plan's updates, and no single one causes it: the cohort stands still until its settings change."""

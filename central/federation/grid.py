@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from flwr.app import DEFAULT_TTL, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from central.federation.errors import FederationError, UnusableUpdate
+from central.federation.errors import FederationError, LostUpdate, UnusableUpdate
 from central.federation.looks import Ask, is_result, offers_of, reports_of_look
 from central.federation.patience import Patience
 from central.federation.planning import parse_time, plan_merge, still_stands
@@ -70,7 +70,8 @@ class JournalGrid(Grid):  # type: ignore[misc]
     """One per cohort, used by one thread. `stop` ends every wait; a pull that was stopped returns nothing.
 
     `is_connected` says of a node id whether the node can hear us now: reports of others are not waited for beyond
-    the gate's grace. `screen` filters a drafted plan (screening.py); None: what is due is merged.
+    the gate's grace. `screen` filters a drafted plan (screening.py); None: what is due is merged. `went_on` is called whenever the
+    grid has nothing to do but wait: what failed before is past.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class JournalGrid(Grid):  # type: ignore[misc]
         stop: threading.Event,
         is_connected: Callable[[str], bool] = lambda node_id: True,
         clock: Callable[[], str] | None = None,
-        screen: Callable[[MergePlan], MergePlan] | None = None,
+        screen: Callable[[MergePlan, str], MergePlan] | None = None,
+        went_on: Callable[[], None] = lambda: None,
     ) -> None:
         self._screen = screen
+        self._went_on = went_on
         self._cohort = cohort
         self._journal = journal
         self._policy = settings.merge.policy(cohort)
@@ -216,8 +219,10 @@ class JournalGrid(Grid):  # type: ignore[misc]
     def _screen_and_record(self, draft: MergePlan) -> None:
         """Record the filtered plan, or set aside an update that cannot be read; neither when the state has moved on meanwhile."""
         assert self._screen is not None
+        with self._journal.read() as state:
+            parent = state.releases[draft.parent].manifest.own_payload.digest_sha256
         try:
-            plan, unusable = self._screen(draft), None
+            plan, unusable = self._screen(draft, parent), None
         except UnusableUpdate as error:
             plan, unusable = draft, error
         with self._journal.read() as state:
@@ -226,7 +231,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
             if unusable is None:
                 self._record_plan(state, plan)
                 return
-            self._journal.append(self._set_aside(unusable.update_id, str(unusable)))
+            self._journal.append(set_aside(self._cohort, unusable))
         log.error(
             "update set aside",
             extra={"cohort": self._cohort, "update_id": unusable.update_id, "reason": str(unusable)},
@@ -236,7 +241,10 @@ class JournalGrid(Grid):  # type: ignore[misc]
         """In one transaction: what a filter left out is set aside, the rest is planned."""
         body = {"plan": plan.to_bytes().decode()}
         self._journal.append(
-            *(self._set_aside(left_out.update_id, left_out.reason) for left_out in plan.left_out),
+            *(
+                NewEvent(EventKind.UPDATE_SET_ASIDE, self._cohort, left_out.update_id, {"reason": left_out.reason})
+                for left_out in plan.left_out
+            ),
             NewEvent(EventKind.MERGE_PLANNED, self._cohort, plan.digest, body),
         )
         log.info(
@@ -249,9 +257,6 @@ class JournalGrid(Grid):  # type: ignore[misc]
             },
         )
         return state.plans[plan.digest]
-
-    def _set_aside(self, update_id: str, reason: str) -> NewEvent:
-        return NewEvent(EventKind.UPDATE_SET_ASIDE, self._cohort, update_id, {"reason": reason})
 
     # Evaluate.
 
@@ -358,7 +363,16 @@ class JournalGrid(Grid):  # type: ignore[misc]
             value = self._journal.wait(predicate, STOP_CHECK_S)
             if value is not None:
                 return value
+            self._went_on()
         return None
+
+
+def set_aside(cohort: str, error: UnusableUpdate) -> NewEvent:
+    """The event for an update that cannot be merged; it says whether the payload's bytes may come again."""
+    body: dict[str, Any] = {"reason": str(error)}
+    if isinstance(error, LostUpdate):
+        body["lost"] = True
+    return NewEvent(EventKind.UPDATE_SET_ASIDE, cohort, error.update_id, body)
 
 
 def _closed(state: State, offer: EvaluationRecord) -> bool:

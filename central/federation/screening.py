@@ -15,32 +15,37 @@ from typing import overload
 
 import numpy as np
 
-from central.federation.errors import UnusableUpdate
+from central.federation.errors import LostUpdate, UnusableUpdate
+from central.federation.strategy import read_increment
 from central.journal import LeftOut, MergePlan, PlannedUpdate
 from central.merging import Selection, clip_norms, keep_near, multi_krum, product_gram
 from central.merging.errors import MergeError
 from central.merging.gram import Matrix
-from central.registry import BlobStore
+from central.registry import BlobLost, BlobStore
 from central.settings import MergePolicy
-from protos.lora import LoraCodecError, LoraTensors, decode
+from protos.lora import LoraTensors
 
 HELD_BYTES = 1 << 30
 
 
-def screen_of(policy: MergePolicy, blobs: BlobStore) -> Callable[[MergePlan], MergePlan] | None:
+def screen_of(policy: MergePolicy, blobs: BlobStore) -> Callable[[MergePlan, str], MergePlan] | None:
     """The policy's filter; None when it has none."""
     return None if policy.filter == "none" else partial(screen, policy=policy, blobs=blobs)
 
 
-def screen(plan: MergePlan, policy: MergePolicy, blobs: BlobStore) -> MergePlan:
-    """The draft after the policy's filter.
+def screen(plan: MergePlan, parent: str, policy: MergePolicy, blobs: BlobStore) -> MergePlan:
+    """The draft after the policy's filter; `parent` is the payload of the release that it builds on.
 
-    Raises UnusableUpdate for a payload that cannot be judged, StorageError when one cannot be read.
+    Raises UnusableUpdate for a payload that cannot be judged, LostUpdate for one that is lost while the store has the parent, and
+    StorageError when the store is away.
     """
     stored = _Stored(plan.updates, blobs)
-    block = max(1, HELD_BYTES // (2 * max(blobs.size(update.payload) for update in plan.updates)))
     try:
+        block = max(1, HELD_BYTES // (2 * max(1, *map(stored.size, range(len(stored))))))
         gram = product_gram(stored, block=block)
+    except BlobLost as error:
+        blobs.read(parent)  # lost too: then it is the store that is away
+        raise LostUpdate(stored.last, str(error)) from error
     except MergeError as error:  # features that do not fit the others'; the one read last brought them
         raise UnusableUpdate(stored.last, str(error)) from error
     if policy.filter == "clip":
@@ -97,6 +102,11 @@ class _Stored(Sequence[LoraTensors]):
     def __len__(self) -> int:
         return len(self._updates)
 
+    def size(self, index: int) -> int:
+        """Of the payload, in bytes; raises StorageError."""
+        self.last = self._updates[index].update_id
+        return self._blobs.size(self._updates[index].payload)
+
     @overload
     def __getitem__(self, index: int) -> LoraTensors: ...
     @overload
@@ -106,7 +116,4 @@ class _Stored(Sequence[LoraTensors]):
             return [self[i] for i in range(len(self))[index]]
         update = self._updates[index]
         self.last = update.update_id
-        try:
-            return LoraTensors(decode(self._blobs.read(update.payload)).modules)
-        except LoraCodecError as error:
-            raise UnusableUpdate(update.update_id, str(error)) from error
+        return LoraTensors(read_increment(self._blobs, update.update_id, update.payload).modules)

@@ -18,16 +18,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from central import faults
+from central.errors import StorageError
 from central.evaluation import Verdict
 from central.federation.composition import Standing, build_payload, standing_of
 from central.federation.deciding import Deciding
 from central.federation.errors import FederationError, StrategyFailed, UnusableUpdate
-from central.federation.grid import JournalGrid
+from central.federation.grid import JournalGrid, set_aside
 from central.federation.planning import least_updates
 from central.federation.screening import screen_of
 from central.federation.stock import make_strategy
 from central.federation.strategy import ProductMean
 from central.federation.trial import check_strategy
+from central.federation.verify import remake
 from central.fleet.quarantine import quarantine_events
 from central.journal import (
     EventKind,
@@ -39,6 +41,7 @@ from central.journal import (
     ReleaseRecord,
     State,
 )
+from central.journal.payloads import release_blobs
 from central.registry import BlobLost, BlobStore, Registry
 from central.registry.canary import promotion
 from central.settings import CentralSettings
@@ -55,15 +58,17 @@ def run_cohort(
     stop: threading.Event,
     is_connected: Callable[[str], bool] = lambda node_id: True,
     clock: Callable[[], str] | None = None,
+    went_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the cohort's loop in this thread until `stop` is set (seen within a second, or at the end of a merge).
 
-    Raises SettingsError for a strategy that cannot work, StorageError when journal or blobs fail.
+    `went_on` is called whenever the loop has nothing to do but wait. Raises SettingsError for a strategy that cannot work,
+    StrategyFailed when it makes nothing of a plan whatever the updates, StorageError when journal or blobs fail.
     """
     policy = settings.merge.policy(cohort)
     check_strategy(policy.strategy, policy.strategy_options, policy.min_updates)
     registry.ensure_cohort(cohort)
-    grid = JournalGrid(cohort, journal, settings, stop, is_connected, clock, screen_of(policy, blobs))
+    grid = JournalGrid(cohort, journal, settings, stop, is_connected, clock, screen_of(policy, blobs), went_on)
     loop = CohortLoop(cohort, journal, registry, blobs, settings)
     context = Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={"cohort": cohort})
     make_server_app(loop, stop)(grid, context)
@@ -113,6 +118,11 @@ class CohortLoop:
             if planned.candidate is None:
                 self._build(strategy, planned, replies)
             else:
+                try:
+                    self._mend(planned.candidate)
+                except UnusableUpdate as error:  # then the candidate is given up, and its other updates are merged anew
+                    self._journal.append(set_aside(self._cohort, error))
+                    return
                 verdict = self._deciding.decide(strategy, planned, planned.candidate, grid)
                 if verdict is not None:
                     self._record(planned.candidate, verdict)
@@ -127,7 +137,11 @@ class CohortLoop:
             standing = standing_of(state, planned.plan)
         try:
             merged = build_payload(planned.plan, standing, strategy, self._blobs, replies)
-        except (FederationError, BlobLost) as error:
+        except BlobLost as error:
+            if not self._mend_parents(planned.plan):
+                self._give_up(planned.plan, standing, error)
+            return
+        except FederationError as error:
             self._give_up(planned.plan, standing, error)
             return
         if merged is None:
@@ -151,6 +165,41 @@ class CohortLoop:
             },
         )
 
+    def _mend_parents(self, plan: MergePlan) -> bool:
+        """Make lost blobs of the releases that the plan builds on again; whether there were any and all of them came back.
+
+        Not while no update of the plan is there either: then it is the store that is away.
+        """
+        if not any(self._blobs.holds(update.payload) for update in plan.updates):
+            return False
+        try:
+            mended = [self._mend(release) for release in (plan.parent, plan.builds_on) if release is not None]
+        except (FederationError, StorageError):
+            log.exception("lost release not mended", extra={"cohort": self._cohort, "parent": plan.parent})
+            return False
+        return any(mended)
+
+    def _mend(self, release_id: str) -> bool:
+        """Make the release's blobs again where one is gone or damaged; its plan gives the same bytes. True when it was so.
+
+        Raises FederationError or StorageError when it cannot be made again.
+        """
+        with self._journal.read() as state:
+            release = state.releases[release_id]
+            blobs = release_blobs(release)
+        if all(self._blobs.holds(digest) for digest in blobs):
+            return False
+        made = remake(self._journal, release, self._blobs)
+        if missing := blobs.keys() - made.keys():
+            raise FederationError(
+                f"Release {release.label} has lost a blob, and its plan makes other bytes on this machine ({len(missing)} of "
+                f"{len(blobs)} blobs differ). Restore the blobs from a backup."
+            )
+        for data in made.values():
+            self._blobs.put(data)
+        log.warning("lost release made again", extra={"cohort": self._cohort, "release": release_id})
+        return True
+
     def _give_up(self, plan: MergePlan, standing: Standing, error: FederationError | BlobLost) -> None:
         """What of the plan cannot be merged is set aside, so that the others go on; a removal ends its order.
 
@@ -164,11 +213,25 @@ class CohortLoop:
             )
             self._journal.append(self._event(EventKind.FORGET_FAILED, plan.removal.order, {"reason": str(error)}))
         elif isinstance(error, UnusableUpdate):
-            self._set_aside([error.update_id], error)
+            # The journal cancels the plan that loses an update; the plan's other updates wait again.
+            fields = {"cohort": self._cohort, "update_id": error.update_id, "reason": str(error)}
+            log.error("update set aside", extra=fields)
+            self._journal.append(set_aside(self._cohort, error))
+        elif isinstance(error, StrategyFailed) and self._is_of_other_settings(plan):
+            log.warning("planned anew with today's strategy", extra={"cohort": self._cohort, "reason": str(error)})
+            self._journal.append(self._event(EventKind.UPDATE_REQUEUED, plan.updates[0].update_id, {}))
         elif isinstance(error, StrategyFailed):
-            self._set_aside([update.update_id for update in plan.updates], error)
+            raise StrategyFailed(
+                f"{error} No single update causes it, so none is set aside. Change CENTRAL_MERGE__STRATEGY or its options and "
+                "start central again: these updates are then planned anew."
+            ) from error
         else:  # also a removal's, when the store has not even its parent: then it is the store that is away
             raise error
+
+    def _is_of_other_settings(self, plan: MergePlan) -> bool:
+        """Whether the plan's strategy is not today's."""
+        today = (self._policy.strategy, self._policy.strategy_options)
+        return (plan.strategy, plan.strategy_options) != today
 
     def _record(self, candidate: str, verdict: Verdict) -> None:
         # One transaction. A rollback meanwhile has cancelled the plan, and the journal then refuses the verdict.
@@ -207,12 +270,6 @@ class CohortLoop:
         plan = state.plans[state.releases[candidate].plan_id or ""].plan
         half = len(plan.updates) // 2
         return half >= least_updates(plan.strategy, plan.strategy_options) and tries < self._settings.isolation_tries
-
-    def _set_aside(self, update_ids: list[str], error: FederationError) -> None:
-        # The journal cancels the plan that loses an update; the plan's other updates wait again.
-        log.error("updates set aside", extra={"cohort": self._cohort, "updates": update_ids, "reason": str(error)})
-        reason = {"reason": str(error)}
-        self._journal.append(*(self._event(EventKind.UPDATE_SET_ASIDE, update, reason) for update in update_ids))
 
     def _event(self, kind: EventKind, subject: str, body: dict[str, Any]) -> NewEvent:
         return NewEvent(kind, self._cohort, subject, body)

@@ -32,6 +32,7 @@ from central.federation.server_app import CohortLoop, make_server_app
 from central.federation.strategy import CONFIG, to_arrays, to_tensors
 from central.federation.trial import check_strategy
 from central.fleet.pki import Pki
+from central.heads import Heads
 from central.journal import EvaluationRecord, EventKind, Journal, NewEvent, ReleaseRecord
 from central.registry import BlobStore, DirectoryBlobs, Registry
 from central.settings import CentralSettings
@@ -99,9 +100,11 @@ def simulate(
         raise FederationError(f"{settings.data_dir} holds something already; name an empty directory.")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     pki = Pki.load_or_create(settings.data_dir, [])
-    journal = Journal(settings.journal_url)
+    blobs = _blobs(settings.data_dir / "blobs")
+    heads = Heads(settings.data_dir, blobs, pki.release_key)
+    journal = Journal(settings.journal_url, seals=heads)
     try:
-        blobs = _blobs(settings.data_dir / "blobs")
+        heads.start(journal)
         registry = Registry(journal, blobs, pki.release_key, base)
         registry.ensure_cohort(COHORT)
         stop = threading.Event()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ from flwr.serverapp import strategy as stock_strategies
 from flwr.serverapp.strategy import FedAvg
 
 from central.errors import SettingsError
+from central.federation.blame import find_cause
 from central.federation.errors import StrategyFailed, UnusableUpdate
 from central.federation.planning import PRODUCT_MEAN, REGMEAN
 from central.federation.regmean import RegMean
 from central.federation.server_state import CARRIED, ServerState, Shapes, put_state, take_state
-from central.federation.strategy import Blobs, MergeTerms, ProductMean, to_arrays, to_tensors
+from central.federation.strategy import Blobs, MergeTerms, ProductMean, finished, to_arrays, to_tensors
 from central.merging import Merged
 from central.merging.errors import MergeError
 from protos.lora import Array, LoraModule, LoraTensors
@@ -80,6 +81,7 @@ class StockMean(ProductMean):
     def __init__(self, name: str, options: Mapping[str, Any], blobs: Blobs) -> None:
         super().__init__(blobs)
         self._name = name
+        self._options = options
         self._stock = construct(name, options)
         self._state: ServerState | None = None
 
@@ -90,12 +92,33 @@ class StockMean(ProductMean):
     def _merge(self, terms: MergeTerms, messages: Sequence[Message]) -> Merged:
         total = self._parent(terms)
         increments = list(self._increments(messages))
-        averaged, self._state = aggregate(self._stock, increments, self._state_before(terms))
+        before = self._state_before(terms)
+        try:
+            averaged, self._state = aggregate(self._stock, increments, before)
+        except StrategyFailed as error:
+            cause = find_cause(len(increments), lambda kept: self._fails(increments, kept, before))
+            if cause is None:
+                raise
+            raise UnusableUpdate(increments[cause][0], str(error)) from error
         try:
             total.add(averaged, terms.server_step)
-        except MergeError as error:
-            raise UnusableUpdate(increments[0][0], str(error)) from error
-        return total.result()
+        except MergeError as error:  # the parent has other features: all increments agree
+            raise StrategyFailed(f"{self._name} made what does not fit the parent release: {error}") from error
+        return finished(total, f"What {self._name} made of {len(increments)} update(s)")
+
+    def _fails(
+        self, increments: Sequence[tuple[str, LoraTensors, float]], kept: Collection[int], before: ServerState
+    ) -> bool:
+        """Whether it fails with zeros in the place of all but the `kept` increments: their number stays, some strategies need it."""
+        tried = [
+            increment if index in kept else (increment[0], _zeros(increment[1]), increment[2])
+            for index, increment in enumerate(increments)
+        ]
+        try:
+            aggregate(construct(self._name, self._options), tried, before)
+        except StrategyFailed:
+            return True
+        return False
 
     def _state_before(self, terms: MergeTerms) -> ServerState:
         if terms.server_state:
@@ -112,6 +135,13 @@ def aggregate(
 
     Raises UnusableUpdate for features that do not fit the others', StrategyFailed when the strategy makes nothing of them.
     """
+    with np.errstate(all="ignore"):  # what overflows is found at the end
+        return _aggregate(stock, increments, before)
+
+
+def _aggregate(
+    stock: FedAvg, increments: Sequence[tuple[str, LoraTensors, float]], before: ServerState
+) -> tuple[LoraTensors, ServerState | None]:
     name = type(stock).__name__
     shapes = _common_shapes(increments, before)
     replies = _replies(increments, shapes, stock.weighted_by_key)
@@ -197,6 +227,13 @@ def _common_shapes(increments: Sequence[tuple[str, LoraTensors, float]], before:
                 raise UnusableUpdate(update_id, f"module {name!r} has features {own}; expected {features[name]}.")
             ranks[name] = max(ranks.get(name, 0), module.rank)
     return {name: ((ranks[name], inn), (out, ranks[name])) for name, (out, inn) in sorted(features.items())}
+
+
+def _zeros(tensors: LoraTensors) -> LoraTensors:
+    modules = {
+        name: LoraModule(np.zeros_like(module.A), np.zeros_like(module.B)) for name, module in tensors.modules.items()
+    }
+    return LoraTensors(modules)
 
 
 def _pad(tensors: LoraTensors, shapes: Shapes) -> LoraTensors:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -20,10 +21,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from central.evaluation import pool
-from central.federation.errors import FederationError, UnusableUpdate
+from central.federation.blame import find_cause
+from central.federation.errors import FederationError, LostUpdate, StrategyFailed, UnusableUpdate
 from central.journal.plan import UNRECORDED_KERNEL
 from central.merging import Merged, ProductSum
+from central.merging.bounds import excess_of
 from central.merging.errors import MergeError
+from central.registry import BlobLost
 from protos.lora import LoraCodecError, LoraModule, LoraTensors, decode
 
 log = logging.getLogger(__name__)
@@ -81,7 +85,8 @@ class ProductMean(Strategy):  # type: ignore[misc]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next release from the replies of one plan; (None, None) without replies.
 
-        Raises UnusableUpdate for a payload that cannot be merged.
+        Raises UnusableUpdate for a payload that cannot be merged or makes the strategy fail, StrategyFailed when it fails and no
+        single update causes it.
         """
         messages = list(replies)  # digests only: the payloads are read one by one below
         if not messages:
@@ -117,13 +122,29 @@ class ProductMean(Strategy):  # type: ignore[misc]
         log.info("merging in product space", extra={"strategy": type(self).__name__})
 
     def _merge(self, terms: MergeTerms, messages: Sequence[Message]) -> Merged:
+        try:
+            return self._sum(terms, messages)
+        except StrategyFailed as error:
+            cause = find_cause(len(messages), lambda kept: self._sum_fails(terms, [messages[i] for i in kept]))
+            if cause is None:
+                raise
+            raise UnusableUpdate(str(messages[cause].content[UPDATE]["update_id"]), str(error)) from error
+
+    def _sum_fails(self, terms: MergeTerms, messages: Sequence[Message]) -> bool:
+        try:
+            self._sum(terms, messages)
+        except StrategyFailed:
+            return True
+        return False
+
+    def _sum(self, terms: MergeTerms, messages: Sequence[Message]) -> Merged:
         total = self._parent(terms)
         for update_id, tensors, weight in self._increments(messages):
             try:
                 total.add(tensors, terms.server_step * weight)
             except MergeError as error:
                 raise UnusableUpdate(update_id, str(error)) from error
-        return total.result()
+        return finished(total, f"The sum of {len(messages)} update(s)")
 
     def _parent(self, terms: MergeTerms) -> ProductSum:
         total = empty_sum(terms)
@@ -136,10 +157,37 @@ class ProductMean(Strategy):  # type: ignore[misc]
             update = message.content[UPDATE]
             update_id = str(update["update_id"])
             try:
-                tensors = decode(self._blobs.read(str(update["payload"])))
-            except LoraCodecError as error:
-                raise UnusableUpdate(update_id, str(error)) from error
+                tensors = read_increment(self._blobs, update_id, str(update["payload"]))
+            except BlobLost as error:
+                self._blobs.read(terms_of([message]).parent_payload)  # lost too: then it is the store that is away
+                raise LostUpdate(update_id, str(error)) from error
             yield update_id, scaled(tensors, float(update["factor"])), float(update["weight"])
+
+
+def read_increment(blobs: Blobs, update_id: str, payload: str) -> LoraTensors:
+    """An update's payload; raises UnusableUpdate for one that no strategy may see, BlobLost and StorageError as the store does."""
+    try:
+        tensors = decode(blobs.read(payload))
+    except LoraCodecError as error:
+        raise UnusableUpdate(update_id, str(error)) from error
+    if text := excess_of(tensors):
+        raise UnusableUpdate(update_id, text)
+    return tensors
+
+
+def finished(total: ProductSum, what: str) -> Merged:
+    """The sum's result; raises StrategyFailed when it is none that a release can hold."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged = total.result()
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+        raise StrategyFailed(f"{what} cannot be computed: {error}.") from error
+    modules = merged.tensors.modules.values()
+    if not math.isfinite(merged.truncation_error) or not all(
+        np.isfinite(factor).all() for module in modules for factor in (module.A, module.B)
+    ):
+        raise StrategyFailed(f"{what} has values that are not finite.")
+    return merged
 
 
 def empty_sum(terms: MergeTerms) -> ProductSum:

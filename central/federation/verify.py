@@ -1,35 +1,46 @@
 """Rebuilds releases from their plans and compares them with what was released.
 
-In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload and the updates' payloads go
-through the merge that made the release (composition.py), and the digest must come out again; so must that of its server state.
+In: the state, the blobs, releases. Out: one finding per release. Reads only. The parent's payload
+and the updates' payloads go through the merge that made the release (composition.py), and the
+digest must come out again; so must that of its server state.
 
-Guarantee: `identical` means that the release holds its parent and the updates of its plan with the plan's weights, and nothing
-else. With `deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is believed: what a
-release is rebuilt on is a parent that was rebuilt, or has the digest of one that was.
+What is stored is read too: the bytes that would be served, and of a channel's head also the
+cohort's own product and the strategy's state, which the next merge reads.
 
-Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads the environment asks for does not
-matter for a plan that says how many made it (`blas_threads`); for older ones it must be as many as central had.
+Guarantee: `identical` means that the release holds its parent and the updates of its plan with the
+plan's weights, and nothing else, and that its bytes lie in the store as they were released. With
+`deep` the same is shown of every ancestor, down to the empty version 0; then no stored release is
+believed: what a release is rebuilt on is a parent that was rebuilt, or has the digest of one that
+was.
+
+Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads
+the environment asks for does not matter for a plan that says how many made it (`blas_threads`); for
+older ones it must be as many as central had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from central.errors import StorageError
 from central.federation.composition import build_payload, standing_of
-from central.federation.errors import FederationError
+from central.federation.errors import FederationError, LostUpdate
 from central.federation.replies import MergedPayload, train_replies
 from central.federation.stock import make_strategy
 from central.federation.strategy import Blobs
-from central.journal import ReleaseRecord, State
+from central.journal import Journal, ReleaseRecord, State
+from central.journal.payloads import release_blobs
 from protos.lora import LoraTensors, encode
 from protos.manifest import ManifestError, sha256_hex, verify
 
-Outcome = Literal["identical", "differs", "failed", "forgotten", "collected"]
-"""forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was forgotten; collected: because
-retention collected payloads that no release on a reachable line needs."""
+Outcome = Literal["identical", "differs", "failed", "damaged", "forgotten", "collected"]
+"""damaged: what would be served of it is gone or altered in the store, whatever it is rebuilt to;
+forgotten: it cannot be rebuilt any more, because payloads went with a contribution that was
+forgotten; collected: because retention collected payloads that no release on a reachable line
+needs.
+"""
 
 
 class PayloadCollected(StorageError):
@@ -64,6 +75,17 @@ def verify_releases(
             yield _verify(state, release, rebuilder, release_key_pem)
 
 
+def remake(journal: Journal, release: ReleaseRecord, blobs: Blobs) -> Mapping[str, bytes]:
+    """What the release's plan makes, by digest: its payload, its own product, its strategy's state.
+
+    Raises FederationError or StorageError when it cannot be made again.
+    """
+    with journal.read() as state:
+        ready = _Rebuilder(state, blobs).prepare(release)
+    merged = ready()  # a merge takes long: not under the journal's lock
+    return {sha256_hex(data): data for data in (merged.data, merged.server_state, merged.own) if data is not None}
+
+
 def _line(state: State, release_id: str) -> set[str]:
     """The release, its ancestors, and the releases of another cohort that they are composed with, with theirs."""
     line = state.lineage(release_id)
@@ -81,10 +103,24 @@ class _Rebuilder:
 
     def rebuild(self, release: ReleaseRecord) -> MergedPayload:
         """Raises FederationError or StorageError when it cannot be rebuilt."""
-        merged = self._merge(release)
+        merged = self.prepare(release)()
         made = (merged.data, merged.server_state, merged.own)
         self._last = {sha256_hex(data): data for data in made if data is not None}
         return merged
+
+    def damage(self, release: ReleaseRecord) -> str:
+        """What is wrong with the bytes in the store that would be served, or, of a channel's head,
+        merged next; empty when nothing is, or when they were collected.
+        """
+        is_head = release.release_id in self._state.channels.values()
+        stored = release_blobs(release) if is_head else [release.manifest.payload.digest_sha256]
+        try:
+            for digest in stored:
+                if digest not in self._state.collected:
+                    self._blobs.read(digest)
+        except StorageError as error:
+            return str(error)
+        return ""
 
     def read(self, digest: str) -> bytes:
         """What the merge reads: its parent, its parent's server state, and the updates of its plan."""
@@ -94,17 +130,23 @@ class _Rebuilder:
             raise PayloadCollected(f"payload {digest[:12]} was {gone.text}")
         return self._blobs.read(digest)
 
-    def _merge(self, release: ReleaseRecord) -> MergedPayload:
+    def prepare(self, release: ReleaseRecord) -> Callable[[], MergedPayload]:
+        """Read of the state what the merge needs; what is returned does the merge."""
         if release.plan_id is None:
-            return MergedPayload(encode(LoraTensors()), 0.0)
+            return lambda: MergedPayload(encode(LoraTensors()), 0.0)
         planned = self._state.plans[release.plan_id]
         plan = planned.plan
         strategy = make_strategy(plan.strategy, plan.strategy_options, self)
         replies = train_replies(self._state, planned)
-        merged = build_payload(plan, standing_of(self._state, plan), strategy, self, replies)
-        if merged is None:
-            raise FederationError(f"{plan.strategy} made nothing of the plan's {len(plan.updates)} updates.")
-        return merged
+        standing = standing_of(self._state, plan)
+
+        def merge() -> MergedPayload:
+            merged = build_payload(plan, standing, strategy, self, replies)
+            if merged is None:
+                raise FederationError(f"{plan.strategy} made nothing of the plan's {len(plan.updates)} updates.")
+            return merged
+
+        return merge
 
 
 def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release_key_pem: bytes) -> Finding:
@@ -117,7 +159,7 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
         rebuilt = sha256_hex(merged.data)
         problem = _difference(release, merged, rebuilt)
         outcome = "differs" if problem else "identical"
-    except StorageError as error:
+    except (StorageError, LostUpdate) as error:
         problem = str(error)
         if why := _forgotten(state, release):
             outcome, problem = "forgotten", f"{why}: {problem}"
@@ -125,6 +167,8 @@ def _verify(state: State, release: ReleaseRecord, rebuilder: _Rebuilder, release
             outcome = "collected"
     except (FederationError, ManifestError) as error:
         problem = str(error)
+    if lost := rebuilder.damage(release):
+        outcome, problem = "damaged", f"what is stored of it: {lost}"
     manifest = release.manifest
     return Finding(
         release_id=release.release_id,

@@ -1,8 +1,11 @@
 """EnrollmentService: a join token and a certificate request go in, a node's identity comes out.
 
-Guarantees: the node's key never comes here; enrolling again with the same key, name and token gives the same node id
-(a node whose answer was lost tries again, even when that was the token's last use); a node with another base model is
-refused.
+Guarantees: the node's key never comes here; enrolling again with the same key, name and token gives
+the same node id (a node whose answer was lost tries again, even when that was the token's last
+use); a node with another base model is refused; a key belongs to one node; a revoked key is never
+enrolled again, a revoked name only with a token that readmits it. A refused caller waits for its
+answer (guesses.py), so that secrets are not guessed by the thousand; who has the right one waits
+two seconds at most.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from central.errors import Reason, Refused
+from central.fleet.guesses import Guesses
 from central.fleet.pki import Pki, public_pem
 from central.fleet.tokens import expect_usable, find_token
-from central.journal import EventKind, Journal, NewEvent, NodeRecord, State
+from central.journal import EventKind, Journal, NewEvent, NodeRecord, State, TokenRecord
 from central.registry import BlobStore
 from central.registry.service import signed_manifest
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -49,11 +53,17 @@ class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
         self._pki = pki
         self._base = base
         self._clock = clock or journal.now
+        self._guesses = Guesses()
 
     async def Enroll(
         self, request: fleet_pb2.EnrollRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> fleet_pb2.EnrollResponse:
-        return await asyncio.to_thread(self.enroll, request)
+        await self._guesses.wait_to_ask(context.peer())
+        try:
+            return await asyncio.to_thread(self.enroll, request)
+        except Refused:
+            await self._guesses.wait(context.peer())
+            raise
 
     def enroll(self, request: fleet_pb2.EnrollRequest) -> fleet_pb2.EnrollResponse:
         """The blocking part; raises Refused."""
@@ -67,7 +77,8 @@ class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
             certificate = self._pki.issue_node_certificate(node_id, token.cohort, key)
             if known is None or known.public_key_pem != pem:
                 expect_usable(token, self._clock())
-                _expect_free_name(state, request.node_name)
+                _expect_free_key(state, pem)
+                _expect_free_name(state, request.node_name, token)
                 body = {
                     "name": request.node_name,
                     "token_id": token.token_id,
@@ -117,9 +128,36 @@ def _read_request(pem: bytes) -> ec.EllipticCurvePublicKey:
     return key
 
 
-def _expect_free_name(state: State, name: str) -> None:
+def _expect_free_key(state: State, pem: str) -> None:
+    """One key, one node: or a revoked node would stay in under the other name."""
+    for node in state.nodes.values():
+        if node.public_key_pem != pem:
+            continue
+        if node.revoked:
+            raise _revoked(node)
+        raise Refused(
+            grpc.StatusCode.ALREADY_EXISTS,
+            Reason.KEY_TAKEN,
+            f"This key is enrolled as node {node.node_id}. Set EDGE_NODE_NAME back to "
+            f"{node.name!r}, or remove the node's identity directory to enrol with a new key.",
+        )
+
+
+def _expect_free_name(state: State, name: str, token: TokenRecord) -> None:
     # The owner may be of another cohort, so nothing more is said of it.
-    if any(node.name == name and not node.revoked for node in state.nodes.values()):
+    owners = [node for node in state.nodes.values() if node.name.casefold() == name.casefold()]
+    readmits = state.nodes[token.readmits].name.casefold() if token.readmits else None
+    if owners and all(node.revoked for node in owners):
+        if readmits == name.casefold():
+            return
+        raise Refused(
+            grpc.StatusCode.PERMISSION_DENIED,
+            Reason.REVOKED_NODE,
+            f"A node of the name {name!r} was revoked. The operator of central can let it come "
+            "back with `central tokens create --readmit NODE_ID`; or choose another "
+            "EDGE_NODE_NAME.",
+        )
+    if owners:
         raise Refused(
             grpc.StatusCode.ALREADY_EXISTS,
             Reason.NAME_TAKEN,
@@ -130,11 +168,7 @@ def _expect_free_name(state: State, name: str) -> None:
 
 def _expect_same(known: NodeRecord, cohort: str) -> None:
     if known.revoked:
-        raise Refused(
-            grpc.StatusCode.PERMISSION_DENIED,
-            Reason.REVOKED_NODE,
-            f"Node {known.node_id} was revoked. Remove the node's identity directory to enrol it with a new key.",
-        )
+        raise _revoked(known)
     if known.cohort != cohort:
         raise Refused(
             grpc.StatusCode.PERMISSION_DENIED,
@@ -142,6 +176,16 @@ def _expect_same(known: NodeRecord, cohort: str) -> None:
             f"Node {known.node_id} is enrolled in another cohort than {cohort!r}. A node has one cohort: use a token of "
             "its own cohort, or enrol with a new key.",
         )
+
+
+def _revoked(node: NodeRecord) -> Refused:
+    return Refused(
+        grpc.StatusCode.PERMISSION_DENIED,
+        Reason.REVOKED_NODE,
+        f"Node {node.node_id} was revoked, and its key is never enrolled again. The operator of "
+        "central can let its site come back with `central tokens create --readmit "
+        f"{node.node_id}`; then remove the node's identity directory and enrol with that token.",
+    )
 
 
 def _bad(message: str) -> Refused:

@@ -1,13 +1,17 @@
 """Who is calling: the URI name in the peer's certificate, checked against the journal.
 
-In: a gRPC call over mutual TLS. Out: the enrolled node, or the operator's name. Guarantee: node and cohort come from
-the certificate and the journal, never from a message; a revoked node is refused.
+In: a gRPC call over mutual TLS. Out: the enrolled node, or the operator's name. Guarantee: node and
+cohort come from the certificate and the journal, never from a message; a revoked node is refused,
+and so is a certificate whose time is over, though TLS looks at it only when a connection begins.
+Long calls ask again on their way (`Permission`).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
@@ -20,6 +24,8 @@ from central.errors import Reason, Refused
 from central.journal import Journal, NodeRecord
 
 SCHEME = "lorikeet"
+ASK_S = 1.0
+"""How long a stream may go on after its node was revoked, while bytes flow."""
 
 
 @dataclass(frozen=True)
@@ -30,20 +36,45 @@ class Peer:
     name: str
     cohort: str
     public_key_pem: str
+    not_after: datetime
+    """End of the certificate, UTC."""
 
 
 class Authenticator:
     """Names the caller of a call; raises Refused."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._journal = journal
+        self._clock = clock
+
+    def peer(self, context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
+        """What the caller's certificate says, whoever it is; raises Refused when it is none of ours
+        or its time is over.
+        """
+        peer = read_peer(context)
+        self.expect_in_time(peer)
+        return peer
+
+    def expect_in_time(self, peer: Peer) -> None:
+        """Raises Refused when the certificate has ended."""
+        if self._clock() >= peer.not_after:
+            raise Refused(
+                grpc.StatusCode.UNAUTHENTICATED,
+                Reason.CERTIFICATE_EXPIRED,
+                f"The certificate of {peer.kind} {peer.name} ended at "
+                f"{peer.not_after:%Y-%m-%dT%H:%M:%SZ}. A node gets another one when "
+                "identity/identity.json is removed from its data directory and it enrols again "
+                "with a join token of its cohort; its key and id stay. An operator's certificate "
+                "is made anew when central starts.",
+            )
 
     async def node(self, context: grpc.aio.ServicerContext[Any, Any]) -> NodeRecord:
         """The enrolled, not revoked node that calls."""
-        return await asyncio.to_thread(self.enrolled, read_peer(context))
+        return await asyncio.to_thread(self.enrolled, self.peer(context))
 
     def enrolled(self, peer: Peer) -> NodeRecord:
-        """The node record behind a certificate."""
+        """The node record behind a certificate that has not ended."""
+        self.expect_in_time(peer)
         with self._journal.read() as state:
             node = state.nodes.get(peer.name) if peer.kind == "node" else None
         if node is None or node.public_key_pem != peer.public_key_pem:
@@ -56,7 +87,9 @@ class Authenticator:
             raise Refused(
                 grpc.StatusCode.PERMISSION_DENIED,
                 Reason.REVOKED_NODE,
-                f"Node {node.node_id} was revoked. Ask the operator of central for a new join token and enrol anew.",
+                f"Node {node.node_id} was revoked. The operator of central can let its site come "
+                f"back with `central tokens create --readmit {node.node_id}`; then remove the "
+                "node's identity directory and enrol with that token.",
             )
         if node.cohort != peer.cohort:
             raise Refused(
@@ -68,7 +101,7 @@ class Authenticator:
 
     def operator(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
         """The calling operator's name."""
-        peer = read_peer(context)
+        peer = self.peer(context)
         if peer.kind != "operator":
             raise Refused(
                 grpc.StatusCode.PERMISSION_DENIED,
@@ -76,6 +109,26 @@ class Authenticator:
                 f"{peer.name!r} is a node. This call needs the operator's certificate, pki/operator.pem at central.",
             )
         return peer.name
+
+
+class Permission:
+    """Whether the caller of a long call may still go on: its certificate may end, or its node be
+    revoked, meanwhile.
+    """
+
+    def __init__(self, authenticator: Authenticator, peer: Peer) -> None:
+        self._authenticator = authenticator
+        self._peer = peer
+        self._ask_at = asyncio.get_running_loop().time() + ASK_S
+
+    async def expect(self) -> None:
+        """Raises Refused when it may not; asks the journal at most once in `ASK_S`, so call it as
+        often as you like.
+        """
+        self._authenticator.expect_in_time(self._peer)
+        if (now := asyncio.get_running_loop().time()) >= self._ask_at:
+            self._ask_at = now + ASK_S
+            await asyncio.to_thread(self._authenticator.enrolled, self._peer)
 
 
 def node_uri(node_id: str, cohort: str) -> str:
@@ -113,7 +166,7 @@ def parse_certificate(pem: bytes) -> Peer:
         raise ValueError(f"Certificate names {uri!r}.")
     key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     if kind == "node":
-        return Peer("node", name, parse_qs(parts.query)["cohort"][0], key)
+        return Peer("node", name, parse_qs(parts.query)["cohort"][0], key, certificate.not_valid_after_utc)
     if kind == "operator":
-        return Peer("operator", name, "", key)
+        return Peer("operator", name, "", key, certificate.not_valid_after_utc)
     raise ValueError(f"Certificate names {uri!r}.")

@@ -1,8 +1,10 @@
 """Central's keys and certificates.
 
-In: a data directory and the names that nodes call central by. Out: the CA, the server's certificate, the release key,
-the operator's certificate, and certificates for nodes. Guarantees: every file is written whole; a directory that a kill
-left half filled is completed; keys are readable by their owner only. All keys are ECDSA P-256.
+In: a data directory and the names that nodes call central by. Out: the CA, the server's
+certificate, the release key, the operator's certificate, and certificates for nodes. Guarantees:
+every file is written whole; a directory that a kill left half filled at the first start is
+completed; a key that nodes rely on is never replaced; keys are readable by their owner only. All
+keys are ECDSA P-256.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ RENEW_BEFORE = timedelta(days=90)
 BACKDATE = timedelta(days=30)
 """Certificates are valid from so long before they are made: central's clock may have been ahead, and a node's may be behind."""
 LOCAL_NAMES = ("localhost", "127.0.0.1")
+RELIED_ON = {"ca.key": "ca.pem", "release.key": "release.pub.pem"}
+"""Keys that nodes have pinned, with their public parts. The others are made anew when they are
+lost.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,15 @@ class Pki:
     """Public part, PEM: verifies release manifests and receipts."""
 
     @classmethod
-    def load_or_create(cls, data_dir: Path, names: Sequence[str]) -> Pki:
-        """Read the directory, making what is absent; raises StorageError."""
+    def load_or_create(cls, data_dir: Path, names: Sequence[str], served_before: bool = False) -> Pki:
+        """Read the directory, making what is absent; raises StorageError.
+
+        `served_before`: this central has a history, so nodes rely on its CA and its release key,
+        and those must be there.
+        """
         folder = data_dir / "pki"
+        for name, public in RELIED_ON.items():
+            _expect_kept(folder / name, folder / public, served_before)
         make_directory(folder)
         with storage(folder):
             remove_temporary_files(folder)
@@ -67,8 +79,10 @@ class Pki:
             server = _server_certificate(folder / "server.pem", server_key, issuer, (*LOCAL_NAMES, *names))
             release_key = _key(folder / "release.key")
             release_pem = public_pem(release_key.public_key())
-            if not _has(folder / "release.pub.pem", release_pem):
+            if not (folder / "release.pub.pem").is_file():
                 write_file(folder / "release.pub.pem", release_pem)
+            elif (folder / "release.pub.pem").read_bytes() != release_pem:
+                raise _other_key(folder / "release.key", folder / "release.pub.pem")
             _operator_certificate(folder / "operator.pem", _key(folder / "operator.key"), issuer)
         return cls(
             ca_key=ca_key,
@@ -114,9 +128,33 @@ def _key(path: Path) -> ec.EllipticCurvePrivateKey:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except ValueError as error:
         raise StorageError(f"{path} is not a private key in PEM: {error}. Restore it from a backup.") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise StorageError(f"{path} holds a {type(key).__name__}; expected an ECDSA P-256 key.")
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise StorageError(
+            f"{path} holds a {type(key).__name__}; expected an ECDSA P-256 key. Restore it from a backup."
+        )
     return key
+
+
+def _expect_kept(path: Path, public: Path, served_before: bool) -> None:
+    """Raises StorageError for a key that was there and is lost: nodes would refuse whatever a new
+    one signs.
+    """
+    with storage(path):
+        if path.is_file() or not (served_before or public.is_file()):
+            return
+    raise StorageError(
+        f"{path} is lost, and nodes trust no other: they would refuse this central and its "
+        "releases. Expected the key that this central was started with. Copy it there from a "
+        f"backup ({'backups/<time>/pki/' + path.name}) or from where you keep the keys, with mode "
+        "0600."
+    )
+
+
+def _other_key(path: Path, public: Path) -> StorageError:
+    return StorageError(
+        f"{path} is not the key of {public}: one of the two was replaced, and nodes trust only the "
+        "pair that they enrolled with. Restore both from one backup."
+    )
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -127,6 +165,8 @@ def _ca_certificate(path: Path, key: ec.EllipticCurvePrivateKey) -> x509.Certifi
     known = _load(path, key.public_key())
     if known is not None:
         return known
+    if path.is_file():
+        raise _other_key(path.with_name("ca.key"), path)
     name = _name("Lorikeet central CA")
     usage = x509.KeyUsage(
         digital_signature=False,
@@ -254,7 +294,3 @@ def _general_name(name: str) -> x509.GeneralName:
 
 def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
-
-
-def _has(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from central.command import printable
 from central.journal import utc_now
 from protos.fleet.v1 import fleet_pb2
 
 MAX_TEXT = 500
 MAX_ENVIRONMENTS = 256
+MAX_PROBLEMS = 32
+MAX_NAME = 64
 
 
 @dataclass
@@ -54,7 +57,8 @@ class Presence:
         """Keep what the node says of itself, in bounded length: it is held in memory and shown to operators."""
         kept = fleet_pb2.NodeStatus()
         kept.CopyFrom(status)
-        kept.problem = kept.problem[:MAX_TEXT]
+        del kept.problems[:]
+        kept.problems.extend(_problem(problem) for problem in status.problems[:MAX_PROBLEMS])
         kept.release_problem = kept.release_problem[:MAX_TEXT]
         kept.channel = kept.channel[:MAX_TEXT]
         kept.serving_release_id = kept.serving_release_id[:MAX_TEXT]
@@ -67,3 +71,13 @@ class Presence:
         node = self._nodes.setdefault(node_id, NodePresence())
         node.last_seen = self._clock()
         return node
+
+
+def _problem(told: fleet_pb2.Problem) -> fleet_pb2.Problem:
+    """In bounded length, and without what could steer a terminal or break a line."""
+    return fleet_pb2.Problem(
+        room=printable(told.room[:MAX_NAME]),
+        text=printable(told.text[:MAX_TEXT]),
+        next_step=printable(told.next_step[:MAX_TEXT]),
+        since=printable(told.since[:MAX_NAME]),
+    )

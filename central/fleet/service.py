@@ -1,8 +1,9 @@
 """FleetService: the line on which a node hears everything it must know.
 
-In: watches and status reports of nodes. Out: channel heads, the standing train offer and open evaluation offers at
-once, then every change, and a heartbeat. A watch compares what its node should know with what it was told, so a slow
-reader never makes a queue grow and nothing is lost between two looks. A revoked node's watch ends.
+In: watches and status reports of nodes. Out: channel heads, the standing train offer and open
+evaluation offers at once, then every change, and a heartbeat. A watch compares what its node should
+know with what it was told, so a slow reader never makes a queue grow and nothing is lost between
+two looks. A revoked node's watch ends, and with a heartbeat that of a certificate that has ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from central.fleet.identity import Authenticator, read_peer
+from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
 from central.fleet.served import record_served
 from central.fleet.streams import OpenStreams
@@ -78,7 +79,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 await self._told(node, request.status)
                 while not self._closing:
                     changed.clear()
-                    node = await asyncio.to_thread(self._authenticator.enrolled, read_peer(context))
+                    node = await asyncio.to_thread(self._authenticator.enrolled, self._authenticator.peer(context))
                     wanted = await asyncio.to_thread(self._wanted, node)
                     for key, event in wanted.items():
                         if key not in told:

@@ -10,6 +10,7 @@ import base64
 import hmac
 import secrets
 from datetime import datetime, timedelta
+from typing import Any, Literal
 
 import grpc
 
@@ -19,6 +20,7 @@ from protos.manifest import canonical_json, sha256_hex
 
 PREFIX = "lkt1."
 MIN_VALID_S = 60
+TokenState = Literal["usable", "used up", "expired", "revoked"]
 
 
 def expect_sensible(uses: int, valid_s: int) -> None:
@@ -31,14 +33,59 @@ def expect_sensible(uses: int, valid_s: int) -> None:
         )
 
 
-def create_token(journal: Journal, ca_pem: bytes, cohort: str, uses: int, valid_s: int, by: str) -> str:
-    """Record a new token of an existing cohort and return its string; `by` is the operator's name."""
+def create_token(
+    journal: Journal, ca_pem: bytes, cohort: str, uses: int, valid_s: int, by: str, readmit: str = ""
+) -> tuple[str, str]:
+    """Record a new token of an existing cohort; returns its string and its id. `by` is the
+    operator's name.
+
+    `readmit`: a revoked node, whose name may be enrolled again with this token. Raises Refused.
+    """
     token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     expires_at = (journal.now() + timedelta(seconds=valid_s)).isoformat(timespec="seconds").replace("+00:00", "Z")
-    body = {"secret_sha256": sha256_hex(secret.encode()), "uses": uses, "expires_at": expires_at, "by": by}
-    journal.append(NewEvent(EventKind.TOKEN_CREATED, cohort, token_id, body))
+    body: dict[str, Any] = {
+        "secret_sha256": sha256_hex(secret.encode()),
+        "uses": uses,
+        "expires_at": expires_at,
+        "by": by,
+    }
+    with journal.read() as state:
+        if readmit:
+            _expect_revoked(state, readmit)
+            body["readmits"] = readmit
+        journal.append(NewEvent(EventKind.TOKEN_CREATED, cohort, token_id, body))
     document = canonical_json({"id": token_id, "secret": secret, "ca": ca_pem.decode()})
-    return PREFIX + base64.urlsafe_b64encode(document).decode().rstrip("=")
+    return PREFIX + base64.urlsafe_b64encode(document).decode().rstrip("="), token_id
+
+
+def revoke_token(journal: Journal, token_id: str, by: str) -> TokenRecord:
+    """End what is left of a token; idempotent. Raises Refused for an unknown one."""
+    with journal.read() as state:
+        token = state.tokens.get(token_id)
+        if token is None:
+            raise Refused(
+                grpc.StatusCode.NOT_FOUND,
+                Reason.UNKNOWN_TOKEN,
+                f"Token {token_id!r} is not known. Expected a token's id, not the token itself; "
+                "`central tokens list` shows them.",
+            )
+        if not token.revoked:
+            journal.append(token_revoked(token, "an operator revoked it", by))
+        return state.tokens[token_id]
+
+
+def token_revoked(token: TokenRecord, reason: str, by: str) -> NewEvent:
+    """The event that ends a token; `by` is the operator's name."""
+    return NewEvent(EventKind.TOKEN_REVOKED, token.cohort, token.token_id, {"reason": reason, "by": by})
+
+
+def token_state(token: TokenRecord, now: datetime) -> TokenState:
+    """Whether a node may still enrol with it, and if not, why."""
+    if token.revoked:
+        return "revoked"
+    if token.used >= token.uses:
+        return "used up"
+    return "expired" if datetime.fromisoformat(token.expires_at) <= now else "usable"
 
 
 def find_token(state: State, token_id: str, secret: str) -> TokenRecord:
@@ -54,12 +101,27 @@ def find_token(state: State, token_id: str, secret: str) -> TokenRecord:
 
 
 def expect_usable(token: TokenRecord, now: datetime) -> None:
-    """Raises Refused when the token is used up or its time is over."""
-    expired = datetime.fromisoformat(token.expires_at) <= now
-    if expired or token.used >= token.uses:
-        problem = f"expired at {token.expires_at}" if expired else f"was used {token.used} of {token.uses} times"
+    """Raises Refused when the token is revoked or used up, or its time is over."""
+    problem = {
+        "usable": "",
+        "used up": f"was used {token.used} of {token.uses} times",
+        "expired": f"expired at {token.expires_at}",
+        "revoked": f"is revoked: {token.revoked}",
+    }[token_state(token, now)]
+    if problem:
         raise Refused(
             grpc.StatusCode.PERMISSION_DENIED,
             Reason.BAD_TOKEN,
             f"The join token {problem}. Ask the operator of central for a new one (`central tokens create`).",
+        )
+
+
+def _expect_revoked(state: State, node_id: str) -> None:
+    node = state.nodes.get(node_id)
+    if node is None or not node.revoked:
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            Reason.BAD_ARGUMENT,
+            f"Node {node_id!r} is {'not known' if node is None else 'not revoked'}. Expected the "
+            "id of a revoked node to readmit; `central nodes` shows them.",
         )

@@ -2,7 +2,8 @@
 
 In: a manifest and its payload, of which the last piece may not be on disk yet. Out: a signed receipt. Guarantees: the
 payload is durable before the event, the event before the receipt; a repeat returns the same receipt, byte for byte; at
-most one waiting update per node and start, also while the node is in quarantine. Blocks on disk and CPU: call it off the event loop.
+most one waiting update per node and start, also while the node is in quarantine. An admitted update whose payload was lost is
+taken once more, and waits again. Blocks on disk and CPU: call it off the event loop.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from central.intake.validation import PayloadCheck, Shapes, check_manifest, chec
 from central.journal import EventKind, Journal, NewEvent, State, UpdateRecord
 from central.registry import BlobStore
 from central.settings import LimitSettings
+from central.space import Space
 from protos.base import BaseModelInfo
 from protos.manifest import ReceiptBody, UpdateManifest
 from protos.updates.v1 import updates_pb2
@@ -62,7 +64,10 @@ class Admission:
         key: ec.EllipticCurvePrivateKey,
         base: BaseModelInfo,
         limits: LimitSettings,
+        space: Space,
+        make_room: Callable[[str | None], bool],
     ) -> None:
+        """`make_room` deletes what never merges: of a node, or (None) of all; it says whether there was something."""
         self._journal = journal
         self._blobs = blobs
         self._partial = partial
@@ -73,6 +78,8 @@ class Admission:
         self._limits = limits
         self._max_manifest_bytes = manifest_bytes(base.module_shapes)
         self._allowance = Allowance(limits.node_updates_per_hour)
+        self._space = space
+        self._make_room = make_room
         self._commits = GroupCommit(journal)
 
     def begin(self, peer: Peer, header: updates_pb2.UploadHeader) -> Arrival | updates_pb2.Receipt:
@@ -86,14 +93,35 @@ class Admission:
             known = state.updates.get(manifest.digest)
             if known is None:
                 check_manifest(state, node, manifest, self._base, self._limits)
-                self._check_quota(state, manifest)
                 self._allowance.expect_one(node.node_id)
-        if known is not None:
+        if known is not None and not known.lost:
             return self.receipt(known)
+        self._expect_room(manifest, header.offset)
         faults.reach("intake.begun")
         check = PayloadCheck(manifest, self._shapes, self._limits)
         incoming = self._partial.open(node.node_id, manifest.digest, header.offset, check.feed)
         return Arrival(peer, manifest, header, incoming, check)
+
+    def _expect_room(self, manifest: UpdateManifest, offset: int) -> None:
+        """Raises Refused when the node's quota, or a disk, has no room for what is to come, also without what never merges."""
+
+        def check() -> None:
+            with self._journal.read() as state:
+                self._check_quota(state, manifest)
+
+        node_id, to_come = manifest.node_id, max(0, manifest.payload.size_bytes - offset)
+        for expect, whose in ((check, node_id), (lambda: self._space.expect(to_come), None)):
+            try:
+                expect()
+            except Refused:
+                if not self._make_room(whose):
+                    raise
+                expect()
+
+    def write(self, arrival: Arrival) -> None:
+        """Write the window of a payload that still comes; raises Refused when the disk has no room left."""
+        self._space.expect(0)
+        arrival.incoming.write()
 
     def finish(self, arrival: Arrival, written: Callable[[], None], done: Future[updates_pb2.Receipt]) -> None:
         """Write the end of a complete payload, check and keep it, and admit the update; `done` gets central's receipt for it.
@@ -140,7 +168,7 @@ class Admission:
         def events(state: State) -> list[NewEvent]:
             if update_id in state.updates:
                 self._authenticator.enrolled(arrival.peer)
-                return []
+                return _comes_back(state, state.updates[update_id])
             cohort = self._check_again(state, arrival)
             _check_not_forgotten(state, manifest)
             self._check_kept(state, manifest)
@@ -219,9 +247,9 @@ class Admission:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 Reason.QUOTA_EXCEEDED,
-                f"Node {manifest.node_id} has {held} unfinished and waiting bytes here; {manifest.payload.size_bytes} more "
+                f"Node {manifest.node_id} has {held} bytes here that no release holds; {manifest.payload.size_bytes} more "
                 f"would pass its quota of {self._limits.node_quota_bytes} (CENTRAL_LIMITS__NODE_QUOTA_BYTES). "
-                "Try again after the next merge.",
+                "Try again after the next merge; what is set aside goes with retention.",
             )
 
 
@@ -253,6 +281,15 @@ def _check_not_forgotten(state: State, manifest: UpdateManifest) -> None:
             f"Update {manifest.digest[:12]} has the same bytes as a contribution that an operator of central ordered to be forgotten "
             f"(payload {manifest.payload.digest_sha256[:12]}). It is not taken again; send what a later round learns.",
         )
+
+
+def _comes_back(state: State, update: UpdateRecord) -> list[NewEvent]:
+    """An update whose payload was lost waits again now that its bytes came again, unless its experience counts elsewhere already."""
+    same = state.updates_from(update.manifest.node_id, update.manifest.start.release)
+    counts = any(other.state in ("waiting", "planned", "merged", "quarantined") for other in same)
+    if not update.lost or counts or state.nodes[update.manifest.node_id].quarantine:
+        return []
+    return [NewEvent(EventKind.UPDATE_REQUEUED, update.cohort, update.update_id)]
 
 
 def _consequences(state: State, manifest: UpdateManifest, cohort: str) -> list[NewEvent]:

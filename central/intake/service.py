@@ -16,11 +16,11 @@ from typing import Any, ParamSpec, TypeVar
 import grpc
 
 from central.errors import Reason, Refused
-from central.fleet.identity import Authenticator, Peer, read_peer
+from central.fleet.identity import Authenticator, Peer, Permission
 from central.fleet.streams import OpenStreams
 from central.intake import turns
 from central.intake.admission import Admission, Arrival
-from central.intake.partial import Incoming, PartialUploads
+from central.intake.partial import PartialUploads
 from central.intake.streams import OpenUploads, Stream, taken_over
 from central.intake.turns import Turn
 from central.journal import UpdateRecord
@@ -75,7 +75,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         with self._queries.one(node.node_id):
             await self._streams.take_over(node.node_id, update_id)
             update = await self._blocking(self._admission.find, node.node_id, update_id)
-            if update is None:
+            if update is None or update.lost:  # its bytes may come again
                 committed = await self._blocking(self._partial.committed, node.node_id, update_id)
                 return updates_pb2.QueryUploadResponse(committed_bytes=committed)
             return updates_pb2.QueryUploadResponse(
@@ -85,7 +85,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
             )
 
     async def Upload(self, request_iterator: Requests, context: Context) -> updates_pb2.UploadResponse:
-        peer = read_peer(context)
+        peer = self._authenticator.peer(context)
         with self._uploads.one(peer.name):
             header = await self._read_header(request_iterator)
             async with self._streams.one(peer.name, sha256_hex(header.manifest)) as stream:
@@ -149,6 +149,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         """Take every chunk of a complete payload; what fills the last window is not written yet."""
         manifest, incoming = arrival.manifest, arrival.incoming
         update_id, size = incoming.update_id, manifest.payload.size_bytes
+        permission = Permission(self._authenticator, arrival.peer)
 
         def what() -> str:
             return f"update {update_id}, of which {incoming.size} bytes are here"
@@ -157,6 +158,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
             stream.waits(patience)
             async for request in requests:
                 stream.works(patience)
+                await permission.expect()
                 chunk = request.chunk
                 del request  # it holds a second copy, and many streams wait for the disk at once
                 if not 0 < len(chunk) <= MAX_CHUNK_BYTES:
@@ -172,7 +174,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                         Reason.TOO_LARGE,
                         f"Update {update_id} goes on after the {size} bytes that its manifest names.",
                     )
-                await self._take(incoming, chunk, size, turn)
+                await self._take(arrival, chunk, turn)
                 del chunk  # not held while the next one is waited for
                 stream.waits(patience)
             stream.works(patience)
@@ -183,7 +185,8 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 f"The upload of update {update_id} ended after {incoming.size} of {size} bytes. Go on from there.",
             )
 
-    async def _take(self, incoming: Incoming, chunk: bytes, size: int, turn: Turn) -> None:
+    async def _take(self, arrival: Arrival, chunk: bytes, turn: Turn) -> None:
+        incoming, size = arrival.incoming, arrival.manifest.payload.size_bytes
         rest = memoryview(chunk)
         while rest:
             await turn.begin()
@@ -192,7 +195,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
             rest = incoming.take(rest)
             if incoming.is_full and incoming.size < size:
                 turn.keep()
-                await self._blocking(incoming.write)
+                await self._blocking(self._admission.write, arrival)
                 turn.end()
 
     @asynccontextmanager

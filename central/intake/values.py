@@ -1,9 +1,10 @@
-"""The values of a payload: finite, and no module's increment too large.
+"""The values of a payload: finite, no factor or scale extreme, no module's increment too large, and not all of them zero.
 
 In: where each factor lies, and the payload's bytes as they come. Out: nothing, or `Refused`. Every value is seen once, so
 memory does not grow with the update. A sum of squares tells of each factor that ||A||_F and ||B||_F are finite, and
 ||scale * B A||_F <= |scale| ||B||_F ||A||_F that nearly every increment is small enough; only where that bound does not tell
-is the norm itself computed, with the module read back from its file.
+is the norm itself computed, with the module read back from its file. Scale and factors have bounds of their own
+(central/merging/bounds.py): a small product may hide an extreme scale.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from central.durable import storage
 from central.errors import Reason, Refused
+from central.merging.bounds import EMPTY, LEAST_NORM, excess, frobenius
 from protos.lora import Array, LoraModule
 
 FLOAT_BYTES = 4
@@ -103,13 +105,23 @@ def check_norms(
     scales: Mapping[str, float],
     max_norm: float,
 ) -> None:
-    """Raises Refused for a value that is not finite or an increment above `max_norm`; values begin at `start` of the file."""
+    """Raises Refused for a value that is not finite, a scale, factor or increment (above `max_norm`) that is too large, and for
+    increments that are all zero; values begin at `start` of the file."""
     squares = sums.upper_bounds
+    largest = 0.0
     for name, scale in scales.items():
-        bound = abs(scale) * math.sqrt(squares[name, "A"]) * math.sqrt(squares[name, "B"])
-        if not bound <= max_norm:  # also when it is NaN
+        norm_a, norm_b = math.sqrt(squares[name, "A"]), math.sqrt(squares[name, "B"])
+        bound = abs(scale) * norm_a * norm_b
+        if not bound <= max_norm or excess(name, scale, norm_a, norm_b):  # also when it is NaN
             a, b = (_read(path, start, entries[name, factor]) for factor in ("A", "B"))
             _check_module(name, LoraModule(a, b, scale), max_norm)
+        largest = max(largest, bound)
+    if not largest > LEAST_NORM:
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            Reason.NORM_OUT_OF_BOUNDS,
+            f"{EMPTY} The round learnt nothing: raise its learning rate, or send what a later round learns.",
+        )
 
 
 def _read(path: Path, start: int, entry: Entry) -> Array:
@@ -125,6 +137,12 @@ def _check_module(name: str, module: LoraModule, max_norm: float) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
             Reason.NOT_FINITE,
             f"Module {name!r} has NaN or infinite values; expected finite numbers.",
+        )
+    if text := excess(name, module.scale, frobenius(module.A), frobenius(module.B)):
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            Reason.NORM_OUT_OF_BOUNDS,
+            f"{text} Train with a smaller learning rate or lora_alpha.",
         )
     if not norm <= max_norm:
         raise Refused(

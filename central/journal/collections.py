@@ -25,6 +25,7 @@ class Collections(Transitions):
             if digest in self.collected:
                 raise conflict(event, f"blob {digest} was collected already")
             record = CollectedBlob(digest, blob["size_bytes"], blob["reason"], event.subject, event.at)
+            self._count_kept_of(digest, -1)
             self._changes.put(self.collected, digest, record)
         self._changes.put(self.collections, event.subject, tuple(blob["digest"] for blob in blobs))
 
@@ -40,5 +41,13 @@ class Collections(Transitions):
     def _name_blobs(self, digests: Iterable[str | None]) -> None:
         """These blobs are there: an event names them."""
         for digest in digests:
-            if digest in self.collected:
+            if digest is not None and digest in self.collected:
                 self._changes.drop(self.collected, digest)
+                self._count_kept_of(digest, 1)
+
+    def _count_kept_of(self, digest: str, moved: int) -> None:
+        """The payload with this digest takes of the quotas of those who sent it, or no longer."""
+        for update_id in self._by_payload.get(digest, ()):
+            update = self.updates[update_id]
+            if self.takes_of_quota(update):
+                self._count_kept(update, moved)

@@ -30,8 +30,10 @@ class Contributions(Transitions):
         self._move(event, event.subject, "superseded", ("waiting", "quarantined"), reason)
 
     def _update_set_aside(self, event: Event) -> None:
-        self._cancel_plan_of(event, event.subject)
+        self._cancel_plan_of(event, event.subject, event.body["reason"])
         self._move(event, event.subject, "set_aside", ("waiting", "quarantined"), event.body["reason"])
+        if event.body.get("lost"):
+            self._put_update(replace(self.updates[event.subject], lost=True))
 
     def _update_requeued(self, event: Event) -> None:
         update = known(event, self.updates, event.subject, "update")

@@ -1,7 +1,9 @@
-"""What the journal is made of: kinds of events, one event, and the hash that chains it to the one before.
+"""What the journal is made of: kinds of events, one event, and the hash that chains it to the one
+before.
 
-In: field values. Out: immutable events. Guarantee: an event's hash covers every other field, the previous hash
-included, so that no stored event can be altered, dropped or re-ordered without breaking the chain after it.
+In: field values. Out: immutable events. Guarantee: an event's hash covers every other field but its
+seal, the previous hash included, so that no stored event can be altered, dropped or re-ordered
+without breaking the chain after it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class JournalCorrupt(StorageError):
 class EventKind(StrEnum):
     """What can happen. The comment beside a kind gives its subject and the keys of its body."""
 
-    TOKEN_CREATED = "token_created"  # token id: secret_sha256, uses, expires_at, by
+    TOKEN_CREATED = "token_created"  # token id: secret_sha256, uses, expires_at, by, readmits (node id; absent: none)
+    TOKEN_REVOKED = "token_revoked"  # token id: reason, by, by
     NODE_ENROLLED = "node_enrolled"  # node id: name, token_id, public_key_pem, base, certificate_sha256
     NODE_REVOKED = "node_revoked"  # node id: by
     NODE_QUARANTINED = "node_quarantined"  # node id: reason, by
@@ -40,8 +43,11 @@ class EventKind(StrEnum):
     TRAIN_OFFERED = "train_offered"  # offer id: max_rank, gram_rank (absent: 0)
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)
     UPDATE_SUPERSEDED = "update_superseded"  # update id: by
-    UPDATE_SET_ASIDE = "update_set_aside"  # update id: reason, by (an operator's name; absent: central)
-    UPDATE_REQUEUED = "update_requeued"  # update id: by (absent in old ones)
+    UPDATE_SET_ASIDE = (
+        "update_set_aside"  # update id: reason, by (an operator's name; absent: central), lost (true: its payload is gone or
+        # damaged, and its node may send the bytes again; absent: not)
+    )
+    UPDATE_REQUEUED = "update_requeued"  # update id: by (an operator's name; absent: central)
     FORGET_ORDERED = (
         "forget_ordered"  # order id: node_id ("": single updates), updates, method (replay|subtract), accept_loss, by
     )
@@ -61,6 +67,9 @@ class EventKind(StrEnum):
     CANARY_REPORTED = "canary_reported"  # release id: node_id, condition (serving|trouble|left), problem
     RELEASE_SERVED = "release_served"  # release id: node_id (it says that it serves this one now)
     BLOBS_COLLECTED = "blobs_collected"  # collection id: blobs [{digest, size_bytes, reason}], by; deleted from then on
+    JOURNAL_LOSS_ACCEPTED = (
+        "journal_loss_accepted"  # sequence and hash of the head that was lost (0: no head was there), by
+    )
     COLLECTION_FINISHED = "collection_finished"  # collection id: all of them are deleted
     ROLLED_BACK = (
         "rolled_back"  # release id returned to: from_release, abandoned, updates (requeue|set_aside), by, channel
@@ -80,7 +89,9 @@ class NewEvent:
 
 @dataclass(frozen=True)
 class Event:
-    """One recorded event. `at` is RFC 3339 UTC; `hash` is SHA-256 over the canonical JSON of all other fields."""
+    """One recorded event. `at` is RFC 3339 UTC; `hash` is SHA-256 over the canonical JSON of all
+    other fields but `seal`.
+    """
 
     sequence: int
     at: str
@@ -90,6 +101,10 @@ class Event:
     body: Mapping[str, Any]
     previous_hash: str
     hash: str
+    seal: str = ""
+    """Central's signature over number and hash (head.py), on the last event of every append; empty
+    on the others.
+    """
 
     @property
     def expected_hash(self) -> str:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from central import faults
 from central.clock import Clock
-from central.errors import StorageError
+from central.errors import StorageError, StorageFull
 from central.journal.events import (
     FIRST_HASH,
     Event,
@@ -32,6 +33,7 @@ from central.journal.events import (
     NewEvent,
     chain,
 )
+from central.journal.head import Head, Seals
 from central.journal.migrations import upgrade_schema
 from central.journal.state import State
 from central.journal.table import (
@@ -39,6 +41,7 @@ from central.journal.table import (
     METADATA,
     PAGE,
     cause_of,
+    is_full,
     open_database,
     read_page,
     row_of,
@@ -52,14 +55,19 @@ log = logging.getLogger(__name__)
 class Journal:
     """Append-only record with its state; one writer per database."""
 
-    def __init__(self, url: str, clock: Callable[[], str] | None = None) -> None:
-        """Open or create the journal at SQLAlchemy `url` (not in memory), replay it and verify its chain.
+    def __init__(self, url: str, clock: Callable[[], str] | None = None, seals: Seals | None = None) -> None:
+        """Open or create the journal at SQLAlchemy `url` (not in memory), replay it and verify its
+        chain.
+
+        `seals` signs the last event of every append, and keeps the journal's head elsewhere before
+        `append` returns. Without it the events have no signature.
 
         Raises StorageError when it cannot be opened, JournalCorrupt when the chain is broken.
         """
         own_clock = Clock()
         self.clock: Callable[[], str] = clock or own_clock
         """The present time, RFC 3339 UTC; ages and deadlines are counted with it (central/clock.py)."""
+        self._seals = seals
         self._changed = threading.Condition(threading.RLock())
         self._listeners: list[Callable[[Event], None]] = []
         self._state = State()
@@ -99,6 +107,7 @@ class Journal:
             try:
                 recorded = [self._apply(new) for new in events]
                 _reach(recorded, "applied")
+                recorded = self._sealed(recorded)
                 self._store(recorded)
                 _reach(recorded, "stored")
             except BaseException:
@@ -168,9 +177,18 @@ class Journal:
         self._state.apply(event)
         return event
 
+    def _sealed(self, recorded: list[Event]) -> list[Event]:
+        if self._seals is None or not recorded:
+            return recorded
+        *others, last = recorded
+        return [*others, replace(last, seal=self._seals.seal(last.sequence, last.hash).seal)]
+
     def _tell(self, recorded: list[Event]) -> None:
-        """What is recorded stays: everybody hears of it."""
+        """What is recorded stays: its head is kept, and everybody hears of it."""
         self._state.mark()
+        if self._seals is not None and recorded:
+            last = recorded[-1]
+            self._seals.keep(Head(sequence=last.sequence, hash=last.hash, seal=last.seal))
         for event in recorded:
             log.info(
                 "event recorded",
@@ -214,22 +232,31 @@ class Journal:
             ) from error
         except SQLAlchemyError as error:
             self._doubtful.append(recorded)
+            if is_full(error):
+                raise StorageFull(
+                    f"The journal cannot be written: {cause_of(error)}. Free space on its disk; `central retention --apply` lists "
+                    "and deletes what nothing needs."
+                ) from error
             raise StorageError(
                 f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the disk of its database."
             ) from error
         self._doubtful.clear()
 
 
-def verify_journal(url: str) -> State:
-    """Re-read the whole chain of an existing journal and replay it; returns the state that its events imply.
+def verify_journal(url: str, seen: Callable[[Event, State], None] = lambda event, state: None) -> State:
+    """Re-read the whole chain of an existing journal and replay it; returns the state that its
+    events imply.
 
-    Writes nothing and needs no running central, but may run beside one. Raises StorageError when the journal cannot be
-    read, JournalCorrupt naming the first bad event.
+    `seen` is called after each event with the state so far. Writes nothing and needs no running
+    central, but may run beside one. Raises StorageError when the journal cannot be read,
+    JournalCorrupt naming the first bad event. Signatures and the journal's end are checked by
+    central/history.py.
     """
     state = State()
     with _uncollected():
         for event in read_journal(url):
             replay(state, event)
+            seen(event, state)
     return state
 
 

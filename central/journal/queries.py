@@ -59,6 +59,7 @@ class Records:
         self._waiting: dict[str, dict[str, UpdateRecord]] = {}
         self._by_start: dict[tuple[str, str], list[str]] = {}
         self._by_node: dict[str, list[str]] = {}
+        self._by_payload: dict[str, list[str]] = {}
         self._kept_bytes: dict[str, int] = {}
         self._members: dict[str, list[str]] = {}
         self._open_plans: dict[str, tuple[str, ...]] = {}
@@ -135,8 +136,14 @@ class Records:
         return []
 
     def kept_bytes(self, node_id: str) -> int:
-        """Bytes of the node's updates that wait or are in quarantine: what its quota counts."""
+        """Bytes of the node's updates that its quota counts."""
         return self._kept_bytes.get(node_id, 0)
+
+    def takes_of_quota(self, update: UpdateRecord) -> bool:
+        """Whether its payload is on disk and no release's: what is merged is the cohort's, and kept for as long as its releases."""
+        return (
+            update.state != "merged" and not update.lost and update.manifest.payload.digest_sha256 not in self.collected
+        )
 
     def updates_of(self, node_id: str) -> list[UpdateRecord]:
         """The node's admitted updates in admission order."""

@@ -27,9 +27,19 @@ class TokenRecord:
     cohort: str
     secret_sha256: str
     uses: int
-    used: int
     expires_at: str
     """RFC 3339 UTC."""
+    created_at: str
+    readmits: str = ""
+    """Revoked node whose name may be enrolled again with it; empty for most."""
+    revoked: str = ""
+    """Why its remaining uses are over; empty while they are not."""
+    nodes: tuple[str, ...] = ()
+    """Nodes that enrolled with it."""
+
+    @property
+    def used(self) -> int:
+        return len(self.nodes)
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,8 @@ class UpdateRecord:
     """Why it was superseded, set aside or quarantined."""
     since: str = ""
     """When it came into its state; empty: when it was admitted."""
+    lost: bool = False
+    """Set aside because its payload is gone or damaged: its node may send the bytes again."""
 
 
 @dataclass(frozen=True)

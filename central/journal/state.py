@@ -53,18 +53,41 @@ class State(Channels, Collections):
     def _token_created(self, event: Event) -> None:
         self._expect_new(event, self.tokens)
         body = event.body
-        token = TokenRecord(event.subject, event.cohort, body["secret_sha256"], body["uses"], 0, body["expires_at"])
+        token = TokenRecord(
+            token_id=event.subject,
+            cohort=event.cohort,
+            secret_sha256=body["secret_sha256"],
+            uses=body["uses"],
+            expires_at=body["expires_at"],
+            created_at=event.at,
+            readmits=body.get("readmits", ""),
+        )
+        if token.readmits:
+            self._expect_revoked(event, token.readmits)
         self._changes.put(self.tokens, event.subject, token)
+
+    def _expect_revoked(self, event: Event, node_id: str) -> None:
+        node = known(event, self.nodes, node_id, "node")
+        if not node.revoked:
+            raise conflict(event, f"node {node_id} is not revoked")
+
+    def _token_revoked(self, event: Event) -> None:
+        token = known(event, self.tokens, event.subject, "token")
+        if token.revoked or token.cohort != event.cohort:
+            raise conflict(event, f"token {token.token_id} of cohort {token.cohort!r} was revoked: {token.revoked!r}")
+        self._changes.put(self.tokens, token.token_id, replace(token, revoked=event.body["reason"]))
 
     def _node_enrolled(self, event: Event) -> None:
         self._expect_new(event, self.nodes)
         body = event.body
         token = known(event, self.tokens, body["token_id"], "token")
-        if token.cohort != event.cohort or token.used >= token.uses:
+        if token.cohort != event.cohort or token.used >= token.uses or token.revoked:
             raise conflict(
-                event, f"token {token.token_id} of cohort {token.cohort!r} was used {token.used} of {token.uses} times"
+                event,
+                f"token {token.token_id} of cohort {token.cohort!r} was used {token.used} of "
+                f"{token.uses} times, revoked: {token.revoked!r}",
             )
-        self._changes.put(self.tokens, token.token_id, replace(token, used=token.used + 1))
+        self._changes.put(self.tokens, token.token_id, replace(token, nodes=(*token.nodes, event.subject)))
         self._changes.put(
             self.nodes,
             event.subject,
@@ -84,6 +107,9 @@ class State(Channels, Collections):
     def _node_revoked(self, event: Event) -> None:
         node = known(event, self.nodes, event.subject, "node")
         self._changes.put(self.nodes, node.node_id, replace(node, revoked=True))
+
+    def _journal_loss_accepted(self, event: Event) -> None:
+        """For the record alone."""
 
     def _cohort_created(self, event: Event) -> None:
         if event.cohort in self._genesis:
@@ -121,6 +147,7 @@ class State(Channels, Collections):
             admitted_hash=event.hash,
         )
         self._put_update(record)
+        self._changes.append(self._by_payload, manifest.payload.digest_sha256, event.subject)
         self._name_blobs([manifest.payload.digest_sha256])
         key = (manifest.node_id, manifest.start.release)
         self._changes.append(self._by_start, key, event.subject)

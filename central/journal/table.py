@@ -7,6 +7,7 @@ synchronous=FULL, so that a commit survives `kill -9` and a power cut; a row tha
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ EVENTS = sa.Table(
     sa.Column("body", sa.Text, nullable=False),
     sa.Column("previous_hash", sa.Text, nullable=False),
     sa.Column("hash", sa.Text, nullable=False),
+    sa.Column("seal", sa.Text, nullable=False, server_default=""),
 )
 PAGE = 1000
+DISK_FULL = "53100"
+"""Of PostgreSQL."""
 
 
 def open_database(url: str, read_only: bool = False) -> sa.Engine:
@@ -85,12 +89,21 @@ def row_of(event: Event) -> dict[str, Any]:
         "body": canonical_json(dict(event.body)).decode(),
         "previous_hash": event.previous_hash,
         "hash": event.hash,
+        "seal": event.seal,
     }
 
 
 def cause_of(error: Exception) -> str:
     """What the database's driver said, in one line."""
     return str(getattr(error, "orig", None) or error).splitlines()[0]
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the database had no room for what was written."""
+    cause = getattr(error, "orig", None)
+    if isinstance(cause, sqlite3.Error):
+        return getattr(cause, "sqlite_errorname", "") == "SQLITE_FULL"
+    return getattr(cause, "sqlstate", "") == DISK_FULL
 
 
 def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
@@ -105,11 +118,13 @@ def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
 
 
 def _event(row: sa.Row[Any]) -> Event:
-    sequence, at, kind, cohort, subject, text, previous_hash, digest = tuple(row)  # 8 look-ups by name take longer
+    sequence, at, kind, cohort, subject, text, previous_hash, digest, seal = tuple(
+        row
+    )  # 9 look-ups by name take longer
     try:
         body = json.loads(text)
         if not isinstance(body, dict):
             raise ValueError(f"its body is {text[:40]!r}, not an object")
-        return Event(sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest)
+        return Event(sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest, seal)
     except (ValueError, RecursionError) as error:
         raise JournalCorrupt(f"Journal event {sequence} of kind {kind!r} cannot be read: {error}.") from error

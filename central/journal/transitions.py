@@ -30,8 +30,6 @@ V = TypeVar("V")
 
 REVOKED = "its node was revoked"
 """Why the updates of a revoked node are set aside."""
-KEPT_STATES: tuple[UpdateStateName, ...] = ("waiting", "quarantined")
-"""States in which an update takes of its node's quota."""
 
 
 class Transitions(Records):
@@ -50,11 +48,11 @@ class Transitions(Records):
         change = ChannelChange(channel, release_id, by, event.at, event.sequence)
         self._changes.append(self.channel_changes, key, change)
 
-    def _cancel_plan_of(self, event: Event, update_id: str) -> None:
+    def _cancel_plan_of(self, event: Event, update_id: str, reason: str = "") -> None:
         # A plan that loses an update stands for something else than its candidate: its other updates wait again.
         update = known(event, self.updates, update_id, "update")
         if update.state == "planned" and update.plan_id is not None:
-            why = f"update {update.update_id[:8]} was taken away"
+            why = f"update {update.update_id[:8]} was taken away{': ' if reason else ''}{reason}"
             self._cancel(event, self.plans[update.plan_id], why, requeue=True)
 
     def _cancel(self, event: Event, plan: PlanRecord, why: str, requeue: bool) -> None:
@@ -122,6 +120,7 @@ class Transitions(Records):
                 since=event.at,
                 plan_id=plan_id or (update.plan_id if held else None),
                 release_id=update.release_id if held else None,
+                lost=False,
             )
         )
 
@@ -148,10 +147,7 @@ class Transitions(Records):
 
     def _put_update(self, record: UpdateRecord) -> None:
         before = self.updates.get(record.update_id)
-        moved = (record.state in KEPT_STATES) - (before is not None and before.state in KEPT_STATES)
-        if moved:
-            node_id, payload = record.manifest.node_id, record.manifest.payload
-            self._changes.put(self._kept_bytes, node_id, self.kept_bytes(node_id) + moved * payload.size_bytes)
+        self._count_kept(record, self.takes_of_quota(record) - (before is not None and self.takes_of_quota(before)))
         if record.state == "forgotten":
             key = (record.cohort, record.manifest.payload.digest_sha256)
             self._changes.put(self.forgotten_payloads, key, record.update_id)
@@ -161,6 +157,13 @@ class Transitions(Records):
             self._changes.put(waiting, record.update_id, record)
         elif record.update_id in waiting:
             self._changes.drop(waiting, record.update_id)
+
+    def _count_kept(self, update: UpdateRecord, moved: int) -> None:
+        """The update takes of its node's quota from now on (1), no longer (-1), or as before (0)."""
+        if moved:
+            node_id = update.manifest.node_id
+            now = self.kept_bytes(node_id) + moved * update.manifest.payload.size_bytes
+            self._changes.put(self._kept_bytes, node_id, now)
 
     def _add_release(self, event: Event, state: ReleaseStateName, plan_id: str | None) -> ReleaseRecord:
         self._expect_new(event, self.releases)

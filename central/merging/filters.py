@@ -67,7 +67,7 @@ def clip_norms(gram: Matrix, limit: float | None = None) -> Matrix:
         limit = float(np.median(norms)) if norms.size else 0.0
     if not limit >= 0:
         raise MergeError(f"Limit of the norm is {limit}; expected zero or more.")
-    return np.where(norms > limit, limit / np.maximum(norms, np.finfo(np.float64).tiny), 1.0)
+    return np.where(norms > limit, limit / np.maximum(norms, max(limit, float(np.finfo(np.float64).tiny))), 1.0)
 
 
 def keep_near(gram: Matrix, threshold: float = MAD_THRESHOLD) -> Selection:

@@ -45,8 +45,8 @@ class OperatorClient:
         host = "127.0.0.1" if settings.listen.host in WILDCARDS else settings.listen.host
         address = f"[{host}]:{settings.listen.port}" if ":" in host else f"{host}:{settings.listen.port}"
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        # Listings have no bound, and central is trusted.
-        options = [("grpc.max_receive_message_length", -1)]
+        # Listings have no bound, and central is trusted. It is on this host: no proxy leads to it.
+        options = [("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
         with grpc.secure_channel(address, credentials, options) as channel:
             yield cls(channel, address)
 
@@ -58,11 +58,10 @@ class OperatorClient:
             status: Any = error
             refused = any(key == REASON_KEY for key, _ in status.trailing_metadata() or ())
             if not refused and status.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                advice = clock_advice(str(status.details())) or (
-                    "Start it with `central serve`, or set CENTRAL_LISTEN__PORT and CENTRAL_DATA_DIR as it has them."
-                )
+                details = str(status.details())
                 raise CentralUnreachable(
-                    f"Central does not answer at {self._address} ({status.code().name}). {advice}"
+                    f"Central does not answer at {self._address} ({status.code().name}: {details}). "
+                    f"{clock_advice(details) or _next_step(details)}"
                 ) from error
             raise CentralError(str(status.details() or status.code().name)) from error
 
@@ -75,6 +74,19 @@ def clock_advice(details: str) -> str | None:
         f"Central's certificate is not valid now, and this machine's clock says {wall_time():%Y-%m-%d %H:%M} UTC. Set the clock if "
         "it is wrong. If it was wrong when central started, start central again: it makes a new certificate."
     )
+
+
+def _next_step(details: str) -> str:
+    """What an operator does about a connection that failed with gRPC's `details`."""
+    if "onnection refused" in details:
+        return "Start it with `central serve`, or set CENTRAL_LISTEN__PORT and CENTRAL_DATA_DIR as it has them."
+    if any(word in details for word in ("handshake", "certificate", "Socket closed")):
+        return (
+            "Something listens there, but TLS failed: set CENTRAL_DATA_DIR, which holds the "
+            "certificates, and CENTRAL_LISTEN__PORT as central has them, and see that this machine's "
+            "clock is right."
+        )
+    return "See central's log, and that CENTRAL_LISTEN__HOST and CENTRAL_LISTEN__PORT are as it has them."
 
 
 def plain(message: Message) -> dict[str, Any]:

@@ -9,7 +9,17 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from central.command import Options, asking, command, json_option, print_rows, print_text, printable, rows_of
+from central.command import (
+    Options,
+    asking,
+    command,
+    json_option,
+    print_rows,
+    print_standstills,
+    print_text,
+    printable,
+    rows_of,
+)
 from central.errors import CentralError
 
 if TYPE_CHECKING:
@@ -28,13 +38,16 @@ def add_nodes(commands: Any) -> None:
     json_option(nodes)
     actions = nodes.add_subparsers(metavar="ACTION")
     json_option(command(actions, "list", asking(_nodes), "every node (the default)"), nested=True)
-    revoke = command(actions, "revoke", asking(_revoke), "refuse a node from now on")
+    revoke = command(
+        actions, "revoke", asking(_revoke), "refuse a node from now on, and end what is left of its join token"
+    )
     text = "admit what a node sends, but keep it from being merged; it goes on serving and learning"
     quarantine = command(actions, "quarantine", asking(_quarantine), text)
     quarantine.add_argument("--reason", required=True, help="shown to operators and to the node")
     release = command(actions, "release", asking(_release), "end a node's quarantine; what it sent waits to be merged")
     for parser in (revoke, quarantine, release):
         parser.add_argument("node_id")
+    json_option(revoke, nested=True)
 
 
 def add_updates(commands: Any) -> None:
@@ -90,19 +103,29 @@ def _nodes(client: OperatorClient, options: Options) -> None:
         row["link"] = "revoked" if row["revoked"] else "connected" if row["connected"] else "away"
         row["channel"] = row["status"]["channel"]
         row["serving"] = row["status"]["serving_release_id"][:8]
-        row["problem"] = row["status"]["problem"]
+        row["problems"] = ", ".join(problem["room"] for problem in row["status"]["problems"])
         row["evaluates"] = f"silent since {row['silent_since']}, not waited for" if row["silent_since"] else ""
-    columns = ["node_id", "cohort", "link", "last_seen", "channel", "serving", "quarantine", "problem"]
+    columns = ["node_id", "cohort", "link", "last_seen", "channel", "serving", "quarantine", "problems"]
     if any(row["evaluates"] for row in rows):
         columns.insert(-1, "evaluates")
     print_rows(options, rows, columns)
+    if not options.json:
+        _print_problems(rows)
+
+
+def _print_problems(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for problem in row["status"]["problems"]:
+            print(printable(f"{row['node_id']}  {problem['room']}, since {problem['since']}: {problem['text']}"))
+            print(printable(f"    Next: {problem['next_step']}"))
 
 
 def _revoke(client: OperatorClient, options: Options) -> None:
+    from central.operator.texts import revoked
     from protos.operator.v1 import operator_pb2
 
-    client.ask(client.stub.RevokeNode, operator_pb2.RevokeNodeRequest(node_id=options.node_id))
-    print(f"Node {options.node_id} is revoked.")
+    done = client.ask(client.stub.RevokeNode, operator_pb2.RevokeNodeRequest(node_id=options.node_id))
+    print_text(options, done, lambda done: revoked(options.node_id, done))
 
 
 def _quarantine(client: OperatorClient, options: Options) -> None:
@@ -128,7 +151,9 @@ def _updates(client: OperatorClient, options: Options) -> None:
 
     request = operator_pb2.ListUpdatesRequest(cohort=options.cohort, node_id=options.node)
     wanted = options.state.replace("-", "_")
-    rows = rows_of(client.ask(client.stub.ListUpdates, request).updates)
+    answer = client.ask(client.stub.ListUpdates, request)
+    rows = rows_of(answer.updates)
+    print_standstills(options, answer.standstills)
     _print_updates(options, [row for row in rows if wanted in ("", row["state"])])
 
 

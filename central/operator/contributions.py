@@ -26,11 +26,17 @@ class Payloads(Protocol):
 
     def __contains__(self, digest: object) -> bool: ...
 
+    def holds(self, digest: str) -> bool:
+        """Whether it is there, whole; reads it."""
+
 
 def requeue(journal: Journal, blobs: Payloads, texts: Sequence[str], by: str) -> list[UpdateRecord]:
     """Let set-aside updates wait again; raises Refused, and then all of them are as they were."""
     with journal.read() as state:
-        updates = [find_update(state, text) for text in _expect_some(texts)]
+        lost = [update for update in (find_update(state, text) for text in _expect_some(texts)) if update.lost]
+    _expect_whole(lost, blobs)  # reads blobs: not under the journal's lock
+    with journal.read() as state:
+        updates = [find_update(state, text) for text in texts]
         for update in updates:
             _expect_requeueable(state, update, blobs, {u.update_id for u in updates})
         journal.append(
@@ -121,6 +127,15 @@ def _expect_requeueable(state: State, update: UpdateRecord, blobs: Payloads, tog
             f"The payload of update {name} is no longer kept (retention collected it). Restore it from a backup, or let the node "
             "train anew."
         )
+
+
+def _expect_whole(updates: Sequence[UpdateRecord], blobs: Payloads) -> None:
+    for update in updates:
+        if not blobs.holds(update.manifest.payload.digest_sha256):
+            raise refused(
+                f"The payload of update {update.update_id[:12]} is still gone or damaged: {update.reason} Restore the blob, or let "
+                "the node train anew."
+            )
 
 
 def _words(update: UpdateRecord) -> str:

@@ -6,10 +6,12 @@ In: records. Out: messages; nothing is looked up elsewhere and nothing is change
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 
 from central.fleet.presence import NodePresence
+from central.fleet.tokens import TokenState, token_state
 from central.intake.service import update_state
-from central.journal import EvaluationRecord, Event, NodeRecord, ReleaseRecord, State, UpdateRecord
+from central.journal import EvaluationRecord, Event, NodeRecord, ReleaseRecord, State, TokenRecord, UpdateRecord
 from central.journal.records import ForgetStateName, ReleaseStateName
 from central.operator.forgetting import Proposal
 from central.operator.waiting import waits_for
@@ -34,6 +36,12 @@ _FORGET_STATES: dict[ForgetStateName, operator_pb2.ForgetState] = {
     "rejected": operator_pb2.FORGET_STATE_REJECTED,
     "failed": operator_pb2.FORGET_STATE_FAILED,
 }
+_TOKEN_STATES: dict[TokenState, operator_pb2.TokenState] = {
+    "usable": operator_pb2.TOKEN_STATE_USABLE,
+    "used up": operator_pb2.TOKEN_STATE_USED_UP,
+    "expired": operator_pb2.TOKEN_STATE_EXPIRED,
+    "revoked": operator_pb2.TOKEN_STATE_REVOKED,
+}
 _METHODS = {"replay": operator_pb2.FORGET_METHOD_REPLAY, "subtract": operator_pb2.FORGET_METHOD_SUBTRACT}
 
 
@@ -48,6 +56,21 @@ def node_message(node: NodeRecord, presence: NodePresence) -> operator_pb2.Node:
         status=presence.status,
         quarantine=node.quarantine,
         silent_since=node.silent_since,
+    )
+
+
+def token_message(token: TokenRecord, now: datetime) -> operator_pb2.Token:
+    return operator_pb2.Token(
+        token_id=token.token_id,
+        cohort=token.cohort,
+        state=_TOKEN_STATES[token_state(token, now)],
+        uses=token.uses,
+        used=token.used,
+        created_at=token.created_at,
+        expires_at=token.expires_at,
+        node_ids=token.nodes,
+        readmits=token.readmits,
+        reason=token.revoked,
     )
 
 

@@ -17,12 +17,19 @@ from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
 from central.fleet.quarantine import quarantine_node, release_node
 from central.fleet.revocation import revoke_node, unknown_node
-from central.fleet.tokens import create_token, expect_sensible
+from central.fleet.tokens import create_token, expect_sensible, revoke_token
 from central.journal import Journal, NodeRecord, ReleaseRecord, State
 from central.operator.contributions import requeue, set_aside
 from central.operator.forgetting import Proposal, cancel_forget, describe, order_forget, propose_forget
 from central.operator.lineage import diff_releases, explain_release
-from central.operator.listing import event_message, forget_message, node_message, release_message, update_message
+from central.operator.listing import (
+    event_message,
+    forget_message,
+    node_message,
+    release_message,
+    token_message,
+    update_message,
+)
 from central.registry import BlobStore, Registry
 from central.registry.registry import unknown_cohort
 from central.settings import ChannelSettings
@@ -60,6 +67,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         channels: ChannelSettings,
         collector: Collector,
         failure: Callable[[str], str],
+        shortage: Callable[[], str],
     ) -> None:
         self._journal = journal
         self._registry = registry
@@ -69,6 +77,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self._ca_pem = ca_pem
         self._collector = collector
         self._failure = failure
+        self._shortage = shortage
         self._channels = channels
 
     async def ListNodes(
@@ -82,18 +91,41 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     async def CreateToken(
         self, request: operator_pb2.CreateTokenRequest, context: Context
     ) -> operator_pb2.CreateTokenResponse:
-        def create(by: str) -> str:
+        def create(by: str) -> tuple[str, str]:
             expect_sensible(request.uses, request.valid_s)
             self._registry.ensure_cohort(request.cohort)
-            return create_token(self._journal, self._ca_pem, request.cohort, request.uses, request.valid_s, by)
+            return create_token(
+                self._journal, self._ca_pem, request.cohort, request.uses, request.valid_s, by, request.readmit_node_id
+            )
 
-        return operator_pb2.CreateTokenResponse(token=await self._ask(context, create))
+        token, token_id = await self._ask(context, create)
+        return operator_pb2.CreateTokenResponse(token=token, token_id=token_id)
+
+    async def ListTokens(
+        self, request: operator_pb2.ListTokensRequest, context: Context
+    ) -> operator_pb2.ListTokensResponse:
+        def list_tokens(by: str) -> list[operator_pb2.Token]:
+            now = self._journal.now()
+            with self._journal.read() as state:
+                _expect_cohort(state, request.cohort)
+                tokens = [token for token in state.tokens.values() if request.cohort in ("", token.cohort)]
+                return [token_message(token, now) for token in tokens]
+
+        return operator_pb2.ListTokensResponse(tokens=await self._ask(context, list_tokens))
+
+    async def RevokeToken(
+        self, request: operator_pb2.RevokeTokenRequest, context: Context
+    ) -> operator_pb2.RevokeTokenResponse:
+        token = await self._ask(context, lambda by: revoke_token(self._journal, request.token_id, by))
+        return operator_pb2.RevokeTokenResponse(token=token_message(token, self._journal.now()))
 
     async def RevokeNode(
         self, request: operator_pb2.RevokeNodeRequest, context: Context
     ) -> operator_pb2.RevokeNodeResponse:
-        await self._ask(context, lambda by: revoke_node(self._journal, request.node_id, by))
-        return operator_pb2.RevokeNodeResponse()
+        done = await self._ask(context, lambda by: revoke_node(self._journal, request.node_id, by))
+        return operator_pb2.RevokeNodeResponse(
+            token_id=done.token_id, ended_uses=done.ended_uses, other_node_ids=done.others
+        )
 
     async def ListReleases(
         self, request: operator_pb2.ListReleasesRequest, context: Context
@@ -107,7 +139,8 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                     if request.cohort in ("", release.cohort)
                 ]
 
-        return operator_pb2.ListReleasesResponse(releases=await self._ask(context, list_releases))
+        releases = await self._ask(context, list_releases)
+        return operator_pb2.ListReleasesResponse(releases=releases, standstills=self._standstills(request.cohort))
 
     async def GetRelease(
         self, request: operator_pb2.GetReleaseRequest, context: Context
@@ -162,7 +195,8 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
                 updates = state.updates_of(request.node_id) if request.node_id else state.updates.values()
                 return [update_message(update) for update in updates if request.cohort in ("", update.cohort)]
 
-        return operator_pb2.ListUpdatesResponse(updates=await self._ask(context, list_updates))
+        updates = await self._ask(context, list_updates)
+        return operator_pb2.ListUpdatesResponse(updates=updates, standstills=self._standstills(request.cohort))
 
     async def RequeueUpdates(
         self, request: operator_pb2.RequeueUpdatesRequest, context: Context
@@ -248,6 +282,13 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
     def _forget_message(self, proposal: Proposal) -> operator_pb2.ForgetOrder:
         with self._journal.read() as state:
             return forget_message(state, proposal, self._failure(proposal.order.cohort))
+
+    def _standstills(self, cohort: str) -> list[operator_pb2.Standstill]:
+        """What does not go on at present, of one cohort or (empty) of all; uploads concern every cohort."""
+        with self._journal.read() as state:
+            cohorts = [name for name in state.cohorts() if cohort in ("", name)]
+        reasons = [(name, self._failure(name)) for name in cohorts] + [("", self._shortage())]
+        return [operator_pb2.Standstill(cohort=name, reason=reason) for name, reason in reasons if reason]
 
     def _message(self, release: ReleaseRecord) -> operator_pb2.Release:
         with self._journal.read() as state:

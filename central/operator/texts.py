@@ -187,3 +187,13 @@ def _change(module: operator_pb2.ModuleChange) -> str:
 
 def _rate(passed: int, total: int) -> str:
     return f"{100 * passed / total:.1f} % ({passed} of {total})" if total else "not measured"
+
+
+def revoked(node_id: str, done: operator_pb2.RevokeNodeResponse) -> Iterator[str]:
+    """What a revocation did."""
+    yield f"Node {node_id} is revoked: neither its key nor its name is enrolled again, but for `central tokens create --readmit {node_id}`."
+    if done.ended_uses:
+        left = "The use" if done.ended_uses == 1 else f"The {done.ended_uses} uses"
+        yield f"{left} left of the token that it came with ({done.token_id}) ended too."
+    if done.other_node_ids:
+        yield f"Nodes that came with the same token and stay: {', '.join(done.other_node_ids)}."

@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 
 from central.errors import StorageError
 from protos.manifest import sha256_hex
 
 OWNER = "owner"
-"""Name of the mark at the top of a store that says whose it is; no blob is called so."""
+"""Name of the note at the top of a store that says whose it is. Notes are no blobs."""
+LOOKED_FOR = 100
+"""Blobs that a store without a mark is searched for."""
 
 
 class BlobLost(StorageError):
-    """A blob is not there, or its bytes were altered: reading it again does not help."""
+    """A blob is not there, was altered, or cannot be read while the store answers: reading it again does not help.
+
+    The store may still be at fault as a whole, for example a volume that is not mounted: then its other blobs are lost too.
+    """
+
+
+def is_digest(name: str) -> bool:
+    """Whether a file of this name is a blob."""
+    return len(name) == 64 and set(name) <= set("0123456789abcdef")
 
 
 class BlobStore(ABC):
@@ -54,19 +66,23 @@ class BlobStore(ABC):
 
     @abstractmethod
     def _read(self, digest: str) -> bytes:
-        """All bytes; raises StorageError when it is absent."""
+        """All bytes; raises BlobLost when it is absent or unreadable."""
 
     @abstractmethod
-    def _owner(self) -> str | None:
-        """What the mark says; None when there is none."""
+    def digests(self) -> Iterator[str]:
+        """Every blob that is there; one listing, so call it seldom."""
 
     @abstractmethod
-    def _mark(self, owner: str) -> None:
-        """Write the mark, whole and durable."""
+    def read_note(self, name: str) -> bytes | None:
+        """A small file at the top of the store; None when there is none."""
 
     @abstractmethod
-    def _mark_where(self) -> str:
-        """Where the mark lies or would lie, for messages."""
+    def write_note(self, name: str, data: bytes) -> None:
+        """Write or replace a note, whole and durable."""
+
+    @abstractmethod
+    def note_where(self, name: str) -> str:
+        """Where a note lies or would lie, for messages."""
 
     def claim(self, owner: str) -> None:
         """Mark the store as that of the central `owner` (Pki.identity), before anything else is written here; raises StorageError when
@@ -75,14 +91,35 @@ class BlobStore(ABC):
         Not every object store has a conditional write, so this is none: of two that claim at the same moment both may go on. The later
         mark stays, and the other central is refused at its next start.
         """
-        if self._owner() is None:
-            self._mark(owner)
-        if (found := self._owner()) != owner:
+        if self.owner() is None:
+            self.write_note(OWNER, f"{owner}\n".encode())
+        self.expect_owner(owner)
+
+    def expect_owner(self, owner: str) -> None:
+        """Raises StorageError when the store is marked as another central's; writes nothing."""
+        if (found := self.owner()) not in (owner, None):
             raise StorageError(
-                f"The blobs beside {self._mark_where()} are those of another central: the mark says {(found or 'nothing')[:12]!r}, this "
-                f"one is {owner[:12]!r}. Two that share a store delete each other's payloads. Set CENTRAL_BLOBS__URL to a place of this "
-                f"central's own. To hand the store over, stop the other central for good and remove {self._mark_where()}; this one marks "
-                "it at its next start."
+                f"The blobs beside {self.note_where(OWNER)} are those of another central: the mark "
+                f"says {(found or 'nothing')[:12]!r}, this one is {owner[:12]!r}. Two that share a "
+                "store delete each other's payloads. Set CENTRAL_BLOBS__URL to a place of this "
+                "central's own. To hand the store over, stop the other central for good and "
+                f"remove {self.note_where(OWNER)}; remove `head` beside it too, if it is there; "
+                "this one marks it at its next start."
+            )
+
+    def owner(self) -> str | None:
+        """Whose store it is marked to be; None: not marked."""
+        note = self.read_note(OWNER)
+        return None if note is None else note.decode(errors="replace").strip()
+
+    def expect_some(self, digests: Collection[str]) -> None:
+        """Raises StorageError when the store has neither a mark nor any of the first blobs that the journal names: then it is another
+        place than before, and every update would seem lost. Before `claim`."""
+        first = list(islice(digests, LOOKED_FOR))
+        if first and self.owner() is None and not any(digest in self for digest in first):
+            raise StorageError(
+                f"The journal names {len(digests)} payloads, and none of the first {len(first)} is beside {self.note_where(OWNER)}. Mount "
+                "the volume, set CENTRAL_BLOBS__URL to the place they lie in, or restore them from a backup."
             )
 
     def read(self, digest: str) -> bytes:
@@ -91,6 +128,14 @@ class BlobStore(ABC):
         if (found := sha256_hex(data)) != digest:
             raise self.altered(digest, found)
         return data
+
+    def holds(self, digest: str) -> bool:
+        """Whether the blob is there with all its bytes as they were; reads it. Raises StorageError when the store is away."""
+        try:
+            self.read(digest)
+        except BlobLost:
+            return False
+        return True
 
     def prepare(self) -> None:
         """Get ready for the one central that writes here: a small blob is written, read and deleted. Raises StorageError."""
@@ -103,6 +148,12 @@ class BlobStore(ABC):
     def absent(self, digest: str) -> BlobLost:
         """What to raise for a blob that is not there."""
         return BlobLost(f"Blob {digest} is not at {self.where(digest)}. Restore the blobs from a backup.")
+
+    def unreadable(self, digest: str, cause: str) -> BlobLost:
+        """What to raise for a blob that the store has and does not give."""
+        return BlobLost(
+            f"Blob {self.where(digest)} cannot be read: {cause}. Mend its permissions or its disk, or restore it from a backup."
+        )
 
     def altered(self, digest: str, found: str) -> BlobLost:
         """What to raise for a blob whose bytes have the digest `found`."""

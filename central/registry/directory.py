@@ -1,13 +1,16 @@
 """Blobs in a local directory: the default.
 
 Blobs lie at `<root>/<first two digits>/<digest>`. Durable means fsync, rename, fsync of the directory. Without `prepare`
-nothing is made or cleared up, so that a reader may stand beside the central that writes.
+nothing is made or cleared up, so that a reader may stand beside the central that writes. A damaged blob is replaced when its
+bytes come again.
 """
 
 from __future__ import annotations
 
+import errno
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from central import faults
@@ -22,8 +25,21 @@ from central.durable import (
     sync_file,
     write_file,
 )
-from central.registry.blobs import OWNER, BlobStore
+from central.registry.blobs import BlobStore, is_digest
 from protos.manifest import sha256_hex
+
+_OF_ONE_FILE = (
+    errno.EACCES,
+    errno.EBADMSG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EUCLEAN,
+)
+"""Errors that stay with a file however often it is read; others (too many open files, a network disk that is away) pass."""
 
 
 class DirectoryBlobs(BlobStore):
@@ -31,6 +47,11 @@ class DirectoryBlobs(BlobStore):
 
     def __init__(self, root: Path) -> None:
         self._root = root
+
+    @property
+    def root(self) -> Path:
+        """Where the blobs lie."""
+        return self._root
 
     def prepare(self) -> None:
         """Remove what a killed process left unfinished, and try the directory."""
@@ -46,7 +67,7 @@ class DirectoryBlobs(BlobStore):
     def put(self, data: bytes) -> str:
         digest = sha256_hex(data)
         path = self._place(digest)
-        if not path.is_file():
+        if not self._is_kept(path, digest, len(data)):
             write_file(path, data)
         return digest
 
@@ -55,9 +76,8 @@ class DirectoryBlobs(BlobStore):
         with storage(file):
             sync_file(file)
             faults.reach("blob.written")
-            if path.is_file() and path.stat().st_size != file.stat().st_size:
-                path.unlink()  # damaged: no link would take its place
-            if not publish_link(file, path):
+            damaged = path.exists() and not self._is_kept(path, digest, file.stat().st_size)
+            if damaged or not publish_link(file, path):  # no link takes the place of what is there
                 self._copy(file, path)
             faults.reach("blob.published")
 
@@ -81,11 +101,14 @@ class DirectoryBlobs(BlobStore):
         return str(self._at(digest))
 
     def path(self, digest: str) -> Path:
-        """Where the blob lies; raises StorageError when it is absent."""
+        """Where the blob lies; raises BlobLost when it is absent or out of reach."""
         path = self._at(digest)
-        if not path.is_file():
-            raise self.absent(digest)
-        return path
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:
+            raise self.unreadable(digest, error.strerror or str(error)) from error
+        raise self.absent(digest)
 
     def __contains__(self, digest: object) -> bool:
         return self._at(str(digest)).is_file()
@@ -93,19 +116,30 @@ class DirectoryBlobs(BlobStore):
     def _read(self, digest: str) -> bytes:
         path = self.path(digest)
         with storage(path):
-            return path.read_bytes()
+            try:
+                return path.read_bytes()
+            except OSError as error:
+                if error.errno in _OF_ONE_FILE:
+                    raise self.unreadable(digest, error.strerror or str(error)) from error
+                raise
 
-    def _owner(self) -> str | None:
-        path = self._root / OWNER
+    def digests(self) -> Iterator[str]:
+        with storage(self._root):
+            for path in self._root.glob("??/*"):
+                if is_digest(path.name):
+                    yield path.name
+
+    def read_note(self, name: str) -> bytes | None:
+        path = self._root / name
         with storage(path):
-            return path.read_text().strip() if path.is_file() else None
+            return path.read_bytes() if path.is_file() else None
 
-    def _mark(self, owner: str) -> None:
+    def write_note(self, name: str, data: bytes) -> None:
         make_directory(self._root)
-        write_file(self._root / OWNER, f"{owner}\n".encode())
+        write_file(self._root / name, data)
 
-    def _mark_where(self) -> str:
-        return str(self._root / OWNER)
+    def note_where(self, name: str) -> str:
+        return str(self._root / name)
 
     def _copy(self, file: Path, path: Path) -> None:
         copy = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
@@ -118,6 +152,11 @@ class DirectoryBlobs(BlobStore):
             except BaseException:
                 copy.unlink(missing_ok=True)
                 raise
+
+    def _is_kept(self, path: Path, digest: str, size: int) -> bool:
+        """Whether the blob at `path` is whole. Its bytes are read only when it seems to be: the same bytes rarely come twice."""
+        with storage(path):
+            return path.is_file() and path.stat().st_size == size and self.holds(digest)
 
     def _at(self, digest: str) -> Path:
         return self._root / digest[:2] / digest

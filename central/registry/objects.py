@@ -17,7 +17,7 @@ from typing import Any
 from central import faults
 from central.durable import TEMPORARY_SUFFIX, storage
 from central.errors import SettingsError, StorageError
-from central.registry.blobs import OWNER, BlobStore
+from central.registry.blobs import BlobStore, is_digest
 from protos.manifest import sha256_hex
 
 WHOLE_OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"})
@@ -51,7 +51,7 @@ class ObjectBlobs(BlobStore):
 
     def put(self, data: bytes) -> str:
         digest = sha256_hex(data)
-        if self._size(digest) != len(data):
+        if self._size(digest) != len(data) or not self.holds(digest):
             self._write(self._key(digest), lambda key: self._files.pipe_file(key, data))
         return digest
 
@@ -59,7 +59,7 @@ class ObjectBlobs(BlobStore):
         with storage(file):
             size = file.stat().st_size
         faults.reach("blob.written")
-        if self._size(digest) != size:
+        if self._size(digest) != size or not self.holds(digest):
             self._write(self._key(digest), lambda key: self._files.put_file(str(file), key, **self._put_options))
             if (kept := self._size(digest)) != size:
                 raise StorageError(
@@ -97,19 +97,29 @@ class ObjectBlobs(BlobStore):
                 return bytes(self._files.cat_file(self._key(digest)))
             except FileNotFoundError as error:
                 raise self.absent(digest) from error
+            except PermissionError as error:  # also what S3 says of an absent object to who may not list the bucket
+                raise self.unreadable(digest, f"the store forbids it ({error})") from error
 
-    def _owner(self) -> str | None:
+    def digests(self) -> Iterator[str]:
         with self._asking():
             try:
-                return bytes(self._files.cat_file(f"{self._root}/{OWNER}")).decode(errors="replace").strip()
+                names = [key.rpartition("/")[2] for key in self._files.find(self._root)]
+            except FileNotFoundError:  # nothing was ever put there
+                names = []
+        return filter(is_digest, names)
+
+    def read_note(self, name: str) -> bytes | None:
+        with self._asking():
+            try:
+                return bytes(self._files.cat_file(f"{self._root}/{name}"))
             except FileNotFoundError:
                 return None
 
-    def _mark(self, owner: str) -> None:
-        self._write(f"{self._root}/{OWNER}", lambda key: self._files.pipe_file(key, f"{owner}\n".encode()))
+    def write_note(self, name: str, data: bytes) -> None:
+        self._write(f"{self._root}/{name}", lambda key: self._files.pipe_file(key, data))
 
-    def _mark_where(self) -> str:
-        return f"{self._shown}/{OWNER}"
+    def note_where(self, name: str) -> str:
+        return f"{self._shown}/{name}"
 
     def _key(self, digest: str) -> str:
         return f"{self._root}/{digest[:2]}/{digest}"

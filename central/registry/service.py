@@ -1,29 +1,35 @@
 """ReleaseService: releases and candidates for nodes.
 
-In: calls of enrolled nodes. Out: signed manifests, payloads from any offset, and evaluation reports in the journal.
-Guarantees: a node sees only releases of its own cohort; the first report of a node for an offer counts.
+In: calls of enrolled nodes. Out: signed manifests, payloads from any offset, and evaluation reports
+in the journal. Guarantees: a node sees only releases of its own cohort; no node gets the last bytes
+of a payload that is not what was released; the first report of a node for an offer counts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from central.clock import wall_time
 from central.errors import Reason, Refused
-from central.fleet.identity import Authenticator
+from central.fleet.identity import Authenticator, Permission
 from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord, State
 from central.registry.blobs import BlobStore
 from central.registry.registry import CHANNELS, expect_kept
 from central.registry.reports import MAX_REASON, check_report, check_results, plain_result
-from protos.manifest import CHUNK_BYTES
+from protos.manifest import CHUNK_BYTES, Payload
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
 log = logging.getLogger(__name__)
+SKIP_BYTES = 4 << 20
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -72,9 +78,12 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
                 Reason.WRONG_OFFSET,
                 f"Offset {request.offset} is beyond the payload's {payload.size_bytes} bytes. Start again from 0.",
             )
+        found = hashlib.sha256()
+        await asyncio.to_thread(self._skip, payload, request.offset, found)
+        permission = Permission(self._authenticator, self._authenticator.peer(context))
         for begin in range(request.offset, payload.size_bytes, CHUNK_BYTES):
-            end = min(begin + CHUNK_BYTES, payload.size_bytes)
-            chunk = await asyncio.to_thread(self._blobs.read_range, payload.digest_sha256, begin, end)
+            await permission.expect()
+            chunk = await asyncio.to_thread(self._read, payload, begin, found)
             yield releases_pb2.DownloadResponse(chunk=chunk)
 
     async def ReportEvaluation(
@@ -83,6 +92,29 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
         node = await self._authenticator.node(context)
         await asyncio.to_thread(self._report, node, request)
         return releases_pb2.ReportEvaluationResponse()
+
+    def _skip(self, payload: Payload, offset: int, found: Hash) -> None:
+        """Read what the node has already: the digest is over all of it."""
+        for begin in range(0, offset, SKIP_BYTES):
+            end = min(begin + SKIP_BYTES, offset)
+            found.update(self._blobs.read_range(payload.digest_sha256, begin, end))
+        if offset == payload.size_bytes:
+            self._expect_intact(payload, found)
+
+    def _read(self, payload: Payload, begin: int, found: Hash) -> bytes:
+        """The next chunk. The last one only when all that was read is what was released; raises
+        BlobLost.
+        """
+        end = min(begin + CHUNK_BYTES, payload.size_bytes)
+        chunk = self._blobs.read_range(payload.digest_sha256, begin, end)
+        found.update(chunk)
+        if end == payload.size_bytes:
+            self._expect_intact(payload, found)
+        return chunk
+
+    def _expect_intact(self, payload: Payload, found: Hash) -> None:
+        if found.hexdigest() != payload.digest_sha256:
+            raise self._blobs.altered(payload.digest_sha256, found.hexdigest())
 
     def _head(self, cohort: str, channel: str) -> ReleaseRecord:
         with self._journal.read() as state:

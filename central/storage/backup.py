@@ -26,8 +26,8 @@ from central import __version__, faults
 from central.durable import TEMPORARY_SUFFIX, make_directory, publish, storage, write_file
 from central.errors import StorageError
 from central.file_lock import FileLock
-from central.journal import State, read_journal, utc_now
-from central.journal.journal import replay
+from central.history import verify_history
+from central.journal import Event, State, utc_now
 from central.journal.payloads import stored_blobs
 from central.registry import BlobStore, DirectoryBlobs, open_blobs
 from central.settings import CentralSettings
@@ -94,7 +94,7 @@ def _copy(settings: CentralSettings, work: Path, target: BlobStore, progress: Pr
     source, copied = open_blobs(settings), 0
     missing: set[str] = set()
     for _ in range(ATTEMPTS):
-        state, digest = _export(settings.journal_url, work / JOURNAL)
+        state, digest = _export(settings, source, work / JOURNAL)
         faults.reach("backup.journal")
         wanted = stored_blobs(state)
         if lost := sorted(missing & wanted.keys()):
@@ -119,15 +119,19 @@ def _copy(settings: CentralSettings, work: Path, target: BlobStore, progress: Pr
     )
 
 
-def _export(url: str, path: Path) -> tuple[State, str]:
-    """Write the journal as it is now; returns its state and the file's SHA-256."""
-    state, digest = State(), hashlib.sha256()
+def _export(settings: CentralSettings, store: BlobStore, path: Path) -> tuple[State, str]:
+    """Write the journal as it is now; returns its state and the file's SHA-256. Raises StorageError
+    for one that is not whole.
+    """
+    digest = hashlib.sha256()
     with storage(path), path.open("wb") as stream:
-        for event in read_journal(url):
-            replay(state, event)
+
+        def write(event: Event) -> None:
             line = event_line(event)
             digest.update(line)
             stream.write(line)
+
+        state = verify_history(settings.data_dir, settings.journal_url, store, also=write)
         stream.flush()
         os.fsync(stream.fileno())
     return state, digest.hexdigest()

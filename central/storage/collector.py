@@ -3,30 +3,38 @@
 In: the policy. Out: events that say which blobs went and why, and a store without them. Guarantees: the event is durable before the
 first blob is deleted, so that a blob that is gone is always explained; what a kill left undeleted is deleted at the next start or
 run. Both the choice and each deletion are made under the journal's lock, and whoever names a blob in an event makes sure under the
-same lock that it is there (Admission, Registry), so a concurrent upload or merge never loses its blob.
+same lock that it is there (Admission, Registry), so a concurrent upload or merge never loses its blob. On a full disk the events
+are written into the room of the ballast (central/space.py).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from central import faults
-from central.errors import CentralError, StorageError
+from central.errors import CentralError, StorageError, StorageFull
 from central.intake.partial import PartialUploads
 from central.journal import EventKind, Journal, NewEvent, State
 from central.registry import BlobStore
 from central.settings import RetentionSettings
-from central.storage.retention import Collectable, collectable
+from central.space import Space
+from central.storage.retention import Collectable, collectable, superseded
 from protos.manifest import canonical_json, sha256_hex
 
 log = logging.getLogger(__name__)
 
 BLOBS_PER_EVENT = 1000
 DAY_S = 24 * 3600.0
+ROOM = "central, to make room"
+"""Who collected what went before its days were over."""
+ROOM_PAUSE_S = 10.0
+"""After a look that found nothing to collect on a disk that is nearly full."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,17 @@ class Collector:
         uploads: PartialUploads,
         policy: RetentionSettings,
         clock: Callable[[], datetime] | None = None,
+        space: Space | None = None,
     ) -> None:
+        """`space`: whose ballast is given back when the disk is full; None: there is none."""
         self._journal = journal
         self._blobs = blobs
         self._uploads = uploads
         self._policy = policy
         self._clock = clock or journal.now
+        self._space = space
         self._one_at_a_time = threading.Lock()
+        self._tried_at = -math.inf
 
     def preview(self) -> Collection:
         """What `collect` would take now."""
@@ -70,14 +82,27 @@ class Collector:
 
     def collect(self, by: str) -> Collection:
         """Collect what may go; raises StorageError when the store refuses, and the next run goes on from there."""
-        with self._one_at_a_time:
-            self._finish()
-            taken = self._record(by)
-            self._finish()
+        taken = self._collect(by, lambda state: collectable(state, self._clock(), self._policy))
         count, size_bytes = self._uploads.stale(self._policy.uploads_days * DAY_S, drop=True)
         if taken or count:
             log.info("blobs collected", extra={"blobs": len(taken), "uploads": count, "by": by})
         return Collection(tuple(taken), count, size_bytes)
+
+    def make_room(self, node_id: str | None) -> bool:
+        """Collect what never merges before its days are over: of one node whose quota is used up, or (None) of all because a disk is
+        nearly full. True when something went. Raises StorageError.
+        """
+        if node_id is None and time.monotonic() - self._tried_at < ROOM_PAUSE_S:
+            return False  # every upload that is refused asks
+        taken = self._collect(ROOM, lambda state: superseded(state, node_id))
+        count = 0
+        if node_id is None:
+            count, _ = self._uploads.stale(DAY_S, drop=True)
+            self._tried_at = -math.inf if taken or count else time.monotonic()
+        if taken or count:
+            fields = {"node_id": node_id, "blobs": len(taken), "uploads": count}
+            log.warning("room made before its time", extra=fields)
+        return bool(taken or count)
 
     def recover(self) -> None:
         """Delete what a kill left of a recorded collection, and uploads that no node went on with; at the start of central."""
@@ -95,17 +120,40 @@ class Collector:
             except CentralError:  # the disk may be back next time; a merge or an upload would say so too
                 log.exception("retention failed; it tries again", extra={"every_hours": self._policy.every_hours})
 
-    def _record(self, by: str) -> list[Collectable]:
+    def _collect(self, by: str, choose: Callable[[State], Sequence[Collectable]]) -> list[Collectable]:
+        """Delete what `choose` finds; a part at a time, so that a full disk has to take only one event before it has room."""
+        taken: list[Collectable] = []
+        with self._one_at_a_time:
+            try:
+                self._finish()
+                while found := self._record(by, choose):
+                    taken += found
+                    self._finish()
+            finally:
+                if self._space is not None:
+                    self._space.take_ballast()
+        return taken
+
+    def _record(self, by: str, choose: Callable[[State], Sequence[Collectable]]) -> list[Collectable]:
         with self._journal.read() as state:
-            found = [self._sized(blob) for blob in collectable(state, self._clock(), self._policy)]
-            events = []
-            for begin in range(0, len(found), BLOBS_PER_EVENT):
-                blobs = [dict(vars(blob)) for blob in found[begin : begin + BLOBS_PER_EVENT]]
-                body = {"blobs": blobs, "by": by}
-                subject = sha256_hex(canonical_json({"after": state.sequence, **body}))
-                events.append(NewEvent(EventKind.BLOBS_COLLECTED, subject=subject, body=body))
-            self._journal.append(*events)
+            found = [self._sized(blob) for blob in choose(state)[:BLOBS_PER_EVENT]]
+            if not found:
+                return []
+            body = {"blobs": [dict(vars(blob)) for blob in found], "by": by}
+            subject = sha256_hex(canonical_json({"after": state.sequence, **body}))
+            self._append(NewEvent(EventKind.BLOBS_COLLECTED, subject=subject, body=body))
             return found
+
+    def _append(self, event: NewEvent) -> None:
+        """On a full disk, in the room of the ballast."""
+        try:
+            self._journal.append(event)
+        except StorageFull:
+            if self._space is None:
+                raise
+            log.warning("disk full: the ballast is given back", extra={"kind": event.kind})
+            self._space.release_ballast()
+            self._journal.append(event)
 
     def _finish(self) -> None:
         with self._journal.read() as state:
@@ -116,7 +164,7 @@ class Collector:
                     if _is_marked(state, digest, collection_id):
                         self._blobs.delete(digest)
                 faults.reach("retention.deleted")
-            self._journal.append(NewEvent(EventKind.COLLECTION_FINISHED, subject=collection_id))
+            self._append(NewEvent(EventKind.COLLECTION_FINISHED, subject=collection_id))
 
     def _sized(self, blob: Collectable) -> Collectable:
         """The journal does not name the size of every blob."""

@@ -51,6 +51,8 @@ def add_restore(commands: Any) -> None:
     restore.add_argument("directory", type=Path, help="where `central backup` wrote to")
     restore.add_argument("--backup", metavar="NAME", help="one of its backups (default: the newest)")
     restore.add_argument("--check", action="store_true", help="only check the backup, every payload of it")
+    text = "also when central recorded events after the backup that are then lost (the blob store or journal.head knows of them)"
+    restore.add_argument("--accept-loss", action="store_true", help=text)
     json_option(restore)
 
 
@@ -78,7 +80,7 @@ def _restore(settings: CentralSettings, options: Options) -> None:
     if options.check:
         check_backup(source, _bar("blobs checked"))
     else:
-        restore(settings, source, _bar("blobs"))
+        restore(settings, source, _bar("blobs"), options.accept_loss)
     manifest = source.manifest
     if options.json:
         print(json.dumps({"path": str(source.path), "restored": not options.check, **manifest.model_dump()}))

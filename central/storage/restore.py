@@ -22,7 +22,11 @@ from central.durable import TEMPORARY_SUFFIX, storage, sync_directory, write_fil
 from central.errors import StorageError
 from central.file_lock import DataLock
 from central.fleet.pki import identity_of
-from central.journal import State, WriterLock, count_events, import_journal, verify_journal
+from central.heads import FILE as HEAD_FILE
+from central.heads import keep_head, kept_heads
+from central.history import JournalLost, expect_sealed, expect_whole
+from central.journal import Event, State, WriterLock, count_events, import_journal, verify_journal
+from central.journal.head import Head
 from central.journal.journal import replay
 from central.journal.lock import SUFFIX as LOCK_SUFFIX
 from central.journal.payloads import stored_blobs
@@ -45,6 +49,10 @@ class Source:
     manifest: BackupManifest
     state: State
     blobs: BlobStore
+    last: Event | None
+    """The last event of its journal."""
+    release_key_pem: bytes
+    """Public part of the key that signed it."""
 
     @property
     def wanted(self) -> list[str]:
@@ -62,8 +70,10 @@ def open_backup(directory: Path, name: str | None) -> Source:
     with storage(path / JOURNAL), (path / JOURNAL).open("rb") as stream:
         while part := stream.read(1 << 20):
             digest.update(part)
+    last: Event | None = None
     for event in read_events(path / JOURNAL):
         replay(state, event)
+        last = event
     found = (state.sequence, state.last_hash, digest.hexdigest())
     if found != (manifest.events, manifest.last_hash, manifest.journal_sha256):
         raise StorageError(
@@ -77,8 +87,12 @@ def open_backup(directory: Path, name: str | None) -> Source:
             raise StorageError(
                 f"{path / PKI / file} was altered: its digest is {sha256_hex(data)}. Restore another backup."
             )
+    with storage(path / PKI):
+        release_key_pem = (path / PKI / "release.pub.pem").read_bytes()
+    if last is not None:
+        expect_sealed(last, release_key_pem)
     blobs = DirectoryBlobs(directory / BLOBS)
-    source = Source(path, manifest, state, blobs)
+    source = Source(path, manifest, state, blobs, last, release_key_pem)
     missing = [blob for blob in source.wanted if blob not in blobs]
     if missing:
         raise StorageError(
@@ -95,13 +109,22 @@ def check_backup(source: Source, progress: Progress) -> None:
             check_blob(source.blobs, blob)
 
 
-def restore(settings: CentralSettings, source: Source, progress: Progress) -> None:
-    """Make the data directory, the blob store and the journal of `settings` those of the backup; raises StorageError."""
+def restore(settings: CentralSettings, source: Source, progress: Progress, accept_loss: bool = False) -> None:
+    """Make the data directory, the blob store and the journal of `settings` those of the backup;
+    raises StorageError.
+
+    `accept_loss`: also when central is known to have recorded events that the backup does not have.
+    """
     data = settings.data_dir
     with DataLock(data), WriterLock(settings.journal_url):
-        _expect_room(settings, source)
-        faults.reach("restore.begun")
         target = open_blobs(settings)
+        unfinished = _expect_room(settings, source)
+        target.expect_owner(_identity(source))
+        if not accept_loss:
+            _expect_newest(data, target, source)
+        if not unfinished:
+            write_file(data / MARKER, _mark_of(source))
+        faults.reach("restore.begun")
         target.claim(_identity(source))
         target.prepare()
         with progress(source.wanted, len(source.wanted)) as shown:
@@ -125,10 +148,29 @@ def restore(settings: CentralSettings, source: Source, progress: Progress) -> No
                 f"The restored journal ends with hash {state.last_hash}; the backup's manifest says {source.manifest.last_hash}. "
                 "Empty the database and restore again."
             )
+        if (last := source.last) is not None:
+            keep_head(data, target, Head(sequence=last.sequence, hash=last.hash, seal=last.seal))
         with storage(data):
             (data / f"blob{TEMPORARY_SUFFIX}").unlink(missing_ok=True)
             (data / MARKER).unlink()
             sync_directory(data)
+
+
+def _expect_newest(data_dir: Path, target: BlobStore, source: Source) -> None:
+    """Raises StorageError when a head that is still there names an event that the backup does not
+    have.
+    """
+    heads = kept_heads(data_dir, target)
+    wanted = {head.sequence for head in heads.values()}
+    hashes = {e.sequence: e.hash for e in read_events(source.path / JOURNAL) if e.sequence in wanted} if wanted else {}
+    try:
+        expect_whole(heads, hashes.get, source.last, source.release_key_pem)
+    except JournalLost as error:
+        raise StorageError(
+            f"Backup {source.path.name} is older than what central recorded. {error.what} Nothing "
+            "was restored. Restore a newer backup; to give the missing events up for good, repeat "
+            "with --accept-loss."
+        ) from error
 
 
 def expect_no_unfinished_restore(data_dir: Path) -> None:
@@ -155,21 +197,27 @@ def _find(directory: Path, name: str | None) -> Path:
     )
 
 
-def _expect_room(settings: CentralSettings, source: Source) -> None:
-    """Refuse to mix two centrals; mark the data directory as being restored."""
+def _mark_of(source: Source) -> bytes:
+    return (json.dumps({"backup": source.path.name, "last_hash": source.manifest.last_hash}) + "\n").encode()
+
+
+def _expect_room(settings: CentralSettings, source: Source) -> bool:
+    """Refuse to mix two centrals; True when the data directory is marked as being restored from
+    this backup.
+    """
     data, marker = settings.data_dir, settings.data_dir / MARKER
-    mark = json.dumps({"backup": source.path.name, "last_hash": source.manifest.last_hash}) + "\n"
     events = count_events(settings.journal_url)
     if marker.exists():
         with storage(marker):
-            begun = marker.read_text()
-        if begun != mark:
+            begun = marker.read_bytes()
+        if begun != _mark_of(source):
             raise StorageError(
-                f"{data} holds an unfinished restore of another backup ({begun.strip()}). Finish that one, or empty the directory and "
-                "the database."
+                f"{data} holds an unfinished restore of another backup "
+                f"({begun.decode(errors='replace').strip()}). Finish that one, or empty the "
+                "directory and the database."
             )
-        return
-    expected = {DataLock.NAME, "lost+found", *(() if source.manifest.has_keys else (PKI,))}
+        return True
+    expected = {DataLock.NAME, HEAD_FILE, "lost+found", *(() if source.manifest.has_keys else (PKI,))}
     with storage(data):
         strange = sorted(p.name for p in data.iterdir() if p.name not in expected and not p.name.endswith(LOCK_SUFFIX))
     if strange:
@@ -184,7 +232,7 @@ def _expect_room(settings: CentralSettings, source: Source) -> None:
         )
     if not source.manifest.has_keys:
         _expect_kept_keys(data / PKI, source)
-    write_file(marker, mark.encode())
+    return False
 
 
 def _identity(source: Source) -> str:

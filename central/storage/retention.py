@@ -6,9 +6,10 @@ no blob that any record names which is not old enough to go. Bytes that several 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from central.journal import ReleaseRecord, State, UpdateRecord
 from central.journal.payloads import needed_blobs, release_blobs, update_blobs
@@ -22,6 +23,16 @@ class Collectable:
     digest: str
     size_bytes: int
     reason: str
+
+
+def superseded(state: State, node_id: str | None = None) -> list[Collectable]:
+    """Payloads of superseded updates, however new: they never merge. Of one node, or (None) of all. `collectable` without its days."""
+    updates = state.updates.values() if node_id is None else state.updates_of(node_id)
+    found = {u.manifest.payload.digest_sha256 for u in updates if u.state == "superseded" and state.takes_of_quota(u)}
+    if not found:
+        return []
+    at_once = RetentionSettings(superseded_days=0, set_aside_days=math.inf, rejected_days=math.inf)
+    return [blob for blob in collectable(state, datetime.now(UTC), at_once) if blob.digest in found]
 
 
 def collectable(state: State, now: datetime, policy: RetentionSettings) -> list[Collectable]:
@@ -65,4 +76,4 @@ def _release_reason(release: ReleaseRecord, now: datetime, policy: RetentionSett
 
 
 def _is_older(at: str, now: datetime, days: float) -> bool:
-    return now - datetime.fromisoformat(at) >= timedelta(days=days)
+    return days == 0 or (math.isfinite(days) and now - datetime.fromisoformat(at) >= timedelta(days=days))

@@ -10,17 +10,23 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from edge_node.capture.answers import Finished, to_interaction
+from edge_node.errors import EdgeError
 from edge_node.experience import ExperienceStore, Interaction
+from edge_node.problems import Problems
 
 logger = logging.getLogger(__name__)
 
 GROUP = 256
 """Most answers in one transaction."""
+CALM_S = 10.0
+"""Answers are kept again when one is and none was lost for so long."""
+NEXT_STEP = "Check the disk of EDGE_DATA_DIR (space, speed); a longer EDGE_CAPTURE__QUEUE_SIZE bridges a slow one."
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class Recorder:
         *,
         queue_size: int,
         durable_timeout_s: float,
+        problems: Problems,
         parse: Callable[[Finished], Interaction | None] = to_interaction,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._durable_timeout_s = durable_timeout_s
@@ -62,7 +70,13 @@ class Recorder:
         self._queue: queue.Queue[_Entry | None] = queue.Queue(queue_size)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(_Fate, 0)
-        self._failing = False
+        self._problems = problems
+        self._clock = clock
+        self._causes: set[str] = set()
+        """Why answers have been lost in this streak; it ends when none was for CALM_S."""
+        self._lost_at = -CALM_S
+        self._writes = False
+        """Whether the last group reached the disk."""
         self._writer = threading.Thread(target=self._write_groups, name="lorikeet-capture", daemon=True)
         self._writer.start()
 
@@ -96,7 +110,11 @@ class Recorder:
 
     def _write_groups(self) -> None:
         while True:
-            group = [self._queue.get()]
+            try:
+                group = [self._queue.get(timeout=CALM_S if self._causes else None)]
+            except queue.Empty:
+                self._calm_down()
+                continue
             while len(group) < GROUP:
                 try:
                     group.append(self._queue.get_nowait())
@@ -125,10 +143,12 @@ class Recorder:
         if rows:
             try:
                 self._store.add_interactions([row for _, row in rows])
-                fate, self._failing = _Fate.CAPTURED, False
+                fate, self._writes = _Fate.CAPTURED, True
+                self._calm_down()
             except Exception as error:
-                fate = _Fate.LOST
-                self._report(str(error))
+                fate, self._writes = _Fate.LOST, False
+                # Another error's words might quote the answer, and the cause goes to central.
+                self._report(str(error) if isinstance(error, EdgeError) else type(error).__name__)
             for entry, _ in rows:
                 self._settle(entry, fate)
         for loop in {entry.loop for entry in group}:
@@ -148,10 +168,19 @@ class Recorder:
             return True
 
     def _report(self, cause: str) -> None:
-        # Once per streak of failures: a full disk must not fill the log as well.
-        if not self._failing:
-            self._failing = True
+        # Once per streak and cause: a full disk must not fill the log as well.
+        self._lost_at = self._clock()
+        if cause not in self._causes:
+            self._causes.add(cause)
             logger.warning("Interactions are being lost", extra={"cause": cause})
+            text = f"Answers go out but are not kept, so nothing is learnt from them: {cause}."
+            # In a thread of its own: the event loop must not wait for the very disk that does not keep up.
+            threading.Thread(target=self._problems.report, args=("capture", text, NEXT_STEP), daemon=True).start()
+
+    def _calm_down(self) -> None:
+        if self._writes and self._clock() - self._lost_at >= CALM_S:
+            self._causes.clear()
+            self._problems.clear("capture")
 
 
 def _release(waiting: list[asyncio.Future[None]]) -> None:

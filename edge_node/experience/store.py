@@ -206,6 +206,8 @@ class ExperienceStore:
             return self._counted[1]
 
     def _create_schema(self) -> None:
+        if self._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
+            return  # without the write lock: a process that hangs may hold it
         with self._transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:

@@ -19,7 +19,7 @@ from edge_node.environments import Environment, Task, load_environment
 from edge_node.learning.training import load_start
 from edge_node.releases.peft_directory import peft_files
 from edge_node.settings import EnvironmentSpec
-from protos.base import read_base_model
+from protos.base import read_layout
 from protos.lora import LoraTensors
 from protos.manifest import canonical_json, sha256_hex
 
@@ -65,7 +65,7 @@ def compare(
 class _Answerer:
     def __init__(self, base: Path, release: LoraTensors) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for name, data in peft_files(release, read_base_model(base).module_shapes).items():
+            for name, data in peft_files(release, read_layout(base).module_shapes).items():
                 (Path(folder) / name).write_bytes(data)
             self._model = load_start(base, Path(folder) if release.modules else None).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, padding_side="left")

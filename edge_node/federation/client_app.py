@@ -26,13 +26,14 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from edge_node.base_model import read_base
 from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore
 from edge_node.learning.records import plan_round
 from edge_node.releases.evaluation import evaluation_seed
 from edge_node.releases.peft_directory import peft_files
 from edge_node.settings import EdgeSettings, load_settings
-from protos.base import BaseModelInfo, read_base_model
+from protos.base import BaseModelInfo
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, canonical_json, sha256_hex
 
@@ -66,7 +67,7 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
     """The content of the reply to a train message; raises what a round raises, and ValueError for unusable arrays."""
     from edge_node.learning.round import train_on_experience  # torch: only where a round runs
 
-    base = read_base_model(_base(settings))
+    base = read_base(settings)
     arrays = next(iter(content.array_records.values()), ArrayRecord())
     config = dict(next(iter(content.config_records.values()), {}))
     number = int(str(config.get("round", 1)))

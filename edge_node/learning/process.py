@@ -1,7 +1,8 @@
 """The supervisor's handle on the learner: starts it, starts it again, stops it.
 
 In: settings. Runs `python -m edge_node.learning.worker` until `aclose`; the child inherits EDGE_* and dies with this
-process. A learner that ends is started again after a pause that doubles while it keeps ending soon.
+process. A learner that ends is started again after a pause that doubles while it keeps ending soon. It is the problem
+of room `learner` until one has run for a while (problems.calm_s). What it prints goes on to this process's stderr.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 import time
+from contextlib import suppress
 
+from edge_node.problems import Problems, calm_s
 from edge_node.settings import EdgeSettings
 
 log = logging.getLogger(__name__)
@@ -21,6 +25,7 @@ MAX_PAUSE_S = 60.0
 STEADY_S = 60.0
 """A learner that ran this long was healthy: the next pause is short again."""
 STOP_S = 10.0
+LAST_WORDS_BYTES = 4096
 
 # The learner never talks to a hub or a telemetry service, whatever the libraries would like.
 QUIET = {
@@ -39,6 +44,10 @@ class LearnerProcess:
         self._first_pause_s = first_pause_s
         self._child: asyncio.subprocess.Process | None = None
         self._closed = asyncio.Event()
+        self._problems = Problems(settings.data_dir)
+        self._steady_after_s = calm_s(0)
+        self._last_words = ""
+        """The learner's own account of why it ends: the line `learner: ...`, which quotes nobody."""
         self.starts = 0
 
     @property
@@ -56,6 +65,10 @@ class LearnerProcess:
             code = await self._run_once()
             if self._closed.is_set():
                 return
+            self._steady_after_s = calm_s(time.monotonic() - began, last_s=3600)
+            self._problems.report(
+                "learner", f"The learner ended ({self._why(code)}) and is started again.", _next_step(code)
+            )
             if time.monotonic() - began > STEADY_S:
                 pause_s = self._first_pause_s
             log.warning("learner ended", extra={"exit_code": code, "restart_in_s": pause_s})
@@ -66,13 +79,41 @@ class LearnerProcess:
         await self._closed.wait()
 
     async def _run_once(self) -> int:
+        self._last_words = ""
         try:
-            self._child = await asyncio.create_subprocess_exec(*self.command(), env=os.environ | QUIET)
+            self._child = await asyncio.create_subprocess_exec(
+                *self.command(), env=os.environ | QUIET, stderr=asyncio.subprocess.PIPE
+            )
         except OSError as error:  # no memory or no process left: serving goes on, and the learner is tried again
             log.warning("learner not started", extra={"why": str(error)})
+            self._last_words = str(error)
             return error.errno or 1
         self.starts += 1
-        return await self._child.wait()
+        assert self._child.stderr is not None
+        passing_on = asyncio.create_task(self._pass_on(self._child.stderr))
+        steady = asyncio.get_running_loop().call_later(self._steady_after_s, self._problems.clear, "learner")
+        try:
+            code = await self._child.wait()
+            await asyncio.wait({passing_on}, timeout=STOP_S)  # a process of the learner's own may hold the pipe
+            return code
+        finally:
+            steady.cancel()
+            passing_on.cancel()
+
+    async def _pass_on(self, pipe: asyncio.StreamReader) -> None:
+        end = b""
+        while piece := await pipe.read(1 << 16):
+            with suppress(OSError):  # nobody reads our log: the learner must not wait for that
+                sys.stderr.buffer.write(piece)
+                sys.stderr.buffer.flush()
+            end = (end + piece)[-LAST_WORDS_BYTES:]
+            said = [line for line in end.decode(errors="replace").splitlines() if line.startswith("learner: ")]
+            self._last_words = said[-1].removeprefix("learner: ") if said else self._last_words
+
+    def _why(self, code: int) -> str:
+        if self._last_words:
+            return self._last_words
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     async def aclose(self) -> None:
         """Stop the learner; idempotent. A round in progress goes on from its checkpoint at the next start."""
@@ -85,3 +126,9 @@ class LearnerProcess:
         except TimeoutError:
             self._child.kill()
             await self._child.wait()
+
+
+def _next_step(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "If nobody killed it, the memory ran out: give the node more, or lower EDGE_LEARNING__BATCH_OWN and BATCH_ANCHOR."
+    return "Mend what it says; the log of `edge-node serve` has more. Serving goes on meanwhile."

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from edge_node.base_model import read_base
 from edge_node.environments import load_environment
 from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore
@@ -84,15 +85,13 @@ def train_on_experience(
     obsolete: Callable[[], bool] = lambda: False,
 ) -> TrainedRound:
     """The round's training alone: the node's examples up to the plan's cursor, anchors, and `release`'s directory."""
-    if settings.base.path is None:
-        raise SettingsError(
-            "EDGE_BASE__PATH is not set; the learner needs the Hugging Face directory of the base model."
-        )
+    base = read_base(settings)
     store = ExperienceStore(settings.data_dir / "experience.db")
     examples = store.examples(up_to=plan.cursor, limit=plan.max_examples)
     return train_round(
         plan,
-        base=settings.base.path,
+        base=base.path,
+        modules=base.module_shapes,
         release=release if plan.release_rank else None,
         own=[
             Lesson(

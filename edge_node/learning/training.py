@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
@@ -26,6 +26,8 @@ from edge_node.learning.batches import Lesson, TokenRow, end_of_turn, make_rows,
 from edge_node.learning.checkpoints import newest_valid, seal
 from edge_node.learning.grams import EXAMPLES, sketch_grams
 from edge_node.learning.records import RoundPlan
+from edge_node.learning.text_model import load_text_model
+from protos.base import Layout, read_layout
 from protos.lora import LoraModule, LoraTensors
 
 log = logging.getLogger(__name__)
@@ -57,12 +59,14 @@ def train_round(
     anchors: Sequence[Lesson],
     workspace: Path,
     max_length: int | None = None,
+    modules: Collection[str] | None = None,
     obsolete: Callable[[], bool] = lambda: False,
 ) -> TrainedRound:
     """Train, going on from the newest valid checkpoint in `workspace`.
 
     Args:
         release: PEFT directory of the start release; None for a release without modules (version 0).
+        modules: names of the base's modules to train; all of them when None.
         max_length: longest prompt plus answer in tokens; the model's own limit when None.
         obsolete: asked after each step.
 
@@ -71,6 +75,7 @@ def train_round(
         RoundObsolete: `obsolete` said so.
     """
     disable_progress_bar()
+    layout = read_layout(base)
     model = load_start(base, release)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     limit = max_length or getattr(model.config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
@@ -87,7 +92,8 @@ def train_round(
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
-            target_modules="all-linear", task_type="CAUSAL_LM",
+            target_modules=[layout.text_name(name) for name in modules or layout.module_shapes],
+            task_type="CAUSAL_LM",
         ),
         callbacks=[_Sealer(clock, obsolete)],
     )  # fmt: skip
@@ -102,7 +108,7 @@ def train_round(
         "examples": float(len(own)),
         "anchors": float(len(anchors)),
     }
-    tensors = read_factors(trainer.model, plan.alpha)
+    tensors = read_factors(trainer.model, plan.alpha, layout)
     if plan.gram_rank:
         sample = sample_own(plan, tokenizer, own, EXAMPLES, stop=stop, max_length=limit)
         tensors = LoraTensors(tensors.modules, sketch_grams(trainer.model, sample, rank=plan.gram_rank, seed=plan.seed))
@@ -111,14 +117,24 @@ def train_round(
 
 def load_start(base: Path, release: Path | None) -> Any:
     """The base in float32 with the release merged in, frozen by PEFT later."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-    if release is None:
-        return model
-    return PeftModel.from_pretrained(model, str(release)).merge_and_unload(safe_merge=True)
+    model = load_text_model(base)
+    if release is not None:
+        _merge(model, release, read_layout(base))
+    return model
 
 
-def read_factors(model: Any, alpha: float) -> LoraTensors:
-    """Factors of the trained adapter: A float32 [rank, in_features], B float32 [out_features, rank]."""
+def _merge(model: Any, release: Path, layout: Layout) -> None:
+    """Adds B @ A to the weight of each module of the release, whose scale is 1."""
+    factors = load_file(release / "adapter_model.safetensors")
+    ending = ".lora_A.weight"
+    for key in sorted(key for key in factors if key.endswith(ending)):
+        stem = key.removesuffix(ending)
+        weight = model.get_submodule(layout.text_name(stem.removeprefix(_PREFIX))).weight.data
+        weight += factors[f"{stem}.lora_B.weight"] @ factors[key]
+
+
+def read_factors(model: Any, alpha: float, layout: Layout) -> LoraTensors:
+    """Factors of the trained adapter by the base's names: A float32 [rank, in_features], B float32 [out_features, rank]."""
     state = get_peft_model_state_dict(model, adapter_name="default")
     modules = {}
     for key, a in state.items():
@@ -126,7 +142,7 @@ def read_factors(model: Any, alpha: float) -> LoraTensors:
             continue
         stem = key.removesuffix(".lora_A.weight")
         b = state[f"{stem}.lora_B.weight"]
-        modules[stem.removeprefix(_PREFIX)] = LoraModule(
+        modules[layout.base_name(stem.removeprefix(_PREFIX))] = LoraModule(
             A=a.detach().float().cpu().numpy(), B=b.detach().float().cpu().numpy(), scale=alpha / a.shape[0]
         )
     return LoraTensors(modules)

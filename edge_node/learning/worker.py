@@ -21,12 +21,12 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edge_node.errors import AdapterError, EdgeError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.learning.policy import Signals, decide
 from edge_node.learning.records import RoundPlan, RoundStore, plan_round
+from edge_node.logs import log_to_stderr
 from edge_node.releases.peft_directory import directory_rank
 from edge_node.settings import EdgeSettings, load_settings
 from protos.manifest import ManifestError, ReleaseManifest
@@ -183,8 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with_parent(options.parent)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s%(fields)s")
-    logging.getLogger().handlers[0].addFilter(_with_fields)
+    log_to_stderr()
     try:
         settings = load_settings()
         from edge_node.identity import Identity
@@ -197,15 +196,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"learner: the disk of EDGE_DATA_DIR cannot be used: {error}. Free space, or check it.", file=sys.stderr)
         return StorageError.exit_code
     return 0
-
-
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "fields"}
-
-
-def _with_fields(record: logging.LogRecord) -> bool:
-    fields: dict[str, Any] = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-    record.fields = "".join(f" {key}={value}" for key, value in fields.items())
-    return True
 
 
 if __name__ == "__main__":

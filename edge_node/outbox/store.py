@@ -140,6 +140,12 @@ class Outbox:
         )  # refused and rejected ones never arrive, so there is nothing to supersede
         return found[-1] if found else None
 
+    def refused_last(self) -> OutboxEntry | None:
+        """The newest update that central decided on, when it refused that one."""
+        newest = "(SELECT MAX(sequence) FROM updates WHERE state IN ('admitted', 'refused'))"
+        found = self._select(f"WHERE state = 'refused' AND sequence = {newest}")
+        return found[0] if found else None
+
     def signed(self, update_id: str) -> tuple[bytes, bytes]:
         """Manifest and signature, as they were signed."""
         return self._bytes("manifest, signature", update_id)

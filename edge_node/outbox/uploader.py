@@ -21,6 +21,7 @@ import grpc
 from edge_node.errors import AdapterError, EdgeError, UpdateRefused
 from edge_node.identity import Identity
 from edge_node.outbox.store import Outbox, OutboxEntry, OutboxState
+from edge_node.problems import Problems
 from edge_node.settings import EdgeSettings
 from protos.manifest import CHUNK_BYTES, ManifestError, ReceiptBody, verify
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 REASON_KEY = "lorikeet-reason"
 MAX_BACKOFF_S = 60.0
+CHECK_DISK = "Check the disk of EDGE_DATA_DIR: its space and permissions."
+CHECK_CENTRAL = "Check that central runs and can be reached: `edge-node doctor`. The update is kept until then."
 _FINAL = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -46,7 +49,7 @@ class _Backoff:
 
 
 class Uploader:
-    """One per node. `problem` is the last failure in words, empty when the last attempt went well."""
+    """One per node. An update that cannot be brought to central, or was refused, is the problem of room `uploads`."""
 
     def __init__(
         self,
@@ -64,7 +67,9 @@ class Uploader:
         self._clock = clock
         self._backoff: dict[str, _Backoff] = {}
         self._closed = asyncio.Event()
-        self.problem = ""
+        self._problems = Problems(settings.data_dir)
+        self._failures: dict[str, tuple[str, str]] = {}
+        """By update that waits, why its last attempt failed, and the next step."""
 
     async def run(self) -> None:
         """Upload until `aclose`. The outbox is polled, because other processes add to it and approve."""
@@ -76,8 +81,7 @@ class Uploader:
                 sqlite3.Error,
                 EdgeError,
             ) as error:  # of the outbox itself: a full disk, a lock held too long
-                self.problem = f"The outbox cannot be read ({error}); tried again."
-                log.warning("outbox not readable", extra={"why": str(error)})
+                self._problems.report("uploads", f"The outbox cannot be read ({error}); tried again.", CHECK_DISK)
             try:
                 await asyncio.wait_for(self._closed.wait(), self._first_pause_s)
             except TimeoutError:
@@ -89,12 +93,28 @@ class Uploader:
 
     async def upload_waiting(self) -> None:
         """One attempt for every waiting update that is due."""
-        for entry in await asyncio.to_thread(self._outbox.list, OutboxState.WAITING):
+        entries = await asyncio.to_thread(self._outbox.list, OutboxState.WAITING)
+        waiting = {entry.update_id for entry in entries}
+        self._failures = {update: why for update, why in self._failures.items() if update in waiting}
+        for entry in entries:
             backoff = self._backoff.get(entry.update_id)
             if self._closed.is_set():
                 return
             if backoff is None or backoff.not_before <= self._clock():
                 await self._attempt(entry)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        """The oldest failure among those that wait; else the newest update, when central refused it."""
+        if self._failures:
+            self._problems.report("uploads", *next(iter(self._failures.values())))
+            return
+        refused = await asyncio.to_thread(self._outbox.refused_last)
+        if refused is None:
+            self._problems.clear("uploads")
+            return
+        text = f"Central refused update {refused.update_id[:12]} (#{refused.sequence}) for good: {refused.reason}"
+        self._problems.report("uploads", text, "Do what the reason says; it is over when a later update is admitted.")
 
     async def _attempt(self, entry: OutboxEntry) -> None:
         fields = {"update_id": entry.update_id, "sequence": entry.sequence}
@@ -109,15 +129,19 @@ class Uploader:
         except (grpc.aio.AioRpcError, TimeoutError, EdgeError, OSError, sqlite3.Error) as error:
             self._postpone(entry, error, fields)
             return
-        self.problem = ""
         self._backoff.pop(entry.update_id, None)
+        self._failures.pop(entry.update_id, None)
 
     def _postpone(self, entry: OutboxEntry, error: Exception, fields: dict[str, object]) -> None:
         known = self._backoff.get(entry.update_id)
         pause_s = self._first_pause_s if known is None else min(known.pause_s * 2, MAX_BACKOFF_S)
         self._backoff[entry.update_id] = _Backoff(pause_s, self._clock() + pause_s)
         text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else repr(error)
-        self.problem = f"Update {entry.update_id[:12]} could not be uploaded ({text}); tried again in {pause_s:g} s."
+        here = isinstance(error, OSError | sqlite3.Error) and not isinstance(error, TimeoutError)
+        self._failures[entry.update_id] = (
+            f"Update {entry.update_id[:12]} could not be uploaded ({text}); tried again.",
+            CHECK_DISK if here else CHECK_CENTRAL,
+        )
         if known is None:  # repeats would only say the same again
             log.warning("update not uploaded yet", extra=fields | {"error": text})
 

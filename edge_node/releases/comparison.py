@@ -13,7 +13,7 @@ from itertools import groupby
 
 import grpc
 
-from edge_node.errors import AdapterError, ServingError
+from edge_node.errors import AdapterError, NothingToMeasure, ServingError
 from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.releases.trouble import words
 from protos.fleet.v1 import fleet_pb2
@@ -45,13 +45,14 @@ class Comparison:
         """Results for every environment of this node that the offer asks for.
 
         Raises:
-            AdapterError: the candidate or its parent is not usable here, or no environment of this node is asked for.
+            NothingToMeasure: no environment of this node is asked for.
+            AdapterError: the candidate or its parent is not usable here.
             ServingError, grpc.aio.AioRpcError, OSError: may be over at the next try; with `last_try` a reference that makes such
                 trouble is replaced instead.
         """
         suites = sorted(_suites(offer, sorted(self._evaluator.environments)), key=lambda suite: suite.reference_id)
         if not suites:
-            raise AdapterError("This node has no environment that the evaluation asks for. Set EDGE_ENVIRONMENTS.")
+            raise NothingToMeasure("This node has no environment that the evaluation asks for. Set EDGE_ENVIRONMENTS.")
         known = {_release_id(signed): signed for signed in (offer.reference, *offer.references)}
         sampling = Sampling(max(1, offer.attempts), offer.temperature)
         results = []

@@ -1,8 +1,8 @@
 """Evaluation of a candidate on this node's environments.
 
 In: two served versions, tasks to leave out and to take. Out: paired counts per environment; tasks and answers stay here.
-Candidate and reference answer the same held-out tasks, in one run, through the node's own endpoint: greedily, or with several
-sampled attempts that share their seeds. A request that fails for a reason of infrastructure makes the node abstain, never look like
+Candidate and reference answer the same held-out tasks, in one run, by the node's own vLLM: greedily,
+or with several sampled attempts that share their seeds. A request that fails for a reason of infrastructure makes the node abstain, never look like
 a lost skill.
 """
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import httpx
 
 from edge_node.environments import Environment, Task
-from edge_node.errors import ServingError
+from edge_node.errors import EnvironmentFault, ServingError
 from edge_node.settings import EnvironmentSpec
 from protos.manifest import canonical_json, sha256_hex
 from protos.releases.v1 import releases_pb2
@@ -43,9 +44,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Asks the node's own endpoint at `url`; `environments` are this node's, by name; `seed` chooses the held-out tasks."""
+    """`environments` are this node's, by name; `seed` chooses the held-out tasks."""
 
-    url: str
+    requests: Callable[[int], AbstractAsyncContextManager[httpx.AsyncClient]]
+    """`ControlClient.requests`: opens a client of the node's own vLLM, for at most so many connections.
+
+    It sets no deadline: the offer's holds for all, and a vLLM that hangs is restarted."""
     environments: Mapping[str, tuple[EnvironmentSpec, Environment]]
     seed: int = 0
 
@@ -57,16 +61,14 @@ class Evaluator:
 
         Raises:
             ServingError: a request failed; no result is complete.
+            EnvironmentFault: the environment raised.
         """
         spec, environment = self.environments[name]
         suite = await asyncio.to_thread(self._suite, name, environment, first_task, tasks)
-        limits = httpx.Limits(max_connections=CONCURRENCY)
-        # No deadline per request: the offer's holds for all, and a vLLM that hangs is restarted. And no proxy of the
-        # environment: tasks do not leave this machine.
-        async with httpx.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False) as client:
+        async with self.requests(CONCURRENCY) as client:
             with_candidate, with_reference = await asyncio.gather(
-                self._passed(client, candidate, environment, suite, sampling),
-                self._passed(client, reference, environment, suite, sampling),
+                self._passed(client, candidate, name, suite, sampling),
+                self._passed(client, reference, name, suite, sampling),
             )
         pairs = list(zip(with_reference, with_candidate, strict=True))
         every = None
@@ -89,7 +91,10 @@ class Evaluator:
 
     def _suite(self, name: str, environment: Environment, first_task: int, tasks: int) -> Sequence[Task]:
         if first_task == 0:
-            return environment.tasks("held_out", count=tasks, seed=self.seed)
+            try:
+                return environment.tasks("held_out", count=tasks, seed=self.seed)
+            except Exception as error:  # a plug-in may raise anything
+                raise EnvironmentFault(name, "tasks", error) from error
         try:
             before = environment.tasks("held_out", count=first_task, seed=self.seed)
             longer = environment.tasks("held_out", count=first_task + tasks, seed=self.seed)
@@ -104,7 +109,7 @@ class Evaluator:
         return longer[first_task:]
 
     async def _passed(
-        self, client: httpx.AsyncClient, model: str, environment: Environment, suite: Sequence[Task], sampling: Sampling
+        self, client: httpx.AsyncClient, model: str, name: str, suite: Sequence[Task], sampling: Sampling
     ) -> list[list[bool]]:
         """Per task whether each attempt passed; those after a failed one are not made, as not all can pass any more."""
         gate = asyncio.Semaphore(CONCURRENCY)
@@ -114,10 +119,16 @@ class Evaluator:
             while len(passed) < sampling.attempts and all(passed):
                 async with gate:
                     answer = await self._ask(client, model, task, len(passed), sampling)
-                passed.append((await asyncio.to_thread(environment.verify, task, answer)).passed)
+                passed.append(await asyncio.to_thread(self._verify, name, task, answer))
             return passed
 
         return await asyncio.gather(*(one(task) for task in suite))
+
+    def _verify(self, name: str, task: Task, answer: str) -> bool:
+        try:
+            return bool(self.environments[name][1].verify(task, answer).passed)
+        except Exception as error:  # a plug-in may raise anything
+            raise EnvironmentFault(name, "verify", error) from error
 
     async def _ask(self, client: httpx.AsyncClient, model: str, task: Task, attempt: int, sampling: Sampling) -> str:
         # No max_tokens: the model's own end or its context length ends an answer, as for a client that sets none.

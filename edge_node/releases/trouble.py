@@ -1,13 +1,18 @@
 """What may be said of an error, in the log and to central.
 
-In: an error. Out: words that quote no task, prompt or answer.
+In: an error. Out: words that quote no task, prompt or answer; and what a person does about it.
 """
 
 from __future__ import annotations
 
+import sqlite3
+
 import grpc
 
-from edge_node.errors import EdgeError
+from edge_node.errors import AdapterError, EdgeError, EnvironmentFault
+from edge_node.problems import SEE_LOG
+
+CHECK_CENTRAL = "Check EDGE_CENTRAL__ADDRESS, the network, and that central runs; `edge-node doctor` tries it."
 
 
 def words(error: Exception) -> str:
@@ -16,6 +21,25 @@ def words(error: Exception) -> str:
         return f"{error.code().name}: {error.details()}"
     if isinstance(error, EdgeError):
         return str(error)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}"
     return type(error).__name__
+
+
+def next_step(error: Exception) -> str:
+    """What a person does about `error`, where its words do not say."""
+    if isinstance(error, TimeoutError):
+        return CHECK_CENTRAL
+    if isinstance(error, grpc.aio.AioRpcError):
+        if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            return "Ask the operator of central whether this node is revoked (`central nodes`)."
+        return CHECK_CENTRAL
+    if isinstance(error, EnvironmentFault):
+        return "Correct the environment that EDGE_ENVIRONMENTS names; its own log may say more."
+    if isinstance(error, AdapterError):
+        return "Do what it says, or ask the operator of central to roll the release back."
+    if isinstance(error, OSError | sqlite3.Error):
+        return "Check the disk of EDGE_DATA_DIR: its space and permissions."
+    return SEE_LOG

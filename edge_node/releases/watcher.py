@@ -2,8 +2,8 @@
 
 In: events of FleetService.Watch. Out: the alias on the newest release; evaluation and status reports. A node without
 central keeps serving the active release and catches up by itself. vLLM that was started anew gets every kept version
-again. A failed step is logged once, shown in the status, and tried again: no trouble of the disk, the link, vLLM or an
-environment ends the supervisor.
+again. A failed step is a problem of its room (edge_node/problems.py) and is tried again: no trouble of the disk, the link,
+vLLM or an environment ends the supervisor.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import AdapterError, ServingError, StorageError
+from edge_node.errors import AdapterError, EnvironmentFault, NothingToMeasure, ServingError, StorageError
+from edge_node.problems import Problems
 from edge_node.releases.comparison import TRANSIENT, Comparison
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.store import ReleaseStore, StoredRelease
-from edge_node.releases.trouble import words
+from edge_node.releases.trouble import CHECK_CENTRAL, next_step, words
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -47,6 +49,9 @@ _REFUSALS = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.NOT_FOUND,
 )
+_UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+_TOO_LATE = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND, *_UNREACHABLE)
+"""Nobody waits for the result any more, or nobody can be told: no fault of the evaluation."""
 
 
 class Serving(Protocol):
@@ -93,7 +98,9 @@ class ReleaseWatcher:
         self._evaluating: tuple[str, ...] = ()
         self._spare = asyncio.Event()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._problems: dict[str, str] = {}
+        self._problems = Problems(settings.data_dir)
+        self._head_problem = ""
+        """Why the head is not served; what canaries are judged by, so it knows nothing of a former process."""
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -103,7 +110,7 @@ class ReleaseWatcher:
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
         while True:
-            call = None
+            call, heard = None, False
             try:
                 status = await asyncio.to_thread(self._status)
                 call = self._fleet.Watch(fleet_pb2.WatchRequest(status=status))
@@ -112,17 +119,26 @@ class ReleaseWatcher:
                     if not isinstance(event, fleet_pb2.WatchResponse):  # end of the stream
                         break
                     self._take(event)
-                    pause = RETRY_FIRST_S
-                    self._note("central", "")
+                    pause, heard = RETRY_FIRST_S, True
+                    self._problems.clear("central")
+                if not heard:
+                    self._lost_central("it ended the connection without a word")
             except TimeoutError:
-                self._note("central", "silent")
+                self._lost_central(f"silent for {self._settings.central.call_timeout_s:g} s")
+            except grpc.aio.AioRpcError as error:
+                self._lost_central(words(error), next_step(error))
             except Exception as error:  # supervision: the link is made again, whatever broke it
-                self._note("central", words(error))
+                text = f"The line to central broke on this node's side: {words(error)}"
+                self._problems.report("central-news", text, next_step(error))
             finally:
                 if call is not None:
                     call.cancel()
             await asyncio.sleep(pause)
             pause = min(2 * pause, RETRY_LAST_S)
+
+    def _lost_central(self, why: str, then: str = CHECK_CENTRAL) -> None:
+        address = self._settings.central.address
+        self._problems.report("central", f"Central at {address} cannot be heard ({why}); tried again.", then)
 
     def _take(self, event: fleet_pb2.WatchResponse) -> None:
         kind = event.WhichOneof("event")
@@ -131,8 +147,17 @@ class ReleaseWatcher:
             self._head_changed.set()
         elif kind == "standing":
             self._store.keep_standing(event.standing.quarantine)
+            if event.standing.quarantine:
+                text = f"Central keeps this node's updates aside: {event.standing.quarantine}."
+                self._problems.report(
+                    "quarantine", text, "Ask the operator of central: `central nodes release` ends it."
+                )
+            else:
+                self._problems.clear("quarantine")
         elif kind == "train":
             self._store.keep_offer(event.train.offer_id, event.train.max_rank, event.train.gram_rank)
+        elif kind == "heartbeat":  # all that was sent before it was kept
+            self._problems.clear("central-news")
         elif kind == "evaluation" and self._settings.releases.evaluate:
             self._enqueue(event.evaluation)
 
@@ -152,11 +177,15 @@ class ReleaseWatcher:
             try:
                 await self._settle(head, generation)
             except Exception as error:  # supervision: the active release goes on being served
-                self._note("release", words(error))
+                self._head_problem = words(error)
+                text = f"The release of channel {self._settings.releases.channel!r} is not served: {words(error)}"
+                self._problems.report("releases", text, next_step(error))
                 pause = min(2 * pause, HEAD_RETRY_LAST_S) if head == failed else RETRY_FIRST_S
                 period, failed = pause, head
             else:
-                self._note("release", "")
+                if head is not None or self._head_problem:  # without central only what failed here is over
+                    self._problems.clear("releases")
+                self._head_problem = ""
                 period, pause = LOOK_PERIOD_S, RETRY_FIRST_S
             try:
                 await asyncio.wait_for(self._head_changed.wait(), period)
@@ -226,8 +255,10 @@ class ReleaseWatcher:
                         if release.release_id not in await asyncio.to_thread(self._needed):
                             await self._control.unload(self.served_name(release))
                             await asyncio.to_thread(self._store.remove, release)
+                self._problems.clear("old-releases")
             except Exception as error:  # supervision: it is still there at the next chance
-                log.warning("old releases not removed", extra={"why": words(error)})
+                text = f"Old releases cannot be removed, and fill the disk: {words(error)}"
+                self._problems.report("old-releases", text, next_step(error))
 
     def _needed(self) -> set[str]:
         active = self._store.active()
@@ -244,13 +275,27 @@ class ReleaseWatcher:
             try:
                 async with asyncio.timeout_at(ends):
                     report = await self._compare_with_retries(offer)
-            except Exception as error:  # supervision: an environment may raise anything; then this node abstains
-                log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": words(error)})
-                report = releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, abstain_reason=words(error))
+            except Exception as error:  # supervision: whatever an environment or vLLM does, this node abstains
+                report = self._abstain(offer, error, in_time=asyncio.get_running_loop().time() < ends)
             finally:
                 self._evaluating = ()
-            await self._send_report(report, ends)
+            if await self._send_report(report, ends) and not report.abstain_reason:
+                self._problems.clear("evaluation")
+                self._problems.clear("environments")
             self._spare.set()
+
+    def _abstain(
+        self, offer: fleet_pb2.EvaluationOffer, error: Exception, *, in_time: bool
+    ) -> releases_pb2.ReportEvaluationRequest:
+        why, then = words(error), next_step(error)
+        if isinstance(error, TimeoutError) and not in_time:
+            why = f"it took longer than the {offer.deadline_s} s that central waits"
+            then = "Ask the operator of central for more time or fewer tasks, or give this node more compute."
+        log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": why})
+        if not isinstance(error, NothingToMeasure):
+            room = "environments" if isinstance(error, EnvironmentFault) else "evaluation"
+            self._problems.report(room, f"This node abstained from the last evaluation: {why}", then)
+        return releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, abstain_reason=why)
 
     async def _compare_with_retries(self, offer: fleet_pb2.EvaluationOffer) -> releases_pb2.ReportEvaluationRequest:
         """A vLLM that died or a link that broke in the middle costs a new start, not a result."""
@@ -262,17 +307,22 @@ class ReleaseWatcher:
                 await asyncio.sleep(RETRY_FIRST_S)
         return await self._compare(offer, last_try=True)
 
-    async def _send_report(self, report: releases_pb2.ReportEvaluationRequest, ends: float) -> None:
+    async def _send_report(self, report: releases_pb2.ReportEvaluationRequest, ends: float) -> bool:
+        """False when central refuses it as wrong; one that comes too late is no fault of the node."""
         pause = RETRY_FIRST_S
         while True:
             try:
                 await self._releases.ReportEvaluation(report, timeout=self._settings.central.call_timeout_s)
-                return
+                return True
             except grpc.aio.AioRpcError as error:
                 # Refused, for example because the verdict is there already; or nobody waits for it any more.
                 if error.code() in _REFUSALS or asyncio.get_running_loop().time() > ends:
                     log.warning("evaluation not reported", extra={"offer": report.offer_id, "why": words(error)})
-                    return
+                    if error.code() in _TOO_LATE:
+                        return True
+                    text = f"Central did not take the last evaluation's result: {words(error)}"
+                    self._problems.report("evaluation", text, next_step(error))
+                    return False
             await asyncio.sleep(pause)
             pause = min(2 * pause, RETRY_LAST_S)
 
@@ -299,11 +349,12 @@ class ReleaseWatcher:
                 await self._fleet.ReportStatus(
                     fleet_pb2.ReportStatusRequest(status=status), timeout=self._settings.central.call_timeout_s
                 )
-                self._note("status", "")
-            except grpc.aio.AioRpcError:
-                pass  # the watch shows and logs the same trouble
+                self._problems.clear("status")
             except Exception as error:  # supervision: a full disk must not end serving
-                self._note("status", words(error))
+                # A central that cannot be reached is the watch's trouble.
+                if not (isinstance(error, grpc.aio.AioRpcError) and error.code() in _UNREACHABLE):
+                    text = f"This node's status cannot be told to central: {words(error)}"
+                    self._problems.report("status", text, next_step(error))
             await asyncio.sleep(STATUS_PERIOD_S)
 
     def _status(self) -> fleet_pb2.NodeStatus:
@@ -318,24 +369,11 @@ class ReleaseWatcher:
         status.release_problem = self._release_problem()
         status.software_version = __version__
         status.environments.extend(sorted(self._evaluator.environments))
-        problems = [f"{source}: {text}" for source, text in sorted(self._problems.items())]
-        status.problem = "; ".join([*problems, status.problem] if status.problem else problems)
+        status.problems.extend(fleet_pb2.Problem(**asdict(problem)) for problem in self._problems.current())
         return status
 
     def _release_problem(self) -> str:
         """Why the channel's head is not served as it should; a canary that does this to a node is not ready for the others."""
         if self._loaded_generation and self._vllm.generation != self._loaded_generation:
             return "vLLM was started anew and has not loaded the release yet"
-        return self._problems.get("release", "")
-
-    def _note(self, source: str, problem: str) -> None:
-        """Remember and log what `source` suffers from; empty: nothing any more."""
-        if problem == self._problems.get(source, ""):
-            return
-        if problem:
-            # A new dict each time: `_status` reads it in another thread.
-            self._problems = {**self._problems, source: problem}
-            log.warning("trouble", extra={"source": source, "problem": problem})
-        else:
-            self._problems = {key: text for key, text in self._problems.items() if key != source}
-            log.info("recovered", extra={"source": source})
+        return self._head_problem

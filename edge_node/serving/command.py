@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from edge_node import vllm_arguments
 from edge_node.errors import ServingError
+from edge_node.serving import language_model
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.settings import EdgeSettings
 from protos.base import BaseModelInfo
@@ -58,26 +60,33 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
         "--served-model-name", f"base@{base.digest[:8]}",
         "--host", serving.host,
         "--port", str(serving.port),
+        # The files that the digest covers and the learner trains on: without this vLLM prefers Mistral's own format
+        # (consolidated*.safetensors, params.json, tekken.json) where it lies beside them.
+        "--load-format", "safetensors",
+        "--config-format", "hf",
+        "--tokenizer-mode", "hf",
         "--dtype", serving.dtype,
         "--enable-lora",
         "--max-loras", str(serving.max_loras),
         "--max-lora-rank", str(serving.max_lora_rank),
         "--max-cpu-loras", str(serving.max_cpu_loras),
-        "--middleware", MIDDLEWARE,
         "--generation-config", "vllm",
         "--api-server-count", "1",
         "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S),
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
     ]  # fmt: skip
+    if base.is_wrapped:
+        command += ["--hf-overrides", json.dumps({"architectures": [language_model.architecture(base.path)]})]
     if on_cpu:
         command.append("--enforce-eager")
         size_bytes = kv_cache_bytes(settings, base)
-        if size_bytes is not None and KV_CACHE_ARGUMENT not in serving.extra_args:
+        if size_bytes is not None and KV_CACHE_ARGUMENT not in vllm_arguments.names(serving.extra_args):
             command += [KV_CACHE_ARGUMENT, str(size_bytes)]
     if serving.max_model_len is not None:
         command += ["--max-model-len", str(serving.max_model_len)]
-    return command + serving.extra_args
+    # The last middleware is the outermost: it sees what clients see, whatever an operator adds.
+    return [*command, *serving.extra_args, "--middleware", MIDDLEWARE]
 
 
 def kv_cache_bytes(settings: EdgeSettings, base: BaseModelInfo) -> int | None:
@@ -87,6 +96,7 @@ def kv_cache_bytes(settings: EdgeSettings, base: BaseModelInfo) -> int | None:
     """
     try:
         config = json.loads((base.path / "config.json").read_text())
+        config = config["text_config"] if base.is_wrapped else config
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         length = settings.serving.max_model_len or config["max_position_embeddings"]
@@ -118,6 +128,8 @@ def serving_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
+        # Of vLLM's 16,384 answers to one request the probe would be the last, and a healthy engine be restarted.
+        "VLLM_MAX_N_SEQUENCES": inherited.get("VLLM_MAX_N_SEQUENCES", "128"),
         # Longer than clients keep an idle connection (httpx: 5 s, vLLM's default too): a request on a connection that
         # the server is just closing fails at the client.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": inherited.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75"),
@@ -128,7 +140,7 @@ def serving_environment(
         # Eager anyway; without it the first request for logprobs compiles its kernel and holds up all others for 10-40 s.
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
         # In vLLM the variable wins over the argument: an operator's argument takes it away, ours leaves it alone.
-        if KV_CACHE_ARGUMENT in settings.serving.extra_args:
+        if KV_CACHE_ARGUMENT in vllm_arguments.names(settings.serving.extra_args):
             environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         elif KV_CACHE_ARGUMENT not in command:
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -1,57 +1,83 @@
-"""The control socket: how the supervisor steers vLLM from outside, on a Unix socket that only this user can open.
+"""The control socket: how the node itself reaches vLLM, on a Unix socket that only its user can open.
 
-In: small JSON documents. Out: calls on the Gateway, answered with JSON; an error is 409 with its message.
-Guarantees: runs on the server's own event loop, so an answer also shows that the loop is alive.
+In: small JSON documents, and requests for vLLM's own routes. Out: calls on the Gateway, answered with JSON (an error is
+409 with its message), and vLLM's answers. Guarantees: what is asked here meets no authentication, no TLS and no proxy,
+because the socket's file mode decides who may ask; it runs on the server's own event loop, so an answer also shows
+that the loop is alive.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from edge_node.errors import EdgeError
-from edge_node.serving.client import check_socket_path
+from edge_node.serving.client import short_path
 from edge_node.serving.gateway import Gateway
+
+KEEP_ALIVE_S = 75
+"""Longer than a client keeps an idle connection, as at vLLM's own port."""
 
 
 class ControlServer:
     """start() once; ends with the process or with aclose()."""
 
-    def __init__(self, gateway: Gateway, path: Path) -> None:
+    def __init__(self, gateway: Gateway, path: Path, requests: Any) -> None:
+        """`requests`: the ASGI app that answers whatever is no control call."""
         self._gateway = gateway
-        self._path = check_socket_path(path)
-        app = web.Application(middlewares=[_errors_as_json])
-        app.add_routes(
-            [
-                web.get("/state", self._state),
-                web.post("/load", self._load),
-                web.post("/point", self._point),
-                web.post("/unload", self._unload),
-                web.post("/drain", self._drain),
-                web.post("/probe", self._probe),
-            ]
-        )
-        self._runner = web.AppRunner(app, handle_signals=False, access_log=None)
+        self._path = path
+        self._requests = requests
+        routes = [
+            Route("/state", self._state),
+            Route("/load", self._load, methods=["POST"]),
+            Route("/point", self._point, methods=["POST"]),
+            Route("/unload", self._unload, methods=["POST"]),
+            Route("/drain", self._drain, methods=["POST"]),
+            Route("/probe", self._probe, methods=["POST"]),
+        ]
+        self._paths = frozenset(route.path for route in routes)
+        self._control = Starlette(routes=routes, exception_handlers={EdgeError: _as_json})
+        config = uvicorn.Config(
+            self._app, interface="asgi3", ws="none", lifespan="off", proxy_headers=False,
+            log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S,
+        )  # fmt: skip
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        """Returns when the socket answers."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)  # left by a killed predecessor
-        await self._runner.setup()
-        before = os.umask(0o177)
-        try:
-            await web.UnixSite(self._runner, str(self._path)).start()
-        finally:
-            os.umask(before)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[_bind(self._path)]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(0)
+        if self._serving.done():
+            self._serving.result()
 
     async def aclose(self) -> None:
-        await self._runner.cleanup()
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
 
-    async def _state(self, request: web.Request) -> web.Response:
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        app = self._control if scope["path"] in self._paths else self._requests
+        await app(scope, receive, send)
+
+    async def _state(self, request: Request) -> JSONResponse:
         gateway, counts = self._gateway, self._gateway.recorder.counts()
-        return web.json_response(
+        return JSONResponse(
             {
                 "alias": gateway.aliases.alias,
                 "base": gateway.aliases.base,
@@ -63,35 +89,53 @@ class ControlServer:
                 "skipped": counts.skipped,
                 "draining": gateway.draining,
                 "not_ready": gateway.not_ready(),
+                "silent_s": gateway.silent_s(),
+                "problems": [asdict(problem) for problem in gateway.problems.unwritten()],
             }
         )
 
-    async def _load(self, request: web.Request) -> web.Response:
+    async def _load(self, request: Request) -> JSONResponse:
         body = await request.json()
         await self._gateway.load(body["name"], Path(body["path"]))
-        return web.json_response({})
+        return JSONResponse({})
 
-    async def _point(self, request: web.Request) -> web.Response:
+    async def _point(self, request: Request) -> JSONResponse:
         self._gateway.point((await request.json())["name"])
-        return web.json_response({})
+        return JSONResponse({})
 
-    async def _unload(self, request: web.Request) -> web.Response:
+    async def _unload(self, request: Request) -> JSONResponse:
         await self._gateway.unload((await request.json())["name"])
-        return web.json_response({})
+        return JSONResponse({})
 
-    async def _drain(self, request: web.Request) -> web.Response:
+    async def _drain(self, request: Request) -> JSONResponse:
         await self._gateway.drain()
-        return web.json_response({})
+        return JSONResponse({})
 
-    async def _probe(self, request: web.Request) -> web.Response:
+    async def _probe(self, request: Request) -> JSONResponse:
         body = await request.json()
-        return web.json_response({"alive": await self._gateway.probe(float(body["deadline_s"]))})
+        return JSONResponse({"alive": await self._gateway.probe(float(body["deadline_s"]))})
 
 
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Any) -> web.StreamResponse:
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are vLLM's
+
+
+def _bind(path: Path) -> socket.socket:
+    """A socket that listens at `path`, for this user only."""
+    bound = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
     try:
-        response: web.StreamResponse = await handler(request)
-        return response
-    except EdgeError as error:
-        return web.json_response({"error": str(error)}, status=409)
+        with short_path(path) as short:
+            bound.bind(short)
+    except OSError:
+        bound.close()
+        raise
+    finally:
+        os.umask(before)
+    return bound
+
+
+def _as_json(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": str(error)}, status_code=409)

@@ -16,6 +16,7 @@ from typing import Protocol
 from edge_node.capture import Recorder
 from edge_node.errors import ServingError
 from edge_node.experience import ExperienceStore
+from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
 from edge_node.settings import EdgeSettings
@@ -28,7 +29,6 @@ class EngineLike(Protocol):
 
     base_name: str
     max_model_len: int
-    on_cpu: bool
 
     @property
     def errored(self) -> bool: ...
@@ -45,14 +45,18 @@ class Gateway:
         self.engine = engine
         self.aliases = AliasTable(settings.serving.alias, engine.base_name)
         self.store = ExperienceStore(settings.data_dir / "experience.db")
+        self.problems = Problems(settings.data_dir)
         self.recorder = Recorder(
             self.store,
             queue_size=settings.capture.queue_size,
             durable_timeout_s=settings.capture.durable_timeout_s,
+            problems=self.problems,
         )
         self.draining = False
         self.last_progress = time.monotonic()
         """When the last piece of an answer went out."""
+        self._probes: list[float] = []
+        """Since when each probe waits for its token."""
         self._problem: str | None = None
         self._changing = asyncio.Lock()
 
@@ -107,6 +111,7 @@ class Gateway:
     async def probe(self, deadline_s: float) -> bool:
         """True when the engine makes a token, or any answer moves, within the deadline."""
         started = time.monotonic()
+        self._probes.append(started)
         try:
             async with asyncio.timeout(deadline_s):
                 await self.engine.probe()
@@ -114,6 +119,13 @@ class Gateway:
         except TimeoutError:
             # Behind a long queue the probe itself may wait; an engine that answers others does not hang.
             return self.last_progress > started
+        finally:
+            self._probes.remove(started)
+
+    def silent_s(self) -> float:
+        """How long a probe has waited while no answer moved; 0 when none waits."""
+        since = max(min(self._probes), self.last_progress) if self._probes else None
+        return 0.0 if since is None else time.monotonic() - since
 
     async def activate(self) -> None:
         """Loads the release that releases/active.json names and points the alias at it: what a restart does offline."""
@@ -128,3 +140,7 @@ class Gateway:
         except (ServingError, OSError, ValueError, KeyError, TypeError) as error:
             self._problem = f"The active release in {file} cannot be loaded: {error}"
             logger.error("Active release not loaded", extra={"cause": str(error)})
+
+
+here: Gateway | None = None
+"""Of this vLLM process; None until the plug-in has made it."""

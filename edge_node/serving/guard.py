@@ -1,7 +1,8 @@
 """A `vllm.general_plugins` entry point that every vLLM process runs at its start.
 
-In: nothing. Out: a process that dies with its parent, and on one-thread CPU hosts an engine core that is forked instead
-of imported a second time. Guarantees: a `kill -9` of any parent leaves no vLLM process behind.
+In: nothing. Out: a process that knows our model classes and dies with its parent, on CPU with the adapters' arithmetic
+of cpu_lora.py, and on one-thread CPU hosts an engine core that is forked instead of imported a second time.
+Guarantees: a `kill -9` of any parent leaves no vLLM process behind; a vLLM whose LoRA on CPU differs ends at its start.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import os
 import signal
 from typing import Any
 
+from edge_node.logs import log_beside_vllm
+from edge_node.serving import language_model
+
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
@@ -20,15 +24,24 @@ PR_SET_PDEATHSIG = 1
 
 def guard_process() -> None:
     """Runs in the API server, and in each engine core and worker that was spawned."""
-    # vLLM configures its own loggers only; ours share its handlers, format and file.
-    ours, theirs = logging.getLogger("edge_node"), logging.getLogger("vllm")
-    ours.handlers, ours.propagate = theirs.handlers, False
-    ours.setLevel(logging.INFO)
+    log_beside_vllm()
+    language_model.register()
+    replace_cpu_lora()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with_parent(parent.pid)
     elif os.environ.get("OMP_NUM_THREADS") == "1":
         fork_engine_core()
+
+
+def replace_cpu_lora() -> None:
+    """Raises ServingError, which ends vLLM. In every process, because the model's worker may live in any of them."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from edge_node.serving import cpu_lora
+
+        cpu_lora.install(type(current_platform))
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -57,12 +70,20 @@ def fork_engine_core() -> None:
 
     platform.check_and_update_config = classmethod(check_and_update_config)
     logger.info("Engine core will be forked")
-    parent_pid = os.getpid()
+    guard_forks()
+
+
+def guard_forks() -> None:
+    """Every process that is forked from now on dies with the one that forked it, also a worker of a forked core."""
+    forking_pid = os.getpid()
+
+    def remember() -> None:
+        nonlocal forking_pid
+        forking_pid = os.getpid()
 
     def guard_fork() -> None:
         # The parent's event loop wakes up on this descriptor: a signal to the child must not reach the parent.
         signal.set_wakeup_fd(-1)
-        if multiprocessing.parent_process() is not None or os.getppid() == parent_pid:
-            die_with_parent(parent_pid)
+        die_with_parent(forking_pid)
 
-    os.register_at_fork(after_in_child=guard_fork)
+    os.register_at_fork(before=remember, after_in_child=guard_fork)

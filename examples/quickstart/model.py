@@ -34,11 +34,12 @@ def build_base(cache: Path, progress: Progress | None = None, recipe: BaseRecipe
         if owner == os.getpid() or not _is_alive(owner):
             shutil.rmtree(stale)
     building = cache / f".building-{digest}-{os.getpid()}"
-    building.mkdir()
+    building.mkdir(mode=0o755)
     from examples.quickstart.train import train_base
 
     train_base(recipe, building, progress or (lambda step, steps: None))
     for path in building.iterdir():
+        path.chmod(0o644)  # safetensors writes 0600: central or a node under another user could not read it
         _sync(path)
     _sync(building)
     try:

@@ -118,6 +118,7 @@ class OperatorView:
         )
         # A central that was killed is back within seconds; the default of gRPC would wait up to two minutes.
         options = [("grpc.max_reconnect_backoff_ms", 2000), ("grpc.max_receive_message_length", 64 << 20)]
+        options.append(("grpc.enable_http_proxy", 0))  # central is on this host
         self._channel = grpc.aio.secure_channel(self._address, credentials, options=options)
         self._stub = operator_pb2_grpc.OperatorServiceStub(self._channel)
         return self

@@ -248,12 +248,12 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, str | None, str]:
     return caught.value.code(), reason(caught.value), caught.value.details() or ""
 
 
-async def make_candidate(central: Central, node: Node, payload: bytes) -> tuple[str, bytes]:
-    """Id and payload of a candidate made of one uploaded update."""
+async def make_candidate(central: Central, node: Node, payload: bytes, large: bool = False) -> tuple[str, bytes]:
+    """Id and payload of a candidate made of one uploaded update; `large`: of 8 MB, which no buffer takes at once."""
     await node.upload(payload)
     plan = make.make_plan(node.genesis, node.manifest(payload))
     await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
-    merged = encode(LoraTensors({Q_PROJ: make_factors(9).modules[Q_PROJ]}))
+    merged = encode(LoraTensors({Q_PROJ: make_factors(9, 1 << 17 if large else 2).modules[Q_PROJ]}))
     manifest = await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
     assert manifest == await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
     return manifest.digest, merged

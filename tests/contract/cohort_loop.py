@@ -17,6 +17,7 @@ from central.federation import JournalGrid
 from central.federation import grid as grid_module
 from central.federation.screening import screen_of
 from central.federation.server_app import CohortLoop
+from central.heads import Heads
 from central.journal import EvaluationRecord, Event, EventKind, Journal, NewEvent, ReleaseRecord, State
 from central.registry import DirectoryBlobs, Registry
 from central.settings import CentralSettings
@@ -65,8 +66,8 @@ class Central:
 @contextmanager
 def opened(root: Path, builds_on: Mapping[str, str] = MappingProxyType({})) -> Iterator[Central]:
     """A central's stores under `root`; loops over them notice soon that they must stop."""
-    journal = Journal(f"sqlite:///{root}/journal.db", clock=lambda: AT)
     blobs = DirectoryBlobs(root / "blobs")
+    journal = Journal(f"sqlite:///{root}/journal.db", clock=lambda: AT, seals=Heads(root, blobs, KEY))
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(grid_module, "STOP_CHECK_S", 0.02)

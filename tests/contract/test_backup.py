@@ -23,6 +23,8 @@ import central.storage.backup as backup_module
 from central import faults
 from central.cli import main
 from central.errors import StorageError
+from central.fleet.pki import Pki
+from central.heads import Heads
 from central.intake.partial import PartialUploads
 from central.journal import Journal, verify_journal
 from central.journal.payloads import stored_blobs
@@ -191,7 +193,9 @@ async def test_a_store_of_another_central_is_refused(
         pass  # it has marked the bucket
     code, text = run(tmp_path / "new", "restore", str(backups), **bucket)
     assert (code, "are those of another central" in text) == (5, True), text
-    assert s3.files.find(f"{BUCKET}/of-one-central") == [f"{BUCKET}/of-one-central/owner"]
+    assert s3.files.find(f"{BUCKET}/of-one-central") == [
+        f"{BUCKET}/of-one-central/{name}" for name in ("head", "owner")
+    ]
     shared = {"url": str(prepared.settings.data_dir / "blobs")}
     begun = prepared.settings.data_dir / "blobs" / "upload.tmp"
     begun.write_bytes(b"of the other central, which runs")
@@ -258,7 +262,8 @@ def test_blobs_that_are_collected_meanwhile_are_not_missed(
 
 @contextmanager
 def journal_of(data: Path) -> Iterator[Journal]:
-    journal = Journal(f"sqlite:///{data}/journal.db")
+    key = Pki.load_or_create(data, []).release_key
+    journal = Journal(f"sqlite:///{data}/journal.db", seals=Heads(data, DirectoryBlobs(data / "blobs"), key))
     yield journal
     journal.close()
 
@@ -398,4 +403,4 @@ def test_a_killed_restore_goes_on(prepared: Prepared, backups: Path, tmp_path: P
         blobs.read(digest)
     assert state.last_hash == verify_journal(prepared.settings.journal_url).last_hash
     leftovers = {path.name for path in settings.data_dir.iterdir() if not path.name.startswith("journal.db-")}
-    assert leftovers == {"blobs", "central.lock", "journal.db", "journal.db.lock", "pki"}
+    assert leftovers == {"blobs", "central.lock", "journal.db", "journal.db.lock", "journal.head", "pki"}

@@ -11,7 +11,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from central.errors import SettingsError, StorageError
-from central.registry import BlobStore, DirectoryBlobs, open_blobs
+from central.registry import BlobLost, BlobStore, DirectoryBlobs, open_blobs
 from central.registry.blobs import OWNER
 from central.registry.objects import PART_BYTES, ObjectBlobs
 from central.settings import CentralSettings
@@ -79,6 +79,39 @@ def test_a_blob_that_lost_its_end_is_replaced(store: BlobStore, tmp_path: Path) 
     overwrite(store, digest, b"pay")
     store.put_file(tmp_path / "upload", digest)
     assert store.read(digest) == b"payload"
+
+
+@pytest.mark.parametrize("damage", [b"paylead", b"", b"other"])
+def test_a_damaged_blob_is_told_from_a_whole_one_and_replaced(store: BlobStore, tmp_path: Path, damage: bytes) -> None:
+    digest = store.put(b"payload")
+    assert store.holds(digest)
+    for again in ("put", "put_file"):
+        overwrite(store, digest, damage)
+        assert not store.holds(digest)
+        with pytest.raises(BlobLost):
+            store.read(digest)
+        (tmp_path / again).write_bytes(b"payload")
+        assert store.put(b"payload") == digest if again == "put" else store.put_file(tmp_path / again, digest) is None
+        assert store.read(digest) == b"payload"
+    store.delete(digest)
+    assert not store.holds(digest)
+
+
+@pytest.mark.parametrize(("error", "is_lost"), [(PermissionError("403"), True), (TimeoutError("slow"), False)])
+def test_an_object_that_is_forbidden_is_lost_and_a_store_that_is_slow_is_away(
+    error: OSError, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 says 403 of an absent object to who may not list its bucket."""
+    store = ObjectBlobs("memory://lost", {})
+    digest = store.put(b"payload")
+
+    def refuse(*_: object, **__: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(store._files, "cat_file", refuse)
+    with pytest.raises(StorageError) as caught:
+        store.read(digest)
+    assert isinstance(caught.value, BlobLost) == is_lost
 
 
 def test_an_altered_or_absent_blob_is_an_error(store: BlobStore) -> None:
@@ -187,14 +220,14 @@ def test_a_store_belongs_to_one_central(store: BlobStore) -> None:
 
 
 def test_of_two_that_claim_at_once_the_later_mark_stays(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark = store._mark
+    write = store.write_note
 
-    def overtaken(owner: str) -> None:
-        mark(owner)
-        mark("b" * 64)
+    def overtaken(name: str, data: bytes) -> None:
+        write(name, data)
+        write(name, b"b" * 64)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_mark", overtaken)
+        patch.setattr(store, "write_note", overtaken)
         with pytest.raises(StorageError, match="another central"):
             store.claim("a" * 64)
     store.claim("b" * 64)

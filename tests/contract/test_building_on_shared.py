@@ -243,9 +243,15 @@ def test_verify_rebuilds_composed_releases_and_finds_what_was_altered(
         ("acme", "v2", "identical"),
         ("acme", "v3", "identical"),
     ]
-    # The chain and the served release are rebuilt from updates: the stored ones are not needed.
-    central.blobs.path(last.manifest.payload.digest_sha256).unlink()
-    central.blobs.path(last.manifest.own_payload.digest_sha256).unlink()
+    # The chain and the served release are rebuilt from updates, and what is stored is read too.
+    for payload in (last.manifest.payload, last.manifest.own_payload):
+        path = central.blobs.path(payload.digest_sha256)
+        kept = path.read_bytes()
+        path.unlink()
+        assert verify(last.release_id, "--deep", "--json") == 1
+        row = json.loads(capsys.readouterr().out)[-1]
+        assert (row["outcome"], row["rebuilt"]) == ("damaged", row["expected"])
+        path.write_bytes(kept)
     assert verify(last.release_id, "--deep") == 0
     capsys.readouterr()
     update = last.manifest.updates[0]

@@ -12,8 +12,9 @@ import pytest
 
 from central.errors import StorageError
 from central.journal import EventKind, NewEvent
+from central.registry import DirectoryBlobs
 from protos.fleet.v1 import fleet_pb2
-from protos.manifest import sha256_hex, verify
+from protos.manifest import CHUNK_BYTES, sha256_hex, verify
 from protos.operator.v1 import operator_pb2, operator_pb2_grpc
 from protos.releases.v1 import releases_pb2
 from protos.updates.v1 import updates_pb2
@@ -38,9 +39,13 @@ async def accept(central: Central, release_id: str) -> None:
     )
 
 
-async def download(node: Node, release_id: str, offset: int = 0) -> bytes:
+async def download(node: Node, release_id: str, offset: int = 0, parts: list[bytes] | None = None) -> bytes:
+    """What came, also in `parts` when it ends with an error."""
     request = releases_pb2.DownloadRequest(release_id=release_id, offset=offset)
-    return b"".join([part.chunk async for part in node.releases.Download(request, timeout=20)])
+    parts = [] if parts is None else parts
+    async for part in node.releases.Download(request, timeout=20):
+        parts.append(part.chunk)
+    return b"".join(parts)
 
 
 async def test_download_from_any_offset_and_only_of_the_own_cohort(central: Central, node: Node) -> None:
@@ -55,6 +60,33 @@ async def test_download_from_any_offset_and_only_of_the_own_cohort(central: Cent
     verify(node.answer.release_key_pem, answer.release.manifest, answer.release.signature)
     head = await node.releases.GetHead(releases_pb2.GetHeadRequest(channel="stable"), timeout=20)
     assert head.head == node.answer.genesis
+
+
+@pytest.mark.parametrize("damage", ["flipped", "swapped", "shorter", "longer", "gone"])
+async def test_a_damaged_payload_is_never_given_whole(central: Central, node: Node, damage: str) -> None:
+    """Several chunks, as those of a real model: the last one is held back until all of it is known to be what was released."""
+    release_id, payload = await make_candidate(central, node, encode_factors(), large=True)
+    assert len(payload) > 2 * CHUNK_BYTES
+    blobs = central.rooms.blobs
+    assert isinstance(blobs, DirectoryBlobs)
+    file = blobs.path(sha256_hex(payload))
+    spoilt = {
+        "flipped": payload[:100] + bytes([payload[100] ^ 1]) + payload[101:],
+        "swapped": bytes(len(payload)),
+        "shorter": payload[:-1],
+        "longer": b"x" + payload,
+    }
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(spoilt[damage])
+    for offset in (0, 10, CHUNK_BYTES + 7, len(payload)):
+        code, why, text = await refusal(download(node, release_id, offset, parts := []))
+        assert (code, why) == (grpc.StatusCode.DATA_LOSS, "PAYLOAD_LOST")
+        assert "central releases verify" in text
+        assert sum(map(len, parts)) < max(1, len(payload) - offset)
+    file.write_bytes(payload)
+    assert await download(node, release_id, CHUNK_BYTES + 7) == payload[CHUNK_BYTES + 7 :]
 
 
 async def test_a_watch_brings_what_is_there_and_every_change(central: Central, node: Node) -> None:
@@ -201,10 +233,19 @@ async def test_a_later_look_names_its_environments_tasks_and_references(central:
 
 async def test_texts_of_callers_are_kept_short(central: Central, node: Node) -> None:
     long = "x" * 1_000_000
-    status = fleet_pb2.NodeStatus(problem=long, environments=[long, *("e" for _ in range(1000))], experiences=3)
+    problem = fleet_pb2.Problem(room=long[:999], text="\x1b[2J" + long, next_step=long[:999], since=long[:999])
+    environments = [long, *("e" for _ in range(1000))]
+    status = fleet_pb2.NodeStatus(problems=[problem], environments=environments, experiences=3)
     await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=20)
     listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
-    assert (len(listed.status.problem), len(listed.status.environments), listed.status.experiences) == (500, 256, 3)
+    assert (len(listed.status.environments), listed.status.experiences) == (256, 3)
+    kept = listed.status.problems[0]
+    assert [len(text) for text in (kept.room, kept.text, kept.next_step, kept.since)] == [64, 500, 500, 64]
+    assert kept.text.startswith(" [2Jxxx")
+    many = fleet_pb2.NodeStatus(problems=[fleet_pb2.Problem(room=str(number), text="x") for number in range(1000)])
+    await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=many), timeout=20)
+    listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
+    assert [problem.room for problem in listed.status.problems] == [str(number) for number in range(32)]
     code, why, told = await refusal(node.releases.GetHead(releases_pb2.GetHeadRequest(channel=long), timeout=20))
     assert (code, why) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT")
     assert len(told) == 2000

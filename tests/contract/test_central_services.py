@@ -358,9 +358,11 @@ async def test_a_revoked_nodes_updates_are_not_merged_any_more(central: Central,
         aside = state.updates[node.manifest(payloads[0]).digest]
         assert (aside.state, aside.reason) == ("set_aside", "its node was revoked")
         assert (state.releases[candidate.digest].state, state.open_plans("shared")) == ("rejected", [])
-    events = central.rooms.journal.events()[-2:]
-    assert [event.kind for event in events] == [EventKind.UPDATE_SET_ASIDE, EventKind.NODE_REVOKED]
-    assert events[1].body == {"by": "operator"}
+    events = central.rooms.journal.events()[-3:]
+    assert [event.kind for event in events] == [
+        EventKind.UPDATE_SET_ASIDE, EventKind.TOKEN_REVOKED, EventKind.NODE_REVOKED
+    ]  # fmt: skip
+    assert events[2].body == {"by": "operator"}
 
 
 async def test_a_taken_port_is_named(central: Central) -> None:

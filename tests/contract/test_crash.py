@@ -18,7 +18,7 @@ from tests.contract.crash_story import Ending, prepare, tell
 
 Prepared = tuple[CentralSettings, list[harness.Node]]
 # What happens before the first node is there, or only while an earlier kill is recovered from, is reached otherwise.
-QUICK = ("intake.kept#2", "journal.evaluation_offered.stored#2", "journal.verdict.stored#1")
+QUICK = ("intake.kept#2", "head.kept#2", "journal.evaluation_offered.stored#2", "journal.verdict.stored#1")
 WITH_STATE = ("merge.state_kept#2", "journal.candidate_built.applied#2", "journal.candidate_built.stored#2")
 """Points of a strategy that carries state from merge to merge."""
 ELSEWHERE = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from central.fleet import pki
+from central import main
+from central.fleet import identity, pki
+from central.fleet.identity import Authenticator
+from protos.fleet.v1 import fleet_pb2
 from protos.lora import decode
 from protos.manifest import sha256_hex, verify
 from protos.operator.v1 import operator_pb2
+from protos.releases.v1 import releases_pb2
 from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
 from tests.contract.central_harness import Central, Node, refusal
@@ -105,3 +110,68 @@ async def test_a_node_is_no_operator(node: Node) -> None:
     stub = harness.operator_pb2_grpc.OperatorServiceStub(node.channel)
     code, why, _ = await refusal(stub.ListNodes(operator_pb2.ListNodesRequest(), timeout=20))
     assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "NOT_OPERATOR")
+
+
+@pytest.fixture
+async def clocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Central, list[datetime]]]:
+    """A central whose authenticator reads the clock that the test sets."""
+    now = [datetime.now(UTC)]
+    monkeypatch.setattr(main, "Authenticator", lambda journal: Authenticator(journal, lambda: now[0]))
+    async with harness.running_central(harness.make_settings(tmp_path), heartbeat_s=0.05) as running:
+        yield running, now
+
+
+async def test_an_open_connection_ends_with_its_certificate(clocked: tuple[Central, list[datetime]]) -> None:
+    central, now = clocked
+    node = await central.enroll("a", await central.token())
+    payload = harness.encode_factors()
+    release, _ = await harness.make_candidate(central, node, harness.encode_factors(5), large=True)
+    operator = central.operator
+    await operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)
+    watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
+    await watch.read()
+    upload = await node.begin(payload, 2, stop=300)
+    download = node.releases.Download(releases_pb2.DownloadRequest(release_id=release), timeout=20)
+    await download.read()
+    now[0] += pki.CERTIFICATE_LIFE
+
+    async def all_of(call: Any) -> None:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+
+    async def goes_on() -> None:
+        await upload.write(updates_pb2.UploadRequest(chunk=payload[300:]))
+        await upload.done_writing()
+        await upload
+
+    expired = (grpc.StatusCode.UNAUTHENTICATED, "CERTIFICATE_EXPIRED")
+    assert (await refusal(all_of(watch)))[:2] == expired
+    assert (await refusal(goes_on()))[:2] == expired
+    assert (await refusal(all_of(download)))[:2] == expired
+    assert (await refusal(node.query("0" * 64)))[:2] == expired
+    assert (await refusal(node.upload(payload)))[:2] == expired
+    code, why, text = await refusal(operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20))
+    assert (code, why, "operator's certificate is made anew" in text) == (*expired, True)
+
+
+async def test_a_revocation_ends_streams_that_are_open(
+    central: Central, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "ASK_S", 0.0)
+    payload = harness.encode_factors()
+    release, _ = await harness.make_candidate(central, node, harness.encode_factors(5), large=True)
+    upload = await node.begin(payload, 2, stop=300)
+    download = node.releases.Download(releases_pb2.DownloadRequest(release_id=release), timeout=20)
+    await download.read()
+    await central.operator.RevokeNode(operator_pb2.RevokeNodeRequest(node_id=node.node_id), timeout=20)
+
+    async def goes_on() -> None:
+        await upload.write(updates_pb2.UploadRequest(chunk=payload[300:301]))  # it is not complete, and yet refused
+        await upload
+
+    async def rest() -> None:
+        while await download.read() is not grpc.aio.EOF:
+            pass
+
+    assert (await refusal(goes_on()))[1] == "REVOKED_NODE"
+    assert (await refusal(rest()))[1] == "REVOKED_NODE"

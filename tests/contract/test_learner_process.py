@@ -8,16 +8,34 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edge_node.learning import LearnerProcess
+from edge_node.problems import Problem, Problems
 from edge_node.settings import EdgeSettings
 from protos.lora import LoraTensors
 from tests.fakes.node_data import activate, as_environment, make_node
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings' data directory, where problems are kept, is relative."""
+    monkeypatch.chdir(tmp_path)
+
+
+def trouble() -> Problem | None:
+    return next((problem for problem in Problems(EdgeSettings().data_dir).current() if problem.room == "learner"), None)
+
+
+async def until(seen: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not seen():
+            await asyncio.sleep(0.01)
 
 
 class Sleeper(LearnerProcess):
@@ -62,6 +80,49 @@ async def test_killed_learner_is_started_again_and_aclose_ends_it() -> None:
     assert learner.starts == 2
     with pytest.raises(ProcessLookupError):
         os.kill(second, 0)
+
+
+class Failing(LearnerProcess):
+    """Ends as the worker does that cannot read its active release; then runs on."""
+
+    broken = True
+    line = "learner: The active release in active.json cannot be read. Restart the node's supervisor."
+
+    def command(self) -> list[str]:
+        words = f"print('a customer wrote this', file=sys.stderr); print({self.line!r}, file=sys.stderr)"
+        return [sys.executable, "-c", f"import sys; {words}; sys.exit(5)"] if self.broken else ["sleep", "600"]
+
+
+async def test_a_learner_that_keeps_ending_is_a_problem_until_one_runs_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edge_node.learning.process.calm_s", lambda ran_s, last_s=0.0: 0.3)
+    Problems(EdgeSettings().data_dir).report("learner", "Left by a former supervisor.", "")
+    learner = Failing(EdgeSettings(), first_pause_s=0.01)
+    running = asyncio.create_task(learner.run())
+    await until(lambda: "The active release in active.json cannot be read" in getattr(trouble(), "text", ""))
+    problem = trouble()
+    assert problem is not None
+    assert "customer" not in problem.text
+    assert "edge-node serve" in problem.next_step
+    learner.broken = False
+    await until(lambda: trouble() is None)
+    await learner.aclose()
+    await running
+    assert Failing.line in capfd.readouterr().err, "what the learner prints is not swallowed"
+
+
+async def test_a_learner_that_is_killed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Sleeper(EdgeSettings(), first_pause_s=0.01)
+    running = asyncio.create_task(learner.run())
+    os.kill(await pid_other_than(learner, None), signal.SIGKILL)
+    await until(lambda: trouble() is not None)
+    await learner.aclose()
+    await running
+    problem = trouble()
+    assert problem is not None
+    assert "killed by SIGKILL" in problem.text
+    assert "memory" in problem.next_step
 
 
 async def test_learning_switched_off_starts_nothing() -> None:

@@ -16,7 +16,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_node.environments import Task
-from edge_node.errors import AdapterError, ServingError
+from edge_node.errors import AdapterError, EnvironmentFault, ServingError
 from edge_node.releases.comparison import Comparison
 from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.releases.store import ReleaseStore
@@ -32,9 +32,11 @@ from tests.contract.test_release_watcher import (  # noqa: F401
     head_event,
     key,
     store,
+    trouble,
     until,
     watching,
 )
+from tests.fakes.endpoint import at
 from tests.fakes.word_environment import NextWord
 from tests.unit.edge_node.releases.test_release_store import make_payload, make_signed
 
@@ -85,7 +87,7 @@ def asked(requests: list[dict[str, Any]], model: str) -> list[str]:
 
 async def test_looks_ask_tasks_that_no_earlier_look_had_until_there_are_none() -> None:
     async with serving(lambda model, number, body: model == "new" or number % 4 == 1) as (url, requests):
-        evaluator = Evaluator(url, words(anchor=True), seed=7)
+        evaluator = Evaluator(at(url), words(anchor=True), seed=7)
         looks = [
             await evaluator.compare("words", "new", "old", first, tasks, GREEDY)
             for first, tasks in ((0, 20), (20, 20), (40, 40), (80, 80))
@@ -102,8 +104,8 @@ async def test_looks_ask_tasks_that_no_earlier_look_had_until_there_are_none() -
 
 async def test_the_same_tasks_in_another_order_have_the_same_digest() -> None:
     async with serving(lambda model, number, body: True) as (url, _):
-        whole = [await Evaluator(url, words(20), seed).compare("words", "n", "o", 0, 10, GREEDY) for seed in (1, 2)]
-        part = [await Evaluator(url, words(), seed).compare("words", "n", "o", 0, 10, GREEDY) for seed in (1, 2)]
+        whole = [await Evaluator(at(url), words(20), seed).compare("words", "n", "o", 0, 10, GREEDY) for seed in (1, 2)]
+        part = [await Evaluator(at(url), words(), seed).compare("words", "n", "o", 0, 10, GREEDY) for seed in (1, 2)]
     assert whole[0].tasks_digest == whole[1].tasks_digest
     assert part[0].tasks_digest != part[1].tasks_digest
 
@@ -127,7 +129,7 @@ async def test_an_environment_that_cannot_give_further_tasks_gives_none(
     environment: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(lambda model, number, body: True) as (url, _):
-        evaluator = Evaluator(url, {"e": (EnvironmentSpec(name="e", factory="x:Y"), environment)})
+        evaluator = Evaluator(at(url), {"e": (EnvironmentSpec(name="e", factory="x:Y"), environment)})
         assert sum(counts(await evaluator.compare("e", "new", "old", 0, 20, GREEDY))) == 20
         assert sum(counts(await evaluator.compare("e", "new", "old", 20, 20, GREEDY))) == 0
     assert "here is one of them" not in caplog.text + repr([vars(record) for record in caplog.records])
@@ -141,7 +143,7 @@ async def test_several_attempts_share_their_seeds_and_count_pass_1_and_pass_k() 
         return model == "old" or number % 3 == 0 or tries[model, number] < 3
 
     async with serving(answer) as (url, requests):
-        result = await Evaluator(url, words()).compare("words", "new", "old", 0, 30, Sampling(3, 0.8))
+        result = await Evaluator(at(url), words()).compare("words", "new", "old", 0, 30, Sampling(3, 0.8))
     third = len([word for word in set(asked(requests, "new")) if int(word[1:]) % 3 == 0])
     assert counts(result) == (30, 0, 0, 0)
     assert counts(result.every_attempt) == (third, 30 - third, 0, 0)
@@ -157,7 +159,7 @@ async def test_several_attempts_share_their_seeds_and_count_pass_1_and_pass_k() 
 
 async def test_attempts_end_with_the_first_that_fails() -> None:
     async with serving(lambda model, number, body: False) as (url, requests):
-        result = await Evaluator(url, words()).compare("words", "new", "old", 0, 10, Sampling(5, 0.8))
+        result = await Evaluator(at(url), words()).compare("words", "new", "old", 0, 10, Sampling(5, 0.8))
     assert counts(result) == counts(result.every_attempt) == (0, 0, 0, 10)
     assert len(requests) == 20
 
@@ -204,7 +206,7 @@ class Releases:
     async def run(
         self, url: str, environments: dict[str, Any], what: fleet_pb2.EvaluationOffer, last_try: bool = False
     ) -> dict[str, Any]:
-        comparison = Comparison(Evaluator(url, environments), self.obtain, self.held.append)
+        comparison = Comparison(Evaluator(at(url), environments), self.obtain, self.held.append)
         return {result.environment: result for result in await comparison.run(what, last_try=last_try)}
 
 
@@ -299,3 +301,45 @@ async def test_a_reference_that_the_node_no_longer_has_is_downloaded_loaded_and_
     assert counts(result) == (0, 8, 0, 0)
     assert (result.reference_id, result.fallback_reason) == (suite.reference_id, "")
     assert {("load", name) for name in names} <= set(control.calls)
+
+
+class Judging(NextWord):
+    def verify(self, task: Task, answer: str) -> Any:
+        raise KeyError(f"the customer's words: {answer}")
+
+
+async def test_a_verifier_that_raises_is_named_without_its_words() -> None:
+    async with serving(lambda model, number, body: True) as (url, _):
+        evaluator = Evaluator(at(url), {"acme": (EnvironmentSpec(name="acme", factory="x:Y"), Judging())})
+        with pytest.raises(
+            EnvironmentFault, match=r"Environment 'acme' raised KeyError in verify \(.*\.py:\d+\)"
+        ) as raised:
+            await evaluator.compare("acme", "new", "old", 0, 5, GREEDY)
+    assert "customer" not in str(raised.value)
+
+
+async def test_a_vllm_that_refuses_evaluations_is_a_problem(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    """As with `--api-key` that the node does not know: every evaluation got 401, and status said nothing."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        return web.Response(status=401)
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", refuse)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    offer = fleet_pb2.EvaluationOffer(offer_id="o1", candidate=signed, reference=signed, tasks=3, deadline_s=20)
+    central = Central(payload, [head_event(signed), fleet_pb2.WatchResponse(evaluation=offer)], cuts=0)
+    environments = {"e": (EnvironmentSpec(name="e", factory="x:Y"), NextWord())}
+    async with watching(store, await connect(central), Control(), environments, f"http://127.0.0.1:{port}"):
+        await until(lambda: "evaluation" in trouble(store))
+    await runner.cleanup()
+    assert "vLLM answered 401 to an evaluation request" in trouble(store)["evaluation"].text
+    assert "401" in central.reports[0].abstain_reason

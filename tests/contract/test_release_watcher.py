@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import re
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,14 +19,16 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edge_node.errors import AdapterError, ServingError, StorageError
 from edge_node.identity import Identity
+from edge_node.problems import Problem, Problems
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
-from edge_node.settings import EdgeSettings, EnvironmentSpec, ReleasesSettings, ServingSettings
+from edge_node.settings import CentralSettings, EdgeSettings, EnvironmentSpec, ReleasesSettings, ServingSettings
 from protos.base import BaseModelInfo
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
+from tests.fakes.endpoint import at
 from tests.unit.edge_node.releases.test_release_store import BASE, SHAPES, make_payload, make_signed
 
 
@@ -174,7 +177,7 @@ async def test_the_alias_follows_the_head_and_an_offer_is_answered_once(
         store,
         Vllm(),
         control,  # type: ignore[arg-type]
-        Evaluator("http://127.0.0.1:9", {}),
+        Evaluator(at("http://127.0.0.1:9"), {}),
         fleet_pb2.NodeStatus,
         tuple,
     )
@@ -260,7 +263,7 @@ async def watching(
         store,
         Vllm(),
         control,  # type: ignore[arg-type]
-        Evaluator(evaluation_url, dict(environments)),
+        Evaluator(at(evaluation_url), dict(environments)),
         fleet_pb2.NodeStatus,
         tuple,
     )
@@ -270,6 +273,11 @@ async def watching(
         assert not task.done(), task.result()
     finally:
         task.cancel()
+
+
+def trouble(store: ReleaseStore) -> dict[str, Problem]:
+    """What the node says is wrong, by room."""
+    return {problem.room: problem for problem in Problems(store.partial("x").parents[2]).current()}
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -287,7 +295,10 @@ async def test_a_broken_environment_abstains_without_its_words(
     broken = {"acme": (EnvironmentSpec(name="acme", factory="x:Y"), Broken())}
     async with watching(store, await connect(central), Control(), broken):
         await until(lambda: bool(central.reports))
-    assert central.reports[0].abstain_reason == "RuntimeError"
+    assert re.fullmatch(
+        r"Environment 'acme' raised RuntimeError in tasks \(test_release_watcher.py:\d+\); expected it to raise nothing.",
+        central.reports[0].abstain_reason,
+    )
     assert "secret recipe" not in caplog.text + repr([vars(record) for record in caplog.records])
 
 
@@ -406,3 +417,282 @@ async def test_central_hears_the_channel_and_what_is_wrong_with_its_release(
         monkeypatch.setattr(Vllm, "generation", 2)
         monkeypatch.setattr(Vllm, "wait_ready", lambda self: asyncio.Event().wait())
         await until(lambda: "started anew" in statuses[-1].release_problem)
+
+
+async def test_a_release_that_cannot_be_served_is_a_problem_until_it_is(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_node.releases.watcher.HEAD_RETRY_LAST_S", 0.02)
+    payload = make_payload()
+    broken = [True]
+
+    class Refusing(Control):
+        async def load(self, name: str, path: Path) -> None:
+            if broken:
+                raise ServingError("vLLM refused the adapter")
+            await super().load(name, path)
+
+    central = Central(payload, [head_event(make_signed(key, payload))], cuts=0)
+    async with watching(store, await connect(central), Refusing()):
+        await until(lambda: "releases" in trouble(store))
+        problem = trouble(store)["releases"]
+        assert problem.text == "The release of channel 'stable' is not served: vLLM refused the adapter"
+        assert "logs/vllm.log" in problem.next_step
+        broken.clear()
+        await until(lambda: not trouble(store))
+
+
+async def test_old_news_of_a_former_process_is_no_trouble_of_a_canary(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_payload()
+    central = Central(payload, [head_event(make_signed(key, payload))], cuts=0)
+    statuses: list[fleet_pb2.NodeStatus] = []
+
+    async def report(request: fleet_pb2.ReportStatusRequest, context: object) -> fleet_pb2.ReportStatusResponse:
+        statuses.append(request.status)
+        return fleet_pb2.ReportStatusResponse()
+
+    waits = asyncio.Event()
+
+    class Slow(Control):
+        async def load(self, name: str, path: Path) -> None:
+            await waits.wait()
+            await super().load(name, path)
+
+    monkeypatch.setattr(central, "ReportStatus", report)
+    monkeypatch.setattr("edge_node.releases.watcher.STATUS_PERIOD_S", 0.02)
+    Problems(store.partial("x").parents[2]).report("releases", "It was refused, yesterday.", "Look.")
+    async with watching(store, await connect(central), Slow()):
+        await until(lambda: bool(statuses))
+        assert statuses[0].release_problem == ""
+        [told] = [problem for problem in statuses[0].problems if problem.room == "releases"]
+        assert (told.text, told.next_step) == ("It was refused, yesterday.", "Look.")
+        assert told.since
+        waits.set()
+        await until(lambda: not statuses[-1].problems)
+
+
+async def test_a_central_that_is_away_or_silent_or_hangs_up_is_a_problem_until_it_is_heard(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_node.releases.watcher.RETRY_LAST_S", 0.02)
+    central = Central(make_payload())
+    ways: list[str] = ["aborts", "hangs up", "is silent"]
+
+    async def watch(request: object, context: Any) -> AsyncIterator[fleet_pb2.WatchResponse]:
+        way = ways[0] if ways else "beats"
+        if way == "aborts":
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "node n-1 is revoked")
+        if way == "is silent":
+            await asyncio.Event().wait()
+        while way == "beats":
+            yield fleet_pb2.WatchResponse(heartbeat=fleet_pb2.Heartbeat())
+            await asyncio.sleep(0.02)
+
+    monkeypatch.setattr(central, "Watch", watch)
+    settings = {"central": CentralSettings(call_timeout_s=0.3)}
+    async with watching(store, await connect(central), Control(), **settings):
+        for text in ("node n-1 is revoked", "ended the connection without a word", "silent for 0.3 s"):
+            await until(lambda text=text: "central" in trouble(store) and text in trouble(store)["central"].text)
+            if ways[0] == "aborts":
+                assert "central nodes" in trouble(store)["central"].next_step
+            else:
+                assert "EDGE_CENTRAL__ADDRESS" in trouble(store)["central"].next_step
+            ways.pop(0)
+        await until(lambda: not trouble(store))
+
+
+async def test_news_that_cannot_be_kept_is_a_problem_until_all_of_it_is(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is kept each time, and the offer after it is not: that is one lasting problem, not many short ones."""
+    monkeypatch.setattr("edge_node.releases.watcher.RETRY_LAST_S", 0.02)
+    payload = make_payload()
+    train = fleet_pb2.WatchResponse(train=fleet_pb2.TrainOffer(offer_id="t1", max_rank=4))
+    beat = fleet_pb2.WatchResponse(heartbeat=fleet_pb2.Heartbeat())
+    central = Central(payload, [head_event(make_signed(key, payload)), train, beat], cuts=0)
+    full = [OSError(errno.ENOSPC, "No space left on device")]
+
+    def keep(*_: object) -> None:
+        if full:
+            raise full[0]
+
+    monkeypatch.setattr(store, "keep_offer", keep)
+    async with watching(store, await connect(central), Control()):
+        await until(lambda: "central-news" in trouble(store))
+        assert "No space left on device" in trouble(store)["central-news"].text
+        await until(lambda: central.watches > 2)
+        assert "central-news" in trouble(store)
+        full.clear()
+        await until(lambda: not trouble(store))
+
+
+async def test_a_quarantine_is_a_problem_until_central_releases_the_node(
+    store: ReleaseStore, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standings = ["odd labels"]
+    central = Central(make_payload())
+
+    async def watch(request: object, context: object) -> AsyncIterator[fleet_pb2.WatchResponse]:
+        for _ in range(1000):
+            standing = fleet_pb2.NodeStanding(quarantine="".join(standings))
+            yield fleet_pb2.WatchResponse(standing=standing)
+            await asyncio.sleep(0.02)
+
+    monkeypatch.setattr(central, "Watch", watch)
+    async with watching(store, await connect(central), Control()):
+        await until(lambda: "quarantine" in trouble(store))
+        assert "odd labels" in trouble(store)["quarantine"].text
+        assert "central nodes release" in trouble(store)["quarantine"].next_step
+        standings.clear()
+        await until(lambda: not trouble(store))
+
+
+async def test_a_status_that_cannot_be_told_is_a_problem_until_it_can(
+    store: ReleaseStore, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_node.releases.watcher.STATUS_PERIOD_S", 0.02)
+    central, broken = Central(make_payload()), [True]
+
+    async def report(request: object, context: Any) -> fleet_pb2.ReportStatusResponse:
+        if broken:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much")
+        return fleet_pb2.ReportStatusResponse()
+
+    monkeypatch.setattr(central, "ReportStatus", report)
+    async with watching(store, await connect(central), Control()):
+        await until(lambda: "status" in trouble(store))
+        assert "RESOURCE_EXHAUSTED: too much" in trouble(store)["status"].text
+        broken.clear()
+        await until(lambda: "status" not in trouble(store))
+
+
+class Moody(Idle):
+    """Broken until told otherwise."""
+
+    broken = True
+
+    def tasks(self, split: str, *, count: int, seed: int) -> list[Any]:
+        if self.broken:
+            raise KeyError("the secret recipe of a customer")
+        return []
+
+
+async def test_an_environment_that_raises_is_a_problem_until_an_evaluation_succeeds(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_payload()
+    signed, environment = make_signed(key, payload), Moody()
+    again = asyncio.Event()
+    central = Central(payload)
+
+    async def watch(request: object, context: object) -> AsyncIterator[fleet_pb2.WatchResponse]:
+        yield evaluation_event(signed, signed)
+        await again.wait()
+        event = evaluation_event(signed, signed)
+        event.evaluation.offer_id = "o2"
+        yield event
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(central, "Watch", watch)
+    central.cuts = 0
+    moody = {"acme": (EnvironmentSpec(name="acme", factory="x:Y"), environment)}
+    async with watching(store, await connect(central), Control(), moody):
+        await until(lambda: "environments" in trouble(store))
+        problem = trouble(store)["environments"]
+        assert "Environment 'acme' raised KeyError in tasks" in problem.text
+        assert "secret" not in problem.text
+        assert "EDGE_ENVIRONMENTS" in problem.next_step
+        environment.broken = False
+        again.set()
+        await until(lambda: not trouble(store))
+
+
+async def test_an_evaluation_that_takes_too_long_is_a_problem_with_the_time_it_had(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    class Hanging(Control):
+        async def load(self, name: str, path: Path) -> None:
+            await asyncio.Event().wait()
+
+    payload = make_payload()
+    event = evaluation_event(make_signed(key, payload), make_signed(key, payload))
+    event.evaluation.deadline_s = 1
+    central = Central(payload, [event], cuts=0)
+    async with watching(store, await connect(central), Hanging()):
+        await until(lambda: "evaluation" in trouble(store))
+    assert "it took longer than the 1 s that central waits" in trouble(store)["evaluation"].text
+
+
+async def test_a_node_without_environments_abstains_and_has_no_trouble(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
+) -> None:
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    central = Central(payload, [evaluation_event(signed, signed)], cuts=0)
+    async with watching(store, await connect(central), Control(), {}):
+        await until(lambda: bool(central.reports))
+    assert "no environment" in central.reports[0].abstain_reason
+    assert trouble(store) == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "stays"), [(grpc.StatusCode.INVALID_ARGUMENT, True), (grpc.StatusCode.FAILED_PRECONDITION, False)]
+)
+async def test_a_result_that_central_refuses_is_a_problem_one_that_comes_late_is_none(
+    store: ReleaseStore,
+    key: ec.EllipticCurvePrivateKey,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    code: grpc.StatusCode,
+    stays: bool,
+) -> None:
+    payload = make_payload()
+    signed, asked = make_signed(key, payload), asyncio.Event()
+    central = Central(payload, [evaluation_event(signed, signed)], cuts=0)
+
+    async def refuse(request: object, context: Any) -> None:
+        asked.set()
+        await context.abort(code, "no thanks")
+
+    monkeypatch.setattr(central, "ReportEvaluation", refuse)
+    async with watching(store, await connect(central), Control()):
+        await asked.wait()
+        if stays:
+            await until(lambda: "evaluation" in trouble(store))
+            assert "no thanks" in trouble(store)["evaluation"].text
+        await asyncio.sleep(0.1)
+        assert ("evaluation" in trouble(store)) == stays
+
+
+async def test_old_releases_that_cannot_be_removed_are_a_problem_until_they_are(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_payload()
+    active, *others = [make_signed(key, payload, version=number) for number in range(1, 5)]
+    store.activate(store.install(active, payload))
+    for signed in others:
+        store.install(signed, payload)
+    real, broken, again = store.remove, [True], asyncio.Event()
+    central = Central(payload)
+
+    def remove(release: Any) -> None:
+        if broken:
+            raise OSError(errno.EACCES, "Permission denied")
+        real(release)
+
+    async def watch(request: object, context: object) -> AsyncIterator[fleet_pb2.WatchResponse]:
+        yield head_event(others[-1])
+        await again.wait()
+        yield head_event(active)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(central, "Watch", watch)
+    monkeypatch.setattr(store, "remove", remove)
+    async with watching(store, await connect(central), Control(), releases=ReleasesSettings(keep=2)):
+        await until(lambda: "old-releases" in trouble(store))
+        assert "Permission denied" in trouble(store)["old-releases"].text
+        broken.clear()
+        again.set()
+        await until(lambda: not trouble(store))

@@ -14,6 +14,7 @@ from flwr.serverapp import strategy as stock_strategies
 
 from central.errors import SettingsError
 from central.federation import check_strategy
+from central.federation.errors import StrategyFailed
 from central.federation.planning import plan_merge
 from central.federation.server_state import CARRIED, ServerState
 from central.federation.stock import UNUSABLE, StockMean, usable_strategies
@@ -285,15 +286,15 @@ def test_verify_rebuilds_the_state_and_finds_another_one(central: Central, monke
         assert "rebuilt server state" in outcomes(1)[0]
 
 
-def test_updates_that_a_strategy_makes_nothing_of_are_set_aside_and_the_loop_goes_on(central: Central) -> None:
-    bad = [central.admit(node, tensors) for node, tensors in zip(NODES[:2], increments(1)[:2], strict=True)]
+def test_a_strategy_that_fails_whatever_the_updates_are_blames_none_and_says_what_to_change(central: Central) -> None:
+    ids = [central.admit(node, tensors) for node, tensors in zip(NODES[:2], increments(1)[:2], strict=True)]
     # With half of two cut off at both ends nothing is left; run_cohort refuses such options, a plan of three would do.
     settings = make_settings(strategy="FedTrimmedAvg", strategy_options={"beta": 0.5}, min_updates=2)
-    take_steps(central, settings, lambda: state_of(central, bad[0]) == "set_aside")
-    assert {state_of(central, update) for update in bad} == {"set_aside"}
-    with central.journal.read() as state:
-        assert "FedTrimmedAvg made values that are not finite" in state.updates[bad[0]].reason
-    merge(central, 2, "FedAvg")
+    with pytest.raises(StrategyFailed, match=r"not finite.*No single update causes it.*CENTRAL_MERGE__STRATEGY"):
+        take_steps(central, settings, lambda: False)
+    assert {state_of(central, update) for update in ids} == {"planned"}
+    take_steps(central, make_settings(strategy="FedAvg"), lambda: central.head().manifest.version == 1)
+    assert central.head().manifest.updates == ids, "planned anew with the settings of the next start"
 
 
 def state_of(central: Central, update_id: str) -> str:

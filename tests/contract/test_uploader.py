@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edge_node.identity import Identity
 from edge_node.outbox import Outbox, OutboxEntry, OutboxState, Uploader
+from edge_node.problems import Problems
 from edge_node.settings import EdgeSettings
 from protos.manifest import (
     CHUNK_BYTES,
@@ -40,6 +41,17 @@ IDENTITY = Identity(
     ca_pem=b"",
     release_key_pem=RELEASE_KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
 )
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings' data directory, where problems are kept, is relative."""
+    monkeypatch.chdir(tmp_path)
+
+
+def trouble() -> str:
+    """What room `uploads` says is wrong."""
+    return "".join(problem.text for problem in Problems(SETTINGS.data_dir).current() if problem.room == "uploads")
 
 
 def add_update(outbox: Outbox, number: int, payload: bytes) -> str:
@@ -166,7 +178,7 @@ async def test_cut_stream_goes_on_from_the_committed_byte(outbox: Outbox) -> Non
         central.script = cut
         await uploader.upload_waiting()
         assert outbox.list()[0].state == OutboxState.WAITING
-        assert "could not be uploaded" in uploader.problem  # gRPC may call a cut INTERNAL when it hits a write
+        assert "could not be uploaded" in trouble()  # gRPC may call a cut INTERNAL when it hits a write
         central.script = None
         await uploader.upload_waiting()
         assert len(central.uploads) == 1, "it waits for its backoff"
@@ -175,7 +187,7 @@ async def test_cut_stream_goes_on_from_the_committed_byte(outbox: Outbox) -> Non
     assert central.offsets == [0, 2 * CHUNK_BYTES]
     assert central.admitted == {update_id: payload}
     assert outbox.list()[0].state == OutboxState.ADMITTED
-    assert uploader.problem == ""
+    assert trouble() == ""
 
 
 async def test_restart_of_both_sides_loses_no_committed_byte(outbox: Outbox, tmp_path: Path) -> None:
@@ -246,6 +258,8 @@ async def test_final_refusal_is_kept_with_its_reason_and_blocks_nobody(outbox: O
         (grpc.StatusCode.PERMISSION_DENIED, ""),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
+        (grpc.StatusCode.UNAVAILABLE, "STORAGE_FULL"),
         (grpc.StatusCode.ABORTED, "SILENT_STREAM"),
     ],
 )
@@ -270,7 +284,7 @@ async def test_forged_receipt_admits_nothing(outbox: Outbox) -> None:
     async with serving(central) as port, node(outbox, port, clock) as uploader:
         await uploader.upload_waiting()
         assert outbox.list()[0].state == OutboxState.WAITING
-        assert "receipt" in uploader.problem
+        assert "receipt" in trouble()
         central.signing_key = RELEASE_KEY
         clock.now = 10
         await uploader.upload_waiting()
@@ -303,7 +317,7 @@ async def test_silent_central_costs_one_deadline(outbox: Outbox) -> None:
         uploader = Uploader(outbox, channel, IDENTITY, impatient, clock)
         await asyncio.wait_for(uploader.upload_waiting(), 5)
         assert outbox.list()[0].state == OutboxState.WAITING
-        assert "Timeout" in uploader.problem
+        assert "Timeout" in trouble()
 
 
 async def test_run_uploads_what_another_process_adds_and_ends_with_aclose(outbox: Outbox, tmp_path: Path) -> None:
@@ -340,5 +354,73 @@ async def test_an_outbox_that_cannot_be_read_for_a_while_ends_nothing(
             while update_id not in central.admitted:
                 assert not running.done(), running.result()
                 await asyncio.sleep(0.02)
+        await uploader.aclose()
+        await running
+
+
+async def test_one_update_that_arrives_does_not_hide_one_that_does_not(outbox: Outbox) -> None:
+    central, clock = ScriptedCentral(), Clock()
+    first = add_update(outbox, 1, b"one")
+    add_update(outbox, 2, b"two")
+
+    async def refuse_the_first(update_id: str, number: int, context: grpc.aio.ServicerContext) -> None:
+        if update_id == first:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+
+    central.script = refuse_the_first
+    async with serving(central) as port, node(outbox, port, clock) as uploader:
+        await uploader.upload_waiting()
+        assert f"Update {first[:12]} could not be uploaded" in trouble()
+        [problem] = Problems(SETTINGS.data_dir).current()
+        assert "edge-node doctor" in problem.next_step
+        central.script, clock.now = None, 100
+        await uploader.upload_waiting()
+        assert trouble() == ""
+
+
+async def test_a_refused_update_is_a_problem_until_a_later_one_is_admitted_also_after_a_restart(outbox: Outbox) -> None:
+    central, clock = ScriptedCentral(), Clock()
+    refused = add_update(outbox, 1, b"one")
+
+    async def refuse(update_id: str, number: int, context: grpc.aio.ServicerContext) -> None:
+        context.set_trailing_metadata((("lorikeet-reason", "BAD_TENSOR"),))
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "module q has NaN")
+
+    central.script = refuse
+    async with serving(central) as port, node(outbox, port, clock) as uploader:
+        await uploader.upload_waiting()
+    expected = f"Central refused update {refused[:12]} (#1) for good: BAD_TENSOR: module q has NaN"
+    assert trouble() == expected
+    async with serving(central) as port, node(outbox, port, clock) as uploader:
+        await uploader.upload_waiting()
+        assert trouble() == expected, "nothing waits, and nothing has been admitted since"
+        central.script = None
+        add_update(outbox, 2, b"two")
+        await uploader.upload_waiting()
+    assert trouble() == ""
+
+
+async def test_an_outbox_that_cannot_be_read_is_a_problem_while_it_lasts(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = EdgeSettings.model_validate({"outbox": {"retry_s": 0.01}})
+    broken = [True]
+    real = outbox.list
+
+    def listing(*states: OutboxState) -> Sequence[OutboxEntry]:
+        if broken:
+            raise sqlite3.OperationalError("disk I/O error")
+        return real(*states)
+
+    monkeypatch.setattr(outbox, "list", listing)
+    async with serving(ScriptedCentral()) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        uploader = Uploader(outbox, channel, IDENTITY, quick)
+        running = asyncio.create_task(uploader.run())
+        async with asyncio.timeout(5):
+            while "disk I/O error" not in trouble():
+                await asyncio.sleep(0.01)
+            broken.clear()
+            while trouble():
+                await asyncio.sleep(0.01)
         await uploader.aclose()
         await running

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import subprocess
@@ -12,12 +13,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm.model_executor.models
+from vllm.model_executor.models import registry
 
-from edge_node.errors import ServingError
+from edge_node.base_model import check_base
+from edge_node.errors import ServingError, SettingsError
 from edge_node.serving import internals, launch
 from edge_node.serving.command import serving_command
-from edge_node.settings import EdgeSettings
-from protos.base import BaseModelInfo
+from edge_node.settings import BaseModelSettings, EdgeSettings
+from protos.base import WITHOUT_LORA, BaseModelInfo
+from protos.families import FAMILIES
+from tests.fakes.base_models import make
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -64,6 +70,32 @@ def test_vllm_understands_our_command_line(tmp_path: Path) -> None:
     assert arguments.served_model_name == ["base@abababab"]
     assert arguments.middleware == ["edge_node.serving.middleware.LorikeetMiddleware"]
     assert (arguments.api_server_count, arguments.enforce_eager, arguments.max_cpu_loras) == (1, True, 32)
+
+
+def test_the_table_of_models_without_lora_is_vllms() -> None:
+    """Read from vLLM's source: importing every model takes minutes."""
+    models = Path(vllm.model_executor.models.__file__).parent
+    bases: dict[str, set[str]] = {}
+    for file in [*models.glob("*.py"), *models.parents[1].joinpath("models").rglob("*.py")]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases}
+                bases.setdefault(node.name, set()).update(names)
+
+    def has_lora(name: str) -> bool:
+        return name == "SupportsLoRA" or any(has_lora(base) for base in bases.get(name, set()) - {name})
+
+    table = registry._TEXT_GENERATION_MODELS
+    assert {name for name, (_, model) in table.items() if not has_lora(model)} == WITHOUT_LORA
+    assert not WITHOUT_LORA & set(FAMILIES)
+
+
+def test_a_node_asks_vllm_about_a_base(tmp_path: Path) -> None:
+    """Both sides of edge_node/base_check.py, on a base that vLLM has no class for."""
+    base = make(tmp_path / "base", architectures=["NovelForCausalLM"], model_type="novel")
+    settings = EdgeSettings(data_dir=tmp_path, base=BaseModelSettings(path=base))
+    with pytest.raises(SettingsError, match=r"does not work here: transformers cannot load it: .*novel"):
+        check_base(settings)
 
 
 def test_vllm_names_the_adapter_of_a_request_and_404s_unknown_models() -> None:

@@ -20,7 +20,6 @@ class RecordingEngine:
     def __init__(self) -> None:
         self.base_name = "base@01234567"
         self.max_model_len = 512
-        self.on_cpu = True
         self.errored = False
         self.loaded: dict[str, Path] = {}
         self.refuse: str | None = None

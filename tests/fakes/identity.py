@@ -15,12 +15,15 @@ from edge_node.identity import Identity, keep_identity, write_durably
 
 NODE_ID = "node-a-0badcafe"
 
+LIFETIME = timedelta(days=60)
+"""Of the certificate: far enough from its end to be no problem."""
+
 
 def make_identity(data_dir: Path, base: str = "b" * 64) -> Identity:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NODE_ID)])
     now = datetime.now(UTC)
-    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    certificate = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + LIFETIME)
     pem = certificate.sign(key, SHA256()).public_bytes(Encoding.PEM)
     public = ec.generate_private_key(ec.SECP256R1()).public_key()
     release_key = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

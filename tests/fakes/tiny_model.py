@@ -36,7 +36,7 @@ def build_tiny_model(target: Path, seed: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     target.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(target)
+    write_tokenizer(target)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(SPECIALS) + len(WORDS), hidden_size=HIDDEN, num_hidden_layers=LAYERS,
@@ -89,7 +89,7 @@ def _linears() -> list[tuple[str, int, int]]:
     ]  # fmt: skip
 
 
-def _write_tokenizer(target: Path) -> None:
+def write_tokenizer(target: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: index for index, token in enumerate(SPECIALS + WORDS)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported only by a database that needs it
 
 FIRST = "0001"
 """The schema before there were revisions."""
-HEAD = "0001"
+HEAD = "0002"
 """Today's schema."""
 _VERSION = sa.Table(
     "alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True, nullable=False)

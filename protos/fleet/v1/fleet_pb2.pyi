@@ -39,15 +39,27 @@ class EnrollResponse(_message.Message):
     genesis_payload: bytes
     def __init__(self, node_id: _Optional[str] = ..., cohort: _Optional[str] = ..., certificate_pem: _Optional[bytes] = ..., ca_pem: _Optional[bytes] = ..., release_key_pem: _Optional[bytes] = ..., genesis: _Optional[_Union[_releases_pb2.SignedManifest, _Mapping]] = ..., genesis_payload: _Optional[bytes] = ...) -> None: ...
 
+class Problem(_message.Message):
+    __slots__ = ("room", "text", "next_step", "since")
+    ROOM_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    room: str
+    text: str
+    next_step: str
+    since: str
+    def __init__(self, room: _Optional[str] = ..., text: _Optional[str] = ..., next_step: _Optional[str] = ..., since: _Optional[str] = ...) -> None: ...
+
 class NodeStatus(_message.Message):
-    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problem", "channel", "release_problem", "max_release_rank")
+    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problems", "channel", "release_problem", "max_release_rank")
     SERVING_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     OUTBOX_WAITING_FIELD_NUMBER: _ClassVar[int]
     OUTBOX_HELD_FIELD_NUMBER: _ClassVar[int]
     EXPERIENCES_FIELD_NUMBER: _ClassVar[int]
     ENVIRONMENTS_FIELD_NUMBER: _ClassVar[int]
-    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     CHANNEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     MAX_RELEASE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -57,11 +69,11 @@ class NodeStatus(_message.Message):
     outbox_held: int
     experiences: int
     environments: _containers.RepeatedScalarFieldContainer[str]
-    problem: str
+    problems: _containers.RepeatedCompositeFieldContainer[Problem]
     channel: str
     release_problem: str
     max_release_rank: int
-    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ..., channel: _Optional[str] = ..., release_problem: _Optional[str] = ..., max_release_rank: _Optional[int] = ...) -> None: ...
+    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[_Union[Problem, _Mapping]]] = ..., channel: _Optional[str] = ..., release_problem: _Optional[str] = ..., max_release_rank: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("status",)

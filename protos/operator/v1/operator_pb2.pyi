@@ -19,6 +19,14 @@ class ReleaseState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RELEASE_STATE_ABANDONED: _ClassVar[ReleaseState]
     RELEASE_STATE_WITHDRAWN: _ClassVar[ReleaseState]
 
+class TokenState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TOKEN_STATE_UNSPECIFIED: _ClassVar[TokenState]
+    TOKEN_STATE_USABLE: _ClassVar[TokenState]
+    TOKEN_STATE_USED_UP: _ClassVar[TokenState]
+    TOKEN_STATE_EXPIRED: _ClassVar[TokenState]
+    TOKEN_STATE_REVOKED: _ClassVar[TokenState]
+
 class AbandonedUpdates(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ABANDONED_UPDATES_UNSPECIFIED: _ClassVar[AbandonedUpdates]
@@ -46,6 +54,11 @@ RELEASE_STATE_ACCEPTED: ReleaseState
 RELEASE_STATE_REJECTED: ReleaseState
 RELEASE_STATE_ABANDONED: ReleaseState
 RELEASE_STATE_WITHDRAWN: ReleaseState
+TOKEN_STATE_UNSPECIFIED: TokenState
+TOKEN_STATE_USABLE: TokenState
+TOKEN_STATE_USED_UP: TokenState
+TOKEN_STATE_EXPIRED: TokenState
+TOKEN_STATE_REVOKED: TokenState
 ABANDONED_UPDATES_UNSPECIFIED: AbandonedUpdates
 ABANDONED_UPDATES_REQUEUE: AbandonedUpdates
 ABANDONED_UPDATES_SET_ASIDE: AbandonedUpdates
@@ -361,20 +374,72 @@ class ListNodesResponse(_message.Message):
     def __init__(self, nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ...) -> None: ...
 
 class CreateTokenRequest(_message.Message):
-    __slots__ = ("cohort", "uses", "valid_s")
+    __slots__ = ("cohort", "uses", "valid_s", "readmit_node_id")
     COHORT_FIELD_NUMBER: _ClassVar[int]
     USES_FIELD_NUMBER: _ClassVar[int]
     VALID_S_FIELD_NUMBER: _ClassVar[int]
+    READMIT_NODE_ID_FIELD_NUMBER: _ClassVar[int]
     cohort: str
     uses: int
     valid_s: int
-    def __init__(self, cohort: _Optional[str] = ..., uses: _Optional[int] = ..., valid_s: _Optional[int] = ...) -> None: ...
+    readmit_node_id: str
+    def __init__(self, cohort: _Optional[str] = ..., uses: _Optional[int] = ..., valid_s: _Optional[int] = ..., readmit_node_id: _Optional[str] = ...) -> None: ...
 
 class CreateTokenResponse(_message.Message):
+    __slots__ = ("token", "token_id")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    token_id: str
+    def __init__(self, token: _Optional[str] = ..., token_id: _Optional[str] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("token_id", "cohort", "state", "uses", "used", "created_at", "expires_at", "node_ids", "readmits", "reason")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    NODE_IDS_FIELD_NUMBER: _ClassVar[int]
+    READMITS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    token_id: str
+    cohort: str
+    state: TokenState
+    uses: int
+    used: int
+    created_at: str
+    expires_at: str
+    node_ids: _containers.RepeatedScalarFieldContainer[str]
+    readmits: str
+    reason: str
+    def __init__(self, token_id: _Optional[str] = ..., cohort: _Optional[str] = ..., state: _Optional[_Union[TokenState, str]] = ..., uses: _Optional[int] = ..., used: _Optional[int] = ..., created_at: _Optional[str] = ..., expires_at: _Optional[str] = ..., node_ids: _Optional[_Iterable[str]] = ..., readmits: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ListTokensRequest(_message.Message):
+    __slots__ = ("cohort",)
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    cohort: str
+    def __init__(self, cohort: _Optional[str] = ...) -> None: ...
+
+class ListTokensResponse(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+
+class RevokeTokenRequest(_message.Message):
+    __slots__ = ("token_id",)
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    token_id: str
+    def __init__(self, token_id: _Optional[str] = ...) -> None: ...
+
+class RevokeTokenResponse(_message.Message):
     __slots__ = ("token",)
     TOKEN_FIELD_NUMBER: _ClassVar[int]
-    token: str
-    def __init__(self, token: _Optional[str] = ...) -> None: ...
+    token: Token
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ...) -> None: ...
 
 class RevokeNodeRequest(_message.Message):
     __slots__ = ("node_id",)
@@ -383,8 +448,14 @@ class RevokeNodeRequest(_message.Message):
     def __init__(self, node_id: _Optional[str] = ...) -> None: ...
 
 class RevokeNodeResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("token_id", "ended_uses", "other_node_ids")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    ENDED_USES_FIELD_NUMBER: _ClassVar[int]
+    OTHER_NODE_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_id: str
+    ended_uses: int
+    other_node_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, token_id: _Optional[str] = ..., ended_uses: _Optional[int] = ..., other_node_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListReleasesRequest(_message.Message):
     __slots__ = ("cohort",)
@@ -393,10 +464,20 @@ class ListReleasesRequest(_message.Message):
     def __init__(self, cohort: _Optional[str] = ...) -> None: ...
 
 class ListReleasesResponse(_message.Message):
-    __slots__ = ("releases",)
+    __slots__ = ("releases", "standstills")
     RELEASES_FIELD_NUMBER: _ClassVar[int]
+    STANDSTILLS_FIELD_NUMBER: _ClassVar[int]
     releases: _containers.RepeatedCompositeFieldContainer[Release]
-    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ...) -> None: ...
+    standstills: _containers.RepeatedCompositeFieldContainer[Standstill]
+    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ..., standstills: _Optional[_Iterable[_Union[Standstill, _Mapping]]] = ...) -> None: ...
+
+class Standstill(_message.Message):
+    __slots__ = ("cohort", "reason")
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    cohort: str
+    reason: str
+    def __init__(self, cohort: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class GetReleaseRequest(_message.Message):
     __slots__ = ("release",)
@@ -542,10 +623,12 @@ class ListUpdatesRequest(_message.Message):
     def __init__(self, cohort: _Optional[str] = ..., node_id: _Optional[str] = ...) -> None: ...
 
 class ListUpdatesResponse(_message.Message):
-    __slots__ = ("updates",)
+    __slots__ = ("updates", "standstills")
     UPDATES_FIELD_NUMBER: _ClassVar[int]
+    STANDSTILLS_FIELD_NUMBER: _ClassVar[int]
     updates: _containers.RepeatedCompositeFieldContainer[Update]
-    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
+    standstills: _containers.RepeatedCompositeFieldContainer[Standstill]
+    def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., standstills: _Optional[_Iterable[_Union[Standstill, _Mapping]]] = ...) -> None: ...
 
 class RequeueUpdatesRequest(_message.Message):
     __slots__ = ("updates",)

@@ -45,6 +45,16 @@ class OperatorServiceStub:
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.CreateTokenRequest.SerializeToString,
                 response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.CreateTokenResponse.FromString,
                 _registered_method=True)
+        self.ListTokens = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/ListTokens',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListTokensRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListTokensResponse.FromString,
+                _registered_method=True)
+        self.RevokeToken = channel.unary_unary(
+                '/lorikeet.operator.v1.OperatorService/RevokeToken',
+                request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.RevokeTokenRequest.SerializeToString,
+                response_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.RevokeTokenResponse.FromString,
+                _registered_method=True)
         self.RevokeNode = channel.unary_unary(
                 '/lorikeet.operator.v1.OperatorService/RevokeNode',
                 request_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.RevokeNodeRequest.SerializeToString,
@@ -143,8 +153,22 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RevokeNode(self, request, context):
+    def ListTokens(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeToken(self, request, context):
+        """Nobody enrols with it any more; nodes that did stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeNode(self, request, context):
+        """Ends also what is left of the token that the node came with.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -257,6 +281,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.CreateToken,
                     request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.CreateTokenRequest.FromString,
                     response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.CreateTokenResponse.SerializeToString,
+            ),
+            'ListTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTokens,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListTokensRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.ListTokensResponse.SerializeToString,
+            ),
+            'RevokeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeToken,
+                    request_deserializer=protos_dot_operator_dot_v1_dot_operator__pb2.RevokeTokenRequest.FromString,
+                    response_serializer=protos_dot_operator_dot_v1_dot_operator__pb2.RevokeTokenResponse.SerializeToString,
             ),
             'RevokeNode': grpc.unary_unary_rpc_method_handler(
                     servicer.RevokeNode,
@@ -394,6 +428,60 @@ class OperatorService:
             '/lorikeet.operator.v1.OperatorService/CreateToken',
             protos_dot_operator_dot_v1_dot_operator__pb2.CreateTokenRequest.SerializeToString,
             protos_dot_operator_dot_v1_dot_operator__pb2.CreateTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/ListTokens',
+            protos_dot_operator_dot_v1_dot_operator__pb2.ListTokensRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.ListTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.operator.v1.OperatorService/RevokeToken',
+            protos_dot_operator_dot_v1_dot_operator__pb2.RevokeTokenRequest.SerializeToString,
+            protos_dot_operator_dot_v1_dot_operator__pb2.RevokeTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

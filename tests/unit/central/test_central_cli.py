@@ -16,8 +16,10 @@ from central.cli import _parser, main
 from central.command import print_rows
 from central.errors import REASON_KEY, CentralError
 from central.fleet.pki import Pki
+from central.heads import Heads
 from central.journal import Journal
 from central.operator.client import OperatorClient, plain
+from central.registry import DirectoryBlobs, Registry
 from protos.operator.v1 import operator_pb2
 from protos.updates.v1 import updates_pb2
 from tests.unit.central import builders as make
@@ -139,14 +141,19 @@ def test_the_journal_is_verified_beside_a_running_central(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CENTRAL_DATA_DIR", str(tmp_path))
-    journal = Journal(f"sqlite:///{tmp_path}/journal.db")
-    make.start_cohort(journal)
+    blobs, key = DirectoryBlobs(tmp_path / "blobs"), Pki.load_or_create(tmp_path, []).release_key
+    journal = Journal(f"sqlite:///{tmp_path}/journal.db", seals=Heads(tmp_path, blobs, key))
+    Registry(journal, blobs, key, make.BASE).ensure_cohort("shared")
+    journal.append(make.token_created(), make.node_enrolled())
     digest = journal.events()[-1].hash
     assert run("journal", "verify") == 0
     assert capsys.readouterr().out == f"The journal is whole: 3 events, the last one with hash {digest}.\n"
     journal.close()
+    stray = blobs.put(b"of no event")
+    assert run("journal", "verify") == 0
+    assert f"Blobs that no event names: 1 ({stray})" in capsys.readouterr().out
     assert run("journal", "verify", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"events": 3, "hash": digest}
+    assert json.loads(capsys.readouterr().out) == {"events": 3, "hash": digest, "unnamed_blobs": [stray]}
     for change, number in (("body = 'null'", 3), ("subject = 'x'", 2)):
         with sqlite3.connect(tmp_path / "journal.db") as other:
             other.execute(f"update events set {change} where sequence = {number}")

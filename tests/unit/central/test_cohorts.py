@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
+
 from central.cohorts import CohortThreads
 from central.errors import StorageError
 from central.journal import Journal
@@ -41,3 +43,35 @@ def test_every_cohort_has_one_loop_that_comes_back_after_a_failure(tmp_path: Pat
     threads.close()
     assert sorted(runs) == ["shared", "shared", "zeta", "zeta"]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cohort-")]
+
+
+def test_a_loop_that_fails_again_says_since_when_until_it_has_nothing_left_to_do(tmp_path: Path) -> None:
+    journal = Journal(f"sqlite:///{tmp_path}/journal.db")
+    make.start_cohort(journal)
+    times = iter(f"2026-11-22T12:00:0{second}.000000Z" for second in range(9))
+    failed, said = threading.Semaphore(0), list[str]()
+
+    def run(cohort: str, stop: threading.Event) -> None:
+        said.append(threads.failure(cohort))
+        failed.release()
+        if len(said) == 3:
+            threads.went_on(cohort)
+            said.append(threads.failure(cohort))
+            failed.release()
+            journal.wait(lambda state: stop.is_set())
+            return
+        raise StorageError("a blob is lost")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "clock", lambda: next(times))
+        threads = CohortThreads(journal, run, first_pause_s=0.001)
+        threads.start()
+        for _ in range(4):
+            assert failed.acquire(timeout=10)
+        threads.close()
+    assert said == [
+        "",
+        "a blob is lost (at 2026-11-22T12:00:00Z, tried again after 0.001 s)",
+        "a blob is lost (since 2026-11-22T12:00:00Z, last at 2026-11-22T12:00:01Z, tried again after 0.002 s)",
+        "",
+    ]

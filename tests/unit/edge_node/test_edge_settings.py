@@ -60,9 +60,23 @@ def test_kept_releases_must_fit_and_nothing_else_is_shown(monkeypatch: pytest.Mo
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("host", "url"),
-    [("0.0.0.0", "http://127.0.0.1:8000"), ("::", "http://[::1]:8000"), ("10.0.0.1", "http://10.0.0.1:8000")],
-)
-def test_the_endpoint_is_reached_on_this_machine(host: str, url: str) -> None:
-    assert ServingSettings(host=host).url == url
+def test_an_impossible_vllm_argument_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_SERVING__EXTRA_ARGS", '["--api-key", "secret", "--port=9", "--no-enable-lora"]')
+    with pytest.raises(
+        SettingsError, match="--port is not possible: set EDGE_SERVING__PORT; --no-enable-lora"
+    ) as caught:
+        load_settings()
+    assert "secret" not in str(caught.value)
+
+
+def test_vllm_arguments_that_are_no_list_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for written in ("--api-key secret", '"secret"', '["--api-key", "secret"', '{"api-key": "secret"}'):
+        monkeypatch.setenv("EDGE_SERVING__EXTRA_ARGS", written)
+        with pytest.raises(SettingsError) as caught:
+            load_settings()
+        assert "secret" not in str(caught.value), written
+
+
+@pytest.mark.parametrize(("host", "reached"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("10.0.0.1", "10.0.0.1")])
+def test_the_endpoint_is_reached_on_this_machine(host: str, reached: str) -> None:
+    assert ServingSettings(host=host).reached_at == reached

@@ -70,12 +70,13 @@ class TestTokenizer:
 
 
 class TestCache:
-    def fake_training(self, monkeypatch: pytest.MonkeyPatch, fail: bool = False) -> list[Path]:
+    def fake_training(self, monkeypatch: pytest.MonkeyPatch, fail: bool = False, mode: int = 0o644) -> list[Path]:
         calls: list[Path] = []
 
         def train_base(recipe: BaseRecipe, directory: Path, progress: object) -> None:
             calls.append(directory)
             (directory / "config.json").write_text("{}")
+            (directory / "config.json").chmod(mode)
             if fail:
                 raise KeyboardInterrupt
 
@@ -90,6 +91,13 @@ class TestCache:
         assert build_base(tmp_path, recipe=SMALL) == first
         assert (first / "config.json").is_file()
         assert len(calls) == 1
+
+    def test_another_user_can_read_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Central and nodes in containers run under a user of their own, and safetensors writes mode 0600."""
+        self.fake_training(monkeypatch, mode=0o600)
+        built = build_base(tmp_path, recipe=SMALL)
+        assert [path.stat().st_mode & 0o777 for path in built.iterdir()] == [0o644]
+        assert built.stat().st_mode & 0o055 == 0o055
 
     def test_another_recipe_is_another_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = self.fake_training(monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         read_base_model(tmp_path)
 
 
+def test_the_digest_is_the_same_from_the_memory(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "base")
+    first = read_base_model(path)
+    for file in path.iterdir():
+        os.utime(file, ns=(1, 1))
+    assert read_base_model(path, memory=tmp_path) == first
+    assert read_base_model(path, memory=tmp_path) == first
+
+
 def with_header(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
@@ -77,7 +87,6 @@ def with_header(text: bytes) -> bytes:
     "content",
     [
         b"",
-        b"version https://git-lfs.github.com/spec/v1",
         struct.pack("<Q", 2**63) + b"{}",
         with_header(b"[]"),
         with_header(b"[" * 100_000),

@@ -55,7 +55,8 @@ def test_certificates_name_node_cohort_and_operator(tmp_path: Path) -> None:
     pki = Pki.load_or_create(tmp_path, [])
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     pem = pki.issue_node_certificate("a-00000000", "zeta", key)
-    assert parse_certificate(pem) == Peer("node", "a-00000000", "zeta", public_pem(key).decode())
+    end = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+    assert parse_certificate(pem) == Peer("node", "a-00000000", "zeta", public_pem(key).decode(), end)
     operator = parse_certificate((tmp_path / "pki" / "operator.pem").read_bytes())
     assert (operator.kind, operator.name) == ("operator", "operator")
     with pytest.raises(ValueError, match="not enough values"):
@@ -77,7 +78,7 @@ def test_a_damaged_key_is_named(tmp_path: Path) -> None:
 def test_a_token_is_read_by_the_node_and_its_secret_is_not_in_the_journal(tmp_path: Path) -> None:
     journal = Journal(f"sqlite:///{tmp_path}/journal.db")
     ca = Pki.load_or_create(tmp_path, []).ca_pem
-    token = JoinToken.parse(create_token(journal, ca, "shared", 1, 60, "tests"))
+    token = JoinToken.parse(create_token(journal, ca, "shared", 1, 60, "tests")[0])
     assert token.ca_pem == ca
     assert token.secret not in str(journal.events())
     now = datetime.now(UTC)

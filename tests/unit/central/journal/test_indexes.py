@@ -211,9 +211,7 @@ def check(state: State) -> None:
     for node in state.nodes:
         own = [u for u in updates if u.manifest.node_id == node]
         assert state.updates_of(node) == own
-        assert state.kept_bytes(node) == sum(
-            u.manifest.payload.size_bytes for u in own if u.state in ("waiting", "quarantined")
-        )
+        assert state.kept_bytes(node) == sum(u.manifest.payload.size_bytes for u in own if state.takes_of_quota(u))
         for start in state.releases:
             assert state.updates_from(node, start) == [u for u in own if u.manifest.start.release == start]
         last = [p for periods in state.served.values() for p in periods if p.node_id == node and not p.until]

@@ -153,7 +153,7 @@ def test_taking_an_update_of_a_candidate_away_rejects_the_candidate(story: Story
         record = state.releases[candidate.digest]
         assert record.verdict is not None
         assert (record.state, state.open_plans("shared")) == ("rejected", [])
-        assert record.verdict.text == f"cancelled: update {story.updates[0].digest[:8]} was taken away"
+        assert record.verdict.text == f"cancelled: update {story.updates[0].digest[:8]} was taken away: broken"
     with pytest.raises(JournalConflict, match="not a candidate"):
         story.journal.append(make.decided(candidate, True), make.promoted(candidate))
 

@@ -192,7 +192,7 @@ def test_a_blob_that_is_named_again_stays(world: World, is_deleted: bool) -> Non
     world.supersede(old, new)
     collector = world.collector()
     with world.journal.read():
-        collector._record("tests")
+        collector._record("tests", lambda state: collectable(state, NOW + YEARS, AT_ONCE))
     assert list(marked(world)) == [payload(old)]
     if is_deleted:
         collector.recover()
@@ -203,6 +203,32 @@ def test_a_blob_that_is_named_again_stays(world: World, is_deleted: bool) -> Non
     assert world.blobs.read(payload(twin)) == b"same"
     with world.journal.read() as state:
         assert state.collections == {}
+
+
+def test_a_quota_counts_until_a_payload_is_collected_and_again_when_it_is_named_again(world: World) -> None:
+    def kept(node: str) -> int:
+        with world.journal.read() as state:
+            return state.kept_bytes(node)
+
+    old, new = world.update(data=b"same"), world.update(data=b"newer")
+    assert kept(old.node_id) == len(b"same") + len(b"newer")
+    world.supersede(old, new)
+    assert kept(old.node_id) == len(b"same") + len(b"newer"), "it is on disk"
+    world.collector().collect("tests")
+    assert kept(old.node_id) == len(b"newer")
+    twin = world.update("b-00000000", data=b"same")
+    assert (kept(old.node_id), kept(twin.node_id)) == (len(b"same") + len(b"newer"), len(b"same")), "the bytes are back"
+
+
+def test_room_is_made_of_what_never_merges_before_its_days_are_over(world: World) -> None:
+    old, new, aside = world.update(), world.update(), world.update()
+    world.supersede(old, new)
+    world.set_aside(aside)
+    collector = world.collector(POLICY)
+    assert not collector.make_room("b-00000000"), "it has none"
+    assert collector.make_room(old.node_id)
+    assert list(marked(world)) == [payload(old)]
+    assert not collector.make_room(None)
 
 
 def test_a_store_that_refuses_leaves_the_rest_to_the_next_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,18 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge_node.capture import Finished, Recorder, RecorderCounts, to_interaction
+from edge_node.capture.recorder import CALM_S
 from edge_node.errors import StorageError
 from edge_node.experience import ExperienceStore, Interaction
+from edge_node.problems import Problems
 
 CHAT = {"model": "lorikeet@v1", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -114,8 +117,20 @@ def store(tmp_path: Path) -> Iterator[GatedStore]:
     store.gate.set()
 
 
-def make_recorder(store: ExperienceStore, *, queue_size: int = 100, durable_timeout_s: float = 10) -> Recorder:
-    return Recorder(store, queue_size=queue_size, durable_timeout_s=durable_timeout_s)
+def make_recorder(
+    store: ExperienceStore,
+    *,
+    queue_size: int = 100,
+    durable_timeout_s: float = 10,
+    clock: Callable[[], float] = time.monotonic,
+) -> Recorder:
+    return Recorder(
+        store,
+        queue_size=queue_size,
+        durable_timeout_s=durable_timeout_s,
+        problems=Problems(store._path.parent),
+        clock=clock,
+    )
 
 
 async def test_an_answer_is_on_disk_when_keep_returns(store: GatedStore) -> None:
@@ -190,3 +205,94 @@ async def test_a_client_that_goes_away_loses_nothing(store: GatedStore) -> None:
         await waiting
     recorder.close()
     assert store.interaction("chatcmpl-1") is not None
+
+
+async def until_said(problems: Problems, text: str) -> None:
+    async with asyncio.timeout(5):
+        while not any(text in problem.text for problem in problems.current()):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_disk_that_hangs_does_not_hold_up_the_event_loop(
+    store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = threading.Event()
+    monkeypatch.setattr(Problems, "report", lambda *_: hangs.wait(10))
+    recorder = make_recorder(store, durable_timeout_s=0.01)
+    store.gate.clear()
+    async with asyncio.timeout(5):
+        assert not await recorder.keep(make_chat("chatcmpl-1"))
+    hangs.set()
+    store.gate.set()
+    recorder.close()
+
+
+async def test_lost_answers_are_a_problem_until_one_is_kept_and_none_was_lost_for_a_while(
+    store: GatedStore, tmp_path: Path
+) -> None:
+    now = [0.0]
+    problems = Problems(tmp_path)
+    problems.report("capture", "Left by a vLLM that was killed.", "")
+    recorder = make_recorder(store, clock=lambda: now[0])
+    assert await recorder.keep(make_chat("chatcmpl-1"))
+    assert problems.current() == [], "a former process's trouble is over with the first answer that is kept"
+    store.error = StorageError("disk full")
+    assert not await recorder.keep(make_chat("chatcmpl-2"))
+    await until_said(problems, "disk full")
+    [problem] = problems.current()
+    assert problem.room == "capture"
+    assert "EDGE_DATA_DIR" in problem.next_step
+    store.error = None
+    now[0] = 5
+    assert await recorder.keep(make_chat("chatcmpl-3"))
+    assert problems.current() == [problem], "one that was kept says little right after one that was lost"
+    now[0] = 5 + CALM_S
+    assert await recorder.keep(make_chat("chatcmpl-4"))
+    assert problems.current() == []
+    recorder.close()
+
+
+async def test_every_way_to_lose_an_answer_is_a_problem(store: GatedStore, tmp_path: Path) -> None:
+    problems = Problems(tmp_path)
+    recorder = make_recorder(store, queue_size=1, durable_timeout_s=0.01)
+    store.gate.clear()
+    assert not await recorder.keep(make_chat("chatcmpl-1"))
+    await until_said(problems, "disk did not keep up")
+    await asyncio.sleep(0)
+    second = asyncio.create_task(recorder.keep(make_chat("chatcmpl-2")))
+    await asyncio.sleep(0)
+    assert not await recorder.keep(make_chat("chatcmpl-3"))
+    await until_said(problems, "queue is full")
+    store.gate.set()
+    await second
+    recorder.close()
+    recorder = make_recorder(store)
+    await recorder.keep(Finished("/v1/chat/completions", CHAT, [b"{"], False, "now"))
+    await until_said(problems, "not readable")
+    assert [problem.room for problem in problems.current()] == ["capture"]
+    recorder.close()
+
+
+async def test_without_further_answers_the_problem_ends_too(
+    store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_node.capture.recorder.CALM_S", 0.05)
+    recorder = make_recorder(store)
+    store.error = StorageError("disk full")
+    assert not await recorder.keep(make_chat("chatcmpl-1"))
+    await until_said(Problems(tmp_path), "disk full")
+    store.error = None
+    assert await recorder.keep(make_chat("chatcmpl-2"))
+    async with asyncio.timeout(5):
+        while Problems(tmp_path).current():
+            await asyncio.sleep(0.01)
+    recorder.close()
+
+
+async def test_an_error_that_quotes_an_answer_is_told_by_its_kind(store: GatedStore, tmp_path: Path) -> None:
+    recorder = make_recorder(store)
+    store.error = ValueError("cannot store 'my secret'")
+    assert not await recorder.keep(make_chat())
+    await until_said(Problems(tmp_path), "ValueError")
+    assert "secret" not in Problems(tmp_path).current()[0].text
+    recorder.close()

@@ -1,0 +1,146 @@
+"""VllmProcess and its problem, with a stand-in for vLLM: a real child that serves, ends and hangs as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from edge_node.errors import ServingError
+from edge_node.problems import Problem, Problems
+from edge_node.serving import VllmProcess
+from edge_node.settings import EdgeSettings
+from protos.base import BaseModelInfo
+from tests.integration.harness import free_port
+
+STAND_IN = """
+import os, sys
+from aiohttp import web
+import signal
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
+port, mode = int(sys.argv[1]), open(sys.argv[2]).read()
+if mode != "good":
+    print("(APIServer pid=7) WARNING 11-26 19:12:43 [x.py:1] Found ulimit of 9: errors like `OSError: [Errno 24] Too many`")
+    exec(mode)
+async def state(request):
+    return web.json_response(dict(alias="a", base="b", target=None, loaded={}, in_flight={}, captured=0, lost=0, skipped=0,
+                                  draining=False, not_ready=None, problems=[]))
+async def probe(request):
+    return web.json_response(dict(alive=True))
+async def health(request):
+    return web.Response()
+async def main():
+    import asyncio
+    app = web.Application()
+    app.add_routes([web.get("/state", state), web.post("/probe", probe), web.post("/drain", probe), web.get("/health", health)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.UnixSite(runner, os.environ["LORIKEET_CONTROL_SOCKET"]).start()
+    await asyncio.Event().wait()
+import asyncio
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeSettings:
+    settings = EdgeSettings.model_validate(
+        {"data_dir": tmp_path, "base": {"path": tmp_path}, "serving": {"port": free_port(), "startup_timeout_s": 20}}
+    )
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    (tmp_path / "mode").write_text("good")
+    command = [sys.executable, str(tmp_path / "stand_in.py"), str(settings.serving.port), str(tmp_path / "mode")]
+    monkeypatch.setattr("edge_node.serving.process.serving_command", lambda *_, **__: command)
+    monkeypatch.setattr("edge_node.serving.process.calm_s", lambda ran_s: 0.3)
+    return settings
+
+
+@asynccontextmanager
+async def running(settings: EdgeSettings) -> AsyncIterator[tuple[VllmProcess, asyncio.Task[None]]]:
+    with tempfile.TemporaryDirectory() as directory:  # short: tmp_path may be longer than a socket path
+        base = BaseModelInfo(settings.data_dir, "ab" * 32, {})
+        vllm = VllmProcess(settings, base, Path(directory) / "s", probe_period_s=0.05)
+        task = asyncio.create_task(vllm.run())
+        try:
+            yield vllm, task
+        finally:
+            await vllm.aclose()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def trouble(settings: EdgeSettings) -> Problem | None:
+    return next((problem for problem in Problems(settings.data_dir).current() if problem.room == "serving"), None)
+
+
+async def until(seen: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not seen():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_vllm_that_is_killed_is_a_problem_until_another_one_has_served_for_a_while(
+    settings: EdgeSettings,
+) -> None:
+    async with running(settings) as (vllm, _):
+        await vllm.wait_ready()
+        assert trouble(settings) is None
+        said = 'Traceback (most recent call last):\n  File "x/engine.py", line 7, in step\nValueError: an hour ago\n'
+        (settings.data_dir / "logs" / "vllm.log").write_text(said)
+        assert vllm.pid is not None
+        os.kill(vllm.pid, signal.SIGKILL)
+        await until(lambda: trouble(settings) is not None)
+        problem = trouble(settings)
+        assert problem is not None
+        assert problem.text == "vLLM ended and is started again: killed by SIGKILL."
+        assert "memory" in problem.next_step
+        await until(lambda: trouble(settings) is None)
+        assert vllm.generation == 2
+
+
+async def test_what_a_vllm_that_served_died_of_quotes_nobody(settings: EdgeSettings) -> None:
+    async with running(settings) as (vllm, _):
+        await vllm.wait_ready()
+        log = settings.data_dir / "logs" / "vllm.log"
+        said = 'Traceback (most recent call last):\n  File "x/engine.py", line 7, in step\nValueError: bad prompt: secret\n'
+        log.write_text(said)
+        assert vllm.pid is not None
+        os.kill(vllm.pid, signal.SIGUSR1)
+        await until(lambda: trouble(settings) is not None)
+        problem = trouble(settings)
+        assert problem is not None
+        assert "Its log says: ValueError (engine.py:7)." in problem.text
+        assert "secret" not in problem.text
+
+
+async def test_a_vllm_that_does_not_start_says_why_and_a_later_node_that_does_is_well(settings: EdgeSettings) -> None:
+    mode = settings.data_dir / "mode"
+    mode.write_text("raise MemoryError('no room for the cache')")
+    async with running(settings) as (_, task):
+        with pytest.raises(ServingError, match=r"exited with code 1. Its log says: MemoryError: no room for the cache"):
+            await task
+    problem = trouble(settings)
+    assert problem is not None
+    assert "no room for the cache" in problem.text
+    assert "ulimit" not in problem.text
+    assert "edge-node serve" in problem.next_step
+    mode.write_text("good")
+    async with running(settings):
+        await until(lambda: trouble(settings) is None)
+
+
+async def test_a_later_start_that_fails_is_told_with_its_words(settings: EdgeSettings) -> None:
+    """This one has not served, so it quotes no request."""
+    async with running(settings) as (vllm, _):
+        await vllm.wait_ready()
+        (settings.data_dir / "mode").write_text("raise OSError('the base is gone')")
+        assert vllm.pid is not None
+        os.kill(vllm.pid, signal.SIGKILL)
+        await until(lambda: "the base is gone" in getattr(trouble(settings), "text", ""))

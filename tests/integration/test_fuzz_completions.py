@@ -1,0 +1,195 @@
+"""Requests made from vLLM's own schema, a few at a time, against a real engine on CPU: none of them may end it.
+
+In: the JSON schema of both completion routes. Out: nothing but the oracle: the vLLM that was started still answers. What
+a request is answered is not judged, only that it is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.integration.serving_node import CHAT, COMPLETIONS, ServingNode, serving_node
+
+pytestmark = [pytest.mark.timeout(580), pytest.mark.slow]
+
+EXAMPLES = 800
+NUMBERS = [
+    0,
+    1,
+    2,
+    3,
+    -1,
+    -2,
+    20,
+    21,
+    246,
+    247,
+    2**31,
+    2**63 - 1,
+    2**63,
+    -(2**63),
+    2**64,
+    0.0,
+    -0.0,
+    0.5,
+    1.5,
+    2.0,
+    1e308,
+    -1e308,
+    5e-324,
+    float("nan"),
+    float("inf"),
+]
+TEXTS = [
+    "\ud800",
+    "",
+    "w1",
+    "w1 w2 w3",
+    " ",
+    "w999 é \x00",
+    "<s> </s>",
+    "(w1|w2)+",
+    "(",
+    "root ::= root",
+    "{}",
+    "true",
+    "1",
+    "0.0",
+    "json_object",
+    "left",
+]
+MAX_TOKENS = "max_tokens", "max_completion_tokens"
+SMALL = {"max_tokens": 3}
+JSON = {"content-type": "application/json"}
+
+
+def schemas() -> dict[str, dict[str, Any]]:
+    """As vLLM publishes them in its OpenAPI document, which the node does not serve."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    return {COMPLETIONS: CompletionRequest.model_json_schema(), CHAT: ChatCompletionRequest.model_json_schema()}
+
+
+def anything() -> st.SearchStrategy[Any]:
+    leaf = st.one_of(st.none(), st.booleans(), st.sampled_from(NUMBERS), st.sampled_from(TEXTS))
+    return st.one_of(leaf, st.lists(leaf, max_size=3), st.dictionaries(st.sampled_from(TEXTS), leaf, max_size=2))
+
+
+def values(schema: dict[str, Any], definitions: dict[str, Any], depth: int = 4) -> st.SearchStrategy[Any]:
+    """Values of a JSON schema; the bounds of numbers are not kept, because what is outside is a request too."""
+    if depth == 0:
+        return anything()
+    if "$ref" in schema:
+        return values(definitions[schema["$ref"].rpartition("/")[2]], definitions, depth - 1)
+    for choice in ("anyOf", "oneOf", "allOf"):
+        if choice in schema:
+            return st.one_of([values(each, definitions, depth) for each in schema[choice]])
+    if "const" in schema:
+        return st.just(schema["const"])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    match schema.get("type"):
+        case "object":
+            return objects(schema, definitions, depth - 1)
+        case "array":
+            return st.lists(values(schema.get("items", {}), definitions, depth - 1), max_size=3)
+        case "boolean":
+            return st.booleans()
+        case "null":
+            return st.none()
+        case "string":
+            return st.sampled_from(TEXTS)
+        case "integer":
+            return st.sampled_from([number for number in NUMBERS if isinstance(number, int)])
+        case "number":
+            return st.sampled_from(NUMBERS)
+    return anything()
+
+
+def objects(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
+    properties = schema.get("properties", {})
+    if not properties:
+        inner = schema.get("additionalProperties")
+        keys = st.sampled_from([*TEXTS, *map(str, (0, 1, 246, 247))])
+        return st.dictionaries(
+            keys, values(inner, definitions, depth) if isinstance(inner, dict) else anything(), max_size=2
+        )
+    fields = {name: values(each, definitions, depth) for name, each in properties.items()}
+    required = {name: fields[name] for name in schema.get("required", ())}
+    optional = {name: each for name, each in fields.items() if name not in required}
+    return st.fixed_dictionaries(required, optional=dict(list(optional.items())[:8]))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A request that would be answered, with one to four fields that are drawn: two thirds of them as the schema says."""
+    path = draw(st.sampled_from([COMPLETIONS, CHAT]))
+    schema = SCHEMAS[path]
+    if path == CHAT:
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "w1 w2"}]}
+    else:
+        body = {"prompt": draw(st.sampled_from(["w1 w2 w3", ["w1 w2", "w3"], [5, 6, 7], [[8, 9], [10]]]))}
+    names = st.lists(
+        st.sampled_from(sorted(set(schema["properties"]) - {"model", "request_id", "user"})), min_size=1, max_size=4
+    )
+    for name in draw(names):
+        as_it_says = draw(st.sampled_from([True, True, False]))
+        body[name] = draw(values(schema["properties"][name], schema["$defs"]) if as_it_says else anything())
+    # How long an answer is and how many there are is load, not a kind of request.
+    if body.get("n") not in (None, 1, 2, 3):
+        body["n"] = draw(st.sampled_from([0, -1, "2", 2.0, True, 2**63]))
+    small = {name: body[name] for name in MAX_TOKENS if body.get(name) in (0, 1, 2, 3, -1, "1", 2**64)}
+    return path, {name: value for name, value in body.items() if name not in MAX_TOKENS} | (small or SMALL)
+
+
+SCHEMAS = schemas()
+
+
+@pytest.mark.usefixtures("one_thread")
+async def test_no_request_ends_the_engine() -> None:
+    async with serving_node({1: 4, 2: 2, 3: 8, 4: 1}) as node:
+        loop = asyncio.get_running_loop()
+        seen: dict[int, int] = {}
+        ended: list[str] = []
+
+        @settings(
+            max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(st.lists(st.tuples(requests(), st.integers(0, 4)), min_size=2, max_size=5))
+        def fuzz(batch: list[tuple[tuple[str, dict[str, Any]], int]]) -> None:
+            # Not an assertion: hypothesis would try others on the dead engine and report one of them.
+            if not ended and not asyncio.run_coroutine_threadsafe(send(node, batch, seen), loop).result(120):
+                ended.append(json.dumps([request for request, _ in batch]))
+
+        await asyncio.to_thread(fuzz)
+        assert ended == [], "the engine ended after these requests"
+        print("answers by status:", dict(sorted(seen.items())))
+        assert seen.get(200, 0) > EXAMPLES // 4, "most requests must reach the engine for this test to mean anything"
+
+
+async def send(node: ServingNode, batch: list[tuple[tuple[str, dict[str, Any]], int]], seen: dict[int, int]) -> bool:
+    """All at once, so that they share steps; True when the same engine makes a token after them."""
+    models = [node.base, *node.versions]
+    posts = [
+        node.http.post(path, content=json.dumps(body | {"model": models[number]}), headers=JSON)  # escapes, and NaN
+        for (path, body), number in batch
+    ]
+    for answer in await asyncio.gather(*posts, return_exceptions=True):
+        if isinstance(answer, httpx.Response):
+            seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
+    # Over the control socket: after a 500 uvicorn closes the connection, which says nothing of the engine.
+    return await node.control.probe(60) and node.vllm.generation == 1
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")

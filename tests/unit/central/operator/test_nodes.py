@@ -1,0 +1,43 @@
+"""`central nodes`: what nodes say of themselves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from central.operator.commands import _nodes
+from protos.fleet.v1 import fleet_pb2
+from protos.operator.v1 import operator_pb2
+
+
+def listed(capsys: pytest.CaptureFixture[str], *, as_json: bool, problems: list[fleet_pb2.Problem]) -> str:
+    node = operator_pb2.Node(
+        node_id="a-1", cohort="shared", connected=True, status=fleet_pb2.NodeStatus(channel="stable", problems=problems)
+    )
+    answer = operator_pb2.ListNodesResponse(nodes=[node])
+    client: Any = SimpleNamespace(stub=SimpleNamespace(ListNodes=None), ask=lambda *_: answer)
+    _nodes(client, argparse.Namespace(json=as_json))
+    return capsys.readouterr().out
+
+
+def test_each_problem_of_a_node_is_shown_with_since_and_next_step(capsys: pytest.CaptureFixture[str]) -> None:
+    away = fleet_pb2.Problem(
+        room="uploads", text="It is\x1b[2J away.", next_step="Wait.", since="2026-11-26T00:00:00+00:00"
+    )
+    full = fleet_pb2.Problem(room="disk", text="5 MiB free.", next_step="Free some.", since="2026-11-25T00:00:00+00:00")
+    table, row, *rest = listed(capsys, as_json=False, problems=[full, away]).splitlines()
+    assert table.endswith("problems")
+    assert row.endswith("disk, uploads")
+    assert rest == [
+        "a-1  disk, since 2026-11-25T00:00:00+00:00: 5 MiB free.",
+        "    Next: Free some.",
+        "a-1  uploads, since 2026-11-26T00:00:00+00:00: It is [2J away.",
+        "    Next: Wait.",
+    ]
+    [plain] = json.loads(listed(capsys, as_json=True, problems=[full, away]))
+    assert [problem["room"] for problem in plain["status"]["problems"]] == ["disk", "uploads"]
+    assert len(listed(capsys, as_json=False, problems=[]).splitlines()) == 2

@@ -1,0 +1,62 @@
+"""Disk and certificate."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from edge_node.problems import Problems
+from edge_node.surroundings import LOW_DISK_BYTES, NEAR_END, look_around, surroundings
+from tests.fakes.identity import LIFETIME, NODE_ID, make_identity
+
+DAY = timedelta(days=1)
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+
+
+@pytest.mark.parametrize(
+    ("before_end", "text"), [(NEAR_END + DAY, None), (DAY, f"certificate of {NODE_ID} ends on"), (-DAY, "ended on")]
+)
+def test_a_certificate_near_its_end_or_ended(tmp_path: Path, before_end: timedelta, text: str | None) -> None:
+    identity = make_identity(tmp_path)
+    now = datetime.now(UTC) + LIFETIME - before_end
+    wrong = dict(surroundings(tmp_path, identity, now))["certificate"]
+    assert (wrong is None) == (text is None)
+    if wrong is not None:
+        assert str(text) in wrong[0]
+        assert "central tokens create" in wrong[1]
+
+
+def test_a_disk_that_is_nearly_full_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = make_identity(tmp_path)
+    gone = dict(surroundings(tmp_path / "absent", identity))["disk"]
+    assert gone is not None
+    assert "No such file" in gone[0]
+    free(monkeypatch, LOW_DISK_BYTES)
+    assert dict(surroundings(tmp_path, identity))["disk"] is None
+    free(monkeypatch, 5 << 20)
+    wrong = dict(surroundings(tmp_path, identity))["disk"]
+    assert wrong is not None
+    assert "5 MiB free" in wrong[0]
+
+
+async def test_both_are_looked_at_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity, problems = make_identity(tmp_path), Problems(tmp_path)
+    monkeypatch.setattr("edge_node.surroundings.PERIOD_S", 0.01)
+    monkeypatch.setattr("edge_node.surroundings.NEAR_END", timedelta(0))
+    free(monkeypatch, 0)
+    looking = asyncio.create_task(look_around(tmp_path, identity))
+    async with asyncio.timeout(5):
+        while [problem.room for problem in problems.current()] != ["disk"]:
+            await asyncio.sleep(0.01)
+        free(monkeypatch, LOW_DISK_BYTES)
+        while problems.current():
+            await asyncio.sleep(0.01)
+    looking.cancel()
