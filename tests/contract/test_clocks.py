@@ -36,7 +36,7 @@ async def test_enrolment_names_the_clock_and_not_the_address(tmp_path: Path, cen
     async with running_central(make_settings(tmp_path)) as central:
         rooms, port = central.rooms, central.settings.listen.enrollment_port
         rooms.registry.ensure_cohort("shared")
-        token = create_token(rooms.journal, rooms.pki.ca_pem, "shared", 1, 600, "tests")
+        token, _ = create_token(rooms.journal, rooms.pki.ca_pem, "shared", 1, 600, "tests")
         settings = EdgeSettings.model_validate(
             {
                 "data_dir": tmp_path / "edge",
