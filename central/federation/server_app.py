@@ -168,9 +168,9 @@ class CohortLoop:
     def _mend_parents(self, plan: MergePlan) -> bool:
         """Make lost blobs of the releases that the plan builds on again; whether there were any and all of them came back.
 
-        Not while no update of the plan is there either: then it is the store that is away.
+        Not while neither the store's mark nor an update of the plan is there: then it is the store that is away.
         """
-        if not any(self._blobs.holds(update.payload) for update in plan.updates):
+        if self._blobs.owner() is None and not any(self._blobs.holds(update.payload) for update in plan.updates):
             return False
         try:
             mended = [self._mend(release) for release in (plan.parent, plan.builds_on) if release is not None]

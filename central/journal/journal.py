@@ -40,6 +40,7 @@ from central.journal.table import (
     EVENTS,
     METADATA,
     PAGE,
+    UNUSABLE,
     cause_of,
     is_full,
     open_database,
@@ -80,7 +81,7 @@ class Journal:
                 last: Event | None = None
                 for last in _chain(self._engine):
                     replay(self._state, last)
-        except (SQLAlchemyError, ImportError) as error:  # ImportError: the database's driver is not installed
+        except UNUSABLE as error:
             raise StorageError(
                 f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
             ) from error
@@ -264,7 +265,7 @@ def read_journal(url: str) -> Iterator[Event]:
     """Every event of an existing journal, its chain checked on the way; the same errors as verify_journal."""
     try:
         engine = open_database(url, read_only=True)
-    except (SQLAlchemyError, ImportError) as error:
+    except UNUSABLE as error:
         raise StorageError(f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL.") from error
     try:
         yield from _chain(engine)
@@ -287,7 +288,7 @@ def import_journal(url: str, events: Iterable[Event]) -> None:
                     connection.execute(sa.insert(EVENTS), page)
         finally:
             engine.dispose()
-    except (SQLAlchemyError, ImportError) as error:
+    except UNUSABLE as error:
         raise StorageError(
             f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
         ) from error
@@ -307,7 +308,7 @@ def count_events(url: str) -> int:
                 return int(connection.execute(sa.select(sa.func.count()).select_from(EVENTS)).scalar_one())
         finally:
             engine.dispose()
-    except (SQLAlchemyError, ImportError) as error:
+    except UNUSABLE as error:
         raise StorageError(f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL.") from error
 
 
