@@ -121,13 +121,11 @@ def unreadable(path: Path, error: OSError) -> BaseModelError:
     try:
         status = file.stat()
     except OSError:
-        closed = "a directory above it is closed"
+        said, step = "a directory above it is closed", "Run `chmod a+x` on each directory above it"
     else:
-        closed = f"it belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):o}"
-    return BaseModelError(
-        f"{file} cannot be read by user {os.geteuid()}: {closed}. Run `chmod -R a+rX {path}` as its owner, and the same "
-        "on what the links in it point to."
-    )
+        said = f"it belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):o}"
+        step = f"Run `chmod -R a+rX {path}` as its owner, and the same on what the links in it point to"
+    return BaseModelError(f"{file} cannot be read by user {os.geteuid()}: {said}. {step}.")
 
 
 def read_json(file: Path) -> dict[str, Any]:

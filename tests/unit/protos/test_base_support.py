@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from protos.base import BaseModelError, read_base_model, read_layout
+from protos.checkpoint import unreadable
 from tests.fakes.base_models import LLAMA, layers, make, shard
 
 
@@ -271,6 +272,10 @@ def test_weights_that_only_their_owner_can_read_are_named(tmp_path: Path, monkey
     assert f"{weights} cannot be read by user {os.geteuid()}" in said
     assert f"belongs to user {weights.stat().st_uid} and has mode 600" in said
     assert f"chmod -R a+rX {path}" in said
+    monkeypatch.setattr(Path, "stat", denied)
+    assert "a directory above it is closed. Run `chmod a+x` on each directory above it" in str(
+        unreadable(path, PermissionError(errno.EACCES, "Permission denied", str(weights)))
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
