@@ -19,6 +19,7 @@ from edge_node.doctor import node_status, run_checks
 from edge_node.experience import ExperienceStore
 from edge_node.heartbeat import FILE_NAME
 from edge_node.main import control_socket
+from edge_node.outbox import Outbox
 from edge_node.serving.client import short_path
 from edge_node.serving.control import ControlServer
 from edge_node.settings import BaseModelSettings, EdgeSettings, ServingSettings
@@ -174,3 +175,20 @@ async def test_a_store_that_cannot_be_opened_or_is_locked_does_not_hide_the_rest
     assert time.monotonic() - started < 8
     assert (status["ready"], status["interactions"], status["outbox"]) == (True, 0, None)
     assert [problem["room"] for problem in status["problems"] if problem["room"] == "outbox"] == ["outbox"]
+
+
+@pytest.mark.parametrize("file", ["experience.db", "outbox/outbox.db"])
+async def test_status_does_not_wait_for_a_store_that_another_process_keeps_to_itself(
+    settings: EdgeSettings, file: str
+) -> None:
+    ExperienceStore(settings.data_dir / "experience.db").close()
+    Outbox(settings.data_dir / "outbox", "auto")
+    holder = sqlite3.connect(settings.data_dir / file, isolation_level=None)
+    holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")
+    started = time.monotonic()
+    status = await node_status(settings)
+    holder.close()
+    assert time.monotonic() - started < 2
+    (problem,) = [each for each in status["problems"] if each["room"] in ("experience", "outbox")]
+    assert "locked" in problem["text"]
