@@ -349,8 +349,6 @@ def _read_base(settings: CentralSettings) -> BaseModelInfo:
         return read_base_model(settings.base.path, memory=settings.data_dir)
     except BaseModelError as error:
         raise SettingsError(f"CENTRAL_BASE__PATH is not usable. {error}") from error
-    except OSError as error:
-        raise SettingsError(f"CENTRAL_BASE__PATH cannot be read: {error}. Check the directory's owner.") from error
 
 
 def _expect_same_base(journal: Journal, base: BaseModelInfo) -> None:

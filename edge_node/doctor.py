@@ -37,6 +37,8 @@ from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 MAX_CLOCK_DIFFERENCE_S = 60
 STATE_TIMEOUT_S = 1.0
 """Status answers at once, also when vLLM does not."""
+STORE_TIMEOUT_S = 0.3
+"""Nor when another process, perhaps a person's `sqlite3`, keeps a store to itself."""
 SILENCE_S = 15.0
 """Longer than a probe waits behind the prefill of other requests."""
 
@@ -116,13 +118,14 @@ def _stored(settings: EdgeSettings) -> tuple[dict[str, Any], list[Problem]]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
     try:
-        counts = ExperienceStore(settings.data_dir / "experience.db").counts()
+        counts = ExperienceStore(settings.data_dir / "experience.db", busy_timeout_s=STORE_TIMEOUT_S).counts()
         held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
         held["unusable_examples"] = dict(counts.unusable)
     except StorageError as error:
         unreadable.append(Problem("experience", str(error), step, now))
     try:
-        states = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
+        outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval, busy_timeout_s=STORE_TIMEOUT_S)
+        states = [str(entry.state) for entry in outbox.list()]
         held["outbox"] = {state: states.count(state) for state in sorted(set(states))}
     except StorageError as error:
         unreadable.append(Problem("outbox", str(error), step, now))
