@@ -40,7 +40,6 @@ from central.journal import (
     PlanRecord,
     ReleaseRecord,
     State,
-    utc_now,
 )
 from central.journal.payloads import release_blobs
 from central.registry import BlobLost, BlobStore, Registry
@@ -58,7 +57,7 @@ def run_cohort(
     settings: CentralSettings,
     stop: threading.Event,
     is_connected: Callable[[str], bool] = lambda node_id: True,
-    clock: Callable[[], str] = utc_now,
+    clock: Callable[[], str] | None = None,
     went_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the cohort's loop in this thread until `stop` is set (seen within a second, or at the end of a merge).
@@ -169,9 +168,9 @@ class CohortLoop:
     def _mend_parents(self, plan: MergePlan) -> bool:
         """Make lost blobs of the releases that the plan builds on again; whether there were any and all of them came back.
 
-        Not while no update of the plan is there either: then it is the store that is away.
+        Not while neither the store's mark nor an update of the plan is there: then it is the store that is away.
         """
-        if not any(self._blobs.holds(update.payload) for update in plan.updates):
+        if self._blobs.owner() is None and not any(self._blobs.holds(update.payload) for update in plan.updates):
             return False
         try:
             mended = [self._mend(release) for release in (plan.parent, plan.builds_on) if release is not None]

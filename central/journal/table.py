@@ -37,10 +37,14 @@ EVENTS = sa.Table(
 PAGE = 1000
 DISK_FULL = "53100"
 """Of PostgreSQL."""
+UNUSABLE = (SQLAlchemyError, ImportError, UnicodeDecodeError)
+"""What a database raises that cannot be used: ImportError when its driver is not installed, UnicodeDecodeError when its file is so
+damaged that SQLite's own message quotes garbage.
+"""
 
 
 def open_database(url: str, read_only: bool = False) -> sa.Engine:
-    """Raises StorageError for a database in memory, SQLAlchemyError or ImportError for one that cannot be used."""
+    """Raises StorageError for a database in memory, one of UNUSABLE for one that cannot be used."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
         return sa.create_engine(parsed, pool_pre_ping=True)  # a database that was restarted costs no event
@@ -111,7 +115,7 @@ def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
     try:
         with engine.connect() as connection:
             return connection.execute(query).all()
-    except SQLAlchemyError as error:
+    except UNUSABLE as error:
         raise StorageError(
             f"The journal cannot be read: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and CENTRAL_DATA_DIR."
         ) from error
@@ -126,5 +130,5 @@ def _event(row: sa.Row[Any]) -> Event:
         if not isinstance(body, dict):
             raise ValueError(f"its body is {text[:40]!r}, not an object")
         return Event(sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest, seal)
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:  # TypeError: a damaged file gives NULL
         raise JournalCorrupt(f"Journal event {sequence} of kind {kind!r} cannot be read: {error}.") from error

@@ -47,7 +47,8 @@ class BlobStore(ABC):
 
     @abstractmethod
     def read_range(self, digest: str, start: int, end: int) -> bytes:
-        """The bytes [start, end), which must lie inside the blob; not checked against the digest. Raises StorageError when absent."""
+        """The bytes [start, end), which lie inside a whole blob; not checked against the digest. Raises BlobLost when it is absent,
+        unreadable or too short."""
 
     @abstractmethod
     def size(self, digest: str) -> int:
@@ -153,6 +154,12 @@ class BlobStore(ABC):
         """What to raise for a blob that the store has and does not give."""
         return BlobLost(
             f"Blob {self.where(digest)} cannot be read: {cause}. Mend its permissions or its disk, or restore it from a backup."
+        )
+
+    def short(self, digest: str, size: int, expected: int) -> BlobLost:
+        """What to raise for a blob that ends before byte `expected`."""
+        return BlobLost(
+            f"Blob {self.where(digest)} was cut off: it has {size} bytes; expected at least {expected}. Restore it from a backup."
         )
 
     def altered(self, digest: str, found: str) -> BlobLost:

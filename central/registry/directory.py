@@ -11,6 +11,7 @@ import errno
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from central import faults
@@ -82,10 +83,12 @@ class DirectoryBlobs(BlobStore):
             faults.reach("blob.published")
 
     def read_range(self, digest: str, start: int, end: int) -> bytes:
-        path = self.path(digest)
-        with storage(path), path.open("rb") as stream:
+        with self._readable(digest) as path, path.open("rb") as stream:
             stream.seek(start)
-            return stream.read(end - start)
+            data = stream.read(end - start)
+        if len(data) < end - start:
+            raise self.short(digest, self.size(digest), end)
+        return data
 
     def size(self, digest: str) -> int:
         path = self.path(digest)
@@ -114,10 +117,16 @@ class DirectoryBlobs(BlobStore):
         return self._at(str(digest)).is_file()
 
     def _read(self, digest: str) -> bytes:
+        with self._readable(digest) as path:
+            return path.read_bytes()
+
+    @contextmanager
+    def _readable(self, digest: str) -> Iterator[Path]:
+        """The blob's path, for a block that reads it; an error that stays with the file is a BlobLost."""
         path = self.path(digest)
         with storage(path):
             try:
-                return path.read_bytes()
+                yield path
             except OSError as error:
                 if error.errno in _OF_ONE_FILE:
                     raise self.unreadable(digest, error.strerror or str(error)) from error

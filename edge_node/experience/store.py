@@ -130,7 +130,7 @@ class Counts:
 class ExperienceStore:
     """One open handle on the file; usable from several threads, and from several processes with a handle each."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._counting = threading.Lock()
@@ -138,7 +138,7 @@ class ExperienceStore:
         """Cursor, and the number of examples then by why they cannot be used (empty: they can)."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -112,6 +113,27 @@ def test_an_object_that_is_forbidden_is_lost_and_a_store_that_is_slow_is_away(
     with pytest.raises(StorageError) as caught:
         store.read(digest)
     assert isinstance(caught.value, BlobLost) == is_lost
+
+
+@pytest.mark.parametrize("left", [b"", b"x" * 400], ids=["empty", "short"])
+def test_a_range_that_a_cut_blob_lacks_is_lost_and_not_away(store: BlobStore, left: bytes) -> None:
+    """S3 refuses such a range with an error of its own."""
+    digest = store.put(b"x" * 1000)
+    overwrite(store, digest, left)
+    with pytest.raises(BlobLost, match=rf"has {len(left)} bytes; expected at least 1000"):
+        store.read_range(digest, 600, 1000)
+
+
+def test_a_range_that_the_disk_does_not_give_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryBlobs(tmp_path)
+    digest = store.put(b"payload")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "bad sector")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(BlobLost, match="cannot be read: bad sector"):
+        store.read_range(digest, 0, 7)
 
 
 def test_an_altered_or_absent_blob_is_an_error(store: BlobStore) -> None:

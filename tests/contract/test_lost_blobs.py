@@ -15,6 +15,7 @@ from central.federation.errors import LostUpdate
 from central.federation.planning import PRODUCT_MEAN
 from central.journal import EventKind
 from central.operator.contributions import requeue
+from central.operator.forgetting import order_forget
 from central.registry import BlobLost, DirectoryBlobs
 from central.settings import CentralSettings
 from protos.operator.v1 import operator_pb2
@@ -322,3 +323,51 @@ async def said(settings: CentralSettings, command: str, enough: Callable[[str], 
 async def manifest_of(node: harness.Node, release_id: str) -> bytes:
     request = releases_pb2.GetReleaseRequest(release_id=release_id)
     return bytes((await node.releases.GetRelease(request, timeout=20)).release.manifest)
+
+
+def test_a_lost_release_is_made_again_though_all_updates_of_the_plan_are_lost_too(central: Central) -> None:
+    """The store's mark shows that it is there."""
+    central.blobs.claim("this central")
+    admit(central, 2)
+    take_steps(central, make_settings(min_updates=2), lambda: version(central) == 1)
+    later = central.admit("c-3", make_increment(9))
+    head = release_blob(central)
+    whole = head.read_bytes()
+    blob_of(central, later).unlink()
+    head.unlink()
+    take_steps(central, make_settings(min_updates=1), lambda: record(central, later).state == "set_aside")
+    assert head.read_bytes() == whole
+
+
+@pytest.mark.parametrize("how", ["flipped", "deleted"])
+def test_a_removal_makes_the_lost_release_that_it_subtracts_from_again(central: Central, how: str) -> None:
+    central.blobs.claim("this central")
+    admit(central)
+    take_steps(central, make_settings(min_updates=3), lambda: version(central) == 1)
+    given: Any = {"wished": "subtract", "accept_loss": False, "by": "tests"}
+    order_id = order_forget(central.journal, central.blobs, "b-2", **given).order.order_id
+    DAMAGE[how](release_blob(central), release_blob(central))
+
+    def state() -> str:
+        with central.journal.read() as found:
+            return found.forgets[order_id].state
+
+    take_steps(central, make_settings(), lambda: state() not in ("ordered", "planned"))
+    assert state() == "done"
+
+
+@pytest.mark.parametrize("of", ["shared", "acme"])
+def test_a_composition_without_new_updates_makes_a_lost_release_again(tmp_path: Path, of: str) -> None:
+    settings = make_settings(min_updates=1)
+    with opened(tmp_path, {"acme": "shared"}) as central:
+        central.blobs.claim("this central")
+        for number, (cohort, node) in enumerate((("shared", "s-1"), ("acme", "a-1"))):
+            central.join(cohort, node)
+            central.admit(node, make_increment(number), cohort)
+        take_steps(central, settings, lambda: central.head("acme").manifest.version == 1, "acme")
+        take_steps(central, settings, lambda: central.head("shared").manifest.version == 1, "shared")
+        lost = central.blobs.path(central.head(of).manifest.own_payload.digest_sha256)
+        whole = lost.read_bytes()
+        lost.unlink()
+        take_steps(central, settings, lambda: central.head("acme").manifest.version == 2, "acme")
+        assert lost.read_bytes() == whole

@@ -230,6 +230,35 @@ def test_a_journal_that_lacks_what_was_acknowledged_is_refused_everywhere(
     assert kept_files(data) == before, "a start that is refused changes nothing"
 
 
+def schema_damaged(path: Path) -> None:
+    """SQLite's own message then quotes bytes that are no text."""
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE events", b"CREATE\xddTABLE events"))
+
+
+def body_gone(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("create table other as select * from events")  # which no longer has to have a body
+        database.execute("drop table events")
+        database.execute("alter table other rename to events")
+        database.execute("update events set body = null where sequence = 3")
+
+
+@pytest.mark.parametrize("damage", [schema_damaged, body_gone], ids=lambda damage: damage.__name__)
+def test_a_damaged_database_file_is_one_clear_error(
+    original: Prepared, data: Path, run: Run, damage: Callable[[Path], None]
+) -> None:
+    with sqlite3.connect(data / "journal.db") as database:
+        database.execute(f"vacuum into '{data / 'whole.db'}'")
+    remove_database(data)
+    (data / "whole.db").rename(data / "journal.db")
+    damage(data / "journal.db")
+    with pytest.raises(StorageError, match=r"cannot be (opened|read)"):
+        start(original, data)
+    code, text = run(data, "journal", "verify")
+    assert code == 5
+    assert_matches("cannot be (opened|read)", text)
+
+
 def kept_files(data: Path) -> dict[Path, bytes]:
     """All but the database, the remembered digests of the base, and the spare bytes of a full disk."""
     left_out = ("journal.db", "base-digests.json", "room.ballast")
