@@ -252,7 +252,7 @@ def test_a_damaged_database_file_is_one_clear_error(
     remove_database(data)
     (data / "whole.db").rename(data / "journal.db")
     damage(data / "journal.db")
-    with pytest.raises(StorageError, match="cannot be (opened|read)"):
+    with pytest.raises(StorageError, match=r"cannot be (opened|read)"):
         start(original, data)
     code, text = run(data, "journal", "verify")
     assert code == 5
