@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from central.errors import CentralError
-from central.journal import Event, EventKind, Journal, utc_now
+from central.journal import Event, EventKind, Journal
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,6 @@ class CohortThreads:
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
     def _when(self, cohort: str) -> str:
-        now = f"{utc_now()[:19]}Z"
+        now = f"{self._journal.clock()[:19]}Z"
         since = self._failing_since.setdefault(cohort, now)
         return f"at {now}" if since == now else f"since {since}, last at {now}"

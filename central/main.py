@@ -33,6 +33,7 @@ import sqlalchemy as sa
 
 from central import faults
 from central.cohorts import CohortThreads
+from central.descriptors import allowed_connections, watch_connections
 from central.durable import make_directory, storage
 from central.errors import ListenError, SettingsError, StorageError
 from central.file_lock import DataLock
@@ -52,7 +53,7 @@ from central.journal.payloads import stored_blobs
 from central.operator.service import OperatorService
 from central.registry import BlobStore, DirectoryBlobs, Registry, open_blobs
 from central.registry.service import ReleaseService
-from central.rpc import SERVER_OPTIONS, ErrorTranslator, bound_heaps
+from central.rpc import ErrorTranslator, bound_heaps, enrollment_options, server_options
 from central.settings import CentralSettings
 from central.space import Space
 from central.storage.collector import Collector
@@ -137,7 +138,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     pki = Pki.load_or_create(settings.data_dir, names, served_before)
     is_ours = blobs.owner() == pki.identity  # what lies in a store that is handed over is no sign of a lost journal
     blobs.expect_owner(pki.identity)
-    partial = PartialUploads(settings.data_dir / "uploads")
+    partial = PartialUploads(settings.data_dir / "uploads", settings.limits.node_unfinished)
     if is_ours:
         expect_begun(settings.journal_url, kept, settings.data_dir, blobs)
     heads = Heads(settings.data_dir, blobs, pki.release_key)
@@ -216,6 +217,8 @@ class Services:
             rooms.journal, self._authenticator, self._presence, heartbeat_s, settings.limits.node_watches
         )
         self._servers: list[grpc.aio.Server] = []
+        self._connections = allowed_connections(settings.limits)
+        self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Services:
         listen, pki = self._settings.listen, self._rooms.pki
@@ -233,6 +236,8 @@ class Services:
         except BaseException:
             await self.aclose(0.0)
             raise
+        everybody = self._connections + self._settings.limits.enrollment_connections
+        self._watch = asyncio.create_task(watch_connections(everybody))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -241,6 +246,8 @@ class Services:
     async def aclose(self, grace_s: float) -> None:
         """End watches, refuse new calls, and give those in flight `grace_s`; idempotent."""
         self._fleet.close()
+        if self._watch is not None:
+            self._watch.cancel()
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
     async def _listen(
@@ -270,7 +277,8 @@ class Services:
             rooms.space,
             rooms.collector.make_room,
         )
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
+        options = server_options(self._settings.limits, self._connections)
+        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
         updates_pb2_grpc.add_UpdateServiceServicer_to_server(
             UpdateService(admission, rooms.partial, authenticator, self._settings.limits), server
@@ -297,7 +305,8 @@ class Services:
 
     def _enrollment_server(self) -> grpc.aio.Server:
         rooms = self._rooms
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=SERVER_OPTIONS)
+        options = enrollment_options(self._settings.limits)
+        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
         fleet_pb2_grpc.add_EnrollmentServiceServicer_to_server(
             EnrollmentService(rooms.journal, rooms.blobs, rooms.pki, rooms.base.digest), server
         )
@@ -340,8 +349,6 @@ def _read_base(settings: CentralSettings) -> BaseModelInfo:
         return read_base_model(settings.base.path, memory=settings.data_dir)
     except BaseModelError as error:
         raise SettingsError(f"CENTRAL_BASE__PATH is not usable. {error}") from error
-    except OSError as error:
-        raise SettingsError(f"CENTRAL_BASE__PATH cannot be read: {error}. Check the directory's owner.") from error
 
 
 def _expect_same_base(journal: Journal, base: BaseModelInfo) -> None:

@@ -199,10 +199,21 @@ class LimitSettings(Group):
     """Free bytes below which no upload is taken, on each disk that central writes on. Unset: a twentieth of the disk, at most 1 GiB."""
     node_uploads: int = Field(default=4, ge=1)
     """Uploads, and questions about uploads, that one node may have open at once."""
+    node_unfinished: int = Field(default=16, ge=1)
+    """Unfinished uploads that central keeps of one node. With more, the one that was not touched for longest begins afresh."""
+    node_updates_per_hour: int = Field(default=240, ge=1)
+    """Updates of one node that central admits in an hour. Each of them stays in the journal and in memory for ever."""
     node_watches: int = Field(default=4, ge=1)
     """Watches that one node may have open at once: one, and those of lost connections that central has not noticed yet."""
     upload_idle_s: float = Field(default=60, gt=0)
     """An upload of which no chunk comes for this long is closed; what came stays, and the node goes on from there."""
+    connections: int = Field(default=4096, ge=1)
+    """Connections that nodes and operators may have open at once. Fewer when the hard limit of open files leaves no room for
+    them: each counts as two files."""
+    enrollment_connections: int = Field(default=64, ge=1)
+    """Connections that the enrolment port takes at once. Each of them lives for 20 s at most."""
+    handshake_s: float = Field(default=20, gt=0)
+    """A connection that has not finished its TLS and HTTP/2 greeting by then is closed, on both ports."""
 
 
 class RetentionSettings(Group):

@@ -34,8 +34,6 @@ def read_base(settings: EdgeSettings) -> BaseModelInfo:
         base = read_base_model(settings.base.path, memory=settings.data_dir)
     except BaseModelError as error:
         raise SettingsError(f"EDGE_BASE__PATH: {error}") from error
-    except OSError as error:
-        raise SettingsError(f"EDGE_BASE__PATH cannot be read: {error}. Check the directory's owner.") from error
     modules = None if base.is_known else _remembered(settings.data_dir, base)
     return base if modules is None else _only(base, modules)
 

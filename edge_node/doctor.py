@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from edge_node.environments import load_environment
 from edge_node.errors import CentralUnreachable, EdgeError, EnrollmentError, ServingError, SettingsError, StorageError
 from edge_node.experience import ExperienceStore
 from edge_node.heartbeat import check_alive
-from edge_node.identity import Identity
+from edge_node.identity import Identity, clock_advice
 from edge_node.main import control_socket
 from edge_node.outbox import Outbox
 from edge_node.problems import Problem, Problems
@@ -33,8 +34,11 @@ from edge_node.settings import EdgeSettings
 from edge_node.surroundings import LOW_DISK_BYTES, surroundings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
+MAX_CLOCK_DIFFERENCE_S = 60
 STATE_TIMEOUT_S = 1.0
 """Status answers at once, also when vLLM does not."""
+STORE_TIMEOUT_S = 0.3
+"""Nor when another process, perhaps a person's `sqlite3`, keeps a store to itself."""
 SILENCE_S = 15.0
 """Longer than a probe waits behind the prefill of other requests."""
 
@@ -109,17 +113,19 @@ def _identity(data_dir: Path) -> Identity:
 
 def _stored(settings: EdgeSettings) -> tuple[dict[str, Any], list[Problem]]:
     """What the stores hold. A store that cannot be opened (full disk) does not hide the rest: it is a problem."""
-    held: dict[str, Any] = {"interactions": None, "feedback": None, "examples": None, "outbox": None}
+    held: dict[str, Any] = dict.fromkeys(("interactions", "feedback", "examples", "unusable_examples", "outbox"))
     unreadable = []
     now = datetime.now(UTC).isoformat(timespec="seconds")
     step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
     try:
-        counts = ExperienceStore(settings.data_dir / "experience.db").counts()
+        counts = ExperienceStore(settings.data_dir / "experience.db", busy_timeout_s=STORE_TIMEOUT_S).counts()
         held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
+        held["unusable_examples"] = dict(counts.unusable)
     except StorageError as error:
         unreadable.append(Problem("experience", str(error), step, now))
     try:
-        states = [str(entry.state) for entry in Outbox(settings.data_dir / "outbox", settings.outbox.approval).list()]
+        outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval, busy_timeout_s=STORE_TIMEOUT_S)
+        states = [str(entry.state) for entry in outbox.list()]
         held["outbox"] = {state: states.count(state) for state in sorted(set(states))}
     except StorageError as error:
         unreadable.append(Problem("outbox", str(error), step, now))
@@ -188,9 +194,9 @@ async def _check_environments(settings: EdgeSettings) -> str:
 
 async def _check_certificate(settings: EdgeSettings) -> str:
     identity = Identity.load(settings.data_dir)
+    if (advice := clock_advice("", identity.certificate_pem)) is not None:
+        raise EnrollmentError(advice)
     ends = x509.load_pem_x509_certificate(identity.certificate_pem).not_valid_after_utc
-    if ends < datetime.now(UTC):
-        raise EnrollmentError(f"The certificate of {identity.node_id} ended on {ends:%Y-%m-%d}. Enrol anew.")
     key = Path(settings.data_dir, "identity", "node.key")
     if key.stat().st_mode & 0o077:
         raise StorageError(f"{key} can be read by others (mode {key.stat().st_mode & 0o777:o}). Run chmod 600 on it.")
@@ -206,14 +212,27 @@ async def _check_central(settings: EdgeSettings) -> str:
                 timeout=min(10, settings.central.call_timeout_s),
             )
         except grpc.aio.AioRpcError as error:
+            advice = clock_advice(error.details() or "", identity.certificate_pem) or (
+                "Check EDGE_CENTRAL__ADDRESS, the network, and that this node is not revoked (`central nodes`)."
+            )
             raise CentralUnreachable(
-                f"{settings.central.address}: {error.code().name}: {error.details()}. Check EDGE_CENTRAL__ADDRESS, the "
-                "network, and that this node is not revoked (`central nodes`)."
+                f"{settings.central.address}: {error.code().name}: {error.details()}. {advice}"
             ) from error
+    expect_same_time(answer.unix_time_s, time.time())
     store = ReleaseStore(
         settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
     )
     return f"{settings.central.address} answers; {settings.releases.channel} is {store.check(answer.head).label}"
+
+
+def expect_same_time(central_s: int, node_s: float) -> None:
+    """Raises SettingsError when the clocks of central and node, in seconds since 1970, are far apart."""
+    if abs(node_s - central_s) > MAX_CLOCK_DIFFERENCE_S:
+        node, central = (datetime.fromtimestamp(seconds, UTC) for seconds in (node_s, central_s))
+        raise SettingsError(
+            f"This node's clock says {node:%Y-%m-%d %H:%M:%S} UTC, central's says {central:%Y-%m-%d %H:%M:%S}. Expected at most "
+            f"{MAX_CLOCK_DIFFERENCE_S} s between them: certificates and times in reports would be wrong. Set the clock that is wrong."
+        )
 
 
 async def _check_endpoint(settings: EdgeSettings) -> str:

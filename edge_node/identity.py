@@ -13,6 +13,7 @@ import json
 import os
 import socket
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -166,11 +167,12 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
         except grpc.aio.AioRpcError as error:
             if error.code() in REFUSALS:
                 raise EnrollmentError(f"Central refused to enrol this node: {error.details()}") from error
+            advice = clock_advice(error.details() or "") or (
+                "Check EDGE_CENTRAL__ENROLLMENT_ADDRESS, the network with its proxies, both clocks, and "
+                "that `central serve` runs; its certificate must name this host (CENTRAL_LISTEN__NAMES)."
+            )
             raise CentralUnreachable(
-                f"Central did not enrol this node at {address}: {error.code().name}: "
-                f"{error.details()}. Check EDGE_CENTRAL__ENROLLMENT_ADDRESS, the network with its "
-                "proxies, both clocks, and that `central serve` runs; its certificate must name this "
-                "host (CENTRAL_LISTEN__NAMES)."
+                f"Central did not enrol this node at {address}: {error.code().name}: {error.details()}. {advice}"
             ) from error
     identity = Identity(
         node_id=answer.node_id,
@@ -182,6 +184,32 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
         release_key_pem=answer.release_key_pem,
     )
     return Enrollment(identity, answer.genesis, answer.genesis_payload)
+
+
+def clock_advice(details: str, certificate_pem: bytes | None = None, now: datetime | None = None) -> str | None:
+    """What to do when clocks, and not an address, keep a node from central; None when they do not.
+
+    `details` are gRPC's words for a call that failed, `certificate_pem` is the node's own certificate if it has one.
+    """
+    now = now or datetime.now(UTC)
+    says = f"this node's clock says {now:%Y-%m-%d %H:%M} UTC"
+    if any(words in details for words in ("certificate is not yet valid", "certificate has expired")):
+        return f"Central's certificate is not valid now, and {says}. Compare it with central's clock, and set the one that is wrong."
+    if certificate_pem is None:
+        return None
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    valid = f"This node's certificate is valid from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC"
+    if now < begins:
+        return f"{valid}, and {says}. Set the clock if it is wrong; otherwise enrol anew."
+    if now >= ends:
+        return f"{valid}, and {says}. Enrol anew, or set the clock if it is wrong."
+    if "Socket closed" in details:
+        return (
+            f"Central closed the connection. {valid}, and {says}: if central's clock says a time outside of that, set it. "
+            "Otherwise central may have as many connections as it takes; its log says so."
+        )
+    return None
 
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:

@@ -167,10 +167,12 @@ async def serve(settings: EdgeSettings) -> None:
 
         def counts() -> fleet_pb2.NodeStatus:
             states: list[str] = [entry.state for entry in outbox.list()]
+            kept = experience.counts()
             return fleet_pb2.NodeStatus(
                 outbox_waiting=states.count("waiting"),
                 outbox_held=states.count("held"),
-                experiences=experience.counts().examples,
+                experiences=kept.examples,
+                unusable_experiences=kept.unusable,
                 max_release_rank=settings.releases.max_rank or 0,
             )
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protos.checkpoint import BaseModelError, TensorInfo, expect_no_pointer, read_json, read_tensors, weight_files
+from protos.checkpoint import (
+    BaseModelError,
+    TensorInfo,
+    expect_no_pointer,
+    read_json,
+    read_tensors,
+    unreadable,
+    weight_files,
+)
 from protos.digests import Digests
 from protos.families import is_known, missing_module
 
@@ -110,14 +118,16 @@ def read_base_model(path: Path, memory: Path | None = None) -> BaseModelInfo:
         memory: the caller's data directory, where digests of unchanged files are remembered; None: hash every file.
 
     Raises:
-        BaseModelError: the directory is no base model that works here.
-        OSError: a file cannot be read.
+        BaseModelError: the directory is no base model that works here, or cannot be read.
     """
-    layout = read_layout(path)
     digests = Digests(None if memory is None else memory / MEMORY_FILE)
     total = hashlib.sha256()
-    for file in [path / name for name in IDENTITY_FILES if (path / name).is_file()] + layout.files:
-        total.update(f"{file.name}\0{digests.of(file)}\n".encode())
+    try:
+        layout = read_layout(path)
+        for file in [path / name for name in IDENTITY_FILES if (path / name).is_file()] + layout.files:
+            total.update(f"{file.name}\0{digests.of(file)}\n".encode())
+    except OSError as error:
+        raise unreadable(path, error) from error
     digests.save()
     return BaseModelInfo(path, total.hexdigest(), layout.module_shapes, bool(layout.wrapper_prefix), layout.is_known)
 

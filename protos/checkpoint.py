@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,6 +113,21 @@ def expect_no_pointer(file: Path) -> None:
             )
 
 
+def unreadable(path: Path, error: OSError) -> BaseModelError:
+    """What is wrong with a file of the base model at `path`, and what its owner does about it."""
+    file = Path(error.filename or path)
+    if not isinstance(error, PermissionError):
+        return BaseModelError(f"{file} cannot be read: {error.strerror}. Expected a file there; download it again.")
+    try:
+        status = file.stat()
+    except OSError:
+        said, step = "a directory above it is closed", "Run `chmod a+x` on each directory above it"
+    else:
+        said = f"it belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):o}"
+        step = f"Run `chmod -R a+rX {path}` as its owner, and the same on what the links in it point to"
+    return BaseModelError(f"{file} cannot be read by user {os.geteuid()}: {said}. {step}.")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; raises BaseModelError."""
     expect_no_pointer(file)
@@ -171,8 +188,9 @@ def _expect_whole(file: Path, entries: Mapping[str, tuple[TensorInfo, int, int]]
         raise _unreadable(file, "it holds no tensor")
     position = 0
     for name, (tensor, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][1:]):
-        bits = math.prod(tensor.shape) * _BITS.get(tensor.dtype, 8 * (end - begin) / max(1, math.prod(tensor.shape)))
-        if begin != position or 8 * (end - begin) != round(bits):
+        bits = _BITS.get(tensor.dtype)
+        fits = bits is None or 8 * (end - begin) == bits * math.prod(tensor.shape)
+        if begin != position or end < begin or not fits:
             raise _unreadable(file, f"tensor {name!r} ({tensor.dtype} {list(tensor.shape)}) has bytes {begin} to {end}")
         position = end
     if position > data_bytes:

@@ -33,6 +33,7 @@ from edge_node.environments import Task
 from edge_node.learning.batches import Lesson
 from edge_node.learning.records import plan_round
 from edge_node.releases.peft_directory import peft_files
+from edge_node.rendering import Renderer, load_renderer
 from edge_node.settings import LearningSettings
 from examples.quickstart.environments import CompanyApi, Node, PublicTenants, ToolApi
 from examples.quickstart.model import build_base
@@ -180,7 +181,6 @@ class World:
 
     def __init__(self, base: Path, seed: int) -> None:
         import torch
-        from transformers import AutoTokenizer
 
         torch.set_num_threads(1)
         self._base: BaseModelInfo = read_base_model(base)
@@ -189,9 +189,11 @@ class World:
             {key.removeprefix("EDGE_LEARNING__").lower(): value for key, value in LEARNING.items()}
             | {"seed": seed, "gram_rank": SKETCH_RANK}
         )
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(base)
+        self._renderer = load_renderer(base)
         public = PublicTenants()
-        self._anchors = lessons(public, public.tasks("train", count=self._learning.anchor_pool, seed=seed))
+        self._anchors = lessons(
+            self._renderer, public, public.tasks("train", count=self._learning.anchor_pool, seed=seed)
+        )
         companies: tuple[Node, ...] = ("A", "B", "C")
         self._companies: dict[str, CompanyApi] = {letter: CompanyApi(letter, seed=seed) for letter in companies}
         environments: dict[str, ToolApi] = {**self._companies, "base": public}
@@ -224,7 +226,7 @@ class World:
                 plan,
                 base=self._base.path,
                 release=release if start.modules else None,
-                own=lessons(company, company.tasks("train", count=met, seed=self._seed)),
+                own=lessons(self._renderer, company, company.tasks("train", count=met, seed=self._seed)),
                 anchors=self._anchors,
                 workspace=Path(folder) / "round",
             ).tensors
@@ -246,17 +248,12 @@ class World:
         return found
 
     def _answers(self, model: Any, tasks: Sequence[Task]) -> list[str]:
-        self._tokenizer.padding_side = "left"
-        texts = [
-            self._tokenizer.apply_chat_template(list(task.messages), add_generation_prompt=True, tokenize=False)
-            for task in tasks
-        ]
-        inputs = self._tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        tokenizer = self._renderer.tokenizer
+        prompts = [self._renderer.prompt_ids(task.messages) for task in tasks]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         inputs.pop("token_type_ids", None)
-        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=self._tokenizer.pad_token_id)
-        answers: list[str] = self._tokenizer.batch_decode(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        ids = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        answers: list[str] = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answers
 
     def _manifest(self, release: LoraTensors, version: int) -> ReleaseManifest:
@@ -275,10 +272,14 @@ class World:
         )
 
 
-def lessons(environment: ToolApi, tasks: Sequence[Task]) -> list[Lesson]:
+def lessons(renderer: Renderer, environment: ToolApi, tasks: Sequence[Task]) -> list[Lesson]:
     """Tasks with the answers that the environment knows."""
     answers = [(task, environment.reference_answer(task)) for task in tasks]
-    return [Lesson(task.messages, answer) for task, answer in answers if answer is not None]
+    return [
+        Lesson(renderer.prompt_ids(task.messages), renderer.answer_ids(answer))
+        for task, answer in answers
+        if answer is not None
+    ]
 
 
 if __name__ == "__main__":

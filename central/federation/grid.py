@@ -39,7 +39,6 @@ from central.journal import (
     NewEvent,
     PlanRecord,
     State,
-    utc_now,
 )
 from central.settings import CentralSettings
 from protos.manifest import canonical_json
@@ -82,7 +81,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
         settings: CentralSettings,
         stop: threading.Event,
         is_connected: Callable[[str], bool] = lambda node_id: True,
-        clock: Callable[[], str] = utc_now,
+        clock: Callable[[], str] | None = None,
         screen: Callable[[MergePlan, str], MergePlan] | None = None,
         went_on: Callable[[], None] = lambda: None,
     ) -> None:
@@ -93,7 +92,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
         self._policy = settings.merge.policy(cohort)
         self._gate = settings.gate
         self._stop = stop
-        self._clock = clock
+        self._clock = clock = clock or journal.clock
         self._patience = Patience(settings.gate, is_connected, clock)
         self._soak = SoakWatch(cohort, journal, settings.channels.policy(cohort), is_connected, clock)
         self._run: Any = None

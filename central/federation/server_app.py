@@ -40,7 +40,6 @@ from central.journal import (
     PlanRecord,
     ReleaseRecord,
     State,
-    utc_now,
 )
 from central.journal.payloads import release_blobs
 from central.registry import BlobLost, BlobStore, Registry
@@ -58,7 +57,7 @@ def run_cohort(
     settings: CentralSettings,
     stop: threading.Event,
     is_connected: Callable[[str], bool] = lambda node_id: True,
-    clock: Callable[[], str] = utc_now,
+    clock: Callable[[], str] | None = None,
     went_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the cohort's loop in this thread until `stop` is set (seen within a second, or at the end of a merge).

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -45,14 +45,14 @@ class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
         blobs: BlobStore,
         pki: Pki,
         base: str,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         """`base` is the digest of central's base model."""
         self._journal = journal
         self._blobs = blobs
         self._pki = pki
         self._base = base
-        self._clock = clock
+        self._clock = clock or journal.now
         self._guesses = Guesses()
 
     async def Enroll(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from central.clock import wall_time
 from central.durable import make_directory, remove_temporary_files, storage, write_file
 from central.errors import SettingsError, StorageError
 from central.fleet.identity import node_uri, operator_uri
@@ -35,8 +36,8 @@ from protos.manifest import sha256_hex
 CA_LIFE = timedelta(days=3650)
 CERTIFICATE_LIFE = timedelta(days=1825)
 RENEW_BEFORE = timedelta(days=90)
-BACKDATE = timedelta(minutes=10)
-"""A node whose clock is a little behind still accepts a fresh certificate."""
+BACKDATE = timedelta(days=30)
+"""Certificates are valid from so long before they are made: central's clock may have been ahead, and a node's may be behind."""
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 RELIED_ON = {"ca.key": "ca.pem", "release.key": "release.pub.pem"}
 """Keys that nodes have pinned, with their public parts. The others are made anew when they are
@@ -72,6 +73,7 @@ class Pki:
             remove_temporary_files(folder)
             ca_key = _key(folder / "ca.key")
             ca = _ca_certificate(folder / "ca.pem", ca_key)
+            _expect_valid(folder / "ca.pem", ca)
             issuer = _Issuer(ca_key, ca)
             server_key = _key(folder / "server.key")
             server = _server_certificate(folder / "server.pem", server_key, issuer, (*LOCAL_NAMES, *names))
@@ -193,7 +195,7 @@ def _server_certificate(
 ) -> x509.Certificate:
     alternatives = x509.SubjectAlternativeName([_general_name(name) for name in dict.fromkeys(names)])
     known = _load(path, key.public_key())
-    if known is not None and _alternatives(known) == alternatives and not _runs_out(known):
+    if known is not None and _alternatives(known) == alternatives and not _must_be_renewed(known):
         return known
     certificate = (
         _builder(_name("Lorikeet central"), issuer.certificate.subject, key.public_key(), CERTIFICATE_LIFE)
@@ -208,7 +210,7 @@ def _server_certificate(
 
 def _operator_certificate(path: Path, key: ec.EllipticCurvePrivateKey, issuer: _Issuer) -> None:
     known = _load(path, key.public_key())
-    if known is None or _runs_out(known):
+    if known is None or _must_be_renewed(known):
         certificate = _client_certificate(issuer, "operator", operator_uri("operator"), key.public_key())
         write_file(path, certificate.public_bytes(Encoding.PEM))
 
@@ -228,7 +230,7 @@ def _client_certificate(
 def _builder(
     subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, life: timedelta
 ) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
+    now = wall_time()
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -258,8 +260,22 @@ def _alternatives(certificate: x509.Certificate) -> x509.SubjectAlternativeName 
         return None
 
 
-def _runs_out(certificate: x509.Certificate) -> bool:
-    return certificate.not_valid_after_utc - datetime.now(UTC) < RENEW_BEFORE
+def _must_be_renewed(certificate: x509.Certificate) -> bool:
+    """It runs out soon, or was made when central's clock was far ahead."""
+    now = wall_time()
+    return certificate.not_valid_after_utc - now < RENEW_BEFORE or certificate.not_valid_before_utc > now
+
+
+def _expect_valid(path: Path, ca: x509.Certificate) -> None:
+    """Raises StorageError: every node trusts exactly this certificate, so central cannot make another one."""
+    begins, ends, now = ca.not_valid_before_utc, ca.not_valid_after_utc, wall_time()
+    if begins <= now < ends:
+        return
+    raise StorageError(
+        f"{path} is valid from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC, and this machine's clock says "
+        f"{now:%Y-%m-%d %H:%M}: no node would trust central. Set the clock if it is wrong. If the clock was wrong when the file "
+        f"was made, or the file has run out, move {path.parent} away: central makes new keys, and every node enrols anew."
+    )
 
 
 def _general_name(name: str) -> x509.GeneralName:

@@ -15,6 +15,7 @@ from protos.fleet.v1 import fleet_pb2
 
 MAX_TEXT = 500
 MAX_ENVIRONMENTS = 256
+MAX_REASONS = 32
 MAX_PROBLEMS = 32
 MAX_NAME = 64
 
@@ -63,6 +64,9 @@ class Presence:
         kept.channel = kept.channel[:MAX_TEXT]
         kept.serving_release_id = kept.serving_release_id[:MAX_TEXT]
         kept.software_version = kept.software_version[:MAX_TEXT]
+        kept.unusable_experiences.clear()
+        for reason, count in list(status.unusable_experiences.items())[:MAX_REASONS]:
+            kept.unusable_experiences[printable(reason[:MAX_TEXT])] = count
         del kept.environments[:]
         kept.environments.extend(name[:MAX_TEXT] for name in status.environments[:MAX_ENVIRONMENTS])
         self._seen(node_id).status = kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from central.journal import EventKind, Journal, NewEvent, utc_now
+from central.journal import EventKind, Journal, NewEvent
 
 PAUSE_S = 10.0
 
@@ -20,7 +20,7 @@ def record_served(journal: Journal, node_id: str, release_id: str, now: str | No
         if release is None or release.cohort != node.cohort or node.revoked:
             return
         if before is not None:
-            passed = datetime.fromisoformat(now or utc_now()) - datetime.fromisoformat(before.since)
+            passed = datetime.fromisoformat(now or journal.clock()) - datetime.fromisoformat(before.since)
             if before.release_id == release_id or passed.total_seconds() < PAUSE_S:
                 return
         journal.append(NewEvent(EventKind.RELEASE_SERVED, node.cohort, release_id, {"node_id": node_id}))

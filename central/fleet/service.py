@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -54,13 +54,13 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         presence: Presence,
         heartbeat_s: float,
         max_watches: int,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         self._journal = journal
         self._authenticator = authenticator
         self._presence = presence
         self._heartbeat_s = heartbeat_s
-        self._clock = clock
+        self._clock = clock or journal.now
         self._closing = False
         self._open = OpenStreams("watches", max_watches, "CENTRAL_LIMITS__NODE_WATCHES")
         self._watches: dict[asyncio.Event, str] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hmac
 import secrets
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import grpc
@@ -44,7 +44,7 @@ def create_token(
     `readmit`: a revoked node, whose name may be enrolled again with this token. Raises Refused.
     """
     token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    expires_at = (datetime.now(UTC) + timedelta(seconds=valid_s)).isoformat(timespec="seconds").replace("+00:00", "Z")
+    expires_at = (journal.now() + timedelta(seconds=valid_s)).isoformat(timespec="seconds").replace("+00:00", "Z")
     body: dict[str, Any] = {
         "secret_sha256": sha256_hex(secret.encode()),
         "uses": uses,

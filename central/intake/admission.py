@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from central import faults
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, Peer
+from central.intake.bounds import Allowance, manifest_bytes
 from central.intake.group_commit import GroupCommit
 from central.intake.partial import Incoming, PartialUploads
 from central.intake.validation import PayloadCheck, Shapes, check_manifest, check_signature
@@ -75,6 +76,8 @@ class Admission:
         self._base = base.digest
         self._shapes: Shapes = base.module_shapes
         self._limits = limits
+        self._max_manifest_bytes = manifest_bytes(base.module_shapes)
+        self._allowance = Allowance(limits.node_updates_per_hour)
         self._space = space
         self._make_room = make_room
         self._commits = GroupCommit(journal)
@@ -85,11 +88,12 @@ class Admission:
         Raises Refused.
         """
         node = self._authenticator.enrolled(peer)
-        manifest = check_signature(node, header.manifest, header.signature)
+        manifest = check_signature(node, header.manifest, header.signature, self._max_manifest_bytes)
         with self._journal.read() as state:
             known = state.updates.get(manifest.digest)
             if known is None:
                 check_manifest(state, node, manifest, self._base, self._limits)
+                self._allowance.expect_one(node.node_id)
         if known is not None and not known.lost:
             return self.receipt(known)
         self._expect_room(manifest, header.offset)
@@ -174,6 +178,7 @@ class Admission:
 
         def answer(update: UpdateRecord) -> updates_pb2.Receipt:
             faults.reach("intake.recorded")
+            self._allowance.take_one(manifest.node_id)
             self._partial.discard(manifest.node_id, update_id)
             return self.receipt(update)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 import grpc
 
 from central import faults
+from central.clock import steady_s, wall_time
 from central.durable import make_directory, storage, sync_directory, sync_file
 from central.errors import Reason, Refused, StorageError
 from central.intake.direct import WINDOW_BYTES, DirectFile, Windows
@@ -42,23 +42,38 @@ class _File:
     size: int = 0
     gone: bool = False
     """Discarded: a stream that still holds it must not go on."""
+    streams: int = 0
+    """Streams that hold it; under the lock of all files."""
+    touched_s: float = 0.0
+    """When the last of them let go of it, by the clock of `PartialUploads`."""
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class PartialUploads:
     """One per central; thread-safe. Every method but `held_bytes` blocks on disk."""
 
-    def __init__(self, root: Path) -> None:
-        """Create `root` when absent; raises StorageError."""
+    def __init__(self, root: Path, node_unfinished: int = 16, clock: Callable[[], float] = steady_s) -> None:
+        """Create `root` when absent; raises StorageError. Of one node `node_unfinished` are kept.
+
+        `clock` counts seconds that nobody can set.
+        """
         self._root = root
+        self._clock = clock
+        self._node_unfinished = node_unfinished
         self._windows = Windows()
         self._lock = threading.Lock()
         self._files: dict[str, dict[str, _File]] = {}
-        """By node and update."""
+        """By node and update, those that were touched last at the end."""
         make_directory(root)
         with storage(root):
-            for path in root.glob(f"*/*{SUFFIX}"):
-                self._files.setdefault(path.parent.name, {})[path.stem] = _File(path, path.stat().st_size)
+            for path in sorted(root.glob(f"*/*{SUFFIX}"), key=lambda path: path.stat().st_mtime):
+                self._files.setdefault(path.parent.name, {})[path.stem] = self._found(path)
+
+    def _found(self, path: Path) -> _File:
+        """What an earlier run of central left; a time that lies ahead counts as now."""
+        found = path.stat()
+        age_s = max(0.0, wall_time().timestamp() - found.st_mtime)
+        return _File(path, found.st_size, touched_s=self._clock() - age_s)
 
     def committed(self, node_id: str, update_id: str) -> int:
         """Bytes of the update that are durable."""
@@ -76,16 +91,16 @@ class PartialUploads:
         """Go on with the update at `offset`; raises Refused when the bytes on disk end elsewhere. Close it again."""
         path = self.path(node_id, update_id)
         with self._lock:
-            file = self._files.setdefault(node_id, {}).setdefault(update_id, _File(path))
-        with file.lock, storage(path):
-            if file.gone:  # just now
-                expect_offset(update_id, offset, -1)
-            if not path.parent.is_dir():
-                make_directory(path.parent)
-                sync_directory(self._root)
-            disk = DirectFile(path)
-            file.size = disk.size()
-            incoming = Incoming(update_id, file, disk, self._windows, inspect)
+            own = self._files.setdefault(node_id, {})
+            file = own.pop(update_id) if update_id in own else _File(path)
+            own[update_id] = file
+            file.streams += 1
+        try:
+            incoming = self._hold(file, update_id, offset, inspect)
+        except BaseException:
+            self._let_go(file)
+            raise
+        self._drop_oldest(node_id)
         try:
             # Without the lock, which who answers all nodes may wait for: what came earlier does not change.
             incoming.read_again(offset)
@@ -93,6 +108,36 @@ class PartialUploads:
             incoming.close()
             raise
         return incoming
+
+    def _hold(self, file: _File, update_id: str, offset: int, inspect: Inspect) -> Incoming:
+        with file.lock, storage(file.path):
+            if file.gone:  # just now
+                expect_offset(update_id, offset, -1)
+            if not file.path.parent.is_dir():
+                make_directory(file.path.parent)
+                sync_directory(self._root)
+            disk = DirectFile(file.path)
+            file.size = disk.size()
+            return Incoming(update_id, file, disk, self._windows, inspect, self._let_go)
+
+    def _let_go(self, file: _File) -> None:
+        """A stream holds the file no longer; one that nothing came of leaves none."""
+        with self._lock:
+            file.streams -= 1
+            file.touched_s = self._clock()
+            is_unused = not file.streams and not file.size
+        if is_unused:
+            self._drop(file)
+
+    def _drop_oldest(self, node_id: str) -> None:
+        """Forget what the node has not touched for longest, until it has as many as it may."""
+        with self._lock:
+            files = list(self._files.get(node_id, {}).values())
+            spare = len(files) - self._node_unfinished
+            oldest = [file for file in files if not file.streams][: max(0, spare)]
+        for file in oldest:
+            log.info("unfinished upload dropped, its node has newer ones", extra={"path": str(file.path)})
+            self._drop(file)
 
     def discard(self, node_id: str, update_id: str) -> None:
         """Forget the bytes; idempotent. Also what is said of an update that is admitted: its bytes are among the blobs."""
@@ -115,11 +160,11 @@ class PartialUploads:
     def stale(self, age_s: float, drop: bool) -> tuple[int, int]:
         """How many unfinished updates no node has touched for `age_s`, and their bytes; `drop` forgets them."""
         with self._lock:
-            files = [file for own in self._files.values() for file in own.values()]
+            files = [file for own in self._files.values() for file in own.values() if not file.streams]
         count = size_bytes = 0
         for file in files:
-            with file.lock, storage(file.path), suppress(FileNotFoundError):  # admitted or discarded meanwhile
-                if time.time() - file.path.stat().st_mtime >= age_s:
+            with file.lock:
+                if not file.gone and self._clock() - file.touched_s >= age_s:
                     count, size_bytes = count + 1, size_bytes + file.size
                     if drop:
                         self._drop(file)
@@ -160,8 +205,17 @@ class Incoming:
     never two calls at once. Where the bytes of earlier streams end within a window, `catch_up` comes before `take`.
     """
 
-    def __init__(self, update_id: str, file: _File, disk: DirectFile, windows: Windows, inspect: Inspect) -> None:
+    def __init__(
+        self,
+        update_id: str,
+        file: _File,
+        disk: DirectFile,
+        windows: Windows,
+        inspect: Inspect,
+        let_go: Callable[[_File], None],
+    ) -> None:
         self.update_id = update_id
+        self._let_go = let_go
         self.size = 0
         """Bytes so far, those in the window included."""
         self.file = file
@@ -247,6 +301,7 @@ class Incoming:
                 self._disk.close()
                 self._disk = None
                 self._give_back()
+        self._let_go(self.file)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -16,15 +16,17 @@ from typing import Any, ParamSpec, TypeVar
 import grpc
 
 from central.errors import Reason, Refused
-from central.fleet.identity import Authenticator, Permission
+from central.fleet.identity import Authenticator, Peer, Permission
 from central.fleet.streams import OpenStreams
 from central.intake import turns
 from central.intake.admission import Admission, Arrival
 from central.intake.partial import PartialUploads
+from central.intake.streams import OpenUploads, Stream, taken_over
 from central.intake.turns import Turn
 from central.journal import UpdateRecord
 from central.journal.records import UpdateStateName
 from central.settings import LimitSettings
+from protos.manifest import sha256_hex
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
 
 P = ParamSpec("P")
@@ -56,6 +58,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         self._partial = unfinished
         self._authenticator = authenticator
         self._idle_s = limits.upload_idle_s
+        self._streams = OpenUploads(limits.upload_idle_s)
         self._uploads = OpenStreams("uploads", limits.node_uploads, "CENTRAL_LIMITS__NODE_UPLOADS")
         self._queries = OpenStreams("queries about uploads", limits.node_uploads, "CENTRAL_LIMITS__NODE_UPLOADS")
         self._threads = ThreadPoolExecutor(THREADS, "intake")
@@ -70,6 +73,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         node = await self._authenticator.node(context)
         update_id = _expect_update_id(request.update_id)
         with self._queries.one(node.node_id):
+            await self._streams.take_over(node.node_id, update_id)
             update = await self._blocking(self._admission.find, node.node_id, update_id)
             if update is None or update.lost:  # its bytes may come again
                 committed = await self._blocking(self._partial.committed, node.node_id, update_id)
@@ -84,34 +88,48 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         peer = self._authenticator.peer(context)
         with self._uploads.one(peer.name):
             header = await self._read_header(request_iterator)
-            begun = self._threads.submit(self._admission.begin, peer, header)
-            try:
-                arrival = await asyncio.wrap_future(begun)
-            except asyncio.CancelledError:
-                begun.add_done_callback(self._let_go)  # its thread goes on, and opens the file
-                await asyncio.wait([_unheard(begun)])  # so long it is one of the node's uploads
-                raise
-            if isinstance(arrival, updates_pb2.Receipt):
-                return updates_pb2.UploadResponse(receipt=arrival)
-            turn = Turn(self._turns)
-            try:
-                receipt = await self._receive_and_finish(request_iterator, arrival, turn)
-            finally:
-                turn.end()
-        return updates_pb2.UploadResponse(receipt=receipt)
+            async with self._streams.one(peer.name, sha256_hex(header.manifest)) as stream:
+                return updates_pb2.UploadResponse(receipt=await self._upload(request_iterator, peer, header, stream))
 
-    async def _receive_and_finish(self, requests: Requests, arrival: Arrival, turn: Turn) -> updates_pb2.Receipt:
+    async def _upload(
+        self, requests: Requests, peer: Peer, header: updates_pb2.UploadHeader, stream: Stream
+    ) -> updates_pb2.Receipt:
+        begun = self._threads.submit(self._admission.begin, peer, header)
         try:
-            await self._receive(requests, arrival, turn)
-        except BaseException as error:
-            closed = self._threads.submit(arrival.incoming.close)
-            if isinstance(error, Refused):  # what came is there for who asks now
-                await _outlive(closed)
+            arrival = await asyncio.wrap_future(begun)
+        except asyncio.CancelledError:
+            begun.add_done_callback(self._let_go)  # its thread goes on, and opens the file
+            await asyncio.wait([_unheard(begun)])  # so long it is one of the node's uploads
+            raise
+        if isinstance(arrival, updates_pb2.Receipt):
+            return arrival
+        turn = Turn(self._turns)
+        try:
+            return await self._receive_and_finish(requests, arrival, turn, stream)
+        finally:
+            turn.end()
+
+    async def _receive_and_finish(
+        self, requests: Requests, arrival: Arrival, turn: Turn, stream: Stream
+    ) -> updates_pb2.Receipt:
+        try:
+            await self._receive(requests, arrival, turn, stream)
+        except BaseException:
+            # What came is there for who asks now, also when nobody hears this call's answer any more.
+            await asyncio.wait([_unheard(self._threads.submit(arrival.incoming.close))])
             raise
         done: Future[updates_pb2.Receipt] = Future()
         turn.keep()
         self._threads.submit(self._admission.finish, arrival, _on_loop(turn.end), done)
-        return await _outlive(done)
+        ended = _unheard(done)
+        try:
+            await asyncio.wait([ended])
+        except (
+            asyncio.CancelledError
+        ):  # who hangs up changes nothing: it goes on to the end, and who asks now waits for it
+            await asyncio.wait([ended])
+            raise
+        return ended.result()
 
     def _let_go(self, begun: Future[Arrival | updates_pb2.Receipt]) -> None:
         """Close what was opened for a call that has ended."""
@@ -127,7 +145,7 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
             )
         return request.header
 
-    async def _receive(self, requests: Requests, arrival: Arrival, turn: Turn) -> None:
+    async def _receive(self, requests: Requests, arrival: Arrival, turn: Turn, stream: Stream) -> None:
         """Take every chunk of a complete payload; what fills the last window is not written yet."""
         manifest, incoming = arrival.manifest, arrival.incoming
         update_id, size = incoming.update_id, manifest.payload.size_bytes
@@ -136,9 +154,10 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
         def what() -> str:
             return f"update {update_id}, of which {incoming.size} bytes are here"
 
-        async with self._patience(what) as patience:
+        async with self._patience(what, stream) as patience:
+            stream.waits(patience)
             async for request in requests:
-                patience.reschedule(None)
+                stream.works(patience)
                 await permission.expect()
                 chunk = request.chunk
                 del request  # it holds a second copy, and many streams wait for the disk at once
@@ -157,7 +176,8 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                     )
                 await self._take(arrival, chunk, turn)
                 del chunk  # not held while the next one is waited for
-                patience.reschedule(asyncio.get_running_loop().time() + self._idle_s)
+                stream.waits(patience)
+            stream.works(patience)
         if incoming.size < size:
             raise Refused(  # the bytes stay
                 grpc.StatusCode.ABORTED,
@@ -179,12 +199,14 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
                 turn.end()
 
     @asynccontextmanager
-    async def _patience(self, what: Callable[[], str]) -> AsyncIterator[asyncio.Timeout]:
-        """Raises Refused when the block, or what is left of it since the last `reschedule`, takes too long."""
+    async def _patience(self, what: Callable[[], str], stream: Stream | None = None) -> AsyncIterator[asyncio.Timeout]:
+        """Raises Refused when the block, or what is left of it since the last `reschedule`, takes too long, or is taken over."""
         try:
             async with asyncio.timeout(self._idle_s) as patience:
                 yield patience
         except TimeoutError:
+            if stream is not None and stream.is_taken_over:
+                raise taken_over(what()) from None
             raise Refused(
                 grpc.StatusCode.ABORTED,
                 Reason.SILENT_STREAM,
@@ -196,11 +218,6 @@ class UpdateService(updates_pb2_grpc.UpdateServiceServicer):
 def update_state(update: UpdateRecord) -> updates_pb2.UpdateState:
     """The wire's word for the state of an update."""
     return _STATES[update.state]
-
-
-async def _outlive(future: Future[T]) -> T:
-    """Its result. Who hangs up meanwhile changes nothing: what has begun goes on to the end."""
-    return await asyncio.shield(_unheard(future))
 
 
 def _unheard(future: Future[T]) -> asyncio.Future[T]:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from central.errors import Reason, Refused
+from central.intake.bounds import header_bytes
 from central.intake.sections import check_sections, is_known
 from central.intake.values import FLOAT_BYTES, Entry, Factor, Layout, SquareSums, check_norms, lay_out
 from central.journal import NodeRecord, State
@@ -29,9 +30,6 @@ from central.settings import LimitSettings
 from protos.lora import LoraCodecError, LoraTensors, assemble, scales_of
 from protos.manifest import ManifestError, UpdateManifest, verify
 
-MAX_MANIFEST_BYTES = 64 << 10
-MAX_HEADER_BYTES = 8 << 20
-"""Of a payload's safetensors header; parsed, it takes many times as much memory."""
 KNOWN_HEADER_BYTES = 128 << 10
 """Larger ones are read again each time: 16 of them would take too much memory."""
 Shapes = Mapping[str, tuple[int, int]]
@@ -41,11 +39,12 @@ Entries = dict[Factor, Entry]
 _ZERO = b"\0\0\0\0"
 
 
-def check_signature(node: NodeRecord, manifest: bytes, signature: bytes) -> UpdateManifest:
-    """The manifest, if it is one and the node's key signed exactly these bytes."""
-    if len(manifest) > MAX_MANIFEST_BYTES:  # it stays in the journal and in memory for ever
+def check_signature(node: NodeRecord, manifest: bytes, signature: bytes, max_bytes: int) -> UpdateManifest:
+    """The manifest, if it is one and the node's key signed exactly these bytes; at most `max_bytes` are looked at."""
+    if len(manifest) > max_bytes:  # it stays in the journal and in memory for ever
         raise _refused(
-            Reason.TOO_LARGE, f"The manifest has {len(manifest)} bytes; central reads at most {MAX_MANIFEST_BYTES}."
+            Reason.TOO_LARGE,
+            f"The manifest has {len(manifest)} bytes; for this base central reads at most {max_bytes}. Send fewer metrics.",
         )
     try:
         verify(node.public_key_pem.encode(), manifest, signature)
@@ -118,6 +117,7 @@ class PayloadCheck:
         self._manifest = manifest
         self._shapes = shapes
         self._limits = limits
+        self._max_header_bytes = header_bytes(shapes)
         self._position = 0
         self._start = bytearray()
         """The file's beginning, until the header is complete."""
@@ -153,7 +153,7 @@ class PayloadCheck:
         if self._header is None:
             begin = len(self._start)
             self._start += data
-            size = _header_size(self._start)
+            size = _header_size(self._start, self._max_header_bytes)
             if size is None:
                 return
             self._header = self._read_header(bytes(self._start[:size]))
@@ -214,15 +214,15 @@ def _read_header(data: bytes, size_bytes: int) -> _Header:
     )
 
 
-def _header_size(start: bytearray) -> int | None:
+def _header_size(start: bytearray, max_bytes: int) -> int | None:
     """Bytes of the header with its length; None while they are not all there."""
     if len(start) < 8:
         return None
     size = int.from_bytes(start[:8], "little")
-    if size > MAX_HEADER_BYTES:
+    if size > max_bytes:
         raise _refused(
             Reason.MALFORMED_PAYLOAD,
-            f"The payload's header has {size} bytes; central reads at most {MAX_HEADER_BYTES}.",
+            f"The payload's header has {size} bytes; for this base central reads at most {max_bytes}.",
         )
     return 8 + size if len(start) >= 8 + size else None
 

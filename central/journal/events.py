@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from central.clock import wall_time
 from central.errors import CentralError, StorageError
 from protos.manifest import canonical_json, sha256_hex
 
@@ -120,8 +120,8 @@ def chain(new: NewEvent, sequence: int, at: str, previous_hash: str) -> Event:
 
 
 def utc_now() -> str:
-    """The present time as RFC 3339 UTC with microseconds."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    """What the machine's clock says, as RFC 3339 UTC with microseconds: for texts, not for ages (central/clock.py)."""
+    return wall_time().isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _hash(

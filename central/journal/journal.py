@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from central import faults
+from central.clock import Clock
 from central.errors import StorageError, StorageFull
 from central.journal.events import (
     FIRST_HASH,
@@ -30,7 +32,6 @@ from central.journal.events import (
     JournalCorrupt,
     NewEvent,
     chain,
-    utc_now,
 )
 from central.journal.head import Head, Seals
 from central.journal.migrations import upgrade_schema
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 class Journal:
     """Append-only record with its state; one writer per database."""
 
-    def __init__(self, url: str, clock: Callable[[], str] = utc_now, seals: Seals | None = None) -> None:
+    def __init__(self, url: str, clock: Callable[[], str] | None = None, seals: Seals | None = None) -> None:
         """Open or create the journal at SQLAlchemy `url` (not in memory), replay it and verify its
         chain.
 
@@ -64,7 +65,9 @@ class Journal:
 
         Raises StorageError when it cannot be opened, JournalCorrupt when the chain is broken.
         """
-        self._clock = clock
+        own_clock = Clock()
+        self.clock: Callable[[], str] = clock or own_clock
+        """The present time, RFC 3339 UTC; ages and deadlines are counted with it (central/clock.py)."""
         self._seals = seals
         self._changed = threading.Condition(threading.RLock())
         self._listeners: list[Callable[[Event], None]] = []
@@ -75,13 +78,20 @@ class Journal:
             self._engine = open_database(url)
             upgrade_schema(self._engine, METADATA)
             with _uncollected():
-                for event in _chain(self._engine):
-                    replay(self._state, event)
+                last: Event | None = None
+                for last in _chain(self._engine):
+                    replay(self._state, last)
         except UNUSABLE as error:
             raise StorageError(
                 f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
             ) from error
         self._state.mark()
+        if last is not None:
+            own_clock.go_on_from(last.at)
+
+    def now(self) -> datetime:
+        """What `clock` says."""
+        return datetime.fromisoformat(self.clock())
 
     def append(self, *events: NewEvent) -> list[Event]:
         """Record `events` in one durable transaction.
@@ -164,7 +174,7 @@ class Journal:
         self._engine.dispose()
 
     def _apply(self, new: NewEvent) -> Event:
-        event = chain(new, self._state.sequence + 1, self._clock(), self._state.last_hash)
+        event = chain(new, self._state.sequence + 1, self.clock(), self._state.last_hash)
         self._state.apply(event)
         return event
 

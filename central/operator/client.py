@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from central.clock import wall_time
 from central.errors import REASON_KEY, CentralError, CentralUnreachable, StorageError
 from central.settings import CentralSettings
 from protos.operator.v1 import operator_pb2_grpc
@@ -60,9 +61,19 @@ class OperatorClient:
                 details = str(status.details())
                 raise CentralUnreachable(
                     f"Central does not answer at {self._address} ({status.code().name}: {details}). "
-                    f"{_next_step(details)}"
+                    f"{clock_advice(details) or _next_step(details)}"
                 ) from error
             raise CentralError(str(status.details() or status.code().name)) from error
+
+
+def clock_advice(details: str) -> str | None:
+    """What to do when a clock, and nothing else, keeps a command from central; `details` are gRPC's words."""
+    if not any(words in details for words in ("certificate is not yet valid", "certificate has expired")):
+        return None
+    return (
+        f"Central's certificate is not valid now, and this machine's clock says {wall_time():%Y-%m-%d %H:%M} UTC. Set the clock if "
+        "it is wrong. If it was wrong when central started, start central again: it makes a new certificate."
+    )
 
 
 def _next_step(details: str) -> str:

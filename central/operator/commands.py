@@ -111,6 +111,7 @@ def _nodes(client: OperatorClient, options: Options) -> None:
     print_rows(options, rows, columns)
     if not options.json:
         _print_problems(rows)
+        _print_unusable(rows)
 
 
 def _print_problems(rows: list[dict[str, Any]]) -> None:
@@ -118,6 +119,13 @@ def _print_problems(rows: list[dict[str, Any]]) -> None:
         for problem in row["status"]["problems"]:
             print(printable(f"{row['node_id']}  {problem['room']}, since {problem['since']}: {problem['text']}"))
             print(printable(f"    Next: {problem['next_step']}"))
+
+
+def _print_unusable(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if unusable := row["status"]["unusable_experiences"]:
+            reasons = "; ".join(f"{count} because {reason}" for reason, count in sorted(unusable.items()))
+            print(printable(f"{row['node_id']}  answers that cannot be learnt from: {reasons}"))
 
 
 def _revoke(client: OperatorClient, options: Options) -> None:

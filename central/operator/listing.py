@@ -6,7 +6,7 @@ In: records. Out: messages; nothing is looked up elsewhere and nothing is change
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 from central.fleet.presence import NodePresence
 from central.fleet.tokens import TokenState, token_state
@@ -59,11 +59,11 @@ def node_message(node: NodeRecord, presence: NodePresence) -> operator_pb2.Node:
     )
 
 
-def token_message(token: TokenRecord) -> operator_pb2.Token:
+def token_message(token: TokenRecord, now: datetime) -> operator_pb2.Token:
     return operator_pb2.Token(
         token_id=token.token_id,
         cohort=token.cohort,
-        state=_TOKEN_STATES[token_state(token, datetime.now(UTC))],
+        state=_TOKEN_STATES[token_state(token, now)],
         uses=token.uses,
         used=token.used,
         created_at=token.created_at,

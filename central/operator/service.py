@@ -105,9 +105,11 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self, request: operator_pb2.ListTokensRequest, context: Context
     ) -> operator_pb2.ListTokensResponse:
         def list_tokens(by: str) -> list[operator_pb2.Token]:
+            now = self._journal.now()
             with self._journal.read() as state:
                 _expect_cohort(state, request.cohort)
-                return [token_message(token) for token in state.tokens.values() if request.cohort in ("", token.cohort)]
+                tokens = [token for token in state.tokens.values() if request.cohort in ("", token.cohort)]
+                return [token_message(token, now) for token in tokens]
 
         return operator_pb2.ListTokensResponse(tokens=await self._ask(context, list_tokens))
 
@@ -115,7 +117,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
         self, request: operator_pb2.RevokeTokenRequest, context: Context
     ) -> operator_pb2.RevokeTokenResponse:
         token = await self._ask(context, lambda by: revoke_token(self._journal, request.token_id, by))
-        return operator_pb2.RevokeTokenResponse(token=token_message(token))
+        return operator_pb2.RevokeTokenResponse(token=token_message(token, self._journal.now()))
 
     async def RevokeNode(
         self, request: operator_pb2.RevokeNodeRequest, context: Context

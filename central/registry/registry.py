@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from central import faults
 from central.errors import Reason, Refused
-from central.journal import EventKind, Journal, MergePlan, NewEvent, ReleaseRecord, State, utc_now
+from central.journal import EventKind, Journal, MergePlan, NewEvent, ReleaseRecord, State
 from central.registry.blobs import BlobStore
 from central.registry.canary import promotion
 from central.registry.difference import ModuleDifference, module_differences
@@ -87,7 +87,7 @@ class Registry:
                     rank=0,
                     truncation_error=0.0,
                     updates=[],
-                    created_at=utc_now(),
+                    created_at=self._journal.clock(),
                 )
                 self._put_again(state, payload)
                 body = self._signed(manifest) | ({} if other is None else {"builds_on": other})

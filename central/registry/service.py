@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from central.clock import wall_time
 from central.errors import Reason, Refused
 from central.fleet.identity import Authenticator, Permission
 from central.journal import EventKind, Journal, NewEvent, NodeRecord, ReleaseRecord, State
@@ -49,7 +50,7 @@ class ReleaseService(releases_pb2_grpc.ReleaseServiceServicer):
                 f"Channel {request.channel!r} is not known. Expected one of {', '.join(CHANNELS)}.",
             )
         head = await asyncio.to_thread(self._head, node.cohort, request.channel)
-        return releases_pb2.GetHeadResponse(head=signed_manifest(head))
+        return releases_pb2.GetHeadResponse(head=signed_manifest(head), unix_time_s=int(wall_time().timestamp()))
 
     async def GetRelease(
         self, request: releases_pb2.GetReleaseRequest, context: Context

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 
 from central import faults
 from central.errors import CentralError, StorageError, StorageFull
@@ -60,7 +60,7 @@ class Collector:
         blobs: BlobStore,
         uploads: PartialUploads,
         policy: RetentionSettings,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], datetime] | None = None,
         space: Space | None = None,
     ) -> None:
         """`space`: whose ballast is given back when the disk is full; None: there is none."""
@@ -68,7 +68,7 @@ class Collector:
         self._blobs = blobs
         self._uploads = uploads
         self._policy = policy
-        self._clock = clock
+        self._clock = clock or journal.now
         self._space = space
         self._one_at_a_time = threading.Lock()
         self._tried_at = -math.inf

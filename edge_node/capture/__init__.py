@@ -2,5 +2,6 @@
 
 from edge_node.capture.answers import Finished, to_interaction
 from edge_node.capture.recorder import Recorder, RecorderCounts
+from edge_node.capture.served import SERVED, Generation, Served
 
-__all__ = ["Finished", "Recorder", "RecorderCounts", "to_interaction"]
+__all__ = ["SERVED", "Finished", "Generation", "Recorder", "RecorderCounts", "Served", "to_interaction"]

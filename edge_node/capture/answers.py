@@ -1,7 +1,8 @@
 """From the raw bytes of a finished answer to an interaction.
 
-In: the parsed request and the body as it went to the client, JSON or server-sent events. Out: an Interaction, or None
-for an answer that is no text interaction. Raises ValueError or its kin when the bytes are not what vLLM sends. Pure.
+In: the parsed request, the body as it went to the client (JSON or server-sent events), and the
+token ids that the engine had. Out: an Interaction, or None for an answer that did not come to its
+end. Raises ValueError or its kin when the bytes are not what vLLM sends. Pure.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from edge_node.capture.served import Served
 from edge_node.experience import Interaction
+from edge_node.experience.usable import NOT_ONE_PROMPT, NOT_ONLY_TEXT
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,11 @@ class Finished:
     body: list[bytes]
     streamed: bool
     created_at: str
+    served: Served
 
 
 def to_interaction(finished: Finished) -> Interaction | None:
-    """The interaction in `finished`; None when it has no text prompt or did not come to its end."""
-    messages = _messages(finished.request)
-    if messages is None:
-        return None
+    """The interaction in `finished`; None when it did not come to its end."""
     body = b"".join(finished.body)
     parts = list(_events(body)) if finished.streamed else [json.loads(body)]
     if not parts or any("error" in part for part in parts):
@@ -40,24 +41,40 @@ def to_interaction(finished: Finished) -> Interaction | None:
     prompt = finished.request.get("prompt")
     if finished.request.get("echo") and isinstance(prompt, str):
         text = text.removeprefix(prompt)
+    prompt_ids, answer_ids, unusable = _ids(finished)
     return Interaction(
         id=str(parts[0]["id"]),
         created_at=finished.created_at,
         model=str(parts[0]["model"]),
-        messages=messages,
+        messages=_messages(finished.request),
         answer=text,
         finish_reason=finish_reason,
         endpoint=finished.endpoint,
+        prompt_ids=prompt_ids,
+        answer_ids=answer_ids,
+        unusable=unusable,
     )
 
 
-def _messages(request: dict[str, Any]) -> list[dict[str, Any]] | None:
-    if isinstance(request.get("messages"), list):
-        return list(request["messages"])
-    prompt = request.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    return [{"role": "prompt", "content": prompt}] if isinstance(prompt, str) else None
+def _ids(finished: Finished) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Ids of prompt and answer, and why nothing can be learnt from them."""
+    generations = finished.served.generations
+    if len(generations) != 1 or finished.request.get("use_beam_search"):
+        return (), (), NOT_ONE_PROMPT
+    (generation,) = generations
+    if not generation.text_only:
+        return (), (), NOT_ONLY_TEXT
+    # Asked for none, vLLM makes one token all the same and shows it to nobody.
+    shown = () if finished.request.get("max_tokens") == 0 else tuple(generation.answer_ids)
+    return tuple(generation.prompt_ids), shown, ""
+
+
+def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """As the client sent them; a prompt of /v1/completions (text, token ids, or several) as one of
+    role `prompt`.
+    """
+    messages = request.get("messages")
+    return list(messages) if isinstance(messages, list) else [{"role": "prompt", "content": request.get("prompt")}]
 
 
 def _events(body: bytes) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """Experience: captured interactions and feedback enter; examples to learn from and counts of failures leave."""
 
-from edge_node.experience.store import Counts, Example, ExperienceStore, Feedback, Interaction
+from edge_node.experience.store import Counts, Example, ExperienceStore, Feedback, Interaction, Receipt
 
-__all__ = ["Counts", "Example", "ExperienceStore", "Feedback", "Interaction"]
+__all__ = ["Counts", "Example", "ExperienceStore", "Feedback", "Interaction", "Receipt"]

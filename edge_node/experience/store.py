@@ -1,7 +1,8 @@
 """The durable store of interactions and feedback.
 
-In: finished answers and feedback. Out: examples for training, a cursor, counts. Guarantees: every write is one
-durable SQLite transaction, safe with several processes on the same file; repeats change nothing.
+In: finished answers with their token ids, and feedback. Out: examples for training, a cursor,
+counts. Guarantees: every write is one durable SQLite transaction, safe with several processes on
+the same file; repeats change nothing; only what can be learnt is an example.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,29 +21,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_node.errors import StorageError, UnknownInteraction
+from edge_node.experience.usable import NO_VERDICT, why_unusable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 30
 SCHEMA = """
 CREATE TABLE interactions (
     id TEXT PRIMARY KEY, created_at TEXT NOT NULL, model TEXT NOT NULL, endpoint TEXT NOT NULL,
-    finish_reason TEXT NOT NULL, messages TEXT NOT NULL, answer TEXT NOT NULL
+    finish_reason TEXT NOT NULL, messages TEXT NOT NULL, answer TEXT NOT NULL,
+    prompt_ids BLOB NOT NULL, answer_ids BLOB NOT NULL, unusable TEXT NOT NULL
 );
 CREATE TABLE feedback (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL,
-    interaction_id TEXT NOT NULL REFERENCES interactions (id), score REAL, correction TEXT, comment TEXT
+    interaction_id TEXT NOT NULL REFERENCES interactions (id), score REAL, correction TEXT, comment TEXT,
+    correction_ids BLOB NOT NULL, unusable TEXT NOT NULL
 );
 CREATE INDEX feedback_of_interaction ON feedback (interaction_id, number);
 """
-# A comment alone is no verdict: it must not hide an earlier correction.
-EXAMPLES = """
-SELECT f.id AS feedback_id, i.id AS interaction_id, i.messages, i.answer, i.model, f.correction
+# What was said to be learnt, usable or not. A comment alone is no verdict: it must not hide an earlier correction.
+OFFERED = """
 FROM feedback f JOIN interactions i ON i.id = f.interaction_id
 WHERE f.number = (
     SELECT MAX(newest.number) FROM feedback newest
     WHERE newest.interaction_id = f.interaction_id AND newest.number <= :up_to
       AND (newest.correction IS NOT NULL OR newest.score IS NOT NULL)
-) AND (f.correction IS NOT NULL OR (f.score >= 1 AND i.answer <> ''))
+) AND (f.correction IS NOT NULL OR f.score >= 1)
+"""
+EXAMPLES = f"""
+SELECT f.id AS feedback_id, i.id AS interaction_id, i.model, i.prompt_ids,
+       CASE WHEN f.correction IS NULL THEN i.answer_ids ELSE f.correction_ids END AS target_ids,
+       CASE WHEN f.correction IS NULL THEN 'verified' ELSE 'correction' END AS source
+{OFFERED} AND f.unusable = '' ORDER BY f.number DESC LIMIT :limit
 """
 SPOKEN_OF_SINCE = """
 AND f.interaction_id IN (SELECT interaction_id FROM feedback WHERE number > :after AND number <= :cursor)
@@ -56,8 +67,17 @@ class Interaction:
     model: str
     messages: list[dict[str, Any]]
     answer: str
+    """What the client read: empty for an answer of tool calls alone."""
     finish_reason: str
     endpoint: str
+    prompt_ids: tuple[int, ...]
+    """Token ids of the prompt as the engine had it."""
+    answer_ids: tuple[int, ...]
+    """Token ids of the answer as the engine made it, with reasoning, tool calls and the token that
+    ended it.
+    """
+    unusable: str = ""
+    """Why nothing can be learnt from it, whatever is said of it; empty when something can."""
 
 
 @dataclass(frozen=True)
@@ -68,39 +88,57 @@ class Feedback:
     score: float | None = None
     correction: str | None = None
     comment: str | None = None
+    correction_ids: tuple[int, ...] | None = ()
+    """Token ids of the correction to the end of its turn; None when it is too long to be counted.
+    """
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Durable feedback. unusable: why nothing can be learnt from it; empty when something can."""
+
+    id: str
+    unusable: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn: `target` is what should have been, or was rightly, answered to `messages`."""
+    """One thing to learn: `target_ids` is what should have been, or was rightly, answered to
+    `prompt_ids`.
+    """
 
     feedback_id: str
     interaction_id: str
-    messages: list[dict[str, Any]]
-    target: str
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
     source: Literal["correction", "verified"]
     model: str
 
 
 @dataclass(frozen=True)
 class Counts:
+    """examples: usable ones; unusable: reason -> number of corrected and verified answers that
+    cannot be learnt.
+    """
+
     interactions: int
     feedback: int
     examples: int
+    unusable: Mapping[str, int]
 
 
 class ExperienceStore:
     """One open handle on the file; usable from several threads, and from several processes with a handle each."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._counting = threading.Lock()
-        self._counted = 0, 0
-        """Cursor, and the number of examples then."""
+        self._counted: tuple[int, Counter[str]] = 0, Counter()
+        """Cursor, and the number of examples then by why they cannot be used (empty: they can)."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
@@ -118,51 +156,65 @@ class ExperienceStore:
     def add_interactions(self, rows: Sequence[Interaction]) -> None:
         """Stores `rows` in one durable transaction; an id that is already there is left as it is."""
         values = [
-            (row.id, row.created_at, row.model, row.endpoint, row.finish_reason, json.dumps(row.messages), row.answer)
+            (
+                row.id, row.created_at, row.model, row.endpoint, row.finish_reason, json.dumps(row.messages),
+                row.answer, _pack(row.prompt_ids), _pack(row.answer_ids), row.unusable,
+            )
             for row in rows
-        ]
+        ]  # fmt: skip
         with self._transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO interactions VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            db.executemany("INSERT OR IGNORE INTO interactions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
-    def add_feedback(self, feedback: Feedback) -> str:
-        """Durable id of `feedback`; the same again right after gives the same id. Raises UnknownInteraction."""
+    def add_feedback(self, feedback: Feedback, *, max_tokens: int) -> Receipt:
+        """Makes `feedback` durable; the same again right after gives the same receipt. Raises
+        UnknownInteraction.
+
+        max_tokens: most tokens of prompt and answer together that can be learnt.
+        """
         content = (feedback.score, feedback.correction, feedback.comment)
         with self._transaction() as db:
-            if not db.execute("SELECT 1 FROM interactions WHERE id = ?", (feedback.interaction_id,)).fetchone():
-                raise UnknownInteraction(feedback.interaction_id)
-            newest = db.execute(
-                "SELECT id, score, correction, comment FROM feedback WHERE interaction_id = ? ORDER BY number DESC LIMIT 1",
+            found = db.execute(
+                "SELECT unusable, LENGTH(prompt_ids), LENGTH(answer_ids) FROM interactions WHERE id = ?",
                 (feedback.interaction_id,),
             ).fetchone()
-            if newest is not None and tuple(newest)[1:] == content:
-                return str(newest["id"])
+            if found is None:
+                raise UnknownInteraction(feedback.interaction_id)
+            target_tokens: int | None = found[2] // TOKEN_BYTES
+            if feedback.correction is not None:
+                target_tokens = None if feedback.correction_ids is None else len(feedback.correction_ids)
+            unusable = why_unusable(found[0], found[1] // TOKEN_BYTES, target_tokens, max_tokens)
+            newest = db.execute(
+                "SELECT id, score, correction, comment, unusable FROM feedback WHERE interaction_id = ? "
+                "ORDER BY number DESC LIMIT 1",
+                (feedback.interaction_id,),
+            ).fetchone()
+            if newest is not None and tuple(newest)[1:] == (*content, unusable):
+                return _receipt(newest["id"], unusable, feedback)
             feedback_id = f"fb-{uuid.uuid4().hex}"
             db.execute(
-                "INSERT INTO feedback (id, created_at, interaction_id, score, correction, comment) VALUES (?, ?, ?, ?, ?, ?)",
-                (feedback_id, datetime.now(UTC).isoformat(), feedback.interaction_id, *content),
-            )
-            return feedback_id
+                "INSERT INTO feedback (id, created_at, interaction_id, score, correction, comment, correction_ids, unusable)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    feedback_id, datetime.now(UTC).isoformat(), feedback.interaction_id, *content,
+                    _pack(feedback.correction_ids or ()), unusable,
+                ),
+            )  # fmt: skip
+            return _receipt(feedback_id, unusable, feedback)
 
     def interaction(self, interaction_id: str) -> Interaction | None:
         rows = self._query("SELECT * FROM interactions WHERE id = ?", (interaction_id,))
         if not rows:
             return None
         fields = dict(rows[0])
-        return Interaction(**{**fields, "messages": json.loads(fields["messages"])})
+        ids = {name: _unpack(fields[name]) for name in ("prompt_ids", "answer_ids")}
+        return Interaction(**{**fields, **ids, "messages": json.loads(fields["messages"])})
 
     def examples(self, *, up_to: int, limit: int) -> list[Example]:
-        """Examples known at cursor `up_to`, newest feedback first, one per interaction."""
-        rows = self._query(EXAMPLES + "ORDER BY f.number DESC LIMIT :limit", {"up_to": up_to, "limit": limit})
+        """Usable examples known at cursor `up_to`, newest feedback first, one per interaction."""
+        rows = self._query(EXAMPLES, {"up_to": up_to, "limit": limit})
         return [
-            Example(
-                feedback_id=row["feedback_id"],
-                interaction_id=row["interaction_id"],
-                messages=json.loads(row["messages"]),
-                target=row["answer"] if row["correction"] is None else row["correction"],
-                source="verified" if row["correction"] is None else "correction",
-                model=row["model"],
-            )
-            for row in rows
+            Example(**{**row, "prompt_ids": _unpack(row["prompt_ids"]), "target_ids": _unpack(row["target_ids"])})
+            for row in map(dict, rows)
         ]
 
     def cursor(self) -> int:
@@ -170,10 +222,14 @@ class ExperienceStore:
         return self._count("SELECT COALESCE(MAX(number), 0) FROM feedback")
 
     def failures(self, *, after: int, model: str | None = None) -> int:
-        """Feedbacks after the cursor `after` with a correction or a score below 1; `model`: answers of that version only."""
+        """Feedbacks after the cursor `after` with a usable correction, or a score below 1 and no
+        correction.
+
+        `model`: answers of that version only.
+        """
         return self._count(
             "SELECT COUNT(*) FROM feedback f JOIN interactions i ON i.id = f.interaction_id "
-            "WHERE f.number > :after AND (f.correction IS NOT NULL OR f.score < 1) "
+            "WHERE f.number > :after AND CASE WHEN f.correction IS NULL THEN f.score < 1 ELSE f.unusable = '' END "
             "AND (:model IS NULL OR i.model = :model)",
             {"after": after, "model": model},
         )
@@ -187,23 +243,31 @@ class ExperienceStore:
         )
 
     def counts(self) -> Counts:
+        offered = self._count_offered()
         return Counts(
             interactions=self._count("SELECT COUNT(*) FROM interactions"),
             feedback=self._count("SELECT COUNT(*) FROM feedback"),
-            examples=self._count_examples(),
+            examples=offered[""],
+            unusable={reason: offered[reason] for reason in sorted(offered) if reason and offered[reason]},
         )
 
-    def _count_examples(self) -> int:
+    def _count_offered(self) -> Counter[str]:
         """Looks only at what is new since the last call: a whole count takes a second for 100,000 feedbacks."""
         with self._counting:
             before, known = self._counted
             cursor = self.cursor()
             if cursor > before:
-                count = f"SELECT COUNT(*) FROM ({EXAMPLES + SPOKEN_OF_SINCE})"
-                window = {"after": before, "cursor": cursor}
-                gone = self._count(count, window | {"up_to": before}) if before else 0
-                self._counted = cursor, known - gone + self._count(count, window | {"up_to": cursor})
+                now = Counter(known)
+                now.update(self._offered_since(before, cursor, up_to=cursor))
+                if before:
+                    now.subtract(self._offered_since(before, cursor, up_to=before))
+                self._counted = cursor, now
             return self._counted[1]
+
+    def _offered_since(self, after: int, cursor: int, *, up_to: int) -> Counter[str]:
+        """Of the interactions spoken of after `after`: what was known of them at `up_to`."""
+        count = f"SELECT f.unusable, COUNT(*) {OFFERED + SPOKEN_OF_SINCE} GROUP BY f.unusable"
+        return Counter(dict(map(tuple, self._query(count, {"after": after, "cursor": cursor, "up_to": up_to}))))
 
     def _create_schema(self) -> None:
         if self._db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION:
@@ -249,3 +313,22 @@ class ExperienceStore:
         return StorageError(
             f"Experience store {self._path} failed: {error}. Check space and permissions of EDGE_DATA_DIR."
         )
+
+
+TOKEN_BYTES = array("I").itemsize
+
+
+def _pack(ids: Sequence[int]) -> bytes:
+    return array("I", ids).tobytes()
+
+
+def _unpack(packed: bytes) -> tuple[int, ...]:
+    return tuple(array("I", packed))
+
+
+def _receipt(feedback_id: str, unusable: str, feedback: Feedback) -> Receipt:
+    """Feedback without a verdict to learn is stored and counted, and nothing can be learnt from it
+    either.
+    """
+    offers = feedback.correction is not None or (feedback.score or 0) >= 1
+    return Receipt(feedback_id, unusable if offers else NO_VERDICT)

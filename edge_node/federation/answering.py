@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from edge_node.environments import Environment, Task, load_environment
 from edge_node.learning.training import load_start
 from edge_node.releases.peft_directory import peft_files
+from edge_node.rendering import load_renderer
 from edge_node.settings import EnvironmentSpec
 from protos.base import read_layout
 from protos.lora import LoraTensors
@@ -68,16 +68,16 @@ class _Answerer:
             for name, data in peft_files(release, read_layout(base).module_shapes).items():
                 (Path(folder) / name).write_bytes(data)
             self._model = load_start(base, Path(folder) if release.modules else None).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, padding_side="left")
+        self._renderer = load_renderer(base)
 
     def passed(self, environment: Environment, tasks: Sequence[Task]) -> list[bool]:
-        render = self._tokenizer.apply_chat_template
-        texts = [render(list(task.messages), add_generation_prompt=True, tokenize=False) for task in tasks]
-        batch = self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        tokenizer = self._renderer.tokenizer
+        prompts = [self._renderer.prompt_ids(task.messages) for task in tasks]
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         asked = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.inference_mode():
             ids = self._model.generate(**asked, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        answers = self._tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
         return [environment.verify(task, answer).passed for task, answer in zip(tasks, answers, strict=True)]
 
 

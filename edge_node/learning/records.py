@@ -35,6 +35,16 @@ CREATE TABLE IF NOT EXISTS rounds (
 """
 
 
+class RoundImpossible(LookupError):
+    """A round that can never be completed. Its words are ours and quote nothing that a customer
+    wrote.
+    """
+
+    def __init__(self, text: str, next_step: str) -> None:
+        super().__init__(text)
+        self.next_step = next_step
+
+
 class RoundPlan(Document):
     """One round: its start, its data and its hyper-parameters."""
 
@@ -156,6 +166,18 @@ class RoundStore:
     def abandon(self, round_id: str, reason: str) -> None:
         """It cannot be completed; its experience stays and goes into the next round."""
         self._end(round_id, "abandoned", reason)
+
+    def give_up(self, round_id: str, reason: str) -> None:
+        """Nothing is wrong with it, but its update would be of no use any more."""
+        self._end(round_id, "given up", reason)
+
+    def last_was_abandoned(self) -> bool:
+        """Whether the newest round that ended by itself could not be completed."""
+        with self._transaction() as database:
+            row = database.execute(
+                "SELECT state FROM rounds WHERE state IN ('finished', 'abandoned') ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+        return row is not None and row[0] == "abandoned"
 
     def workspace(self, round_id: str) -> Path:
         """Directory of the round's checkpoints."""

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
-from edge_node.learning.batches import Lesson, TokenRow, end_of_turn, make_rows, sample_own
+from edge_node.learning.batches import Lesson, TokenRow, make_batches, sample_own
 from edge_node.learning.checkpoints import newest_valid, seal
 from edge_node.learning.grams import EXAMPLES, sketch_grams
 from edge_node.learning.records import RoundPlan
@@ -33,7 +33,6 @@ from protos.lora import LoraModule, LoraTensors
 log = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
-_DEFAULT_MAX_LENGTH = 4096
 
 
 class RoundObsolete(Exception):
@@ -42,7 +41,11 @@ class RoundObsolete(Exception):
 
 @dataclass(frozen=True)
 class TrainedRound:
-    """tensors: the increment, and its sketches where the plan asks for them; metrics: loss_first, loss_last, steps, seconds, examples, anchors."""
+    """tensors: the increment, and its sketches where the plan asks for them.
+
+    metrics: loss_first, loss_last, steps, seconds, examples and anchors (distinct ones that were
+    trained on).
+    """
 
     tensors: LoraTensors
     metrics: dict[str, float]
@@ -58,7 +61,6 @@ def train_round(
     own: Sequence[Lesson],
     anchors: Sequence[Lesson],
     workspace: Path,
-    max_length: int | None = None,
     modules: Collection[str] | None = None,
     obsolete: Callable[[], bool] = lambda: False,
 ) -> TrainedRound:
@@ -66,29 +68,26 @@ def train_round(
 
     Args:
         release: PEFT directory of the start release; None for a release without modules (version 0).
+        own: the node's examples, at least one.
         modules: names of the base's modules to train; all of them when None.
-        max_length: longest prompt plus answer in tokens; the model's own limit when None.
         obsolete: asked after each step.
 
     Raises:
-        ValueError: no example can be trained on.
         RoundObsolete: `obsolete` said so.
     """
     disable_progress_bar()
     layout = read_layout(base)
     model = load_start(base, release)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    limit = max_length or getattr(model.config, "max_position_embeddings", None) or _DEFAULT_MAX_LENGTH
-    stop = end_of_turn(tokenizer, _stop_ids(model))
-    rows = make_rows(plan, tokenizer, own, anchors, stop=stop, max_length=limit)
+    batches = make_batches(plan, own, anchors)
     resume = newest_valid(workspace)
     if resume is not None:
         log.info("round resumes", extra={"round_id": plan.round_id, "checkpoint": resume[0].name})
     clock = _Clock(0.0 if resume is None else resume[1])
     trainer = _RoundTrainer(
         model=model,
-        args=_arguments(plan, workspace, len(rows) // plan.steps),
-        train_dataset=_dataset(rows),
+        args=_arguments(plan, workspace, len(batches.rows) // plan.steps),
+        train_dataset=_dataset(batches.rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
@@ -105,12 +104,12 @@ def train_round(
         "loss_last": float(losses[-1]),
         "steps": float(trainer.state.global_step),
         "seconds": round(clock.elapsed_s(), 3),
-        "examples": float(len(own)),
-        "anchors": float(len(anchors)),
+        "examples": float(batches.own),
+        "anchors": float(batches.anchors),
     }
     tensors = read_factors(trainer.model, plan.alpha, layout)
     if plan.gram_rank:
-        sample = sample_own(plan, tokenizer, own, EXAMPLES, stop=stop, max_length=limit)
+        sample = sample_own(plan, own, EXAMPLES)
         tensors = LoraTensors(tensors.modules, sketch_grams(trainer.model, sample, rank=plan.gram_rank, seed=plan.seed))
     return TrainedRound(tensors, metrics, trainer.model)
 
@@ -213,8 +212,3 @@ def _arguments(plan: RoundPlan, workspace: Path, batch: int) -> SFTConfig:
 
 def _dataset(rows: Sequence[TokenRow]) -> Dataset:
     return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
-
-
-def _stop_ids(model: Any) -> list[int]:
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    return [ids] if isinstance(ids, int) else list(ids or [])

@@ -23,16 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_node.errors import AdapterError, EdgeError, StorageError
-from edge_node.experience import ExperienceStore
+from edge_node.experience import Counts, ExperienceStore
 from edge_node.learning.policy import Signals, decide
-from edge_node.learning.records import RoundPlan, RoundStore, plan_round
+from edge_node.learning.records import RoundImpossible, RoundPlan, RoundStore, plan_round
 from edge_node.logs import log_to_stderr
+from edge_node.problems import Problems
 from edge_node.releases.peft_directory import directory_rank
 from edge_node.settings import EdgeSettings, load_settings
 from protos.manifest import ManifestError, ReleaseManifest
 
 log = logging.getLogger("edge_node.learning")
 
+ROOM = "learning"
+"""Name under which rounds report problems."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -54,6 +57,7 @@ class Worker:
         self._node_id = node_id
         self._rounds = RoundStore(settings.data_dir / "learning")
         self._experience = ExperienceStore(settings.data_dir / "experience.db")
+        self._problems = Problems(settings.data_dir)
         self._warm: threading.Thread | None = None
 
     def run(self) -> None:
@@ -76,13 +80,14 @@ class Worker:
             return None
         learning = self._settings.learning
         last = self._rounds.last()
-        examples = self._experience.counts().examples
+        counts = self._experience.counts()
+        self._report(counts)
         model = f"{self._settings.serving.alias}@{active.label}"
         cursor = last.cursor if last else 0
         decision = decide(
             learning,
             Signals(
-                examples=examples,
+                examples=counts.examples,
                 new_failures=self._experience.failures(after=cursor, model=model),
                 new_feedback=self._experience.judged(after=cursor, model=model),
                 same_start_age_s=last.age_s() if last and last.release_id == active.manifest.digest else None,
@@ -106,6 +111,24 @@ class Worker:
         self._rounds.begin(plan)
         return plan
 
+    def _report(self, counts: Counts) -> None:
+        """Say that too little can be learnt from, or that nothing is wrong. An abandoned round
+        stays a problem until another one is finished.
+        """
+        if self._rounds.last_was_abandoned():
+            return
+        needed = self._settings.learning.min_examples
+        if counts.examples < needed <= counts.examples + sum(counts.unusable.values()):
+            reasons = "; ".join(f"{count} because {reason}" for reason, count in counts.unusable.items())
+            self._problems.report(
+                ROOM,
+                f"No round can start: {counts.examples} corrected or verified answers can be learnt from, a round needs "
+                f"{needed}, and others cannot be used: {reasons}.",
+                "See `reason` in the answers of POST /v1/feedback, and edge_node/experience/README.md.",
+            )
+        else:
+            self._problems.clear(ROOM)
+
     def _train(self, plan: RoundPlan) -> None:
         from edge_node.learning.round import run_round
         from edge_node.learning.training import RoundObsolete
@@ -119,7 +142,7 @@ class Worker:
             )
         except RoundObsolete as error:
             log.info("round given up, a newer release is active", extra={"round_id": plan.round_id, "at": str(error)})
-            self._rounds.abandon(plan.round_id, f"obsolete {error}")
+            self._rounds.give_up(plan.round_id, f"obsolete {error}")
             return
         except (EdgeError, OSError, sqlite3.Error):
             raise  # the node's surroundings, not the round: it goes on once they are right
@@ -128,14 +151,27 @@ class Worker:
             at = traceback.extract_tb(error.__traceback__)[-1]
             fields = {"round_id": plan.round_id, "why": type(error).__name__, "at": f"{at.filename}:{at.lineno}"}
             log.error("round abandoned", extra=fields)
+            where = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}."
+            text = str(error) if isinstance(error, RoundImpossible) else where
+            self._problems.report(ROOM, f"Round {plan.round_id} was abandoned: {text}", _next_step(error))
             self._rounds.abandon(plan.round_id, repr(error))
             return
         self._rounds.finish(plan.round_id, update_id)
+        self._problems.clear(ROOM)
         log.info("round finished", extra={"round_id": plan.round_id, "update_id": update_id})
 
     def _active_id(self) -> str | None:
         active = read_active(self._settings.data_dir)
         return None if active is None else active.manifest.digest
+
+
+def _next_step(error: Exception) -> str:
+    if isinstance(error, RoundImpossible):
+        return error.next_step
+    return (
+        "Look at the error in learning/rounds.db. When memory is short, lower EDGE_LEARNING__BATCH_OWN and "
+        "EDGE_LEARNING__BATCH_ANCHOR. The next round starts by itself after further feedback."
+    )
 
 
 def read_active(data_dir: Path) -> ActiveRelease | None:

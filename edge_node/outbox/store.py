@@ -69,8 +69,9 @@ class OutboxEntry:
 class Outbox:
     """Owner of `outbox/` in the data directory; every method is one durable transaction."""
 
-    def __init__(self, path: Path, approval: Literal["auto", "manual"]) -> None:
+    def __init__(self, path: Path, approval: Literal["auto", "manual"], *, busy_timeout_s: float = 30) -> None:
         self._path = path
+        self._busy_timeout_s = busy_timeout_s
         self._payloads = path / "payloads"
         self._first_state = OutboxState.HELD if approval == "manual" else OutboxState.WAITING
         try:
@@ -231,7 +232,7 @@ class Outbox:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         # A connection per transaction: the outbox is used from several threads and processes, a few times a minute.
-        database = sqlite3.connect(self._path / "outbox.db", timeout=30)
+        database = sqlite3.connect(self._path / "outbox.db", timeout=self._busy_timeout_s)
         try:
             database.execute("PRAGMA synchronous=FULL")
             with database:

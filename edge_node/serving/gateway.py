@@ -10,12 +10,13 @@ import asyncio
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from edge_node.capture import Recorder
 from edge_node.errors import ServingError
-from edge_node.experience import ExperienceStore
+from edge_node.experience import ExperienceStore, Feedback, Receipt
 from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
@@ -35,6 +36,7 @@ class EngineLike(Protocol):
     async def load(self, name: str, path: Path) -> None: ...
     async def unload(self, name: str) -> None: ...
     async def probe(self) -> None: ...
+    def answer_ids(self, text: str) -> list[int] | None: ...
 
 
 class Gateway:
@@ -102,6 +104,15 @@ class Gateway:
             raise
         self.aliases.remove(name)
         logger.info("Adapter unloaded", extra={"release": name})
+
+    def keep_feedback(self, feedback: Feedback) -> Receipt:
+        """Makes `feedback` durable, a correction with its token ids; slow, so for a thread. Raises
+        what the store does.
+        """
+        if feedback.correction is not None:
+            ids = self.engine.answer_ids(feedback.correction)
+            feedback = replace(feedback, correction_ids=None if ids is None else tuple(ids))
+        return self.store.add_feedback(feedback, max_tokens=self.engine.max_model_len)
 
     async def drain(self) -> None:
         """Refuses new requests and returns when the last answer has gone out."""

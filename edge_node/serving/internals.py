@@ -1,7 +1,9 @@
-"""The only module that touches vLLM, pinned to 0.32.*: everything of its private surface that we rely on.
+"""The only module that touches vLLM, pinned to 0.32.*: everything of its private surface that we
+rely on.
 
-In: vLLM's engine client and app state. Out: adapter loading, a probe, health. Guarantees: `check_contract` fails with a
-clear ServingError on any vLLM whose surface differs, before a request is served.
+In: vLLM's engine client and app state. Out: adapter loading, a probe, health, the token ids of
+captured requests, the chat format. Guarantees: `check_contract` fails with a clear ServingError on
+any vLLM whose surface differs, before a request is served.
 """
 
 from __future__ import annotations
@@ -10,10 +12,14 @@ import importlib
 import inspect
 import uuid
 from argparse import Namespace
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from edge_node.capture import SERVED, Generation
 from edge_node.errors import ServingError
+from edge_node.rendering import ChatFormat, Renderer, read_stop_ids
 
 VLLM_SERIES = "0.32"
 SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -46,11 +52,31 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
     "vllm.platforms": {"current_platform.is_cpu": ()},
+    "vllm": {"SamplingParams": ("output_kind",), "ModelRegistry.register_model": ("model_arch", "model_cls")},
+    "vllm.outputs": {
+        "RequestOutput": ("prompt_token_ids", "outputs"),
+        "CompletionOutput": ("index", "token_ids"),
+    },
+    "vllm.sampling_params": {"RequestOutputKind.DELTA": ()},
+    "vllm.renderers.online_renderer": {
+        "OnlineRenderer": (
+            "model_config",
+            "renderer",
+            "chat_template",
+            "chat_template_content_format",
+            "default_chat_template_kwargs",
+        ),
+    },
+    "vllm.renderers.hf": {
+        "HfRenderer.get_tokenizer": (),
+        "resolve_chat_template": ("tokenizer", "chat_template", "tools", "model_config"),
+        "resolve_chat_template_content_format": ("tokenizer", "chat_template", "tools", "given_format", "model_config"),
+    },
     "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_prefix",), "WeightsMapper.apply": ("weights",)},
     "vllm.config": {"VllmConfig.with_hf_config": ("hf_config", "architectures")},
-    "vllm": {"SamplingParams": (), "ModelRegistry.register_model": ("model_arch", "model_cls")},
 }
 """Module -> dotted name -> parameters that must exist (none listed: the name alone)."""
+Generate = Callable[..., AsyncGenerator[Any, None]]
 
 CPU_LORA_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.platforms.cpu": {"CpuPlatform.get_punica_wrapper": ()},
@@ -135,6 +161,10 @@ class Engine:
         self.base_name = str(args.served_model_name[0])
         self.max_model_len = int(self._models.model_config.max_model_len)
         self.on_cpu = bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+        self.chat_format = read_chat_format(state.online_renderer)
+        self._tokenizer = state.online_renderer.renderer.get_tokenizer()
+        self._renderer = Renderer(self._tokenizer, read_stop_ids(Path(args.model)), self.chat_format)
+        engine_client.generate = recorded(engine_client.generate)
 
     @property
     def errored(self) -> bool:
@@ -163,3 +193,68 @@ class Engine:
         prompt = {"prompt_token_ids": [1]}
         async for _ in self._client.generate(prompt, sampling, f"lorikeet-probe-{uuid.uuid4().hex}"):
             pass
+
+    def answer_ids(self, text: str) -> list[int] | None:
+        """Ids of an answer with this text, to its end; None when it cannot fit into the model. For
+        any thread.
+        """
+        if len(text) > self.max_model_len * self._tokenizer.max_chars_per_token:
+            return None
+        return self._renderer.answer_ids(text)
+
+
+def recorded(generate: Generate) -> Generate:
+    """`generate` of vLLM's engine that leaves the ids of captured requests in SERVED and changes
+    nothing else.
+
+    It is called in the context of the HTTP request that it works for, once for each of its prompts.
+    """
+    delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
+
+    def recording(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        served = SERVED.get()
+        outputs = generate(prompt, sampling_params, *args, **kwargs)
+        if served is None:
+            return outputs
+        # Any other kind of prompt is one with images, audio, video or embeddings.
+        generation = Generation(text_only=isinstance(prompt, dict) and prompt.get("type") == "token")
+        served.generations.append(generation)
+        return _record(outputs, generation, sampling_params.output_kind == delta)
+
+    return recording
+
+
+async def _record(outputs: AsyncGenerator[Any, None], generation: Generation, delta: bool) -> AsyncGenerator[Any, None]:
+    # Closed with this one: a client that goes away must still abort its request in the engine.
+    async with aclosing(outputs):
+        async for output in outputs:
+            if output.prompt_token_ids is not None:  # later pieces of a stream may leave it out
+                generation.prompt_ids = output.prompt_token_ids
+            for choice in output.outputs:
+                if choice.index == 0:
+                    if delta:
+                        generation.answer_ids.extend(choice.token_ids)
+                    else:
+                        generation.answer_ids = list(choice.token_ids)
+            yield output
+
+
+def read_chat_format(online: Any) -> ChatFormat:
+    """What vLLM's OnlineRenderer renders chat requests with, with the operator's arguments resolved
+    by vLLM itself.
+    """
+    hf = importlib.import_module("vllm.renderers.hf")
+    model_config, name = online.model_config, type(online.renderer).__name__
+    if not isinstance(online.renderer, hf.HfRenderer):
+        return ChatFormat(renderer=name)
+    tokenizer, template = online.renderer.get_tokenizer(), online.chat_template
+    return ChatFormat(
+        template=hf.resolve_chat_template(tokenizer, chat_template=template, tools=None, model_config=model_config),
+        parts=hf.resolve_chat_template_content_format(
+            template, None, online.chat_template_content_format, tokenizer, model_config=model_config
+        )
+        == "openai",
+        options=online.default_chat_template_kwargs,
+        tokenizer=str(model_config.tokenizer),
+        renderer=name,
+    )

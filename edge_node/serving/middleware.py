@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Any
 
-from edge_node.capture import Finished
+from edge_node.capture import SERVED, Finished, Served
 from edge_node.serving import gateway as gateways
 from edge_node.serving.gateway import Gateway
 
@@ -82,6 +82,7 @@ class _Completion:
         self._pieces: list[bytes] = []
         self._capturing = False
         self._streamed = False
+        self._served = Served()
         self._gone = False
         """The client hung up: what vLLM says now, `null`, is no answer."""
 
@@ -125,9 +126,11 @@ class _Completion:
             await self._app(scope, _replay(body, self._receive), self._send)
             return
         self._gateway.aliases.enter(self._model)
+        before = SERVED.set(self._served if self._capturing else None)
         try:
             await self._app(scope, _replay(body, self._hear), self._send_on)
         finally:
+            SERVED.reset(before)
             self._gateway.aliases.leave(self._model)
 
     async def _hear(self) -> Message:
@@ -156,10 +159,9 @@ class _Completion:
         self._pieces.append(piece)
         if piece.endswith(END_OF_STREAM) if self._streamed else not message.get("more_body", False):
             self._capturing = False
+            now = datetime.now(UTC).isoformat()
             await self._gateway.recorder.keep(
-                Finished(
-                    self._scope["path"], self._request, self._pieces, self._streamed, datetime.now(UTC).isoformat()
-                )
+                Finished(self._scope["path"], self._request, self._pieces, self._streamed, now, self._served)
             )
 
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from edge_node.errors import ServingError, StorageError, UnknownInteraction
-from edge_node.experience import Feedback
+from edge_node.experience import Feedback, Receipt
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
@@ -54,12 +54,21 @@ class LorikeetPlugin:
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
             raise ServingError(f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket.")
-        engine = Engine(engine_client, state, args)
+        settings, engine = load_settings(), Engine(engine_client, state, args)
         if engine.on_cpu:
             from edge_node.serving.cpu_requests import refuse_prompt_logprobs
 
             refuse_prompt_logprobs()
-        started = Gateway(load_settings(), engine)
+        started = Gateway(settings, engine)
+        try:
+            engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
+            started.problems.clear("chat-format")
+        except OSError as error:  # a full disk must not keep a node from serving
+            started.problems.report(
+                "chat-format",
+                f"vLLM's chat format could not be written: {error}. Anchors are rendered with the one before.",
+                "Check the disk of EDGE_DATA_DIR, then start the node again.",
+            )
         await started.activate()
         requests = LorikeetMiddleware(_without_middleware(self._app), started)
         state.lorikeet_control = ControlServer(started, Path(socket), requests)
@@ -109,7 +118,7 @@ async def _models() -> JSONResponse:
 async def _feedback(request: Request) -> JSONResponse:
     try:
         feedback = read_feedback(await request.body())
-        feedback_id = await asyncio.to_thread(_keep, feedback)
+        receipt = await asyncio.to_thread(_keep, feedback)
     except UnknownInteraction as error:
         return _error(404, "NotFoundError", str(error), "id")
     except ValueError as error:
@@ -119,13 +128,14 @@ async def _feedback(request: Request) -> JSONResponse:
             _gateway().problems.report, "feedback", f"Feedback is refused with 503: {error}", CHECK_STORE
         )
         return _error(503, "ServiceUnavailableError", "Feedback could not be stored; send it again later.")
-    return JSONResponse({"id": feedback_id, "interaction": feedback.interaction_id})
+    answer = {"id": receipt.id, "interaction": feedback.interaction_id, "usable": not receipt.unusable}
+    return JSONResponse(answer | ({"reason": receipt.unusable} if receipt.unusable else {}))
 
 
-def _keep(feedback: Feedback) -> str:
-    feedback_id = _gateway().store.add_feedback(feedback)
+def _keep(feedback: Feedback) -> Receipt:
+    receipt = _gateway().keep_feedback(feedback)
     _gateway().problems.clear("feedback")
-    return feedback_id
+    return receipt
 
 
 def _gateway() -> Gateway:

@@ -1,4 +1,8 @@
-"""The node's ClientApp with virtual nodes: each has a small experience store of its own, made when it is first asked."""
+"""The node's ClientApp with virtual nodes: each has a small experience store of its own, made when
+it is first asked.
+
+A virtual node serves nothing, so the token ids of its prompts are rendered here.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ from edge_node.environments import load_environment
 from edge_node.experience import ExperienceStore
 from edge_node.experience.store import Feedback, Interaction
 from edge_node.federation.client_app import make_client_app
+from edge_node.rendering import load_renderer
 from edge_node.settings import EdgeSettings
 from examples.simulation.config import SimulationConfig
 
 WRONG = "I do not know."
+MAX_TOKENS = 256
+"""Context of the tiny base model."""
 
 
 def settings_for(context: Context) -> EdgeSettings:
@@ -25,6 +32,7 @@ def settings_for(context: Context) -> EdgeSettings:
 
 def remember(settings: EdgeSettings, examples: int, seed: int) -> None:
     """Fill the node's store: tasks of its own environment, each answered wrongly and corrected."""
+    assert settings.base.path is not None
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     store = ExperienceStore(settings.data_dir / "experience.db")
     try:
@@ -32,6 +40,7 @@ def remember(settings: EdgeSettings, examples: int, seed: int) -> None:
             return
         environment = load_environment(settings.environments[0])
         tasks = environment.tasks("train", count=examples, seed=seed)
+        renderer = load_renderer(settings.base.path)
         interactions = [
             Interaction(
                 id=task.id,
@@ -41,13 +50,18 @@ def remember(settings: EdgeSettings, examples: int, seed: int) -> None:
                 answer=WRONG,
                 finish_reason="stop",
                 endpoint="/v1/chat/completions",
+                prompt_ids=tuple(renderer.prompt_ids(task.messages)),
+                answer_ids=tuple(renderer.answer_ids(WRONG)),
             )
             for task in tasks
         ]
         store.add_interactions(interactions)
         for task in tasks:
             outcome = environment.verify(task, WRONG)
-            store.add_feedback(Feedback(task.id, score=outcome.score, correction=outcome.correction))
+            right = outcome.correction
+            ids = tuple(renderer.answer_ids(right)) if right is not None else ()
+            feedback = Feedback(task.id, score=outcome.score, correction=right, correction_ids=ids)
+            store.add_feedback(feedback, max_tokens=MAX_TOKENS)
     finally:
         store.close()
 

@@ -168,9 +168,12 @@ class Central:
             self.channel((folder / "operator.key").read_bytes(), (folder / "operator.pem").read_bytes())
         )
 
-    def channel(self, key: bytes | None = None, certificate: bytes | None = None) -> grpc.aio.Channel:
+    def channel(
+        self, key: bytes | None = None, certificate: bytes | None = None, port: int | None = None
+    ) -> grpc.aio.Channel:
+        """`port`: of a relay to central, if not central's own."""
         credentials = grpc.ssl_channel_credentials(self.rooms.pki.ca_pem, key, certificate)
-        channel = grpc.aio.secure_channel(f"localhost:{self.settings.listen.port}", credentials)
+        channel = grpc.aio.secure_channel(f"localhost:{port or self.settings.listen.port}", credentials)
         self.stack.push_async_callback(channel.close)
         return channel
 

@@ -20,7 +20,7 @@ class Clock:
     def __init__(self, central: Central) -> None:
         self.seconds = 0
         self._journal = central.journal
-        central.journal._clock = self.at
+        central.journal.clock = self.at
 
     def at(self) -> str:
         moment = datetime.fromisoformat(AT) + timedelta(seconds=self.seconds)

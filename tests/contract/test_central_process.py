@@ -34,8 +34,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @asynccontextmanager
-async def process(settings: CentralSettings, *arguments: str, **more: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`central` with these arguments; `more` are settings by the rest of their names."""
+async def process(
+    settings: CentralSettings, *arguments: str, files: int = 0, **more: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`central` with these arguments; `more` are settings by the rest of their names. `files`: how
+    many the process may open at most; 0: as many as this one.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")}
     environment |= {
         "CENTRAL_DATA_DIR": str(settings.data_dir),
@@ -46,8 +50,9 @@ async def process(settings: CentralSettings, *arguments: str, **more: str) -> As
         "CENTRAL_RETENTION__SUPERSEDED_DAYS": str(settings.retention.superseded_days),
         **{f"CENTRAL_{name}": value for name, value in more.items()},
     }
+    limited = ["bash", "-c", f'ulimit -n {files} && exec "$@"', "central"] if files else []
     running = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "central.cli", *arguments,
+        *limited, sys.executable, "-m", "central.cli", *arguments,
         cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

@@ -236,9 +236,14 @@ async def test_texts_of_callers_are_kept_short(central: Central, node: Node) -> 
     problem = fleet_pb2.Problem(room=long[:999], text="\x1b[2J" + long, next_step=long[:999], since=long[:999])
     environments = [long, *("e" for _ in range(1000))]
     status = fleet_pb2.NodeStatus(problems=[problem], environments=environments, experiences=3)
+    reasons = {f"{number}\x1b[2J{long[:600]}": number for number in range(40)}
+    status.unusable_experiences.update(reasons)
     await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=20)
     listed = (await central.operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)).nodes[0]
     assert (len(listed.status.environments), listed.status.experiences) == (256, 3)
+    assert {len(reason) for reason in listed.status.unusable_experiences} == {500}
+    assert all(reason.isprintable() for reason in listed.status.unusable_experiences)
+    assert len(listed.status.unusable_experiences) == 32
     kept = listed.status.problems[0]
     assert [len(text) for text in (kept.room, kept.text, kept.next_step, kept.since)] == [64, 500, 500, 64]
     assert kept.text.startswith(" [2Jxxx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -121,7 +122,21 @@ async def clocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         yield running, now
 
 
-async def test_an_open_connection_ends_with_its_certificate(clocked: tuple[Central, list[datetime]]) -> None:
+def hold_up(central: Central, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A download gets its first chunk, and the next ones when the event is set."""
+    going_on, read = threading.Event(), central.rooms.blobs.read_range
+
+    def slow(digest: str, start: int, end: int) -> bytes:
+        assert start == 0 or going_on.wait(20)
+        return read(digest, start, end)
+
+    monkeypatch.setattr(central.rooms.blobs, "read_range", slow)
+    return going_on
+
+
+async def test_an_open_connection_ends_with_its_certificate(
+    clocked: tuple[Central, list[datetime]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     central, now = clocked
     node = await central.enroll("a", await central.token())
     payload = harness.encode_factors()
@@ -131,9 +146,11 @@ async def test_an_open_connection_ends_with_its_certificate(clocked: tuple[Centr
     watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
     await watch.read()
     upload = await node.begin(payload, 2, stop=300)
+    going_on = hold_up(central, monkeypatch)
     download = node.releases.Download(releases_pb2.DownloadRequest(release_id=release), timeout=20)
     await download.read()
-    now[0] += pki.CERTIFICATE_LIFE
+    now[0] += pki.CERTIFICATE_LIFE + timedelta(minutes=1)
+    going_on.set()
 
     async def all_of(call: Any) -> None:
         while await call.read() is not grpc.aio.EOF:
@@ -145,9 +162,10 @@ async def test_an_open_connection_ends_with_its_certificate(clocked: tuple[Centr
         await upload
 
     expired = (grpc.StatusCode.UNAUTHENTICATED, "CERTIFICATE_EXPIRED")
+    # First what fills the connection's window: a heartbeat would wait behind it.
+    assert (await refusal(all_of(download)))[:2] == expired
     assert (await refusal(all_of(watch)))[:2] == expired
     assert (await refusal(goes_on()))[:2] == expired
-    assert (await refusal(all_of(download)))[:2] == expired
     assert (await refusal(node.query("0" * 64)))[:2] == expired
     assert (await refusal(node.upload(payload)))[:2] == expired
     code, why, text = await refusal(operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20))
@@ -161,9 +179,11 @@ async def test_a_revocation_ends_streams_that_are_open(
     payload = harness.encode_factors()
     release, _ = await harness.make_candidate(central, node, harness.encode_factors(5), large=True)
     upload = await node.begin(payload, 2, stop=300)
+    going_on = hold_up(central, monkeypatch)
     download = node.releases.Download(releases_pb2.DownloadRequest(release_id=release), timeout=20)
     await download.read()
     await central.operator.RevokeNode(operator_pb2.RevokeNodeRequest(node_id=node.node_id), timeout=20)
+    going_on.set()
 
     async def goes_on() -> None:
         await upload.write(updates_pb2.UploadRequest(chunk=payload[300:301]))  # it is not complete, and yet refused

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from edge_node.learning.batches import Lesson, TokenRow, sample_own, tokenize
+from edge_node.learning.batches import Lesson, TokenRow, token_row
 from edge_node.learning.grams import sketch_grams
 from edge_node.learning.records import RoundStore
 from edge_node.learning.round import release_directory, train_on_experience
@@ -23,16 +23,14 @@ from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import UpdateManifest
 from tests.fakes.identity import NODE_ID
 from tests.fakes.node_data import activate, make_node, meet
-from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
+from tests.fakes.tiny_model import answer_ids, prompt_ids, tiny_adapter, tiny_model, write_peft
 
 
 def make_rows(count: int) -> list[TokenRow]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
     lessons = [
-        Lesson([{"role": "user", "content": f"w{i} w{3 * i + 1} w{7}"}], f"w{200 + i} w{i + 3} w9")
-        for i in range(count)
+        Lesson(prompt_ids(f"w{i} w{3 * i + 1} w{7}"), answer_ids(f"w{200 + i} w{i + 3} w9")) for i in range(count)
     ]
-    return [tokenize(tokenizer, lesson, 2) for lesson in lessons]
+    return [token_row(lesson) for lesson in lessons]
 
 
 def trained(update: LoraTensors, folder: Path) -> Any:
@@ -123,14 +121,9 @@ def test_a_node_sends_what_central_asks_for_and_its_settings_permit(
         assert encode(again.tensors) == payload, "the same round must give the same bytes"
 
 
-def test_the_sample_is_of_own_examples_that_fit(tmp_path: Path) -> None:
+def test_no_sketches_unless_central_asks(tmp_path: Path) -> None:
     settings = make_node(tmp_path, steps=1, gram_rank=4)
     meet(settings, activate(settings, LoraTensors(), version=0).label, 6)
     plan = Worker(settings, NODE_ID)._next_round()
     assert plan is not None
-    assert plan.gram_rank == 0, "central has not asked"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    own = [Lesson([{"role": "user", "content": f"w{i}"}], f"w{i + 1}") for i in range(9)] + [Lesson([], "w1 " * 60)]
-    rows = sample_own(plan, tokenizer, own, 5, stop=2, max_length=50)
-    assert len(rows) == 5
-    assert len(sample_own(plan, tokenizer, own, 50, stop=2, max_length=50)) == 9
+    assert plan.gram_rank == 0

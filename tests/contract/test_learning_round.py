@@ -10,29 +10,34 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from edge_node.experience import ExperienceStore, Feedback, Interaction
 from edge_node.identity import Identity
-from edge_node.learning.batches import Lesson, end_of_turn, tokenize
+from edge_node.learning.batches import Lesson, token_row
 from edge_node.learning.checkpoints import newest_valid
-from edge_node.learning.records import RoundStore
+from edge_node.learning.records import RoundPlan, RoundStore
 from edge_node.learning.round import release_directory, train_on_experience
-from edge_node.learning.worker import Worker
+from edge_node.learning.worker import Worker, main
 from edge_node.outbox import Outbox
-from edge_node.settings import EdgeSettings
+from edge_node.problems import Problems
+from edge_node.rendering import ChatFormat
+from edge_node.settings import EdgeSettings, load_settings
 from protos.base import read_base_model
 from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import Payload, Start, UpdateManifest, sha256_hex, verify
 from tests.fakes.identity import NODE_ID
 from tests.fakes.node_data import activate, as_environment, make_node, meet
-from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
+from tests.fakes.tiny_model import answer_ids, prompt_ids, tiny_adapter, tiny_model, write_peft
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -210,8 +215,14 @@ def test_round_that_cannot_be_trained_is_abandoned_and_the_next_one_starts(tmp_p
     new = activate(settings, tiny_adapter(2), version=2)
     assert worker.step()
     assert not outbox_of(settings).list()
+    (problem,) = Problems(settings.data_dir).current()
+    assert problem.room == "learning"
+    assert "was abandoned: Release" in problem.text
+    assert not worker.step()
+    assert Problems(settings.data_dir).current() == [problem], "it stays until a round is finished"
     meet(settings, new.label, 3, first=60)
     assert worker.step()
+    assert Problems(settings.data_dir).current() == []
     assert [entry.start_release for entry in outbox_of(settings).list()] == [new.digest]
 
 
@@ -259,15 +270,78 @@ def test_killed_round_resumes_to_the_same_bytes(tmp_path: Path, caplog: pytest.L
     assert payloads[0] == payloads[1]
 
 
-def test_trained_ids_are_what_the_server_sees() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    messages = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1 w2"}]
-    stop = end_of_turn(tokenizer, [2])
-    row = tokenize(tokenizer, Lesson(messages, "w3 w4"), stop)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    answer = [*tokenizer("w3 w4", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    assert row.input_ids == prompt + answer
-    assert row.labels == [-100] * len(prompt) + answer
+def test_a_round_trains_on_the_ids_that_were_served(tmp_path: Path) -> None:
+    """Not on what the messages would be rendered to: here they say something else."""
+    settings = make_node(tmp_path, steps=1, min_examples=1, batch_anchor=0)
+    release = activate(settings, LoraTensors(), version=0)
+    meet(settings, release.label, 6)
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    served = Interaction(
+        "chat-7", "2026-11-22T00:00:00Z", f"lorikeet@{release.label}", [{"role": "user", "content": [{"odd": 1}]}],
+        "", "tool_calls", "/v1/chat/completions", prompt_ids=(4, 20, 21, 5), answer_ids=(30, 31, 2),
+    )  # fmt: skip
+    store.add_interactions([served])
+    store.add_feedback(Feedback("chat-7", score=1.0), max_tokens=99)
+    seen: list[list[int]] = []
+
+    def keep(plan: RoundPlan, *, own: Sequence[Lesson], **_: Any) -> None:
+        seen.extend(token_row(lesson).input_ids for lesson in own)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge_node.learning.round.train_round", keep)
+        plan = Worker(settings, NODE_ID)._next_round()
+        assert plan is not None
+        train_on_experience(plan, settings, release_directory(settings.data_dir, plan.release_id), tmp_path / "w")
+    assert [4, 20, 21, 5, 30, 31, 2] in seen
+    assert [*prompt_ids("w0 w1 w2"), *answer_ids("w200 w3")] in seen
+
+
+def test_what_cannot_be_learnt_starts_no_round_and_is_a_problem(tmp_path: Path) -> None:
+    settings = make_node(tmp_path, steps=1)
+    release = activate(settings, LoraTensors(), version=0)
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    problems = Problems(settings.data_dir)
+    for number in range(6):
+        fields = (
+            f"x-{number}",
+            "2026-11-22T00:00:00Z",
+            f"lorikeet@{release.label}",
+            [],
+            "w0",
+            "stop",
+            "/v1/completions",
+        )
+        reason = "the prompt holds more than text"
+        store.add_interactions([Interaction(*fields, prompt_ids=(), answer_ids=(), unusable=reason)])
+        store.add_feedback(Feedback(f"x-{number}", correction="w1", correction_ids=(9, 2)), max_tokens=99)
+    worker = Worker(settings, NODE_ID)
+    assert not worker.step()
+    (problem,) = problems.current()
+    assert (problem.room, "0 corrected or verified answers can be learnt from" in problem.text) == ("learning", True)
+    assert "6 because the prompt holds more than text" in problem.text
+    meet(settings, release.label, 6)
+    assert worker.step()
+    assert problems.current() == []
+    manifest = UpdateManifest.from_bytes(outbox_of(settings).signed(outbox_of(settings).list()[0].update_id)[0])
+    assert manifest.experiences == manifest.metrics["examples"] == 3, "one batch of three is what it was trained on"
+
+
+def test_anchors_that_cannot_be_used_stop_the_learner_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = make_node(tmp_path, steps=1)
+    meet(settings, activate(settings, LoraTensors(), version=0).label, 6)
+    ChatFormat(template="{{ raise_exception('no') }}").write(settings.data_dir)
+    for name, value in as_environment(settings).items():
+        monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert "learner: Environment 'words' is an anchor, and the chat template refuses its train task 'train/" in said
+    assert "TemplateError" in said
+    (settings.data_dir / "chat_format.json").unlink()
+    monkeypatch.setenv("EDGE_SERVING__MAX_MODEL_LEN", "16")
+    worker = Worker(load_settings(), NODE_ID)
+    assert worker.step(), "anchors of five tokens fit"
 
 
 def test_flower_client_app_trains_the_same_round(tmp_path: Path) -> None:

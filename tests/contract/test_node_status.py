@@ -16,7 +16,7 @@ from fastapi import Request
 
 from edge_node.doctor import node_status
 from edge_node.errors import EnrollmentError, StorageError
-from edge_node.experience import Interaction
+from edge_node.experience import Feedback, Interaction, Receipt
 from edge_node.main import control_socket, own_data_dir, serve
 from edge_node.problems import Problems
 from edge_node.serving import gateway as gateways
@@ -112,17 +112,25 @@ async def test_feedback_that_cannot_be_stored_is_a_problem_until_it_is(
     gateway.store.add_interactions(
         [
             Interaction(
-                id="c-1", created_at="now", model=V1, messages=[], answer="a", finish_reason="stop", endpoint="/v1"
+                id="c-1",
+                created_at="now",
+                model=V1,
+                messages=[],
+                answer="a",
+                finish_reason="stop",
+                endpoint="/v1",
+                prompt_ids=(1,),
+                answer_ids=(2,),
             )
         ]
     )
     broken = [True]
     real = gateway.store.add_feedback
 
-    def add(feedback: Any) -> str:
+    def add(feedback: Feedback, *, max_tokens: int) -> Receipt:
         if broken:
             raise StorageError("The store cannot be written: disk full.")
-        return real(feedback)
+        return real(feedback, max_tokens=max_tokens)
 
     monkeypatch.setattr(gateway.store, "add_feedback", add)
     assert await send_feedback("c-1") == 503

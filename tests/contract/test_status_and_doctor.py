@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from edge_node.doctor import node_status, run_checks
-from edge_node.experience import ExperienceStore
+from edge_node.experience import ExperienceStore, Feedback, Interaction
 from edge_node.heartbeat import FILE_NAME
 from edge_node.main import control_socket
+from edge_node.outbox import Outbox
 from edge_node.serving.client import short_path
 from edge_node.serving.control import ControlServer
 from edge_node.settings import BaseModelSettings, EdgeSettings, ServingSettings
@@ -173,4 +174,35 @@ async def test_a_store_that_cannot_be_opened_or_is_locked_does_not_hide_the_rest
     writer.close()
     assert time.monotonic() - started < 8
     assert (status["ready"], status["interactions"], status["outbox"]) == (True, 0, None)
+    assert status["unusable_examples"] == {}
     assert [problem["room"] for problem in status["problems"] if problem["room"] == "outbox"] == ["outbox"]
+
+
+async def test_status_says_why_answers_cannot_be_learnt_from(settings: EdgeSettings) -> None:
+    reason = "the prompt holds more than text"
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    served = Interaction("c-1", "2026-11-22T00:00:00Z", V1, [], "a", "stop", "/v1/completions", (), (), unusable=reason)
+    store.add_interactions([served])
+    assert store.add_feedback(Feedback("c-1", score=1.0), max_tokens=9).unusable == reason
+    store.close()
+    status = await node_status(settings)
+    assert (status["examples"], status["unusable_examples"]) == (0, {reason: 1})
+    (settings.data_dir / "experience.db").write_bytes(b"no database" * 100)
+    assert (await node_status(settings))["unusable_examples"] is None
+
+
+@pytest.mark.parametrize("file", ["experience.db", "outbox/outbox.db"])
+async def test_status_does_not_wait_for_a_store_that_another_process_keeps_to_itself(
+    settings: EdgeSettings, file: str
+) -> None:
+    ExperienceStore(settings.data_dir / "experience.db").close()
+    Outbox(settings.data_dir / "outbox", "auto")
+    holder = sqlite3.connect(settings.data_dir / file, isolation_level=None)
+    holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")
+    started = time.monotonic()
+    status = await node_status(settings)
+    holder.close()
+    assert time.monotonic() - started < 2
+    (problem,) = [each for each in status["problems"] if each["room"] in ("experience", "outbox")]
+    assert "locked" in problem["text"]

@@ -122,9 +122,12 @@ async def test_the_engine_wrapper_calls_vllm_as_it_is() -> None:
         return True
 
     models = SimpleNamespace(lora_requests={}, model_config=SimpleNamespace(max_model_len=8))
-    client = SimpleNamespace(add_lora=add_lora, remove_lora=remove_lora, errored=False)
-    arguments: Any = SimpleNamespace(served_model_name=["base@abababab"])
-    engine = internals.Engine(client, SimpleNamespace(openai_serving_models=models), arguments)
+    client = SimpleNamespace(add_lora=add_lora, remove_lora=remove_lora, errored=False, generate=None)
+    arguments: Any = SimpleNamespace(served_model_name=["base@abababab"], model="/nowhere")
+    renderer = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eos_token_id=2))
+    online = SimpleNamespace(renderer=renderer, model_config=models.model_config)
+    engine = internals.Engine(client, SimpleNamespace(openai_serving_models=models, online_renderer=online), arguments)
+    assert engine.chat_format.renderer == "SimpleNamespace", "one that the learner does not know"
     await engine.load("lorikeet@v1", Path("/v1"))
     await engine.load("lorikeet@v2", Path("/v2"))
     assert list(models.lora_requests) == ["lorikeet@v1", "lorikeet@v2"]

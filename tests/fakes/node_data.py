@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_node.experience import ExperienceStore
-from edge_node.experience.store import Feedback, Interaction
+from edge_node.experience import ExperienceStore, Feedback, Interaction
 from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, sha256_hex
 from tests.fakes.identity import make_identity
-from tests.fakes.tiny_model import tiny_model, write_peft
+from tests.fakes.tiny_model import POSITIONS, answer_ids, prompt_ids, tiny_model, write_peft
 
 ANCHOR = {"name": "words", "factory": "tests.fakes.word_environment:NextWord", "anchor": True}
 
@@ -80,15 +79,19 @@ def meet(settings: EdgeSettings, label: str, count: int, *, first: int = 0) -> N
     """`count` wrong answers by that version, each corrected."""
     store = ExperienceStore(settings.data_dir / "experience.db")
     for number in range(first, first + count):
+        question, right = f"w{number} w{number + 1} w{number + 2}", f"w{200 + number % 20} w{number + 3}"
         interaction = Interaction(
             id=f"chat-{number}",
             created_at="2026-11-22T00:00:00Z",
             model=f"{settings.serving.alias}@{label}",
-            messages=[{"role": "user", "content": f"w{number} w{number + 1} w{number + 2}"}],
+            messages=[{"role": "user", "content": question}],
             answer="w0",
             finish_reason="stop",
             endpoint="/v1/chat/completions",
+            prompt_ids=prompt_ids(question),
+            answer_ids=answer_ids("w0"),
         )
         store.add_interactions([interaction])
-        store.add_feedback(Feedback(interaction.id, score=0.0, correction=f"w{200 + number % 20} w{number + 3}"))
+        feedback = Feedback(interaction.id, score=0.0, correction=right, correction_ids=answer_ids(right))
+        store.add_feedback(feedback, max_tokens=POSITIONS)
     store.close()

@@ -19,6 +19,7 @@ WORDS = [f"w{index}" for index in range(240)]
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 64, 2, 2, 1, 128
+POSITIONS = 512
 
 
 def tiny_model(seed: int = 0) -> Path:
@@ -41,10 +42,20 @@ def build_tiny_model(target: Path, seed: int) -> None:
     config = LlamaConfig(
         vocab_size=len(SPECIALS) + len(WORDS), hidden_size=HIDDEN, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, intermediate_size=INTERMEDIATE, head_dim=32,
-        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
+        max_position_embeddings=POSITIONS, tie_word_embeddings=True, initializer_range=0.3,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="float32",
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(target, safe_serialization=True)
+
+
+def prompt_ids(question: str) -> tuple[int, ...]:
+    """What vLLM makes of one user message of known words."""
+    return tuple(_ids(["<user>", *question.split(), "<assistant>"]))
+
+
+def answer_ids(answer: str) -> tuple[int, ...]:
+    """An answer of known words, to its end."""
+    return tuple(_ids([*answer.split(), "</s>"]))
 
 
 def tiny_adapter(seed: int, *, rank: int = 4, strength: float = 1.0) -> LoraTensors:
@@ -78,6 +89,11 @@ def write_peft(tensors: LoraTensors, target: Path) -> Path:
     (target / "adapter_config.json").write_text(json.dumps(config))
     save_file(arrays, target / "adapter_model.safetensors")
     return target
+
+
+def _ids(tokens: list[str]) -> list[int]:
+    vocabulary = SPECIALS + WORDS
+    return [vocabulary.index(token) if token in vocabulary else SPECIALS.index("<unk>") for token in tokens]
 
 
 def _linears() -> list[tuple[str, int, int]]:

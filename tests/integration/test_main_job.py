@@ -86,19 +86,28 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
     assert genesis.startswith("lorikeet@v0-")
 
     # Traffic with feedback; every answer was wrong, because the model is random.
+    # Many clients send every content as parts; what cannot be learnt is said, and is no example.
+    two = {"model": "lorikeet", "prompt": ["w1", "w2"], "max_tokens": 2}
+    both = httpx.post(f"{url}/v1/completions", json=two, timeout=60).json()
+    told = httpx.post(f"{url}/v1/feedback", json={"id": both["id"], "correction": "w3"}).json()
+    assert told["usable"] is False
     environment = NextWord()
     for task in environment.tasks("train", count=20, seed=0):
         answer = openai.chat.completions.create(
             model="lorikeet",
-            messages=task.messages,
+            messages=[
+                {"role": "user", "content": [{"type": "text", "text": message["content"]}]} for message in task.messages
+            ],
             max_tokens=4,
-            temperature=0,  # type: ignore[arg-type]
+            temperature=0,
         )
         outcome = environment.verify(task, answer.choices[0].message.content or "")
         reply = httpx.post(
             f"{url}/v1/feedback", json={"id": answer.id, "score": outcome.score, "correction": outcome.correction}
         )
-        assert reply.status_code == 200, reply.text
+        assert (reply.status_code, reply.json()["usable"]) == (200, True), reply.text
+    status = node.json("status")
+    assert (status["examples"], status["unusable_examples"]) == (20, {told["reason"]: 1})
 
     # A round, held for a human, then approved.
     held = wait_for(
@@ -121,6 +130,8 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
     name = f"lorikeet@{released['version']}"
     wait_for("the hot load", lambda: client.models and client.models[-1] == name, 60, tmp_path)
     assert list(released["update_weights"]) == [held[0]["update_id"]]
+    (seen,) = central.json("nodes")
+    assert seen["status"]["unusable_experiences"] == {told["reason"]: 1}
     evaluated = {r["environment"] for e in released["evaluations"] for r in e["results"]}
     assert evaluated == {"words", "anchor"}
     # Eight tasks decide nothing, so there was a second look at eight others.

@@ -22,7 +22,7 @@ from edge_node.serving import ControlClient, VllmProcess
 from edge_node.settings import BaseModelSettings, EdgeSettings, ServingSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors
-from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
+from tests.fakes.tiny_model import answer_ids, prompt_ids, tiny_adapter, tiny_model, write_peft
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -81,6 +81,7 @@ async def test_the_life_of_a_serving_node(node: Node) -> None:
     await what_a_client_may_not_do(node)
     await an_answer_is_durable_before_its_end(node)
     await feedback(node)
+    await what_was_served_is_what_is_learnt(node)
     await switching_under_load_mixes_nothing(node, texts)
     await unload(node)
     await a_killed_vllm_comes_back_with_its_release(node, texts)
@@ -172,16 +173,58 @@ async def feedback(node: Node) -> None:
     interaction = (await node.ask("w5")).json()["id"]
     body = {"id": interaction, "score": 0, "correction": "w9"}
     first = await node.http.post("/v1/feedback", json=body)
-    assert (first.status_code, first.json()["interaction"]) == (200, interaction)
+    assert (first.status_code, first.json()["interaction"], first.json()["usable"]) == (200, interaction, True)
     assert (await node.http.post("/v1/feedback", json=body)).json() == first.json()
     (example,) = node.store.examples(up_to=node.store.cursor(), limit=9)
-    assert (example.target, example.model, example.feedback_id) == ("w9", V1, first.json()["id"])
+    assert (example.target_ids, example.model, example.feedback_id) == (answer_ids("w9"), V1, first.json()["id"])
+    assert example.prompt_ids == prompt_ids("w5")
     unknown = await node.http.post("/v1/feedback", json={"id": "chatcmpl-0", "score": 1})
     assert unknown.status_code == 404
     assert "chatcmpl-0" in unknown.json()["error"]["message"]
     bad = await node.http.post("/v1/feedback", json={"id": interaction, "score": 2})
     assert bad.status_code == 400
     assert "score is 2" in bad.json()["error"]["message"]
+
+
+async def what_was_served_is_what_is_learnt(node: Node) -> None:
+    """vLLM says with `return_token_ids` what it served; with a stop string the model's answer has
+    no end.
+    """
+    call = {"id": "c", "type": "function", "function": {"name": "w7", "arguments": '{"w8": "w9"}'}}
+    user = {"role": "user", "content": "w1 w2 w3 w4 w5"}
+    shapes: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "text", "text": "w2"}]}]}),
+        (CHAT, {"messages": [{"role": "developer", "content": "w9"}, user]}),
+        (CHAT, {"messages": [user, {"role": "assistant", "content": None, "tool_calls": [call]}, {**user, "role": "tool"}]}),
+        (CHAT, {"messages": [user, {"role": "assistant", "content": "w6"}], "continue_final_message": True,
+                "add_generation_prompt": False}),
+        (CHAT, {"messages": [user], "add_generation_prompt": False}),
+        (CHAT, {"messages": [user], "truncate_prompt_tokens": 3, "n": 2, "temperature": 1.0}),
+        (CHAT, {"messages": [user], "stop": ["w"], "max_tokens": 40}),
+        (CHAT, {"messages": [user], "max_tokens": 400}),
+        ("/v1/completions", {"prompt": "w1 w2"}),
+        ("/v1/completions", {"prompt": [20, 21, 22], "echo": True, "n": 2, "temperature": 1.0}),
+        ("/v1/completions", {"prompt": ["w3"], "truncate_prompt_tokens": 1}),
+    ]  # fmt: skip
+    ended = []
+    for path, shape in shapes:
+        for stream in (False, True):
+            asked = {"model": "lorikeet", "max_tokens": 5, "temperature": 0, **shape}
+            response = await node.http.post(path, json={**asked, "stream": stream, "return_token_ids": True})
+            assert response.status_code == 200, response.text
+            lines = [line.removeprefix("data: ") for line in response.text.splitlines()]
+            parts = [json.loads(line) for line in lines if line.startswith("{")]
+            choices = [choice for part in parts for choice in part["choices"] if choice["index"] == 0]
+            prompt = next(ids for at in [*parts, *choices] if (ids := at.get("prompt_token_ids")))
+            answer = [token for choice in choices for token in choice.get("token_ids") or []]
+            ended.append(answer[-1] == answer_ids("")[0])
+            for verdict, target in (({"score": 1}, answer), ({"correction": "w8 w9"}, answer_ids("w8 w9"))):
+                told = (await node.http.post("/v1/feedback", json={"id": parts[0]["id"], **verdict})).json()
+                newest = node.store.examples(up_to=node.store.cursor(), limit=1)[0]
+                assert (told["usable"], newest.feedback_id) == (True, told["id"])
+                assert (newest.prompt_ids, newest.target_ids) == (tuple(prompt), tuple(target)), (path, shape)
+    assert True in ended, "an answer that the model ended holds the token that ended it"
+    assert False in ended
 
 
 async def switching_under_load_mixes_nothing(node: Node, texts: dict[tuple[str, str], str]) -> None:

@@ -52,7 +52,14 @@ class Problem(_message.Message):
     def __init__(self, room: _Optional[str] = ..., text: _Optional[str] = ..., next_step: _Optional[str] = ..., since: _Optional[str] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problems", "channel", "release_problem", "max_release_rank")
+    __slots__ = ("serving_release_id", "software_version", "outbox_waiting", "outbox_held", "experiences", "environments", "problems", "channel", "release_problem", "max_release_rank", "unusable_experiences")
+    class UnusableExperiencesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     SERVING_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     OUTBOX_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +70,7 @@ class NodeStatus(_message.Message):
     CHANNEL_FIELD_NUMBER: _ClassVar[int]
     RELEASE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     MAX_RELEASE_RANK_FIELD_NUMBER: _ClassVar[int]
+    UNUSABLE_EXPERIENCES_FIELD_NUMBER: _ClassVar[int]
     serving_release_id: str
     software_version: str
     outbox_waiting: int
@@ -73,7 +81,8 @@ class NodeStatus(_message.Message):
     channel: str
     release_problem: str
     max_release_rank: int
-    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[_Union[Problem, _Mapping]]] = ..., channel: _Optional[str] = ..., release_problem: _Optional[str] = ..., max_release_rank: _Optional[int] = ...) -> None: ...
+    unusable_experiences: _containers.ScalarMap[str, int]
+    def __init__(self, serving_release_id: _Optional[str] = ..., software_version: _Optional[str] = ..., outbox_waiting: _Optional[int] = ..., outbox_held: _Optional[int] = ..., experiences: _Optional[int] = ..., environments: _Optional[_Iterable[str]] = ..., problems: _Optional[_Iterable[_Union[Problem, _Mapping]]] = ..., channel: _Optional[str] = ..., release_problem: _Optional[str] = ..., max_release_rank: _Optional[int] = ..., unusable_experiences: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("status",)

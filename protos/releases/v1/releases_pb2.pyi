@@ -61,10 +61,12 @@ class GetHeadRequest(_message.Message):
     def __init__(self, channel: _Optional[str] = ...) -> None: ...
 
 class GetHeadResponse(_message.Message):
-    __slots__ = ("head",)
+    __slots__ = ("head", "unix_time_s")
     HEAD_FIELD_NUMBER: _ClassVar[int]
+    UNIX_TIME_S_FIELD_NUMBER: _ClassVar[int]
     head: SignedManifest
-    def __init__(self, head: _Optional[_Union[SignedManifest, _Mapping]] = ...) -> None: ...
+    unix_time_s: int
+    def __init__(self, head: _Optional[_Union[SignedManifest, _Mapping]] = ..., unix_time_s: _Optional[int] = ...) -> None: ...
 
 class GetReleaseRequest(_message.Message):
     __slots__ = ("release_id",)

@@ -27,6 +27,7 @@ if _version_not_supported:
 
 class UpdateServiceStub:
     """Updates from nodes. An update is acknowledged only when it is on disk, and admitted exactly once.
+    Of one update the newest call counts: QueryUpload and Upload end an older Upload of the same update that is still open.
     """
 
     def __init__(self, channel):
@@ -49,6 +50,7 @@ class UpdateServiceStub:
 
 class UpdateServiceServicer:
     """Updates from nodes. An update is acknowledged only when it is on disk, and admitted exactly once.
+    Of one update the newest call counts: QueryUpload and Upload end an older Upload of the same update that is still open.
     """
 
     def QueryUpload(self, request, context):
@@ -86,6 +88,7 @@ def add_UpdateServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class UpdateService:
     """Updates from nodes. An update is acknowledged only when it is on disk, and admitted exactly once.
+    Of one update the newest call counts: QueryUpload and Upload end an older Upload of the same update that is still open.
     """
 
     @staticmethod

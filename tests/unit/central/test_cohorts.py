@@ -63,7 +63,7 @@ def test_a_loop_that_fails_again_says_since_when_until_it_has_nothing_left_to_do
         raise StorageError("a blob is lost")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("central.cohorts.utc_now", lambda: next(times))
+        patch.setattr(journal, "clock", lambda: next(times))
         threads = CohortThreads(journal, run, first_pause_s=0.001)
         threads.start()
         for _ in range(4):

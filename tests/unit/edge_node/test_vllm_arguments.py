@@ -19,6 +19,9 @@ from edge_node import vllm_arguments
         (["--seed", "1", "-asc", "2"], "-asc is not possible"),
         (["-n2"], "-n2 is not possible"),
         (["-asc=2"], "-asc is not possible"),
+        (["--load-format", "dummy"], "--load-format is not possible: the learner reads the base from its files"),
+        (["--config-format=mistral"], "--config-format is not possible"),
+        (["--tokenizer_mode", "mistral"], "--tokenizer-mode is not possible"),
         (["--config", "x.yaml"], "write its arguments into EDGE_SERVING__EXTRA_ARGS itself"),
         (["some/model"], "the first item is no argument"),
         (["--seed 1"], "--seed is in one item with its value"),
@@ -45,7 +48,7 @@ def test_what_the_node_cannot_work_with_is_refused(arguments: list[str], expecte
         ["--chat-template", "- {{ messages }}"],
         ["--chat-template=--port {{ messages }}"],
         ["--compilation-config.level", "3"],
-        ["--model-impl", "transformers", "--config-format=hf", "--tokenizer-mode", "auto"],
+        ["--model-impl", "transformers", "--tokenizer-revision=x"],
     ],
     ids=str,
 )

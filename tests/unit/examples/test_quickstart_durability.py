@@ -39,7 +39,15 @@ def make_node(root: Path) -> ExperienceStore:
     store.add_interactions(
         [
             Interaction(
-                "i1", "2026-11-22T00:00:00Z", "lorikeet@v0-00000000", [message], "y", "stop", "/v1/chat/completions"
+                "i1",
+                "2026-11-22T00:00:00Z",
+                "lorikeet@v0-00000000",
+                [message],
+                "y",
+                "stop",
+                "/v1/chat/completions",
+                prompt_ids=(1,),
+                answer_ids=(2,),
             )
         ]
     )
@@ -47,7 +55,7 @@ def make_node(root: Path) -> ExperienceStore:
 
 
 def test_what_a_node_lost_is_found(tmp_path: Path) -> None:
-    feedback_id = make_node(tmp_path).add_feedback(Feedback("i1", score=1.0))
+    feedback_id = make_node(tmp_path).add_feedback(Feedback("i1", score=1.0), max_tokens=9).id
     assert _experience_finding(tmp_path, "a", Acknowledged(answers=["i1"], feedback=[feedback_id])).holds
     assert not _experience_finding(tmp_path, "a", Acknowledged(answers=["i1", "i2"], feedback=[feedback_id])).holds
     assert not _experience_finding(tmp_path, "a", Acknowledged(answers=["i1"], feedback=["f9"])).holds

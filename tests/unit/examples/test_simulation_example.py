@@ -13,6 +13,7 @@ from examples.simulation.client_app import remember
 from examples.simulation.config import SimulationConfig
 from examples.simulation.plot import write_plot
 from examples.simulation.run import _as_toml, main
+from tests.fakes.tiny_model import tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
 APP = tomllib.loads((ROOT / "examples/simulation/pyproject.toml").read_text())
@@ -20,8 +21,8 @@ DEFAULTS = APP["tool"]["flwr"]["app"]["config"]
 
 
 @pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(config_module, "build_base", lambda cache: tmp_path / "base")
+def base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "build_base", lambda cache: tiny_model())
 
 
 def test_every_key_of_the_run_config_is_read(tmp_path: Path) -> None:
@@ -50,7 +51,8 @@ def test_virtual_nodes_have_experience_of_their_own(tmp_path: Path) -> None:
         examples = store.examples(up_to=store.cursor(), limit=100)
         assert len(examples) == 6
         assert {example.source for example in examples} == {"correction"}
-        seen.append({str(example.messages) for example in examples})
+        interactions = [store.interaction(example.interaction_id) for example in examples]
+        seen.append({str(interaction.messages) for interaction in interactions if interaction is not None})
     assert [config.node(partition).environments[0].name for partition in (0, 3, 1)] == ["acme-a", "acme-a", "acme-b"]
     assert not seen[0] & seen[1], "two nodes with one environment have met other tasks"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from protos.base import BaseModelError, read_base_model, read_layout
+from protos.checkpoint import unreadable
 from tests.fakes.base_models import LLAMA, layers, make, shard
 
 
@@ -237,6 +240,8 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[st
      ({"a": entry([2], 8, 0)}, bytes(8)),
      ({"a": entry([-2], 0, 8)}, bytes(8)),
      ({"a": entry([2**40, 2**40], 0, 8)}, bytes(8)),
+     ({"a": entry([2**62] * 40, 0, 8, "NEW"), "b": entry([2], 4, 12)}, bytes(12)),
+     ({"a": entry([2], 0, -8, "NEW")}, bytes(8)),
      ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, bytes(8)),
      ({"a": entry([True], 0, 4)}, bytes(4)),
      ({}, b"")],
@@ -245,6 +250,44 @@ def test_a_header_that_does_not_fit_its_data_is_refused(tmp_path: Path, header: 
     path = make(tmp_path / "base")
     (path / "model.safetensors").write_bytes(with_header(header, data))
     assert "model.safetensors is not a safetensors file" in refused(path)
+
+
+def test_an_unknown_type_of_any_size_is_no_crash(tmp_path: Path) -> None:
+    path = make(tmp_path / "base")
+    header = {"model.layers.0.x.weight": entry([2**62] * 40, 0, 8, "NEW")}
+    (path / "model.safetensors").write_bytes(with_header(header, bytes(8)))
+    assert "does not work here" in refused(path)
+
+
+def test_weights_that_only_their_owner_can_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(tmp_path / "base")
+    weights = path / "model.safetensors"
+    weights.chmod(0o600)
+
+    def denied(path: Path) -> None:  # the tests may run as root, whom nothing is denied
+        raise PermissionError(errno.EACCES, "Permission denied", str(weights))
+
+    monkeypatch.setattr("protos.base.read_layout", denied)
+    said = refused(path)
+    assert f"{weights} cannot be read by user {os.geteuid()}" in said
+    assert f"belongs to user {weights.stat().st_uid} and has mode 600" in said
+    assert f"chmod -R a+rX {path}" in said
+    monkeypatch.setattr(Path, "stat", denied)
+    assert "a directory above it is closed. Run `chmod a+x` on each directory above it" in str(
+        unreadable(path, PermissionError(errno.EACCES, "Permission denied", str(weights)))
+    )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_directory_or_a_broken_link_in_the_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path / "base")
+    (path / name).unlink(missing_ok=True)
+    (path / name).mkdir()
+    assert f"{path / name} cannot be read: Is a directory" in refused(path)
+    if name == "model.safetensors":
+        (path / name).rmdir()
+        (path / name).symlink_to("gone")
+        assert f"{path / name} cannot be read: No such file" in refused(path)
 
 
 def test_files_beside_the_shards_do_not_count(tmp_path: Path) -> None:

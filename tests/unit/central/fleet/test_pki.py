@@ -93,3 +93,52 @@ def test_a_token_is_read_by_the_node_and_its_secret_is_not_in_the_journal(tmp_pa
         with pytest.raises(Refused, match="of no use"):
             expect_sensible(uses, valid_s)
     assert make.digest_of(token.secret) == record.secret_sha256
+
+
+NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, now: datetime) -> None:
+    monkeypatch.setattr("central.fleet.pki.wall_time", lambda: now)
+
+
+def test_a_clock_that_was_a_day_ahead_leaves_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock(monkeypatch, NOW + timedelta(days=1))
+    ahead = Pki.load_or_create(tmp_path, [])
+    node = ahead.issue_node_certificate("a-00000000", "shared", ec.generate_private_key(ec.SECP256R1()).public_key())
+    set_clock(monkeypatch, NOW)
+    corrected = Pki.load_or_create(tmp_path, [])
+    assert (corrected.ca_pem, corrected.server_certificate_pem) == (ahead.ca_pem, ahead.server_certificate_pem)
+    operator = (tmp_path / "pki" / "operator.pem").read_bytes()
+    for pem in (ahead.ca_pem, ahead.server_certificate_pem, node, operator):
+        certificate = x509.load_pem_x509_certificate(pem)
+        assert certificate.not_valid_before_utc <= NOW < certificate.not_valid_after_utc
+
+
+def test_certificates_of_a_clock_that_was_years_ahead_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, NOW)
+    first = Pki.load_or_create(tmp_path, [])
+    set_clock(monkeypatch, NOW + timedelta(days=3000))
+    ahead = Pki.load_or_create(tmp_path, ["central.example"])
+    set_clock(monkeypatch, NOW)
+    corrected = Pki.load_or_create(tmp_path, ["central.example"])
+    assert corrected.ca_pem == ahead.ca_pem == first.ca_pem
+    operator = (tmp_path / "pki" / "operator.pem").read_bytes()
+    for pem in (corrected.server_certificate_pem, operator):
+        assert x509.load_pem_x509_certificate(pem).not_valid_before_utc <= NOW
+
+
+@pytest.mark.parametrize("made", [timedelta(days=400), timedelta(days=-4000)])
+def test_a_ca_that_nobody_can_trust_now_is_refused_with_both_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: timedelta
+) -> None:
+    set_clock(monkeypatch, NOW + made)
+    Pki.load_or_create(tmp_path, [])
+    set_clock(monkeypatch, NOW)
+    with pytest.raises(
+        StorageError, match=r"clock says 2026-11-26 12:00: no node would trust central\. Set the clock"
+    ) as e:
+        Pki.load_or_create(tmp_path, [])
+    assert f"{NOW + made - timedelta(days=30):%Y-%m-%d %H:%M}" in str(e.value)

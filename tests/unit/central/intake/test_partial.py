@@ -317,8 +317,27 @@ def test_what_nobody_continued_for_a_week_is_dropped(tmp_path: Path) -> None:
         write(partial, "a", update_id, 0, b"1")
     old = partial.path("a", UPDATE)
     os.utime(old, (old.stat().st_atime, old.stat().st_mtime - 7 * DAY_S - 1))
+    partial = PartialUploads(tmp_path)
     assert partial.stale(8 * DAY_S, drop=True) == (0, 0)
     assert partial.stale(7 * DAY_S, drop=False) == (1, 1)
     assert partial.committed("a", UPDATE) == 1
     assert partial.stale(7 * DAY_S, drop=True) == (1, 1)
     assert (partial.committed("a", UPDATE), partial.committed("a", "cd" * 32)) == (0, 1)
+
+
+def test_a_clock_that_is_set_makes_no_upload_older_or_younger(tmp_path: Path) -> None:
+    steady = [0.0]
+    partial = PartialUploads(tmp_path, clock=lambda: steady[0])
+    write(partial, "a", UPDATE, 0, b"1")
+    path = partial.path("a", UPDATE)
+    os.utime(path, (0, 0))  # the machine's clock is set, one way or the other
+    steady[0] += 7 * DAY_S - 1
+    assert partial.stale(7 * DAY_S, drop=False) == (0, 0)
+    os.utime(path, (2**40, 2**40))
+    steady[0] += 1
+    assert partial.stale(7 * DAY_S, drop=False) == (1, 1)
+
+    again = PartialUploads(tmp_path, clock=lambda: steady[0])  # the time of the file lies ahead
+    assert again.stale(1, drop=False) == (0, 0)
+    steady[0] += 7 * DAY_S
+    assert again.stale(7 * DAY_S, drop=True) == (1, 1)

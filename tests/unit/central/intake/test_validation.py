@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from central.errors import Reason, Refused
-from central.intake.validation import KNOWN_HEADER_BYTES, MAX_HEADER_BYTES, PayloadCheck
+from central.intake.bounds import header_bytes
+from central.intake.validation import KNOWN_HEADER_BYTES, PayloadCheck
 from central.intake.values import increment_norm
 from central.merging.regmean import check_sketches
 from central.settings import LimitSettings
@@ -154,7 +155,7 @@ def test_what_is_admitted_can_be_decoded() -> None:
 
 
 def test_a_huge_header_is_refused_before_it_is_parsed() -> None:
-    size = MAX_HEADER_BYTES + 1
+    size = header_bytes(SHAPES) + 1
     with pytest.raises(Refused, match=f"header has {size} bytes"):
         check(size.to_bytes(8, "little") + b" " * size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,15 @@ from protos.fleet.v1 import fleet_pb2
 from protos.operator.v1 import operator_pb2
 
 
-def listed(capsys: pytest.CaptureFixture[str], *, as_json: bool, problems: list[fleet_pb2.Problem]) -> str:
-    node = operator_pb2.Node(
-        node_id="a-1", cohort="shared", connected=True, status=fleet_pb2.NodeStatus(channel="stable", problems=problems)
-    )
+def listed(
+    capsys: pytest.CaptureFixture[str],
+    *,
+    as_json: bool,
+    problems: Sequence[fleet_pb2.Problem] = (),
+    unusable: dict[str, int] | None = None,
+) -> str:
+    status = fleet_pb2.NodeStatus(channel="stable", problems=problems, unusable_experiences=unusable)
+    node = operator_pb2.Node(node_id="a-1", cohort="shared", connected=True, status=status)
     answer = operator_pb2.ListNodesResponse(nodes=[node])
     client: Any = SimpleNamespace(stub=SimpleNamespace(ListNodes=None), ask=lambda *_: answer)
     _nodes(client, argparse.Namespace(json=as_json))
@@ -41,3 +47,13 @@ def test_each_problem_of_a_node_is_shown_with_since_and_next_step(capsys: pytest
     [plain] = json.loads(listed(capsys, as_json=True, problems=[full, away]))
     assert [problem["room"] for problem in plain["status"]["problems"]] == ["disk", "uploads"]
     assert len(listed(capsys, as_json=False, problems=[]).splitlines()) == 2
+
+
+def test_why_answers_of_a_node_cannot_be_learnt_from_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    unusable = {"it is too\x1b[2J long": 2, "a tool was called": 1}
+    _, _, *rest = listed(capsys, as_json=False, unusable=unusable).splitlines()
+    assert rest == [
+        "a-1  answers that cannot be learnt from: 1 because a tool was called; 2 because it is too [2J long"
+    ]
+    [plain] = json.loads(listed(capsys, as_json=True, unusable=unusable))
+    assert plain["status"]["unusable_experiences"] == unusable

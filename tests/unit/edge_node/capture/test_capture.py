@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edge_node.capture import Finished, Recorder, RecorderCounts, to_interaction
+from edge_node.capture import Finished, Generation, Recorder, RecorderCounts, Served, to_interaction
 from edge_node.capture.recorder import CALM_S
 from edge_node.errors import StorageError
 from edge_node.experience import ExperienceStore, Interaction
@@ -19,17 +19,24 @@ from edge_node.problems import Problems
 CHAT = {"model": "lorikeet@v1", "messages": [{"role": "user", "content": "hi"}]}
 
 
-def make_chat(answer_id: str = "chatcmpl-1", request: dict[str, Any] | None = None, **choice: Any) -> Finished:
+def make_served(prompts: int = 1, *, text_only: bool = True) -> Served:
+    return Served([Generation(text_only, [5, 6 + number], [7, 2]) for number in range(prompts)])
+
+
+def make_chat(
+    answer_id: str = "chatcmpl-1", request: dict[str, Any] | None = None, served: Served | None = None, **choice: Any
+) -> Finished:
     choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"} | choice
     body = json.dumps({"id": answer_id, "model": "lorikeet@v1", "choices": [choice]}).encode()
-    return Finished("/v1/chat/completions", request or CHAT, [body[:10], body[10:]], False, "now")
+    pieces = [body[:10], body[10:]]
+    return Finished("/v1/chat/completions", request or CHAT, pieces, False, "now", served or make_served())
 
 
 def make_stream(*chunks: dict[str, Any] | str) -> Finished:
     lines = [chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
     raw = "".join([*lines, "data: [DONE]\n\n"]).encode()
     pieces = [raw[start : start + 7] for start in range(0, len(raw), 7)]
-    return Finished("/v1/chat/completions", CHAT, pieces, True, "now")
+    return Finished("/v1/chat/completions", CHAT, pieces, True, "now", make_served())
 
 
 def chunk(text: str | None = None, finish: str | None = None, index: int = 0) -> dict[str, Any]:
@@ -43,8 +50,9 @@ def chunk(text: str | None = None, finish: str | None = None, index: int = 0) ->
 
 def test_a_body_becomes_an_interaction() -> None:
     assert to_interaction(make_chat()) == Interaction(
-        "chatcmpl-1", "now", "lorikeet@v1", CHAT["messages"], "hello", "stop", "/v1/chat/completions"
-    )
+        "chatcmpl-1", "now", "lorikeet@v1", CHAT["messages"], "hello", "stop", "/v1/chat/completions",
+        prompt_ids=(5, 6), answer_ids=(7, 2),
+    )  # fmt: skip
 
 
 def test_a_stream_becomes_the_same_interaction_however_it_was_cut() -> None:
@@ -61,15 +69,40 @@ def test_a_stream_becomes_the_same_interaction_however_it_was_cut() -> None:
     interaction = to_interaction(finished)
     assert interaction is not None
     assert (interaction.id, interaction.answer, interaction.finish_reason) == ("chatcmpl-2", "hello\n\nü", "length")
+    assert (interaction.prompt_ids, interaction.answer_ids) == ((5, 6), (7, 2))
 
 
-def test_a_text_prompt_is_kept_as_a_message() -> None:
-    request = {"prompt": ["1 2"], "echo": False}
-    finished = make_chat(request=request, message=None, text=" 3")
+@pytest.mark.parametrize("prompt", ["1 2", ["1 2"], [1, 2], [[1, 2]]], ids=str)
+def test_a_prompt_is_kept_as_a_message(prompt: Any) -> None:
+    finished = make_chat(request={"prompt": prompt, "echo": False}, message=None, text=" 3")
     interaction = to_interaction(finished)
     assert interaction is not None
-    assert interaction.messages == [{"role": "prompt", "content": "1 2"}]
-    assert interaction.answer == " 3"
+    assert interaction.messages == [{"role": "prompt", "content": prompt}]
+    assert (interaction.answer, interaction.prompt_ids, interaction.unusable) == (" 3", (5, 6), "")
+
+
+@pytest.mark.parametrize(
+    ("request_", "served", "reason"),
+    [
+        ({"prompt": ["a", "b"]}, make_served(2), "the answer came from several prompts or from beam search"),
+        ({**CHAT, "use_beam_search": True}, make_served(), "the answer came from several prompts or from beam search"),
+        (CHAT, make_served(text_only=False), "the prompt holds more than text"),
+    ],
+    ids=["several prompts", "beam search", "images"],
+)
+def test_an_interaction_that_nothing_can_be_learnt_from_says_why(
+    request_: dict[str, Any], served: Served, reason: str
+) -> None:
+    interaction = to_interaction(make_chat(request=request_, served=served))
+    assert interaction is not None
+    assert (interaction.prompt_ids, interaction.answer_ids, interaction.unusable) == ((), (), reason)
+
+
+def test_a_token_that_nobody_was_shown_is_no_part_of_the_answer() -> None:
+    request = {"prompt": "1 2", "echo": True, "max_tokens": 0}
+    interaction = to_interaction(make_chat(request=request, message=None, text="1 2"))
+    assert interaction is not None
+    assert (interaction.answer, interaction.prompt_ids, interaction.answer_ids) == ("", (5, 6), ())
 
 
 def test_an_echoed_prompt_is_no_part_of_the_answer() -> None:
@@ -81,14 +114,12 @@ def test_an_echoed_prompt_is_no_part_of_the_answer() -> None:
 @pytest.mark.parametrize(
     "finished",
     [
-        make_chat(request={"prompt": [1, 2]}),
-        make_chat(request={"prompt": ["a", "b"]}),
         make_stream(chunk("a"), {"error": {"message": "engine died"}}),
         make_stream(chunk("a")),
     ],
-    ids=["token ids", "several prompts", "error in the stream", "no end"],
+    ids=["error in the stream", "no end"],
 )
-def test_what_is_no_text_interaction_is_skipped(finished: Finished) -> None:
+def test_what_did_not_come_to_its_end_is_skipped(finished: Finished) -> None:
     assert to_interaction(finished) is None
 
 
@@ -185,7 +216,7 @@ async def test_a_full_queue_and_a_broken_disk_are_counted(store: GatedStore) -> 
 
 async def test_an_unreadable_answer_is_lost_and_harms_no_other(store: GatedStore) -> None:
     recorder = make_recorder(store)
-    broken = Finished("/v1/chat/completions", CHAT, [b"{"], False, "now")
+    broken = Finished("/v1/chat/completions", CHAT, [b"{"], False, "now", make_served())
     kept = await asyncio.gather(
         recorder.keep(broken), recorder.keep(make_chat()), recorder.keep(make_stream(chunk("a")))
     )
@@ -267,7 +298,7 @@ async def test_every_way_to_lose_an_answer_is_a_problem(store: GatedStore, tmp_p
     await second
     recorder.close()
     recorder = make_recorder(store)
-    await recorder.keep(Finished("/v1/chat/completions", CHAT, [b"{"], False, "now"))
+    await recorder.keep(Finished("/v1/chat/completions", CHAT, [b"{"], False, "now", make_served()))
     await until_said(problems, "not readable")
     assert [problem.room for problem in problems.current()] == ["capture"]
     recorder.close()

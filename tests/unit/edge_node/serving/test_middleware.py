@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edge_node.capture import SERVED, Generation
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.middleware import LorikeetMiddleware, Message
 from tests.fakes.gateway import make_gateway, make_version
@@ -44,6 +45,8 @@ class App:
         self.requests.append(request)
         if self.during is not None:
             await self.during()
+        if (served := SERVED.get()) is not None:
+            served.generations.append(Generation(text_only=True, prompt_ids=[5, 6], answer_ids=[7, 2]))
         kind = b"text/event-stream; charset=utf-8" if self.stream else b"application/json"
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", kind)]})
         model = request.get("model") if isinstance(request, dict) else None
@@ -115,6 +118,7 @@ async def test_the_version_is_fixed_at_arrival(gateway: Gateway, asked: dict[str
     interaction = gateway.store.interaction("chatcmpl-1")
     assert interaction is not None
     assert (interaction.model, interaction.answer, interaction.messages) == (V1, "yes", QUESTION["messages"])
+    assert (interaction.prompt_ids, interaction.answer_ids) == ((5, 6), (7, 2))
     assert not gateway.aliases.in_flight
 
 
@@ -136,6 +140,19 @@ async def test_errors_and_opted_out_answers_are_not_kept(gateway: Gateway) -> No
     await Client(App(), gateway).request(CHAT, QUESTION, headers=[(b"x-lorikeet-capture", b"off")])
     assert gateway.store.counts().interactions == 0
     assert gateway.recorder.counts().lost == 0
+
+
+async def test_only_a_captured_request_records_its_tokens(gateway: Gateway) -> None:
+    seen: list[bool] = []
+    app = App()
+
+    async def look() -> None:
+        seen.append(SERVED.get() is not None)
+
+    app.during = look
+    await Client(app, gateway).request(CHAT, QUESTION)
+    await Client(app, gateway).request(CHAT, QUESTION, headers=[(b"x-lorikeet-capture", b"off")])
+    assert (seen, SERVED.get()) == ([True, False], None)
 
 
 async def test_the_id_of_an_answer_is_the_nodes_to_give(gateway: Gateway) -> None:
