@@ -130,6 +130,7 @@ def open_rooms(settings: CentralSettings, stack: ExitStack) -> Rooms:
     base = _read_base(settings)
     blobs = open_blobs(settings)
     space = Space(_places(settings, blobs), settings.limits.reserve_bytes)
+    space.expect_possible()
     space.release_ballast()  # what is written at start may find the disk full
     stack.enter_context(WriterLock(settings.journal_url))
     kept = kept_heads(settings.data_dir, blobs)

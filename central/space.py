@@ -22,7 +22,7 @@ import grpc
 
 from central import faults
 from central.durable import storage
-from central.errors import Reason, Refused
+from central.errors import Reason, Refused, SettingsError
 from central.journal import utc_now
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,17 @@ class Space:
         self._lock = threading.Lock()
         self._since = ""
         """RFC 3339 UTC; empty while there is room."""
+
+    def expect_possible(self) -> None:
+        """Raises SettingsError for a reserve that some disk can never leave free, StorageError for a lost disk."""
+        for place in self._places:
+            with storage(place):
+                total = self._disk(place).total
+            if (self._reserve_bytes or 0) >= total:
+                raise SettingsError(
+                    f"CENTRAL_LIMITS__RESERVE_BYTES is {self._reserve_bytes}; the disk of {place} has {total} bytes, so every "
+                    "upload would be refused for ever. Set it lower, or unset it for a twentieth of the disk."
+                )
 
     def expect(self, size_bytes: int) -> None:
         """Raises Refused (STORAGE_FULL, try again later) unless `size_bytes` more leave the reserve on every disk."""

@@ -2,7 +2,7 @@
 with its token.
 
 In: a node id. Out: one append to the journal. Guarantees: what is left of the node's join token
-ends with it; its key is never enrolled again, and its name only with a token that readmits it
+ends with it, and so do tokens that were made earlier to readmit its name; its key is never enrolled again, and its name only with a token that readmits it
 (enrollment.py); what the node sent and no accepted release holds is set aside in the same
 transaction, also from a merge under way, whose other updates wait again; merged updates stay
 merged.
@@ -16,7 +16,7 @@ import grpc
 
 from central.errors import Reason, Refused
 from central.fleet.tokens import token_revoked
-from central.journal import EventKind, Journal, NewEvent
+from central.journal import EventKind, Journal, NewEvent, NodeRecord, State, TokenRecord
 from central.journal.transitions import REVOKED
 
 
@@ -49,8 +49,25 @@ def revoke_node(journal: Journal, node_id: str, by: str) -> Revocation:
         ]
         left = 0 if token.revoked else token.uses - token.used
         ended = [token_revoked(token, f"its node {node_id} was revoked", by)] if left else []
+        ended += [
+            token_revoked(other, f"a node of the name that it readmits, {node_id}, was revoked later", by)
+            for other in _readmitting(state, node)
+            if other is not token
+        ]
         journal.append(*unmerged, *ended, NewEvent(EventKind.NODE_REVOKED, node.cohort, node_id, {"by": by}))
         return Revocation(token.token_id, left, others)
+
+
+def _readmitting(state: State, node: NodeRecord) -> list[TokenRecord]:
+    """Tokens that would let the node's name in again, though they were made before its revocation."""
+    return [
+        token
+        for token in state.tokens.values()
+        if token.readmits
+        and not token.revoked
+        and token.used < token.uses
+        and state.nodes[token.readmits].name.casefold() == node.name.casefold()
+    ]
 
 
 def unknown_node(node_id: str) -> Refused:

@@ -20,6 +20,8 @@ from protos.manifest import canonical_json, sha256_hex
 
 PREFIX = "lkt1."
 MIN_VALID_S = 60
+ID_SHOWN = 16
+"""Characters of an unknown id that an error quotes: it may be a whole token, whose secret belongs in no log."""
 TokenState = Literal["usable", "used up", "expired", "revoked"]
 
 
@@ -66,7 +68,7 @@ def revoke_token(journal: Journal, token_id: str, by: str) -> TokenRecord:
             raise Refused(
                 grpc.StatusCode.NOT_FOUND,
                 Reason.UNKNOWN_TOKEN,
-                f"Token {token_id!r} is not known. Expected a token's id, not the token itself; "
+                f"Token {token_id[:ID_SHOWN]!r} is not known. Expected a token's id, not the token itself; "
                 "`central tokens list` shows them.",
             )
         if not token.revoked:

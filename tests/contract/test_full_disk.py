@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from central.errors import StorageFull
+from central.errors import SettingsError, StorageFull
 from central.faults import VARIABLE
 from central.intake.direct import WINDOW_BYTES
 from central.journal import EventKind, Journal, NewEvent
@@ -325,3 +325,12 @@ def test_the_journal_says_that_its_disk_is_full_and_goes_on_with_room(tmpfs: Pat
     space.release_ballast()
     journal.append(make.token_created("shared", "t-last"))
     journal.close()
+
+
+def test_a_reserve_that_no_upload_could_leave_free_is_refused_at_start(tmp_path: Path) -> None:
+    for reserve, disk in ((1 << 30, 1 << 30), (1 << 40, 1 << 30)):
+        space = Space([tmp_path], reserve, lambda place, disk=disk: Disk(disk, disk, None))  # type: ignore[misc]
+        with pytest.raises(SettingsError, match=f"CENTRAL_LIMITS__RESERVE_BYTES is {reserve}"):
+            space.expect_possible()
+    for reserve in (None, 0, (1 << 30) - 1):
+        Space([tmp_path], reserve, lambda place: Disk(1 << 30, 0, None)).expect_possible()

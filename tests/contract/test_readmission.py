@@ -97,6 +97,27 @@ async def test_an_operators_word_brings_a_site_back(central: Central) -> None:
     assert moved.answer.cohort == "zeta"
 
 
+async def test_an_operators_word_does_not_outlive_the_next_revocation(central: Central) -> None:
+    """Two words were given; the site came back with one and was revoked again."""
+    site = await central.enroll("site", await central.token())
+    await revoke(central, site)
+    first, second = [await readmitting(central, site.node_id) for _ in range(2)]
+    back = await central.enroll("Site", first)
+    await revoke(central, back)
+    code, why, text = await refusal(central.enroll("site", second))
+    assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "BAD_TOKEN"), text
+    assert f"{back.node_id}, was revoked later" in text
+
+
+async def test_a_whole_token_in_the_place_of_its_id_is_quoted_nowhere(central: Central) -> None:
+    created = await central.operator.CreateToken(
+        operator_pb2.CreateTokenRequest(cohort="shared", uses=1, valid_s=3600), timeout=20
+    )
+    text = (await refusal(central.operator.RevokeToken(operator_pb2.RevokeTokenRequest(token_id=created.token))))[2]
+    assert created.token[:16] in text
+    assert created.token[:17] not in text
+
+
 async def test_tokens_are_listed_and_ended(central: Central) -> None:
     used_up, ended, usable = await central.token(uses=1), await central.token("zeta"), await central.token(uses=2)
     node, late = await central.enroll("a", used_up), await central.enroll("d", ended)
