@@ -133,6 +133,7 @@ class History:
             rank=32,
             server_step=1.0,
             seed=0,
+            exact_rank=512,
             software="benchmark",
             created_at=AT,
         )

@@ -56,12 +56,9 @@ class MergePolicy(Group):
     max_age_s: float = Field(default=900, gt=0)
     """Merge anyway when the oldest waiting update is this old."""
     strategy: str = "product-mean"
-    """product-mean, regmean, or the name of a class in flwr.serverapp.strategy (for example FedAvg)."""
+    """product-mean, or the name of a class in flwr.serverapp.strategy (for example FedAvg)."""
     strategy_options: dict[str, Any] = Field(default_factory=dict)
-    """regmean: eps (0.1; a large one is the product mean) and sketch_rank (16), the rank of the activation sketches that nodes are
-    asked for. Otherwise keyword arguments of the flwr strategy."""
-    resolve: bool = False
-    """regmean only: solve over the latest solution of every node, and not over the new increments alone."""
+    """Keyword arguments of the flwr strategy."""
     rank: int = Field(default=32, ge=1, le=512)
     """Rank R of a release."""
     exact_rank: int = Field(default=512, ge=1)
@@ -92,9 +89,7 @@ class MergePolicy(Group):
                 f"min_updates is {self.min_updates}; filter multi-krum with filter_malicious {self.filter_malicious} needs at "
                 f"least {self.fewest_updates} updates. Raise min_updates, or choose the filter near"
             )
-        if self.resolve and self.strategy != "regmean":
-            raise ValueError(f"resolve needs the strategy regmean; this one is {self.strategy}")
-        if self.filter == "clip" and self.strategy not in ("product-mean", "regmean"):
+        if self.filter == "clip" and self.strategy != "product-mean":
             raise ValueError(
                 f"filter clip bounds products; {self.strategy} averages factors. Use product-mean, or another filter"
             )
@@ -188,8 +183,6 @@ class LimitSettings(Group):
     """Largest payload of one update."""
     max_rank: int = Field(default=64, ge=1)
     """Largest LoRA rank of an update."""
-    max_gram_rank: int = Field(default=64, ge=1)
-    """Largest rank of an activation sketch in an update (section gram/<module>)."""
     max_norm: float = Field(default=1e3, gt=0)
     """Largest Frobenius norm of one module's increment."""
     node_quota_bytes: int = Field(default=16 << 30, ge=1)

@@ -99,9 +99,6 @@ class LearningSettings(Group):
     """LoRA rank of a round; central's offer may lower it."""
     alpha: float = Field(default=16, gt=0)
     """LoRA alpha; dW = alpha / rank * B A."""
-    gram_rank: int = Field(default=0, ge=0, le=256)
-    """Largest rank of the activation sketches that may leave the node beside the LoRA, where central's merge rule asks for them.
-    They say more of what the node works on than the LoRA alone: directions of its activations. 0: none leaves."""
     steps: int = Field(default=50, ge=1)
     """Optimizer steps of a round."""
     batch_own: int = Field(default=12, ge=1)

@@ -109,7 +109,7 @@ class UpdateManifest(Document):
     """Largest rank of any module."""
     payload: Payload
     sections: list[str] = Field(default_factory=list)
-    """Names of further sections in the payload (for example activation statistics), sorted."""
+    """Names of further sections in the payload (none is used today), sorted."""
     supersedes: Digest | None = None
     round_id: str = Field(min_length=1, max_length=64)
     experiences: int = Field(ge=0, lt=2**63)

@@ -3,7 +3,7 @@
 In: a seed, rules, a number of rounds. Out: progress on stderr and, with --json, one JSON object as the last line of stdout: success
 in percent per rule and round on 100 held-out tasks each of A, B, C (same company, never trained) and the public anchor.
 
-Real are the base model, the tasks, a node's round (edge_node.learning with the quickstart's recipe, sketches of rank 16) and the
+Real are the base model, the tasks, a node's round (edge_node.learning with the quickstart's recipe) and the
 merge (central.merging). Simulated is the rest: nodes A and B train one after the other on tasks with known answers, 400 before the
 first round and 100 more before each further one, every round is merged, and there is no gate. With `--slow k` B needs k merges for
 a round: it starts from the release of that time, and A's updates are merged without it meanwhile. For the product mean it also says how
@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import describe_machine  # first: it limits BLAS to one thread
-from central.merging import Merged, ProductSum, merge, regmean
+from central.merging import Merged, merge
 from edge_node.environments import Task
 from edge_node.learning.batches import Lesson
 from edge_node.learning.records import plan_round
@@ -42,64 +41,31 @@ from protos.base import BaseModelInfo, read_base_model
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, sha256_hex
 
-RANK, SKETCH_RANK, TASKS = 32, 16, 100
+RANK, TASKS = 32, 100
 
 
-@dataclass(frozen=True)
-class Update:
-    """An increment with its sketches, and the release that it was trained on."""
-
-    start: LoraTensors
-    increment: LoraTensors
-
-    def solution(self) -> LoraTensors:
-        """Start plus increment, exact, with the increment's sketches."""
-        rank = max(self.start.rank + self.increment.rank, 1)
-        whole = merge(self.start, [(self.increment, 1.0)], rank=rank, server_step=1.0, seed=0)
-        return LoraTensors(whole.tensors.modules, self.increment.sections)
+Rule = Callable[[LoraTensors, Sequence[LoraTensors]], Merged]
+"""(parent, new increments) -> the next release."""
 
 
-Rule = Callable[[LoraTensors, Mapping[str, Update], Mapping[str, Update]], Merged]
-"""(parent, new updates by node, the latest one of every node) -> the next release."""
-
-
-def product_mean(parent: LoraTensors, new: Mapping[str, Update], latest: Mapping[str, Update]) -> Merged:
+def product_mean(parent: LoraTensors, increments: Sequence[LoraTensors]) -> Merged:
     """central's default."""
-    updates = [(update.increment, 1 / len(new)) for update in new.values()]
-    return merge(parent, updates, rank=RANK, server_step=1.0, seed=0)
+    return merge(parent, [(item, 1 / len(increments)) for item in increments], rank=RANK, server_step=1.0, seed=0)
 
 
-def regmean_with(eps: float) -> Rule:
-    """The rule regmean, as central/federation/regmean.py merges."""
-
-    def rule(parent: LoraTensors, new: Mapping[str, Update], latest: Mapping[str, Update]) -> Merged:
-        total = ProductSum(rank=RANK, seed=0, streamed=False)
-        total.add(parent, 1.0)
-        total.add(regmean([(update.increment, 1 / len(new)) for update in new.values()], eps=eps), 1.0)
-        return total.result()
-
-    return rule
-
-
-def resolve_with(eps: float) -> Rule:
-    """The same with CENTRAL_MERGE__RESOLVE: the parent counts only as what solutions started from."""
-
-    def rule(parent: LoraTensors, new: Mapping[str, Update], latest: Mapping[str, Update]) -> Merged:
-        total = ProductSum(rank=RANK, seed=0, streamed=False)
-        total.add(regmean([(update.solution(), 1 / len(latest)) for update in latest.values()], eps=eps), 1.0)
-        return total.result()
-
-    return rule
+def factor_mean(parent: LoraTensors, increments: Sequence[LoraTensors]) -> Merged:
+    """The mean of A and the mean of B, as FedAvg averages a LoRA; added to the parent in product space."""
+    share = 1 / len(increments)
+    mean = {}
+    for name in increments[0].modules:
+        parts = [item.modules[name] for item in increments]
+        A = sum(share * part.A for part in parts)
+        B = sum(share * part.scale * part.B for part in parts)
+        mean[name] = LoraModule(np.asarray(A, np.float32), np.asarray(B, np.float32))
+    return merge(parent, [(LoraTensors(mean), 1.0)], rank=RANK, server_step=1.0, seed=0)
 
 
-RULES: Mapping[str, Rule] = {
-    "product-mean": product_mean,
-    "regmean-0.1": regmean_with(0.1),
-    "regmean-0.3": regmean_with(0.3),
-    "regmean-1": regmean_with(1.0),
-    "resolve-0.1": resolve_with(0.1),
-    "resolve-1": resolve_with(1.0),
-}
+RULES: Mapping[str, Rule] = {"product-mean": product_mean, "factor-mean": factor_mean}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     over_optimum: list[float] = []
     start = time.process_time()
     for rule in options.rules:
-        releases, latest, success[rule], whole = [LoraTensors()], dict[str, Update](), [], Whole()
+        releases, success[rule], whole = [LoraTensors()], [], Whole()
         for number in range(1, options.rounds + 1):
-            new: dict[str, Update] = {}
+            new: list[LoraTensors] = []
             for node, takes in (("A", 1), ("B", options.slow)):
                 if number % takes:
                     continue
@@ -129,13 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 known = first.get(node) if number == takes else None
                 increment = known or world.train(node, number // takes, begun)
                 first.setdefault(node, increment)  # a first round starts from the base under every rule
-                new[node] = Update(begun, increment)
-            latest |= new
-            releases.append(RULES[rule](releases[-1], new, latest).tensors)
+                new.append(increment)
+            releases.append(RULES[rule](releases[-1], new).tensors)
             success[rule].append(world.success(releases[-1]))
             print(f"seed {options.seed} {rule} round {number}: {success[rule][-1]}", file=sys.stderr, flush=True)
             if rule == "product-mean":
-                whole.add([update.increment for update in new.values()])
+                whole.add(new)
                 over_optimum.append(whole.over_optimum(releases[-1]))
                 print(f"    {over_optimum[-1]} of the optimum's distance", file=sys.stderr, flush=True)
     result = {
@@ -186,8 +151,7 @@ class World:
         self._base: BaseModelInfo = read_base_model(base)
         self._seed = seed
         self._learning = LearningSettings.model_validate(
-            {key.removeprefix("EDGE_LEARNING__").lower(): value for key, value in LEARNING.items()}
-            | {"seed": seed, "gram_rank": SKETCH_RANK}
+            {key.removeprefix("EDGE_LEARNING__").lower(): value for key, value in LEARNING.items()} | {"seed": seed}
         )
         self._renderer = load_renderer(base)
         public = PublicTenants()
@@ -203,7 +167,7 @@ class World:
         }
 
     def train(self, node: str, number: int, start: LoraTensors) -> LoraTensors:
-        """The update of the node's round `number` from release `start`, with its sketches."""
+        """The update of the node's round `number` from release `start`."""
         from edge_node.learning.training import train_round
 
         company = self._companies[node]
@@ -215,7 +179,6 @@ class World:
             release=self._manifest(start, number - 1),
             cursor=0,
             max_rank=None,
-            gram_rank=SKETCH_RANK,
         )
         with tempfile.TemporaryDirectory() as folder:
             release = Path(folder) / "release"

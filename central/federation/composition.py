@@ -9,7 +9,6 @@ loop and for `central releases verify` alike; the other cohort's chain is read a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from flwr.app import Message
@@ -18,7 +17,6 @@ from central.federation.removal import Steps, steps_of, take_out
 from central.federation.replies import MergedPayload, merge_replies
 from central.federation.strategy import Blobs, ProductMean
 from central.journal import MergePlan, State
-from central.journal.plan import UNRECORDED_KERNEL
 from central.merging import ProductSum, one_thread
 from protos.lora import decode, encode
 
@@ -52,7 +50,7 @@ def build_payload(
 
     Raises UnusableUpdate or StrategyFailed, for a removal FederationError, and StorageError (BlobLost where trying again is no help).
     """
-    with one_thread if plan.blas_threads else nullcontext():
+    with one_thread:
         return _build(plan, standing, strategy, blobs, replies)
 
 
@@ -73,8 +71,7 @@ def _build(
 
 def _compose(plan: MergePlan, own: MergedPayload, other: bytes) -> MergedPayload:
     """trunc_R(P_other + P_own); the result keeps P_own beside it, for the next merge to add to."""
-    kernel = plan.kernel or UNRECORDED_KERNEL
-    total = ProductSum(rank=plan.rank, seed=plan.seed, streamed=kernel.streamed, exact_rank=kernel.exact_rank)
+    total = ProductSum(rank=plan.rank, seed=plan.seed, exact_rank=plan.exact_rank)
     for payload in (other, own.data):
         total.add(decode(payload), 1.0)
     served = total.result()

@@ -134,7 +134,7 @@ class JournalGrid(Grid):  # type: ignore[misc]
         for message in messages:
             if message.metadata.message_type == MessageType.TRAIN:
                 config = message.content[CONFIG]
-                ids.append(self._offer_training(int(config["max_rank"]), int(config.get("gram_rank", 0))))
+                ids.append(self._offer_training(int(config["max_rank"])))
             elif message.metadata.message_type == MessageType.EVALUATE:
                 evaluate.append(message)
             else:
@@ -181,13 +181,13 @@ class JournalGrid(Grid):  # type: ignore[misc]
 
     # Train.
 
-    def _offer_training(self, max_rank: int, gram_rank: int) -> str:
+    def _offer_training(self, max_rank: int) -> str:
         with self._journal.read() as state:
             standing = state.train_offers.get(self._cohort)
-            if standing is not None and (standing.max_rank, standing.gram_rank) == (max_rank, gram_rank):
+            if standing is not None and standing.max_rank == max_rank:
                 return standing.offer_id
             offer_id = uuid.uuid4().hex
-            body = {"max_rank": max_rank, "gram_rank": gram_rank}
+            body = {"max_rank": max_rank}
             self._journal.append(NewEvent(EventKind.TRAIN_OFFERED, self._cohort, offer_id, body))
             return offer_id
 

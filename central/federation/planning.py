@@ -11,14 +11,12 @@ from datetime import datetime
 from typing import Any
 
 import central
-from central.journal import MergePlan, PlannedKernel, PlannedUpdate, ReleaseRecord, State, UpdateRecord
-from central.journal.plan import BLAS_THREADS
+from central.journal import MergePlan, PlannedUpdate, ReleaseRecord, State, UpdateRecord
 from central.journal.removal import plan_removal
 from central.settings import MergePolicy
 
-PRODUCT_MEAN, REGMEAN = "product-mean", "regmean"
-IN_PRODUCT_SPACE = frozenset({PRODUCT_MEAN, REGMEAN})
-"""Strategies that add products, so that increments from any start can be merged."""
+PRODUCT_MEAN = "product-mean"
+"""The one strategy that adds products, so that increments from any start can be merged."""
 SOFTWARE = f"lorikeet-central {central.__version__}"
 
 
@@ -56,17 +54,13 @@ def plan_merge(state: State, cohort: str, policy: MergePolicy, now: str) -> Merg
     updates = _due(state.waiting(cohort), policy, parse_time(now))
     if not updates:
         return None
-    resolve = policy.resolve and _can_resolve(state, updates)
-    solutions = latest_solutions(state, head, updates) if resolve else ()
-    weight = 1 / (len(updates) + len(solutions))
+    weight = 1 / len(updates)
     return _plan(
         head,
         policy,
         now,
         builds_on=_base_id(state, head),
         updates=[_planned(update, weight) for update in updates],
-        resolve=resolve,
-        solutions=[_planned(update, weight) for update in solutions],
     )
 
 
@@ -97,9 +91,7 @@ def _plan(head: ReleaseRecord, policy: MergePolicy, now: str, **fields: Any) -> 
         rank=policy.rank,
         server_step=policy.server_step,
         seed=policy.seed,
-        # RegMean holds every update by nature, so there a fold would save nothing.
-        kernel=PlannedKernel(streamed=policy.strategy != REGMEAN, exact_rank=policy.exact_rank),
-        blas_threads=BLAS_THREADS,
+        exact_rank=policy.exact_rank,
         software=SOFTWARE,
         created_at=now,
         **values,
@@ -130,33 +122,7 @@ def still_stands(state: State, draft: MergePlan) -> bool:
     if state.open_plans(draft.cohort) or state.soaking(draft.cohort) is not None:
         return False
     updates = [state.updates[planned.update_id] for planned in draft.updates]
-    if draft.resolve and not _can_resolve(state, updates):
-        return False
-    solutions = latest_solutions(state, head, updates) if draft.resolve else ()
-    same = [update.update_id for update in solutions] == [planned.update_id for planned in draft.solutions]
-    return same and all(update.state == "waiting" for update in updates)
-
-
-def latest_solutions(
-    state: State, head: ReleaseRecord, without_nodes_of: Sequence[UpdateRecord]
-) -> Sequence[UpdateRecord]:
-    """The newest merged update of every other node in the head's line, in admission order; without those of revoked nodes, and
-    those whose start holds something forgotten."""
-    latest: dict[str, UpdateRecord] = {}
-    for release in reversed(state.lineage(head.release_id)):
-        for update in (state.updates[update_id] for update_id in release.manifest.updates):
-            if update.state == "merged" and not state.nodes[update.manifest.node_id].revoked:
-                latest[update.manifest.node_id] = update
-    for update in without_nodes_of:
-        latest.pop(update.manifest.node_id, None)
-    clean = [update for update in latest.values() if _can_resolve(state, [update])]
-    return sorted(clean, key=lambda update: update.admitted_sequence)
-
-
-def _can_resolve(state: State, updates: Sequence[UpdateRecord]) -> bool:
-    """Whether nothing forgotten would come back with the releases that the updates start from: an absolute solution holds its start,
-    an increment does not."""
-    return not any(state.has_forgotten(start) for start in {update.manifest.start.release for update in updates})
+    return all(update.state == "waiting" for update in updates)
 
 
 def _plan_part(
@@ -165,17 +131,12 @@ def _plan_part(
     """A part of a rejected plan on today's head, as strong as it was in the whole: what hurt there hurts as much here."""
     tried = {update.update_id for update in suspects}
     part = [update for update in rejected.updates if update.update_id in tried]
-    resolve = rejected.resolve and _can_resolve(state, suspects)
-    solutions = latest_solutions(state, head, suspects) if resolve else ()
     changed = {
         "parent": head.release_id,
         "builds_on": _base_id(state, head),
         "version": head.manifest.version + 1,
         "updates": part,
         "left_out": [],
-        "resolve": resolve,
-        "solutions": [_planned(update, part[0].weight) for update in solutions],
-        "blas_threads": BLAS_THREADS,
         "software": SOFTWARE,
         "created_at": now,
     }
@@ -187,7 +148,7 @@ def _plan_part(
 
 
 def _weight(plan: MergePlan) -> float:
-    return sum(update.weight for update in [*plan.updates, *plan.solutions])
+    return sum(update.weight for update in plan.updates)
 
 
 def _planned(update: UpdateRecord, weight: float) -> PlannedUpdate:
@@ -201,7 +162,7 @@ def _due(waiting: Sequence[UpdateRecord], policy: MergePolicy, now: datetime) ->
     groups: dict[str, list[UpdateRecord]] = {}
     for update in waiting:
         # A stock strategy averages factors, which means something only for increments from one start.
-        start = "" if policy.strategy in IN_PRODUCT_SPACE else update.manifest.start.release
+        start = "" if policy.strategy == PRODUCT_MEAN else update.manifest.start.release
         groups.setdefault(start, []).append(update)
     for group in groups.values():
         age_s = (now - parse_time(group[0].admitted_at)).total_seconds()

@@ -16,10 +16,7 @@ from central.federation.replies import MergedPayload, merge_replies, plan_replie
 from central.federation.stock import make_strategy
 from central.federation.strategy import Blobs
 from central.journal import MergePlan, State
-from central.journal.plan import UNRECORDED_KERNEL, Removal
 from central.journal.removal import Line, line_of
-from central.merging import ProductSum
-from protos.lora import decode, encode
 from protos.manifest import sha256_hex
 
 
@@ -53,12 +50,6 @@ def take_out(plan: MergePlan, head: str, steps: Steps, blobs: Blobs) -> MergedPa
     Raises FederationError when a merge cannot be done again, StorageError when a payload cannot be read.
     """
     assert plan.removal is not None
-    if any(record.plan.resolve for record in steps.line.merges):  # one that was under way when the order came
-        raise FederationError(
-            "A merge since solved over absolute solutions, and the releases that these start from hold the contribution too."
-        )
-    if plan.removal.method == "subtract":
-        return _subtract(plan, plan.removal, head, blobs)
     return _replay(steps, blobs)
 
 
@@ -93,16 +84,6 @@ def _replay(steps: Steps, blobs: Blobs) -> MergedPayload:
             raise FederationError(f"{plan.strategy} made nothing of {len(plan.updates)} updates.")
         merged, strategy = again, plan.strategy
     return merged
-
-
-def _subtract(plan: MergePlan, removal: Removal, head: str, blobs: Blobs) -> MergedPayload:
-    kernel = plan.kernel or UNRECORDED_KERNEL
-    total = ProductSum(rank=plan.rank, seed=plan.seed, streamed=kernel.streamed, exact_rank=kernel.exact_rank)
-    total.add(decode(blobs.read(head)), 1.0)
-    for planned in removal.updates:
-        total.add(decode(blobs.read(planned.payload)), -planned.weight)
-    merged = total.result()
-    return MergedPayload(encode(merged.tensors), merged.truncation_error)
 
 
 class _Made:

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
-from central.federation.errors import FederationError
 from central.federation.server_state import carried_state
 from central.federation.strategy import COHORT, MERGE, UPDATE, MergeTerms, ProductMean, to_tensors
 from central.journal import MergePlan, PlanRecord, State
-from central.journal.plan import UNRECORDED_KERNEL
 from protos.lora import encode
-from protos.manifest import Start
 
 
 @dataclass(frozen=True)
@@ -34,23 +31,13 @@ class MergedPayload:
     own_truncation_error: float = 0.0
 
 
-@dataclass(frozen=True)
-class SolutionStart:
-    """The release that an increment was trained on, as the cohort's own product."""
-
-    payload: str
-    rank: int
-    """Of the prefix; 0: whole."""
-
-
 def train_replies(state: State, planned: PlanRecord) -> list[Message]:
     """One reply per update of the plan, in its order, with the plan's terms."""
     plan = planned.plan
     parent = state.releases[plan.parent].manifest.own_payload.digest_sha256
-    manifests = {u.update_id: state.updates[u.update_id].manifest for u in (*plan.updates, *plan.solutions)}
+    manifests = {u.update_id: state.updates[u.update_id].manifest for u in plan.updates}
     senders = {update_id: manifest.node_id for update_id, manifest in manifests.items()}
-    starts = {update_id: _start(state, manifest.start) for update_id, manifest in manifests.items()}
-    return plan_replies(plan, planned.plan_id, parent, carried_state(state, plan), senders, starts)
+    return plan_replies(plan, planned.plan_id, parent, carried_state(state, plan), senders)
 
 
 def plan_replies(
@@ -59,18 +46,11 @@ def plan_replies(
     parent: str,
     server_state: str,
     senders: Mapping[str, str],
-    starts: Mapping[str, SolutionStart] | None = None,
 ) -> list[Message]:
     """The replies of a plan that stands on the own product `parent` and goes on from `server_state`, both digests of blobs.
 
-    `senders` and `starts` are by update. Raises FederationError for a plan that re-solves when `starts` is None.
+    `senders`: node by update.
     """
-    if plan.resolve and starts is None:
-        raise FederationError(
-            "A merge that solved over absolute solutions cannot be done again without a contribution: the releases that the "
-            "others started from hold it too."
-        )
-    kernel = plan.kernel or UNRECORDED_KERNEL
     terms = MergeTerms(
         plan_id=plan_id,
         parent_payload=parent,
@@ -78,32 +58,20 @@ def plan_replies(
         server_step=plan.server_step,
         seed=plan.seed,
         server_state=server_state,
-        streamed=kernel.streamed,
-        exact_rank=kernel.exact_rank,
-        resolve=plan.resolve,
+        exact_rank=plan.exact_rank,
     )
     replies = []
-    for update in (*plan.updates, *plan.solutions):
+    for update in plan.updates:
         fields: dict[str, str | int | float] = {
             "update_id": update.update_id,
             "payload": update.payload,
             "weight": update.weight,
             "factor": update.factor,
         }
-        if plan.resolve and starts is not None:
-            fields |= {"start_payload": starts[update.update_id].payload, "start_rank": starts[update.update_id].rank}
         content = RecordDict({UPDATE: ConfigRecord(fields), MERGE: terms.to_record()})
         asked = request(MessageType.TRAIN, senders[update.update_id], plan.version)
         replies.append(Message(content, reply_to=asked))
     return replies
-
-
-def _start(state: State, start: Start) -> SolutionStart:
-    release = state.releases[start.release].manifest
-    own = release.own_payload.digest_sha256
-    # A prefix of a composed release is none of the cohort's own product, which is taken whole.
-    whole = own != release.payload.digest_sha256 or start.prefix_rank >= release.rank
-    return SolutionStart(own, 0 if whole else start.prefix_rank)
 
 
 def merge_replies(strategy: ProductMean, version: int, replies: Iterable[Message]) -> MergedPayload | None:

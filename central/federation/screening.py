@@ -81,12 +81,11 @@ def _selected(plan: MergePlan, name: str, score: str, selection: Selection) -> M
         for i, planned in enumerate(plan.updates)
         if i not in kept
     ]
-    weight = 1 / (len(kept) + len(plan.solutions))
+    weight = 1 / len(kept)
     changed = {
         "filter": name,
         "left_out": left_out,
         "updates": [plan.updates[i].model_copy(update={"weight": weight}) for i in selection.kept],
-        "solutions": [solution.model_copy(update={"weight": weight}) for solution in plan.solutions],
     }
     return plan.model_copy(update=changed)
 
@@ -116,4 +115,4 @@ class _Stored(Sequence[LoraTensors]):
             return [self[i] for i in range(len(self))[index]]
         update = self._updates[index]
         self.last = update.update_id
-        return LoraTensors(read_increment(self._blobs, update.update_id, update.payload).modules)
+        return read_increment(self._blobs, update.update_id, update.payload)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from central.federation.errors import FederationError
@@ -36,7 +36,7 @@ from central.heads import Heads
 from central.journal import EvaluationRecord, EventKind, Journal, NewEvent, ReleaseRecord
 from central.registry import BlobStore, DirectoryBlobs, Registry
 from central.settings import CentralSettings
-from protos.lora import LoraTensors, decode, encode
+from protos.lora import decode, encode
 from protos.manifest import Payload, Start, UpdateManifest
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ COHORT = "simulation"
 TOKEN = "virtual-nodes"
 POLL_S = 0.2
 """Pause between looks at Flower's replies."""
-ARRAYS, SECTIONS, METRICS, REPORT, NODE = "arrays", "sections", "metrics", "report", "node"
+ARRAYS, METRICS, REPORT, NODE = "arrays", "metrics", "report", "node"
 """Records in the content of messages to and from the node's ClientApp (edge_node/federation/client_app.py)."""
 
 
@@ -207,8 +207,7 @@ class SimulationGrid(JournalGrid):
     def _offer(self) -> dict[str, Any]:
         """What the standing offer says of an update's size."""
         with self._journal.read() as state:
-            standing = vars(state.train_offers[COHORT])
-        return {name: standing[name] for name in ("max_rank", "gram_rank") if standing.get(name)}
+            return {"max_rank": state.train_offers[COHORT].max_rank}
 
     def _admit(self, head: ReleaseRecord, replies: Mapping[str, Message]) -> None:
         """All updates in one transaction, in the order of the nodes' names, so that a run can be repeated."""
@@ -232,7 +231,7 @@ class SimulationGrid(JournalGrid):
         return [*events, NewEvent(EventKind.NODE_ENROLLED, COHORT, node_id, body)]
 
     def _manifest(self, head: ReleaseRecord, node_id: str, content: RecordDict) -> UpdateManifest:
-        tensors = LoraTensors(to_tensors(content[ARRAYS]).modules, _sections(content))
+        tensors = to_tensors(content[ARRAYS])
         data = encode(tensors)
         release = head.manifest
         metrics = {name: float(value) for name, value in content[METRICS].items()}
@@ -248,7 +247,6 @@ class SimulationGrid(JournalGrid):
             ),
             rank=tensors.rank,
             payload=Payload(digest_sha256=self._blobs.put(data), size_bytes=len(data)),
-            sections=sorted(tensors.sections),
             round_id=f"r{self._number:06d}-{release.label}",
             experiences=int(metrics.get("num-examples", 0)),
             metrics=metrics,
@@ -312,12 +310,3 @@ def _blobs(root: Path) -> DirectoryBlobs:
 
 def _sender(reply: Message) -> str:
     return str(reply.content[NODE]["name"])
-
-
-def _sections(content: RecordDict) -> dict[str, dict[str, Any]]:
-    """The update's further sections, from arrays called `<section>/<key>`."""
-    sections: dict[str, dict[str, Any]] = {}
-    for name, array in content.array_records.get(SECTIONS, ArrayRecord()).items():
-        section, _, key = name.rpartition("/")
-        sections.setdefault(section, {})[key] = array.numpy()
-    return sections

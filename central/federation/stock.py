@@ -25,8 +25,7 @@ from flwr.serverapp.strategy import FedAvg
 from central.errors import SettingsError
 from central.federation.blame import find_cause
 from central.federation.errors import StrategyFailed, UnusableUpdate
-from central.federation.planning import PRODUCT_MEAN, REGMEAN
-from central.federation.regmean import RegMean
+from central.federation.planning import PRODUCT_MEAN
 from central.federation.server_state import CARRIED, ServerState, Shapes, put_state, take_state
 from central.federation.strategy import Blobs, MergeTerms, ProductMean, finished, to_arrays, to_tensors
 from central.merging import Merged
@@ -59,9 +58,7 @@ logging.getLogger("flwr").setLevel(logging.WARNING)
 
 def make_strategy(name: str, options: Mapping[str, Any], blobs: Blobs) -> ProductMean:
     """The strategy of a policy or plan; raises SettingsError for an unknown name or option."""
-    if name == PRODUCT_MEAN:
-        return ProductMean(blobs)
-    return RegMean(options, blobs) if name == REGMEAN else StockMean(name, options, blobs)
+    return ProductMean(blobs) if name == PRODUCT_MEAN else StockMean(name, options, blobs)
 
 
 def usable_strategies() -> list[str]:
@@ -166,7 +163,7 @@ def construct(name: str, options: Mapping[str, Any]) -> FedAvg:
     if name not in usable_strategies():
         reason = f"{name} cannot be used: {UNUSABLE[name]}" if name in UNUSABLE else f"unknown strategy {name!r}"
         raise SettingsError(
-            f"CENTRAL_MERGE__STRATEGY: {reason}. Expected {PRODUCT_MEAN}, {REGMEAN} or one of {', '.join(usable_strategies())}."
+            f"CENTRAL_MERGE__STRATEGY: {reason}. Expected {PRODUCT_MEAN} or one of {', '.join(usable_strategies())}."
         )
     _check_options(name, options)
     kind = getattr(stock_strategies, name)

@@ -23,7 +23,6 @@ from flwr.serverapp.strategy import Strategy
 from central.evaluation import pool
 from central.federation.blame import find_cause
 from central.federation.errors import FederationError, LostUpdate, StrategyFailed, UnusableUpdate
-from central.journal.plan import UNRECORDED_KERNEL
 from central.merging import Merged, ProductSum
 from central.merging.bounds import excess_of
 from central.merging.errors import MergeError
@@ -54,12 +53,9 @@ class MergeTerms:
     rank: int
     server_step: float
     seed: int
+    exact_rank: int
     server_state: str = ""
     """Blob with what the strategy goes on from (server_state.py); empty: nothing."""
-    streamed: bool = UNRECORDED_KERNEL.streamed
-    exact_rank: int = UNRECORDED_KERNEL.exact_rank
-    resolve: bool = False
-    """Replies bring absolute solutions: each names the release that its increment starts from."""
 
     def to_record(self) -> ConfigRecord:
         return ConfigRecord(dict(vars(self)))
@@ -147,7 +143,7 @@ class ProductMean(Strategy):  # type: ignore[misc]
         return finished(total, f"The sum of {len(messages)} update(s)")
 
     def _parent(self, terms: MergeTerms) -> ProductSum:
-        total = empty_sum(terms)
+        total = ProductSum(rank=terms.rank, seed=terms.seed, exact_rank=terms.exact_rank)
         total.add(decode(self._blobs.read(terms.parent_payload)), 1.0)
         return total
 
@@ -188,11 +184,6 @@ def finished(total: ProductSum, what: str) -> Merged:
     ):
         raise StrategyFailed(f"{what} has values that are not finite.")
     return merged
-
-
-def empty_sum(terms: MergeTerms) -> ProductSum:
-    """The sum that the plan's kernel truncates."""
-    return ProductSum(rank=terms.rank, seed=terms.seed, streamed=terms.streamed, exact_rank=terms.exact_rank)
 
 
 def scaled(tensors: LoraTensors, factor: float) -> LoraTensors:

@@ -13,8 +13,7 @@ from flwr.app import ArrayRecord
 
 from central.errors import SettingsError
 from central.federation.errors import StrategyFailed
-from central.federation.planning import PRODUCT_MEAN, REGMEAN, least_updates
-from central.federation.regmean import Options
+from central.federation.planning import PRODUCT_MEAN, least_updates
 from central.federation.server_state import CARRIED, ServerState
 from central.federation.stock import aggregate, construct
 from protos.lora import LoraModule, LoraTensors
@@ -26,9 +25,6 @@ def check_strategy(name: str, options: Mapping[str, Any], min_updates: int) -> N
     Raises SettingsError when it cannot be made, needs more than `min_updates`, fails, or keeps arrays that no release would carry.
     """
     if name == PRODUCT_MEAN:
-        return
-    if name == REGMEAN:
-        Options.of(options)
         return
     construct(name, options)
     try:

@@ -14,8 +14,7 @@ believed: what a release is rebuilt on is a parent that was rebuilt, or has the 
 was.
 
 Bit for bit holds on one kind of machine: the same processor, numpy and BLAS. How many BLAS threads
-the environment asks for does not matter for a plan that says how many made it (`blas_threads`); for
-older ones it must be as many as central had.
+the environment asks for does not matter: a merge computes with one.
 """
 
 from __future__ import annotations

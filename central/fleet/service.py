@@ -146,9 +146,7 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             wanted[f"standing {standing.quarantine}"] = fleet_pb2.WatchResponse(standing=standing)
             offer = state.train_offers.get(node.cohort)
             if offer is not None:
-                train = fleet_pb2.TrainOffer(
-                    offer_id=offer.offer_id, max_rank=offer.max_rank, gram_rank=offer.gram_rank
-                )
+                train = fleet_pb2.TrainOffer(offer_id=offer.offer_id, max_rank=offer.max_rank)
                 wanted[f"train {offer.offer_id}"] = fleet_pb2.WatchResponse(train=train)
             candidates = [plan.candidate for plan in state.open_plans(node.cohort) if plan.candidate is not None]
             for record in (offer for candidate in candidates for offer in state.offers_of(candidate)):

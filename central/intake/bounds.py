@@ -22,7 +22,7 @@ SECTION_BYTES = 16
 ENTRY_BYTES = 144
 """Of one tensor in a header, without its module's name: kind, dtype, shape, offsets."""
 ENTRIES = 5
-"""Per module: A, B and the scale; U and c of a gram section."""
+"""Per module: A, B and the scale, and room for a section of two tensors."""
 HOUR_S = 3600.0
 
 

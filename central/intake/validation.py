@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 
 from central.errors import Reason, Refused
 from central.intake.bounds import header_bytes
-from central.intake.sections import check_sections, is_known
 from central.intake.values import FLOAT_BYTES, Entry, Factor, Layout, SquareSums, check_norms, lay_out
 from central.journal import NodeRecord, State
 from central.settings import LimitSettings
@@ -76,15 +75,6 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
             f"{name} starts from release {manifest.start.release}, which is not known in cohort {node.cohort!r}.",
         )
     expected = start.manifest.payload.digest_sha256
-    gone = state.collected.get(expected)
-    if gone and not state.has_forgotten(
-        start.release_id
-    ):  # an increment needs no start; what re-solves leaves that one out
-        raise _refused(
-            Reason.UNKNOWN_START,
-            f"{name} starts from release {start.manifest.label}, whose payload was {gone.text}. The next round starts from a newer "
-            "release.",
-        )
     if manifest.start.payload != expected or manifest.start.prefix_rank > start.manifest.rank:
         raise _refused(
             Reason.UNKNOWN_START,
@@ -102,11 +92,10 @@ def check_manifest(state: State, node: NodeRecord, manifest: UpdateManifest, bas
             f"{name} has {manifest.payload.size_bytes} bytes; central admits at most {limits.max_update_bytes} "
             "(CENTRAL_LIMITS__MAX_UPDATE_BYTES).",
         )
-    unknown = sorted(section for section in manifest.sections if not is_known(section))
-    if unknown:
+    if manifest.sections:
         raise _refused(
             Reason.UNKNOWN_SECTION,
-            f"{name} has section {unknown[0]!r}; this central reads gram/<module>. Leave it out, or upgrade central.",
+            f"{name} has section {min(manifest.sections)!r}; this central reads none. Leave it out, or upgrade central.",
         )
 
 
@@ -147,7 +136,6 @@ class PayloadCheck:
                 f"The payload ends within its header, after {self._position} bytes. See protos/lora.py.",
             )
         check_norms(self._sums, path, header.size, header.entries, header.scales, self._limits.max_norm)
-        check_sections(path, header.size, header.section_entries, self._shapes, self._limits)
 
     def _look(self, data: memoryview) -> None:
         if self._header is None:
@@ -184,8 +172,6 @@ class _Header:
 
     size: int
     """In bytes, with the eight of its length: where the values begin."""
-    section_entries: dict[str, Any]
-    """Not the rest of what was parsed: metadata may have megabytes, and a stream keeps this while it lives."""
     entries: Entries
     layout: Layout
     scales: dict[str, float]
@@ -208,10 +194,7 @@ def _read_header(data: bytes, size_bytes: int) -> _Header:
         )
     tensors = _decode_layout(data, document, size_bytes)
     scales = {name: module.scale for name, module in tensors.modules.items()}
-    section_entries = {name: entry for name, entry in document.items() if name.startswith("section/")}
-    return _Header(
-        len(data), section_entries, entries, lay_out(entries), scales, tensors.rank, sorted(tensors.sections)
-    )
+    return _Header(len(data), entries, lay_out(entries), scales, tensors.rank, sorted(tensors.sections))
 
 
 def _header_size(start: bytearray, max_bytes: int) -> int | None:

@@ -4,7 +4,7 @@ from central.journal.events import Event, EventKind, JournalConflict, JournalCor
 from central.journal.isolation import Isolation
 from central.journal.journal import Journal, count_events, import_journal, read_journal, verify_journal
 from central.journal.lock import WriterLock
-from central.journal.plan import LeftOut, MergePlan, PlannedKernel, PlannedUpdate
+from central.journal.plan import LeftOut, MergePlan, PlannedUpdate
 from central.journal.records import (
     CanaryReport,
     ChannelChange,
@@ -39,7 +39,6 @@ __all__ = [
     "NewEvent",
     "NodeRecord",
     "PlanRecord",
-    "PlannedKernel",
     "PlannedUpdate",
     "ReleaseRecord",
     "State",

@@ -101,7 +101,6 @@ class Contributions(Transitions):
             cohort=event.cohort,
             node_id=body["node_id"],
             updates=tuple(body["updates"]),
-            method=body["method"],
             accept_loss=body["accept_loss"],
             by=body["by"],
             at=event.at,

@@ -40,7 +40,7 @@ class EventKind(StrEnum):
     NODE_RELEASED = "node_released"  # node id, out of quarantine: by
     NODE_SILENT = "node_silent"  # node id: offer_id (the evaluation that it held up without a result)
     COHORT_CREATED = "cohort_created"  # release id of version 0: manifest, signature (base64), builds_on (absent: none)
-    TRAIN_OFFERED = "train_offered"  # offer id: max_rank, gram_rank (absent: 0)
+    TRAIN_OFFERED = "train_offered"  # offer id: max_rank
     UPDATE_ADMITTED = "update_admitted"  # update id: manifest (canonical JSON), signature (base64)
     UPDATE_SUPERSEDED = "update_superseded"  # update id: by
     UPDATE_SET_ASIDE = (
@@ -48,9 +48,7 @@ class EventKind(StrEnum):
         # damaged, and its node may send the bytes again; absent: not)
     )
     UPDATE_REQUEUED = "update_requeued"  # update id: by (an operator's name; absent: central)
-    FORGET_ORDERED = (
-        "forget_ordered"  # order id: node_id ("": single updates), updates, method (replay|subtract), accept_loss, by
-    )
+    FORGET_ORDERED = "forget_ordered"  # order id: node_id ("": single updates), updates, accept_loss, by
     FORGET_FAILED = "forget_failed"  # order id: reason, by (an operator's name; absent: central)
     MERGE_PLANNED = "merge_planned"  # plan id: plan (canonical JSON of MergePlan)
     CANDIDATE_BUILT = "candidate_built"  # release id: plan_id, manifest, signature, server_state (digest; absent: none)

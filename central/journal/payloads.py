@@ -47,16 +47,13 @@ def needed_blobs(state: State) -> set[str]:
     plans = [state.plans[state.releases[r].plan_id or ""].plan for r in releases if state.releases[r].plan_id]
     plans += [record.plan for record in state.plans.values() if not record.decided]
     for plan in plans:
-        replays = plan.removal is not None and plan.removal.method == "replay"  # from a release before its parent
-        releases |= {release for release in (None if replays else plan.parent, plan.builds_on) if release is not None}
-        updates |= {planned.update_id for planned in (*plan.updates, *plan.solutions)}
+        parent = plan.parent if plan.removal is None else None  # a replay begins at a release before its parent
+        releases |= {release for release in (parent, plan.builds_on) if release is not None}
+        updates |= {planned.update_id for planned in plan.updates}
         if plan.removal is not None:
             _add_removal(state, plan, releases, updates)
     updates |= {update.update_id for update in state.updates.values() if update.state in _LIVE}
     releases |= set(_served(state))
-    # A merge that solves over absolute solutions reads what an update starts from, unless something in that was forgotten.
-    starts = {state.updates[update].manifest.start.release for update in updates}
-    releases |= {s for s in starts if state.releases[s].state != "withdrawn" or not state.has_forgotten(s)}
     found: set[str] = set()
     for update_id in updates:
         found.update(update_blobs(state.updates[update_id]))
@@ -79,14 +76,11 @@ def _served(state: State) -> Iterator[str]:
 
 
 def _add_removal(state: State, plan: MergePlan, releases: set[str], updates: set[str]) -> None:
-    """A removal reads what it takes out, or every merge since then without it."""
+    """A removal reads every merge since then, without what it takes out."""
     removal = plan.removal
     assert removal is not None
     taken = {planned.update_id for planned in removal.updates}
-    if removal.method == "subtract":
-        updates |= taken
-        return
     line = line_of(state, state.releases[plan.parent], taken)
     releases.add(line.since.release_id)
     for record in line.merges:
-        updates |= {planned.update_id for planned in (*record.plan.updates, *record.plan.solutions)} - line.without
+        updates |= {planned.update_id for planned in record.plan.updates} - line.without

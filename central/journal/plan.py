@@ -1,8 +1,7 @@
 """The merge plan: everything that makes one candidate deterministic.
 
 In: field values. Out: a canonical document whose digest is the plan id. Guarantee: the plan and the blobs it names
-are enough to rebuild the candidate's payload. A field that came later is left out of the document where it has the meaning of
-plans without it, so an older plan keeps its digest, and a default that changes tomorrow changes no plan of today.
+are enough to rebuild the candidate's payload. A field that says nothing is left out of the document.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from protos.manifest import Digest, Document
-
-BLAS_THREADS: Literal[1] = 1
-"""Of every new plan: what one thread computes does not depend on the machine's load, cores or environment (central/merging/threads.py)."""
 
 
 class PlannedUpdate(Document):
@@ -36,31 +32,17 @@ class LeftOut(Document):
     reason: str
 
 
-class PlannedKernel(Document):
-    """How sums above the exact limit are truncated (central/merging/kernels.py)."""
-
-    streamed: bool
-    exact_rank: int = Field(ge=1)
-
-
-UNRECORDED_KERNEL = PlannedKernel(streamed=True, exact_rank=512)
-"""What merged the plans that do not say."""
-
-
 class Removal(Document):
     """What a merge takes out of the head instead of adding to it (`central forget`; federation/removal.py)."""
 
     order: str
     """The order that asked for it."""
-    method: Literal["replay", "subtract"]
     since: Digest
-    """Release before the first merge that held any of it: replay begins here."""
+    """Release before the first merge that held any of it: the replay begins here."""
     updates: list[PlannedUpdate]
     """What is taken out, in admission order, with the weight that each had in its merge times that merge's server step."""
     merges: int = Field(ge=0)
     """Merges between `since` and the head."""
-    truncated: float = Field(ge=0)
-    """Sum of the relative truncation errors of those merges: what subtraction cannot tell apart, as a part of the norm."""
 
 
 class MergePlan(Document):
@@ -82,11 +64,6 @@ class MergePlan(Document):
     """In admission order."""
     filter: str = Field(default="", exclude_if=lambda name: not name)
     """Filter with its options that the due updates went through; empty for none."""
-    resolve: bool = Field(default=False, exclude_if=lambda resolve: not resolve)
-    """True: solved over absolute solutions, a start release plus its increment, and not over increments alone."""
-    solutions: list[PlannedUpdate] = Field(default_factory=list, exclude_if=lambda solutions: not solutions)
-    """With `resolve`: the latest merged updates of the nodes without one in `updates`, in admission order. They are read again
-    and stay merged."""
     strategy: str
     strategy_options: dict[str, Any] = Field(default_factory=dict)
     rank: int = Field(ge=1)
@@ -94,10 +71,10 @@ class MergePlan(Document):
     server_step: float
     """eta in P(v+1) = trunc_R(P(v) + eta * U)."""
     seed: int
-    kernel: PlannedKernel | None = Field(default=None, exclude_if=lambda kernel: kernel is None)
-    """None in plans of before it was recorded: UNRECORDED_KERNEL."""
-    blas_threads: Literal[1] | None = Field(default=None, exclude_if=lambda threads: threads is None)
-    """BLAS threads that the merge computes with. None in plans of before it was recorded: as many as the environment of central said."""
+    exact_rank: int = Field(ge=1)
+    """Largest summed rank of a module that is cut in one exact step; above it terms are folded (central/merging)."""
+    blas_threads: Literal[1] = 1
+    """BLAS threads that the merge computes with: the result must not depend on the machine's load, cores or environment."""
     software: str
     created_at: str
     """RFC 3339 UTC; the candidate's manifest carries the same time, so that a rebuild has the same digest."""

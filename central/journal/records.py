@@ -161,7 +161,6 @@ class ForgetRecord:
     node_id: str
     """Empty for single updates."""
     updates: tuple[str, ...]
-    method: Literal["replay", "subtract"]
     accept_loss: bool
     by: str
     at: str
@@ -218,8 +217,6 @@ class TrainOfferRecord:
     offer_id: str
     cohort: str
     max_rank: int
-    gram_rank: int = 0
-    """Rank of the activation sketches that the merge rule reads; 0: none."""
 
 
 @dataclass(frozen=True)

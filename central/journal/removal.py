@@ -3,28 +3,25 @@
 In: the state, and updates that a release holds. Out: the merges that have to be done again without them, and the plan of the
 removal. Pure; federation/removal.py does it.
 
-Two methods. `replay` goes back to the release before the first merge that held any of them, and does every merge since again
-without them: every other update keeps the weight that it had, so the result is to the bit that of a history in whose plans they
-never were. (Shares are not raised to make up for them: what the gate saw of the others stays as strong as it was. Strategies that
-divide by the sum of the weights get the remaining share as a smaller server step, as isolation does.) A merge of nothing else is
-left out. `subtract` adds them to the head once more with the opposite weight: cheap, and it needs nothing but their own payloads,
-but what the merges since cut off stays cut off.
+A replay goes back to the release before the first merge that held any of them, and does every merge since again without
+them. Every other update keeps the weight that it had, so the result is to the bit that of a history in whose plans they
+never were. Shares are not raised to make up for them: what the gate saw of the others stays as strong as it was.
+Strategies that divide by the sum of the weights get the remaining share as a smaller server step, as isolation does. A
+merge of nothing else is left out.
 
-Neither takes out what others learnt from a release that held them: an update is an increment on its start.
+It does not take out what others learnt from a release that held them: an update is an increment on its start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from central.journal.plan import BLAS_THREADS, MergePlan, PlannedUpdate, Removal
+from central.journal.plan import MergePlan, PlannedUpdate, Removal
 from central.journal.queries import Records
 from central.journal.records import ForgetRecord, PlanRecord, ReleaseRecord
 
-LINEAR = "product-mean"
-"""The one strategy whose merges are sums, so that a part can be subtracted."""
+PRODUCT_MEAN = "product-mean"
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,6 @@ class Line:
     """Oldest first, without the removals among them."""
     without: frozenset[str]
     """What a replay leaves out: the updates asked for, and what earlier removals in the line took out."""
-    truncated: float
-    """Sum of the relative truncation errors of the line's releases after `since`."""
 
 
 def line_of(state: Records, head: ReleaseRecord, update_ids: Collection[str]) -> Line:
@@ -56,7 +51,6 @@ def line_of(state: Records, head: ReleaseRecord, update_ids: Collection[str]) ->
         since=lineage[first - 1],
         merges=tuple(record for record in plans if record.plan.updates),
         without=without,
-        truncated=sum(_truncation(release) for release in lineage[first:]),
     )
 
 
@@ -66,12 +60,12 @@ def replay_blobs(state: Records, line: Line) -> Iterator[str]:
     if line.since.server_state is not None:
         yield line.since.server_state
     for record in line.merges:
-        for planned in (*record.plan.updates, *record.plan.solutions):
+        for planned in record.plan.updates:
             if planned.update_id not in line.without:
                 yield planned.payload
 
 
-def subtracted(line: Line, update_ids: Collection[str]) -> list[PlannedUpdate]:
+def taken_out(line: Line, update_ids: Collection[str]) -> list[PlannedUpdate]:
     """The updates with the weight that each has in the head, the server step and a clip included; admission order within a merge."""
     return [
         PlannedUpdate(
@@ -83,13 +77,6 @@ def subtracted(line: Line, update_ids: Collection[str]) -> list[PlannedUpdate]:
         for planned in record.plan.updates
         if planned.update_id in update_ids
     ]
-
-
-def can_subtract(line: Line, update_ids: Collection[str]) -> bool:
-    """Whether every merge that read one of the updates was a plain sum."""
-    plans = [record.plan for record in line.merges]
-    reading = [p for p in plans if any(planned.update_id in update_ids for planned in (*p.updates, *p.solutions))]
-    return all(plan.strategy == LINEAR for plan in reading)
 
 
 def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: str, software: str) -> MergePlan | None:
@@ -104,7 +91,6 @@ def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: 
     before = state.plans[line.since.plan_id].plan if line.since.plan_id else None
     carries = left[-1].plan if left else before
     base = state.base_of(head)
-    linear = order.method == "subtract"
     return MergePlan(
         cohort=order.cohort,
         parent=head.release_id,
@@ -112,40 +98,27 @@ def plan_removal(state: Records, order: ForgetRecord, head: ReleaseRecord, now: 
         version=head.manifest.version + 1,
         base=head.manifest.base,
         updates=[],
-        strategy=LINEAR if linear or carries is None else carries.strategy,
-        strategy_options={} if linear or carries is None else carries.strategy_options,
+        strategy=PRODUCT_MEAN if carries is None else carries.strategy,
+        strategy_options={} if carries is None else carries.strategy_options,
         rank=last.rank,
         server_step=1.0,
         seed=last.seed,
-        kernel=last.kernel,
-        blas_threads=BLAS_THREADS,
+        exact_rank=last.exact_rank,
         software=software,
         created_at=now,
         removal=Removal(
             order=order.order_id,
-            method=order.method,
             since=line.since.release_id,
-            updates=subtracted(line, held),
+            updates=taken_out(line, held),
             merges=len(line.merges),
-            truncated=line.truncated,
         ),
     )
 
 
-def exactness(method: Literal["replay", "subtract"], since: str, merges: int, truncated: float) -> str:
+def exactness(since: str, merges: int) -> str:
     """What the removal's result is, in words; `since` is the version that it reaches back to."""
     number = f"{merges} merge{'s' if merges != 1 else ''} since {since}"
-    if method == "replay":
-        return (
-            f"exact: the {number} are done again without it and with every other weight as it was; bit-identical to a history "
-            "in which it was never merged"
-        )
     return (
-        f"approximate: taken out of the head with its weight, negative; what truncation cut off in the {number} "
-        f"({100 * truncated:.3g} % of the norm) is not given back, nor told apart"
+        f"exact: the {number} are done again without it and with every other weight as it was; bit-identical to a history "
+        "in which it was never merged"
     )
-
-
-def _truncation(release: ReleaseRecord) -> float:
-    composition = release.manifest.composition
-    return composition.own_truncation_error if composition else release.manifest.truncation_error

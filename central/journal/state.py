@@ -124,7 +124,7 @@ class State(Channels, Collections):
     def _train_offered(self, event: Event) -> None:
         known(event, self._genesis, event.cohort, "cohort")
         body = event.body
-        offer = TrainOfferRecord(event.subject, event.cohort, body["max_rank"], body.get("gram_rank", 0))
+        offer = TrainOfferRecord(event.subject, event.cohort, body["max_rank"])
         self._changes.put(self.train_offers, event.cohort, offer)
 
     def _update_admitted(self, event: Event) -> None:

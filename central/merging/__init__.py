@@ -4,22 +4,17 @@ Pure functions of arrays: no I/O, no Flower, no gRPC, no database.
 """
 
 from central.merging.filters import Selection, clip_norms, keep_near, multi_krum, product_gram
-from central.merging.kernels import Kernel, choose_kernel
 from central.merging.product import Merged, ProductSum, merge
-from central.merging.regmean import regmean
 from central.merging.threads import one_thread
 
 __all__ = [
-    "Kernel",
     "Merged",
     "ProductSum",
     "Selection",
-    "choose_kernel",
     "clip_norms",
     "keep_near",
     "merge",
     "multi_krum",
     "one_thread",
     "product_gram",
-    "regmean",
 ]

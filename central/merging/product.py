@@ -3,10 +3,9 @@
 In: the parent's factors and any number of increments, one at a time, each with a weight (also negative: a removal).
 Out: factors at scale 1.0 of rank at most R, and the relative truncation error ||M - M_hat||_F / ||M||_F over all modules.
 
-Guarantees: up to a summed rank of EXACT_RANK per module the result is the optimal truncation (gram.py). Above it terms that
-come one at a time are folded in bounded memory (module_sum.py), and terms that are held anyway go through the range
-finder; the error is then estimated (within about 20 %). kernels.py states the rule. Ranks may differ, modules may be missing,
-inputs may be rank-deficient or zero. The same inputs in the same order give the same bytes.
+Guarantees: up to a summed rank of EXACT_RANK per module the result is the optimal truncation (gram.py). Above it terms are
+folded in bounded memory, and the error is estimated within about 20 % (module_sum.py). Ranks may differ, modules may be
+missing, inputs may be rank-deficient or zero. The same inputs in the same order give the same bytes.
 
 Scale: an increment's scale (alpha/r, or alpha/sqrt(r) for rsLoRA, arXiv:2312.03732) is one number per module, written by the
 node that knows how it trained and multiplied in here, once; a result has scale 1.0, so nothing downstream folds it again.
@@ -19,8 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from central.merging.errors import MergeError
-from central.merging.kernels import EXACT_RANK
-from central.merging.module_sum import ModuleSum
+from central.merging.module_sum import EXACT_RANK, ModuleSum
 from protos.lora import LoraModule, LoraTensors
 
 
@@ -49,16 +47,14 @@ def merge(
 class ProductSum:
     """A running weighted sum of low-rank increments, module by module.
 
-    streamed: fold above the exact limit in bounded memory; False holds every term and uses the range finder there.
-    exact_rank: the limit, and so the rank that a streamed module holds at most; both are part of what a result depends on.
+    exact_rank: the rank that a module holds at most before it is folded; a part of what a result depends on.
     """
 
-    def __init__(self, *, rank: int, seed: int, streamed: bool = True, exact_rank: int = EXACT_RANK) -> None:
+    def __init__(self, *, rank: int, seed: int, exact_rank: int = EXACT_RANK) -> None:
         if rank < 1:
             raise MergeError(f"Rank of the result is {rank}; expected at least 1.")
         self._rank = rank
         self._seed = seed
-        self._streamed = streamed
         self._exact_rank = exact_rank
         self._modules: dict[str, ModuleSum] = {}
 
@@ -68,9 +64,7 @@ class ProductSum:
             raise MergeError(f"Weight of an increment is {weight}; expected a finite number.")
         for name in sorted(tensors.modules):
             if name not in self._modules:
-                self._modules[name] = ModuleSum(
-                    name, self._rank, self._seed, streamed=self._streamed, exact_rank=self._exact_rank
-                )
+                self._modules[name] = ModuleSum(name, self._rank, self._seed, exact_rank=self._exact_rank)
             self._modules[name].add(tensors.modules[name], weight)
 
     def result(self) -> Merged:

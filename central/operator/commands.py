@@ -81,11 +81,6 @@ def add_forget(commands: Any) -> None:
     forget.add_argument("--dry-run", action="store_true", help="only say what would be done")
     forget.add_argument("--yes", action="store_true", help="do it: it cannot be undone")
     forget.add_argument(
-        "--method",
-        choices=("replay", "subtract"),
-        help="replay: exact; subtract: cheap, up to truncation (default: replay when its payloads are kept)",
-    )
-    forget.add_argument(
         "--accept-loss", action="store_true", help="release it even if the gate finds that skill is lost"
     )
     text = "take the order under way for it back (its own id will do too); what was merged stays"
@@ -199,9 +194,8 @@ def _forget(client: OperatorClient, options: Options) -> None:
         order = client.ask(client.stub.Forget, operator_pb2.ForgetRequest(target=options.target, cancel=True)).order
         print_text(options, order, cancelled)
         return
-    method = f"FORGET_METHOD_{options.method.upper()}" if options.method else None
     request = operator_pb2.ForgetRequest(
-        target=options.target, method=method, accept_loss=options.accept_loss, dry_run=not options.yes
+        target=options.target, accept_loss=options.accept_loss, dry_run=not options.yes
     )
     if options.dry_run:
         request.dry_run = True
@@ -259,7 +253,7 @@ def _print_orders(options: Options, client: OperatorClient) -> None:
         for row in rows:
             row["order"], row["updates"] = row["order_id"][:8], len(row["in_release"]) + len(row["unreleased"])
             row["verdict"] = row["verdict"].partition(". ")[0]
-    columns = ["order", "at", "by", "cohort", "node_id", "updates", "state", "method", "candidate", "verdict"]
+    columns = ["order", "at", "by", "cohort", "node_id", "updates", "state", "candidate", "verdict"]
     if any(row["waits_for"] for row in rows):
         columns.append("waits_for")
     print_rows(options, rows, columns)

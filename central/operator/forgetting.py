@@ -2,8 +2,8 @@
 
 In: a node id or an update id. Out: the order in the journal, or what it would be. Guarantees: what no release that is served holds
 is forgotten with the order itself; what the stable head holds goes with a new release, made by the cohort's loop from the journal,
-so a crash resumes it; the method is one that can be carried out with the payloads that there are; a repeat finds the order. An order
-under way can be taken back, and one that accepts a loss takes the place of one that does not: neither needs the gate.
+so a crash resumes it; an order is given only when the payloads that its replay reads are there; a repeat finds the
+order. An order under way can be taken back, without the gate.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from central.journal import EventKind, Journal, NewEvent, ReleaseRecord, State, UpdateRecord, utc_now
 from central.journal.records import ForgetRecord
-from central.journal.removal import can_subtract, exactness, line_of, replay_blobs, subtracted
+from central.journal.removal import exactness, line_of, replay_blobs
 from central.operator.contributions import MIN_PREFIX_DIGITS, Payloads, find_update, refused
-
-Method = Literal["replay", "subtract"]
 
 
 @dataclass(frozen=True)
@@ -34,42 +31,30 @@ class Proposal:
     """Versions of the releases that hold any of it, oldest first."""
     composed: tuple[str, ...]
     """Cohorts that build on this one, and whose stable release is composed with one of those."""
-    replaces: tuple[str, ...] = ()
-    """Orders under way whose place it takes."""
 
 
-def propose_forget(
-    journal: Journal, blobs: Payloads, target: str, wished: Method | None, accept_loss: bool, by: str
-) -> Proposal:
+def propose_forget(journal: Journal, blobs: Payloads, target: str, accept_loss: bool, by: str) -> Proposal:
     """What an order to forget `target` would be; raises Refused. With an order for it under way, that one."""
     absent = _absent(journal, blobs, target)
     with journal.read() as state:
-        return _propose(state, absent, target, wished, accept_loss, by)
+        return _propose(state, absent, target, accept_loss, by)
 
 
-def order_forget(
-    journal: Journal, blobs: Payloads, target: str, wished: Method | None, accept_loss: bool, by: str
-) -> Proposal:
+def order_forget(journal: Journal, blobs: Payloads, target: str, accept_loss: bool, by: str) -> Proposal:
     """Order it; returns the order as it stands then. Raises Refused, and then nothing was changed."""
     absent = _absent(journal, blobs, target)
     with journal.read() as state:
-        proposal = _propose(state, absent, target, wished, accept_loss, by)
+        proposal = _propose(state, absent, target, accept_loss, by)
         order = proposal.order
         if order.order_id in state.forgets:
             return proposal
-        reason = f"order {order.order_id[:8]} of {by}, which accepts a loss, takes its place"
-        replaced = [
-            NewEvent(EventKind.FORGET_FAILED, order.cohort, order_id, {"reason": reason, "by": by})
-            for order_id in proposal.replaces
-        ]
         body = {
             "node_id": order.node_id,
             "updates": list(order.updates),
-            "method": order.method,
             "accept_loss": order.accept_loss,
             "by": by,
         }
-        journal.append(*replaced, NewEvent(EventKind.FORGET_ORDERED, order.cohort, order.order_id, body))
+        journal.append(NewEvent(EventKind.FORGET_ORDERED, order.cohort, order.order_id, body))
         # What the order meant when it was given: nothing of it is unreleased any more.
         return replace(proposal, order=state.forgets[order.order_id])
 
@@ -95,20 +80,16 @@ def describe(state: State, order: ForgetRecord) -> Proposal:
     if planned is not None and planned.removal is not None:
         removal = planned.removal
         held = {update.update_id for update in removal.updates}
-        since, merges, truncated = state.releases[removal.since], removal.merges, removal.truncated
+        since, merges = state.releases[removal.since], removal.merges
     else:
         held = set(state.contributions(head.release_id)).intersection(order.updates)
         if held:
             line = line_of(state, head, held)
-            since, merges, truncated = line.since, len(line.merges), line.truncated
+            since, merges = line.since, len(line.merges)
         else:
-            since, merges, truncated = head, 0, 0.0
+            since, merges = head, 0
     updates = [state.updates[update_id] for update_id in order.updates]
-    words = (
-        exactness(order.method, since.manifest.label, merges, truncated)
-        if held
-        else "no release in use holds any of it"
-    )
+    words = exactness(since.manifest.label, merges) if held else "no release in use holds any of it"
     holders = state.holders(order.cohort, order.updates)
     return Proposal(
         order=order,
@@ -134,19 +115,16 @@ def _absent(journal: Journal, blobs: Payloads, target: str) -> frozenset[str]:
         head = state.releases[state.channels[(updates[0].cohort, "stable")]]
         held = set(state.contributions(head.release_id)).intersection(_ids(updates))
         line = line_of(state, head, held) if held else None
-        needed = {*replay_blobs(state, line), *(u.manifest.payload.digest_sha256 for u in updates)} if line else set()
+        needed = set(replay_blobs(state, line)) if line else set()
         collected = needed.intersection(state.collected)  # perhaps not deleted yet, but on the way
     return frozenset(collected.union(digest for digest in needed - collected if digest not in blobs))
 
 
-def _propose(
-    state: State, absent: Collection[str], target: str, wished: Method | None, accept_loss: bool, by: str
-) -> Proposal:
+def _propose(state: State, absent: Collection[str], target: str, accept_loss: bool, by: str) -> Proposal:
     node_id, updates = _targeted(state, target)
     cohort = updates[0].cohort
     pending = [order for order in state.pending_forgets(cohort) if set(order.updates).intersection(_ids(updates))]
-    replaced = pending if accept_loss and _can_replace(state, pending, _ids(updates)) else []
-    if pending and not replaced:
+    if pending:
         first = pending[0]
         if not set(first.updates).issuperset(_ids(updates)):
             raise refused(
@@ -155,22 +133,14 @@ def _propose(
             )
         if accept_loss and not first.accept_loss and _accepted(state, first) is None:
             raise refused(
-                f"Order {first.order_id[:8]} of {first.by} is forgetting more than this, and leaves the decision to the gate. Repeat it "
-                f"with --accept-loss for all of it{f', node {first.node_id}' if first.node_id else ''}, or take it back first "
-                f"(`central forget {first.order_id[:8]} --cancel`)."
+                f"Order {first.order_id[:8]} of {first.by} is under way and leaves the decision to the gate. Take it back "
+                f"(`central forget {first.order_id[:8]} --cancel`), then order again with --accept-loss."
             )
         return describe(state, first)
     head = state.releases[state.channels[(cohort, "stable")]]
-    method = _method(state, absent, head, updates, wished)
-    order = ForgetRecord(uuid.uuid4().hex, cohort, node_id, tuple(_ids(updates)), method, accept_loss, by, utc_now())
-    return replace(describe(state, order), replaces=tuple(order.order_id for order in replaced))
-
-
-def _can_replace(state: State, pending: Sequence[ForgetRecord], update_ids: Collection[str]) -> bool:
-    """Whether an order for these updates that accepts a loss leaves nothing undone of those, and changes how they end."""
-    left = {u for order in pending for u in order.updates if state.updates[u].state != "forgotten"}
-    open_to_the_gate = any(not order.accept_loss for order in pending)
-    return open_to_the_gate and left.issubset(update_ids) and all(_accepted(state, order) is None for order in pending)
+    _check_replay(state, absent, head, updates)
+    order = ForgetRecord(uuid.uuid4().hex, cohort, node_id, tuple(_ids(updates)), accept_loss, by, utc_now())
+    return describe(state, order)
 
 
 def _accepted(state: State, order: ForgetRecord) -> ReleaseRecord | None:
@@ -211,42 +181,19 @@ def _targeted(state: State, target: str) -> tuple[str, list[UpdateRecord]]:
     return "", [update]
 
 
-def _method(
-    state: State, absent: Collection[str], head: ReleaseRecord, updates: Sequence[UpdateRecord], wished: Method | None
-) -> Method:
+def _check_replay(state: State, absent: Collection[str], head: ReleaseRecord, updates: Sequence[UpdateRecord]) -> None:
+    """Raises Refused when the head holds any of the updates and what a replay reads is not all there."""
     held = set(state.contributions(head.release_id)).intersection(_ids(updates))
     if not held:
-        return wished or "replay"
+        return
     line = line_of(state, head, held)
-    if any(record.plan.resolve for record in line.merges):
-        raise refused(
-            f"It cannot be taken out: a merge since {line.since.manifest.label} solved over absolute solutions (CENTRAL_MERGE__RESOLVE), "
-            f"and the releases that these start from hold it too. Return to {line.since.manifest.label} with `central releases rollback`."
-        )
     missing = [digest for digest in replay_blobs(state, line) if digest in absent]
-    if not missing and wished != "subtract":
-        return "replay"
-    if wished == "replay":
+    if missing:
         raise refused(
-            f"The {len(line.merges)} merges since {line.since.manifest.label} cannot be done again: {len(missing)} payloads are no "
-            "longer kept. Restore them from a backup, or use --method subtract."
+            f"The {len(line.merges)} merges since {line.since.manifest.label} cannot be done again: {len(missing)} payloads "
+            "are no longer kept. Restore them from a backup, or return to "
+            f"{line.since.manifest.label} with `central releases rollback`."
         )
-    if not can_subtract(line, held):
-        raise refused(
-            "It cannot be subtracted: a merge that held it was not a plain sum (product-mean). "
-            + (
-                "Use --method replay."
-                if not missing
-                else f"A replay needs {len(missing)} payloads that are no longer kept; restore them from a backup."
-            )
-        )
-    gone = [planned.update_id[:12] for planned in subtracted(line, held) if planned.payload in absent]
-    if gone:
-        raise refused(
-            f"The payloads of {', '.join(gone)} are no longer kept, and neither is what a replay needs. Restore them from a "
-            f"backup, or return to {line.since.manifest.label} with `central releases rollback`."
-        )
-    return "subtract"
 
 
 def _ids(updates: Sequence[UpdateRecord]) -> list[str]:

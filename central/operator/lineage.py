@@ -43,7 +43,6 @@ def explain_release(
             )
             for left_out in (plan.left_out if plan else ())
         ],
-        solutions=_contributions(state, plan.solutions if plan else ()),
         environments=[_finding(name, figures) for name, figures in _environments(release).items()],
         periods=_periods(state, release),
         serving=[
@@ -127,7 +126,7 @@ def _exactness(state: State, plan: MergePlan | None) -> str:
     if plan is None or plan.removal is None:
         return ""
     removal = plan.removal
-    return exactness(removal.method, state.releases[removal.since].manifest.label, removal.merges, removal.truncated)
+    return exactness(state.releases[removal.since].manifest.label, removal.merges)
 
 
 def _fate(state: State, release: ReleaseRecord) -> str:

@@ -42,7 +42,6 @@ _TOKEN_STATES: dict[TokenState, operator_pb2.TokenState] = {
     "expired": operator_pb2.TOKEN_STATE_EXPIRED,
     "revoked": operator_pb2.TOKEN_STATE_REVOKED,
 }
-_METHODS = {"replay": operator_pb2.FORGET_METHOD_REPLAY, "subtract": operator_pb2.FORGET_METHOD_SUBTRACT}
 
 
 def node_message(node: NodeRecord, presence: NodePresence) -> operator_pb2.Node:
@@ -171,7 +170,6 @@ def forget_message(state: State, proposal: Proposal, failure: str) -> operator_p
         cohort=order.cohort,
         node_id=order.node_id,
         state=_FORGET_STATES[order.state] if ordered else operator_pb2.FORGET_STATE_PROPOSED,
-        method=_METHODS[order.method],
         in_release=[update_message(update) for update in proposal.in_release],
         unreleased=[update_message(update) for update in proposal.unreleased],
         exactness=proposal.exactness,

@@ -47,10 +47,6 @@ _CHOICES: dict[int, Literal["requeue", "set_aside"]] = {
     operator_pb2.ABANDONED_UPDATES_REQUEUE: "requeue",
     operator_pb2.ABANDONED_UPDATES_SET_ASIDE: "set_aside",
 }
-_METHODS: dict[int, Literal["replay", "subtract"]] = {
-    operator_pb2.FORGET_METHOD_REPLAY: "replay",
-    operator_pb2.FORGET_METHOD_SUBTRACT: "subtract",
-}
 
 
 class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
@@ -229,9 +225,7 @@ class OperatorService(operator_pb2_grpc.OperatorServiceServicer):
             if request.cancel:
                 return self._forget_message(cancel_forget(self._journal, request.target, by))
             work = propose_forget if request.dry_run else order_forget
-            wished = _METHODS.get(request.method)
-            proposal = work(self._journal, self._blobs, request.target, wished, request.accept_loss, by)
-            return self._forget_message(proposal)
+            return self._forget_message(work(self._journal, self._blobs, request.target, request.accept_loss, by))
 
         return operator_pb2.ForgetResponse(order=await self._ask(context, forget))
 

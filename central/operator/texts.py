@@ -40,8 +40,6 @@ def explanation(answer: operator_pb2.ExplainReleaseResponse) -> Iterator[str]:
         yield f"filter: {answer.filter}; left out: {len(answer.left_out) or 'none'}"
     for left_out in answer.left_out:
         yield f"  {left_out.update_id[:12]} from {left_out.node_id}: {left_out.reason}"
-    for solution in answer.solutions:
-        yield f"  solved anew with {solution.update_id[:12]} from {solution.node_id}, weight {solution.weight:.6g}"
     if answer.fate:
         yield f"what became of them: {answer.fate}"
     if answer.exactness:

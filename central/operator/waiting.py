@@ -43,8 +43,8 @@ def _planned(state: State, order: ForgetRecord) -> str:
     target = order.node_id or order.order_id[:8]
     again = f"`central forget {order.node_id or order.updates[0][:12]} --accept-loss --yes`"
     return (
-        f"{lacking}. Nothing else of {order.cohort} is merged meanwhile. Let a node evaluate, take the order back with "
-        f"`central forget {target} --cancel`, or release it unjudged with {again}"
+        f"{lacking}. Nothing else of {order.cohort} is merged meanwhile. Let a node evaluate, or take the order back with "
+        f"`central forget {target} --cancel`; {again} then releases it unjudged"
     )
 
 

@@ -1,10 +1,9 @@
 """The node's round and its evaluation as a Flower ClientApp, for `flwr run` and simulation.
 
 Train. In: `arrays` with the start release's factors (`<module>/A` float32 [rank, in_features], `<module>/B` float32
-[out_features, rank], scale 1; none for the base itself); `config` may hold `round`, and `max_rank` and `gram_rank` of central's
-offer. Out: the increment's factors under the same names, with the scale in B, and metrics with `num-examples`; further sections of
-the update, where the offer asks for them, in a second record. Equal settings give equal shapes, so a stock flwr strategy can
-aggregate them.
+[out_features, rank], scale 1; none for the base itself); `config` may hold `round`, and `max_rank` of central's
+offer. Out: the increment's factors under the same names, with the scale in B, and metrics with `num-examples`. Equal
+settings give equal shapes, so a stock flwr strategy can aggregate them.
 
 Evaluate. In: `arrays/<release>` of the candidate and its references, and `config` with central's offer: `candidate`, `reference`,
 `tasks`, and as JSON `references` (environment -> release, where it is not `reference`) and `suites` (environment -> first task and
@@ -37,7 +36,7 @@ from protos.base import BaseModelInfo
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, canonical_json, sha256_hex
 
-ARRAYS, SECTIONS, CONFIG, METRICS, REPORT, NODE = "arrays", "sections", "config", "metrics", "report", "node"
+ARRAYS, CONFIG, METRICS, REPORT, NODE = "arrays", "config", "metrics", "report", "node"
 """Names of the records in a message's content."""
 
 
@@ -79,7 +78,6 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
         release=_manifest_of(start, base, version=number - 1),
         cursor=ExperienceStore(settings.data_dir / "experience.db").cursor(),
         max_rank=int(str(config.get("max_rank", 0))) or None,
-        gram_rank=int(str(config.get("gram_rank", 0))),
     )
     with tempfile.TemporaryDirectory() as folder:
         release = Path(folder) / "release"
@@ -90,8 +88,6 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
     metrics = MetricRecord({"num-examples": int(trained.metrics["examples"])})
     metrics.update({name: value for name, value in trained.metrics.items() if name != "examples"})
     records: dict[str, Any] = {ARRAYS: write_arrays(trained.tensors), METRICS: metrics, NODE: _sender(node_id)}
-    if trained.tensors.sections:
-        records[SECTIONS] = _write_sections(trained.tensors)
     return RecordDict(records)
 
 
@@ -139,14 +135,6 @@ def read_arrays(record: ArrayRecord) -> LoraTensors:
             record[f"{name}/A"].numpy().astype(np.float32), record[f"{name}/B"].numpy().astype(np.float32)
         )
     return LoraTensors(modules)
-
-
-def _write_sections(tensors: LoraTensors) -> ArrayRecord:
-    record = ArrayRecord()
-    for section, arrays in sorted(tensors.sections.items()):
-        for key, array in sorted(arrays.items()):
-            record[f"{section}/{key}"] = Array(np.ascontiguousarray(array))
-    return record
 
 
 def _sender(node_id: str) -> ConfigRecord:

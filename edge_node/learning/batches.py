@@ -80,12 +80,6 @@ def make_batches(plan: RoundPlan, own: Sequence[Lesson], anchors: Sequence[Lesso
     return Batches(rows, len(own_used), len(anchors_used))
 
 
-def sample_own(plan: RoundPlan, own: Sequence[Lesson], count: int) -> list[TokenRow]:
-    """At most `count` own rows, drawn without anchors and without a preference for what is hard."""
-    drawn = random.Random(f"{plan.seed}/gram").sample(own, min(count, len(own)))
-    return [token_row(lesson) for lesson in drawn]
-
-
 def _shuffled_forever(items: Sequence[T], generator: random.Random) -> Iterator[T]:
     while True:
         yield from generator.sample(items, len(items))

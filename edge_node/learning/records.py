@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-
 from edge_node.errors import StorageError
 from edge_node.settings import LearningSettings
 from protos.manifest import Document, ReleaseManifest
@@ -70,8 +68,6 @@ class RoundPlan(Document):
     learning_rate: float
     max_examples: int
     checkpoint_steps: int
-    gram_rank: int = Field(default=0, exclude_if=lambda rank: rank == 0)
-    """Rank of the sketches in the update (grams.py); 0: none, as in every round of before there were any."""
     created_at: str
 
     def age_s(self) -> float:
@@ -88,11 +84,10 @@ def plan_round(
     prefix_rank: int | None = None,
     cursor: int,
     max_rank: int | None,
-    gram_rank: int = 0,
 ) -> RoundPlan:
     """The plan of the node's round `number` from `release`; the seed depends on setting, node and number only.
 
-    `max_rank` and `gram_rank` are what central's offer says.
+    `max_rank` is what central's offer says.
     """
     seed = int.from_bytes(hashlib.sha256(f"{settings.seed}/{node_id}/{number}".encode()).digest()[:4], "big")
     return RoundPlan(
@@ -115,7 +110,6 @@ def plan_round(
         learning_rate=settings.learning_rate * settings.round_decay**release.version,
         max_examples=settings.max_examples,
         checkpoint_steps=settings.checkpoint_steps,
-        gram_rank=min(settings.gram_rank, gram_rank),
         created_at=_now(),
     )
 

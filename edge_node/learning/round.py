@@ -69,7 +69,6 @@ def run_round(
         ),
         rank=trained.tensors.rank,
         payload=Payload(digest_sha256=sha256_hex(payload), size_bytes=len(payload)),
-        sections=sorted(trained.tensors.sections),
         supersedes=None if superseded is None else superseded.update_id,
         round_id=plan.round_id,
         experiences=int(trained.metrics["examples"]),

@@ -22,9 +22,8 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
 
-from edge_node.learning.batches import Lesson, TokenRow, make_batches, sample_own
+from edge_node.learning.batches import Lesson, TokenRow, make_batches
 from edge_node.learning.checkpoints import newest_valid, seal
-from edge_node.learning.grams import EXAMPLES, sketch_grams
 from edge_node.learning.records import RoundPlan
 from edge_node.learning.text_model import load_text_model
 from protos.base import Layout, read_layout
@@ -41,10 +40,8 @@ class RoundObsolete(Exception):
 
 @dataclass(frozen=True)
 class TrainedRound:
-    """tensors: the increment, and its sketches where the plan asks for them.
-
-    metrics: loss_first, loss_last, steps, seconds, examples and anchors (distinct ones that were
-    trained on).
+    """tensors: the increment; metrics: loss_first, loss_last, steps, seconds, examples and anchors
+    (distinct ones that were trained on).
     """
 
     tensors: LoraTensors
@@ -107,11 +104,7 @@ def train_round(
         "examples": float(batches.own),
         "anchors": float(batches.anchors),
     }
-    tensors = read_factors(trainer.model, plan.alpha, layout)
-    if plan.gram_rank:
-        sample = sample_own(plan, own, EXAMPLES)
-        tensors = LoraTensors(tensors.modules, sketch_grams(trainer.model, sample, rank=plan.gram_rank, seed=plan.seed))
-    return TrainedRound(tensors, metrics, trainer.model)
+    return TrainedRound(read_factors(trainer.model, plan.alpha, layout), metrics, trainer.model)
 
 
 def load_start(base: Path, release: Path | None) -> Any:

@@ -105,8 +105,7 @@ class Worker:
             release=active.manifest,
             prefix_rank=active.rank,
             cursor=self._experience.cursor(),
-            max_rank=read_offer(self._settings.data_dir, "max_rank"),
-            gram_rank=read_offer(self._settings.data_dir, "gram_rank") or 0,
+            max_rank=read_max_rank(self._settings.data_dir),
         )
         self._rounds.begin(plan)
         return plan
@@ -190,10 +189,10 @@ def read_active(data_dir: Path) -> ActiveRelease | None:
         ) from error
 
 
-def read_offer(data_dir: Path, key: str) -> int | None:
-    """`max_rank` or `gram_rank` of central's standing offer; None before the first offer, and where it does not say."""
+def read_max_rank(data_dir: Path) -> int | None:
+    """Largest rank of an update that central's standing offer admits; None before the first offer."""
     try:
-        return int(json.loads((data_dir / "releases" / "offer.json").read_bytes())[key])
+        return int(json.loads((data_dir / "releases" / "offer.json").read_bytes())["max_rank"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -183,9 +183,9 @@ class ReleaseStore:
             ) from error
         return self.get(release_id)
 
-    def keep_offer(self, offer_id: str, max_rank: int, gram_rank: int = 0) -> None:
+    def keep_offer(self, offer_id: str, max_rank: int) -> None:
         """Remember central's standing training offer for the learner."""
-        document = {"offer_id": offer_id, "max_rank": max_rank, "gram_rank": gram_rank}
+        document = {"offer_id": offer_id, "max_rank": max_rank}
         write_durably(self._root / "offer.json", json.dumps(document).encode())
 
     def keep_standing(self, quarantine: str) -> None:

@@ -155,7 +155,7 @@ class ReleaseWatcher:
             else:
                 self._problems.clear("quarantine")
         elif kind == "train":
-            self._store.keep_offer(event.train.offer_id, event.train.max_rank, event.train.gram_rank)
+            self._store.keep_offer(event.train.offer_id, event.train.max_rank)
         elif kind == "heartbeat":  # all that was sent before it was kept
             self._problems.clear("central-news")
         elif kind == "evaluation" and self._settings.releases.evaluate:

@@ -167,7 +167,7 @@ def test_what_shared_forgets_is_in_no_release_that_is_made_afterwards(central: C
     compose(central, "acme")
     with central.journal.read() as state:
         updates = [update.update_id for update in state.updates.values() if update.cohort == "shared"]
-    body = {"node_id": "s-1", "updates": updates, "method": "replay", "accept_loss": True, "by": "ops"}
+    body = {"node_id": "s-1", "updates": updates, "accept_loss": True, "by": "ops"}
     central.journal.append(NewEvent(EventKind.FORGET_ORDERED, "shared", "0" * 64, body))
     without = compose(central, "shared")
     gated = make_settings(quorum=1, min_updates=1, rank=RANK)

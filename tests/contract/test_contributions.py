@@ -154,7 +154,7 @@ async def test_an_operator_forgets_on_the_command_line(
     assert "in the stable release; with a new release without it" in told
     assert "how: exact: the 1 merge since v0-" in told
     assert f"can no longer be promoted or returned to afterwards: {accepted.label}" in told
-    assert (await run("forget", manifest.digest, "--dry-run", "--method", "subtract"))[0] == 0
+    assert (await run("forget", manifest.digest, "--dry-run"))[0] == 0
     assert (await run("forget"))[0] == 1
     assert (await run("forget", "nobody", "--yes"))[0] == 1
     code, told, _ = await run("forget", node.node_id, "--yes", "--no-wait", "--json")

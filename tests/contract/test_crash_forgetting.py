@@ -65,7 +65,7 @@ class FailingRemovalStory(Story):
 
         async def step(central: harness.Central) -> None:
             if (await self._kinds(central)).count(EventKind.FORGET_ORDERED) < orders:
-                request = operator_pb2.ForgetRequest(target=self._sent[1], method=operator_pb2.FORGET_METHOD_REPLAY)
+                request = operator_pb2.ForgetRequest(target=self._sent[1])
                 await central.operator.Forget(request, timeout=10)
 
         await self._again(step)

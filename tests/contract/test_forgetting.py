@@ -23,7 +23,6 @@ from tests.contract.cohort_loop import (
     Central,
     answering,
     crashing_at,
-    dense,
     make_increment,
     make_settings,
     opened,
@@ -54,7 +53,7 @@ def increment(version: int, node: str) -> object:
 
 
 def forget(central: Central, target: str, **options: object) -> str:
-    given = {"wished": None, "accept_loss": False, **options}
+    given = {"accept_loss": False, **options}
     return order_forget(central.journal, central.blobs, target, by="tests", **given).order.order_id  # type: ignore[arg-type]
 
 
@@ -140,7 +139,7 @@ def test_a_replay_is_bit_identical_to_a_history_without_the_node(
         assert [state.releases[r.release_id].state for r in before] == ["accepted"] * 2 + ["withdrawn"] * 3
         removal = state.plans[head.plan_id or ""].plan.removal
         assert removal is not None
-        assert (removal.method, removal.merges, removal.since) == ("replay", 3, before[1].release_id)
+        assert (removal.merges, removal.since) == (3, before[1].release_id)
         found = list(verify_releases(state, state.releases.values(), central.blobs, public_key(KEY), False))
     assert {finding.outcome for finding in found} == {"identical"}
     # What comes next builds on it, and what carries state goes on from the state without it.
@@ -162,56 +161,22 @@ def test_after_a_merge_is_taken_out_whole_the_strategy_goes_on_from_the_release_
     assert state.merges == 2, "as if the merge of b had never been"
 
 
-def test_a_subtraction_differs_from_the_replay_by_what_was_cut_off(central: Central, tmp_path: Path) -> None:
-    central.join("shared", *NODES)
-    for rank in (8, 12):  # rank 12 cuts nothing off
-        root = tmp_path / str(rank)
-        root.mkdir()
-        with opened(root) as one:
-            one.join("shared", *NODES)
-            gone = [release(one, version, rank=rank)[2] for version in (1, 2)]
-            shutil.copytree(root, tmp_path / f"{rank}-replay")
-            assert run_until(one, forget(one, "c-3", wished="subtract")) == "done"
-            subtracted = [one.product(one.head(), name) for name in NAMES]
-            with one.journal.read() as state:
-                removal = state.plans[one.head().plan_id or ""].plan.removal
-                found = list(verify_releases(state, [one.head()], one.blobs, public_key(KEY), False))
-        assert removal is not None
-        assert [u.update_id for u in removal.updates] == gone
-        assert (removal.truncated > 1e-6) == (rank == 8)
-        assert [finding.outcome for finding in found] == ["identical"]
-        with opened(tmp_path / f"{rank}-replay") as other:
-            assert run_until(other, forget(other, "c-3")) == "done"
-            replayed = [other.product(other.head(), name) for name in NAMES]
-        for name, a, b in zip(NAMES, subtracted, replayed, strict=True):
-            exact = sum(dense(increment(v, node), name) / 3 for v in (1, 2) for node in NODES[:2])  # type: ignore[arg-type]
-            size = np.linalg.norm(exact)
-            for difference in (a - b, b - exact):  # the stated figure is the scale of it, not a bound per module
-                assert np.linalg.norm(difference) / size < 2 * removal.truncated + 1e-5
-
-
-def test_without_the_payloads_of_a_replay_it_is_subtracted_and_without_any_refused(central: Central) -> None:
+def test_without_the_payloads_of_a_replay_it_is_refused(central: Central) -> None:
     central.join("shared", *NODES)
     ids = release(central, 1)
     release(central, 2)
     remove(central, ids[0])
-    with pytest.raises(Refused, match=r"2 merges since v0-\w+ cannot be done again: 1 payloads are no longer kept"):
-        forget(central, ids[1], wished="replay")
-    proposal = propose_forget(central.journal, central.blobs, ids[1], None, False, "tests")
-    assert proposal.order.method == "subtract"
-    assert "approximate" in proposal.exactness
-    remove(central, ids[1])
-    with pytest.raises(Refused, match=r"return to v0-\w+ with `central releases rollback`"):
+    expected = r"2 merges since v0-\w+ cannot be done again: 1 payloads are no longer kept.*return to v0-\w+ with"
+    with pytest.raises(Refused, match=expected):
         forget(central, ids[1])
     with central.journal.read() as state:
         assert not state.forgets
 
 
-def test_only_a_plain_sum_can_be_subtracted(central: Central) -> None:
+def test_what_it_takes_out_is_not_read(central: Central) -> None:
     central.join("shared", *NODES)
-    ids = release(central, 1, strategy="FedMedian")
-    with pytest.raises(Refused, match="was not a plain sum"):
-        forget(central, ids[1], wished="subtract")
+    ids = release(central, 1)
+    remove(central, ids[1])
     assert run_until(central, forget(central, ids[1])) == "done"
 
 
@@ -409,7 +374,7 @@ def test_a_cohort_that_builds_on_it_is_composed_anew(tmp_path: Path) -> None:
         take_steps(central, make_settings(**settings), lambda: "merged" in states(central, [own]), "acme")  # type: ignore[arg-type]
         take_steps(central, make_settings(**settings), lambda: central.head("acme").manifest.version == 2, "acme")  # type: ignore[arg-type]
         holding = central.head("acme")
-        proposal = propose_forget(central.journal, central.blobs, ids[1], None, False, "tests")
+        proposal = propose_forget(central.journal, central.blobs, ids[1], False, "tests")
         assert proposal.composed == ("acme",)
         assert run_until(central, forget(central, ids[1])) == "done"
         with central.journal.read() as state:

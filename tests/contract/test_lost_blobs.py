@@ -340,12 +340,11 @@ def test_a_lost_release_is_made_again_though_all_updates_of_the_plan_are_lost_to
 
 
 @pytest.mark.parametrize("how", ["flipped", "deleted"])
-def test_a_removal_makes_the_lost_release_that_it_subtracts_from_again(central: Central, how: str) -> None:
+def test_a_removal_is_made_though_the_release_that_it_takes_from_is_lost(central: Central, how: str) -> None:
     central.blobs.claim("this central")
     admit(central)
     take_steps(central, make_settings(min_updates=3), lambda: version(central) == 1)
-    given: Any = {"wished": "subtract", "accept_loss": False, "by": "tests"}
-    order_id = order_forget(central.journal, central.blobs, "b-2", **given).order.order_id
+    order_id = order_forget(central.journal, central.blobs, "b-2", False, "tests").order.order_id
     DAMAGE[how](release_blob(central), release_blob(central))
 
     def state() -> str:

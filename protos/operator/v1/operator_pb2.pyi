@@ -33,12 +33,6 @@ class AbandonedUpdates(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ABANDONED_UPDATES_REQUEUE: _ClassVar[AbandonedUpdates]
     ABANDONED_UPDATES_SET_ASIDE: _ClassVar[AbandonedUpdates]
 
-class ForgetMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    FORGET_METHOD_UNSPECIFIED: _ClassVar[ForgetMethod]
-    FORGET_METHOD_REPLAY: _ClassVar[ForgetMethod]
-    FORGET_METHOD_SUBTRACT: _ClassVar[ForgetMethod]
-
 class ForgetState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FORGET_STATE_UNSPECIFIED: _ClassVar[ForgetState]
@@ -62,9 +56,6 @@ TOKEN_STATE_REVOKED: TokenState
 ABANDONED_UPDATES_UNSPECIFIED: AbandonedUpdates
 ABANDONED_UPDATES_REQUEUE: AbandonedUpdates
 ABANDONED_UPDATES_SET_ASIDE: AbandonedUpdates
-FORGET_METHOD_UNSPECIFIED: ForgetMethod
-FORGET_METHOD_REPLAY: ForgetMethod
-FORGET_METHOD_SUBTRACT: ForgetMethod
 FORGET_STATE_UNSPECIFIED: ForgetState
 FORGET_STATE_PROPOSED: ForgetState
 FORGET_STATE_ORDERED: ForgetState
@@ -498,7 +489,7 @@ class ExplainReleaseRequest(_message.Message):
     def __init__(self, release: _Optional[str] = ...) -> None: ...
 
 class ExplainReleaseResponse(_message.Message):
-    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of", "canary_reports", "builds_on_version", "builds_on_state", "removed", "exactness", "served", "fate", "forgotten_update_ids", "filter", "left_out", "solutions")
+    __slots__ = ("release", "contributions", "environments", "periods", "serving", "decided_at", "strategy", "server_step", "software", "updates_in_lineage", "part_of", "canary_reports", "builds_on_version", "builds_on_state", "removed", "exactness", "served", "fate", "forgotten_update_ids", "filter", "left_out")
     class UpdatesInLineageEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -527,7 +518,6 @@ class ExplainReleaseResponse(_message.Message):
     FORGOTTEN_UPDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
-    SOLUTIONS_FIELD_NUMBER: _ClassVar[int]
     release: Release
     contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
     environments: _containers.RepeatedCompositeFieldContainer[EnvironmentFinding]
@@ -549,8 +539,7 @@ class ExplainReleaseResponse(_message.Message):
     forgotten_update_ids: _containers.RepeatedScalarFieldContainer[str]
     filter: str
     left_out: _containers.RepeatedCompositeFieldContainer[LeftOut]
-    solutions: _containers.RepeatedCompositeFieldContainer[Contribution]
-    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ..., canary_reports: _Optional[_Iterable[_Union[CanaryReport, _Mapping]]] = ..., builds_on_version: _Optional[str] = ..., builds_on_state: _Optional[_Union[ReleaseState, str]] = ..., removed: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., exactness: _Optional[str] = ..., served: _Optional[_Iterable[_Union[ServedPeriod, _Mapping]]] = ..., fate: _Optional[str] = ..., forgotten_update_ids: _Optional[_Iterable[str]] = ..., filter: _Optional[str] = ..., left_out: _Optional[_Iterable[_Union[LeftOut, _Mapping]]] = ..., solutions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ...) -> None: ...
+    def __init__(self, release: _Optional[_Union[Release, _Mapping]] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., environments: _Optional[_Iterable[_Union[EnvironmentFinding, _Mapping]]] = ..., periods: _Optional[_Iterable[_Union[ChannelPeriod, _Mapping]]] = ..., serving: _Optional[_Iterable[_Union[ServingNode, _Mapping]]] = ..., decided_at: _Optional[str] = ..., strategy: _Optional[str] = ..., server_step: _Optional[float] = ..., software: _Optional[str] = ..., updates_in_lineage: _Optional[_Mapping[str, int]] = ..., part_of: _Optional[str] = ..., canary_reports: _Optional[_Iterable[_Union[CanaryReport, _Mapping]]] = ..., builds_on_version: _Optional[str] = ..., builds_on_state: _Optional[_Union[ReleaseState, str]] = ..., removed: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., exactness: _Optional[str] = ..., served: _Optional[_Iterable[_Union[ServedPeriod, _Mapping]]] = ..., fate: _Optional[str] = ..., forgotten_update_ids: _Optional[_Iterable[str]] = ..., filter: _Optional[str] = ..., left_out: _Optional[_Iterable[_Union[LeftOut, _Mapping]]] = ...) -> None: ...
 
 class DiffReleasesRequest(_message.Message):
     __slots__ = ("release_a", "release_b")
@@ -683,12 +672,11 @@ class ReleaseNodeResponse(_message.Message):
     def __init__(self, updates: _Optional[_Iterable[_Union[Update, _Mapping]]] = ...) -> None: ...
 
 class ForgetOrder(_message.Message):
-    __slots__ = ("order_id", "cohort", "node_id", "state", "method", "in_release", "unreleased", "exactness", "merges", "candidate", "verdict", "accept_loss", "by", "at", "holders", "composed_cohorts", "waits_for")
+    __slots__ = ("order_id", "cohort", "node_id", "state", "in_release", "unreleased", "exactness", "merges", "candidate", "verdict", "accept_loss", "by", "at", "holders", "composed_cohorts", "waits_for")
     ORDER_ID_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
-    METHOD_FIELD_NUMBER: _ClassVar[int]
     IN_RELEASE_FIELD_NUMBER: _ClassVar[int]
     UNRELEASED_FIELD_NUMBER: _ClassVar[int]
     EXACTNESS_FIELD_NUMBER: _ClassVar[int]
@@ -705,7 +693,6 @@ class ForgetOrder(_message.Message):
     cohort: str
     node_id: str
     state: ForgetState
-    method: ForgetMethod
     in_release: _containers.RepeatedCompositeFieldContainer[Update]
     unreleased: _containers.RepeatedCompositeFieldContainer[Update]
     exactness: str
@@ -718,21 +705,19 @@ class ForgetOrder(_message.Message):
     holders: _containers.RepeatedScalarFieldContainer[str]
     composed_cohorts: _containers.RepeatedScalarFieldContainer[str]
     waits_for: str
-    def __init__(self, order_id: _Optional[str] = ..., cohort: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[_Union[ForgetState, str]] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., in_release: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., unreleased: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., exactness: _Optional[str] = ..., merges: _Optional[int] = ..., candidate: _Optional[str] = ..., verdict: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., by: _Optional[str] = ..., at: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., composed_cohorts: _Optional[_Iterable[str]] = ..., waits_for: _Optional[str] = ...) -> None: ...
+    def __init__(self, order_id: _Optional[str] = ..., cohort: _Optional[str] = ..., node_id: _Optional[str] = ..., state: _Optional[_Union[ForgetState, str]] = ..., in_release: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., unreleased: _Optional[_Iterable[_Union[Update, _Mapping]]] = ..., exactness: _Optional[str] = ..., merges: _Optional[int] = ..., candidate: _Optional[str] = ..., verdict: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., by: _Optional[str] = ..., at: _Optional[str] = ..., holders: _Optional[_Iterable[str]] = ..., composed_cohorts: _Optional[_Iterable[str]] = ..., waits_for: _Optional[str] = ...) -> None: ...
 
 class ForgetRequest(_message.Message):
-    __slots__ = ("target", "method", "accept_loss", "dry_run", "cancel")
+    __slots__ = ("target", "accept_loss", "dry_run", "cancel")
     TARGET_FIELD_NUMBER: _ClassVar[int]
-    METHOD_FIELD_NUMBER: _ClassVar[int]
     ACCEPT_LOSS_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     target: str
-    method: ForgetMethod
     accept_loss: bool
     dry_run: bool
     cancel: bool
-    def __init__(self, target: _Optional[str] = ..., method: _Optional[_Union[ForgetMethod, str]] = ..., accept_loss: _Optional[bool] = ..., dry_run: _Optional[bool] = ..., cancel: _Optional[bool] = ...) -> None: ...
+    def __init__(self, target: _Optional[str] = ..., accept_loss: _Optional[bool] = ..., dry_run: _Optional[bool] = ..., cancel: _Optional[bool] = ...) -> None: ...
 
 class ForgetResponse(_message.Message):
     __slots__ = ("order",)

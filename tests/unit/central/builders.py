@@ -90,6 +90,7 @@ def make_plan(parent: ReleaseManifest, *updates: UpdateManifest) -> MergePlan:
         rank=32,
         server_step=1.0,
         seed=0,
+        exact_rank=512,
         software="tests",
         created_at=AT,
     )

@@ -18,7 +18,6 @@ from central.errors import Reason, Refused
 from central.intake.bounds import header_bytes
 from central.intake.validation import KNOWN_HEADER_BYTES, PayloadCheck
 from central.intake.values import increment_norm
-from central.merging.regmean import check_sketches
 from central.settings import LimitSettings
 from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import Payload, sha256_hex
@@ -165,66 +164,13 @@ def test_no_factors_at_all_are_refused() -> None:
         check(encode(LoraTensors()))
 
 
-def sketched(**changes: np.ndarray) -> LoraTensors:
-    """An update with a sketch of module m, changed."""
-    sketch = {"U": np.ones((5, 2), np.float32), "c": np.asarray(0.5, np.float32)}
-    return LoraTensors({"m": make_module()}, {"gram/m": sketch | changes})
-
-
-def check_sketched(tensors: LoraTensors) -> None:
-    check(encode(tensors), limits=LimitSettings(max_gram_rank=3), sections=sorted(tensors.sections))
-
-
-def test_a_sketch_that_regmean_can_read_is_admitted() -> None:
-    from central.merging import regmean
-
-    for good in (sketched(), sketched(U=np.zeros((5, 1), np.float32)), sketched(c=np.zeros(1, np.float32))):
-        check_sketched(good)
-        regmean([(good, 1.0)])
-
-
-@pytest.mark.parametrize(
-    ("tensors", "reason", "message"),
-    [
-        (sketched(U=np.ones((4, 2), np.float32)), Reason.BAD_SHAPE, r"expected \[5, k\]"),
-        (sketched(U=np.ones((5, 0), np.float32)), Reason.BAD_SHAPE, r"shape \[5, 0\]"),
-        (sketched(U=np.ones(5, np.float32)), Reason.BAD_SHAPE, "one number"),
-        (sketched(c=np.ones(2, np.float32)), Reason.BAD_SHAPE, "one number"),
-        (sketched(U=np.ones((5, 4), np.float32)), Reason.RANK_TOO_LARGE, "CENTRAL_LIMITS__MAX_GRAM_RANK"),
-        (sketched(U=np.ones((5, 2))), Reason.BAD_DTYPE, "U in F64"),
-        (sketched(c=np.asarray(1)), Reason.BAD_DTYPE, "c in I64"),
-        (sketched(U=np.full((5, 2), np.nan, np.float32)), Reason.NOT_FINITE, "NaN"),
-        (sketched(c=np.asarray(np.inf, np.float32)), Reason.NOT_FINITE, "infinite"),
-        (sketched(c=np.asarray(-1, np.float32)), Reason.NORM_OUT_OF_BOUNDS, "zero or more"),
-        (sketched(U=np.zeros((5, 2), np.float32), c=np.asarray(0, np.float32)), Reason.NORM_OUT_OF_BOUNDS, "both zero"),
-        (sketched(V=np.ones(1, np.float32)), Reason.UNKNOWN_SECTION, "expected gram/<module> with U and c"),
-        (
-            LoraTensors({"m": make_module()}, {"gram/n": dict(sketched().sections["gram/m"])}),
-            Reason.UNKNOWN_MODULE,
-            "'m'",
-        ),
-        (LoraTensors({"m": make_module()}, {"loss": {"x": np.ones(1)}}), Reason.UNKNOWN_SECTION, "'loss'"),
-    ],
-)
-def test_a_sketch_that_is_none_is_refused(tensors: LoraTensors, reason: Reason, message: str) -> None:
-    with pytest.raises(Refused, match=message) as caught:
-        check_sketched(tensors)
-    assert caught.value.reason is reason
+SECTIONED = LoraTensors({"m": make_module()}, {"statistics": {"U": np.ones((5, 2), np.float32)}})
 
 
 def test_sections_that_the_manifest_does_not_name_are_refused() -> None:
-    with pytest.raises(Refused, match=r"the manifest says \[\]"):
-        check(encode(sketched()))
-
-
-@settings(max_examples=60, deadline=None)
-@given(position=st.integers(0, 700), replacement=st.binary(max_size=12))
-def test_damaged_sketches_are_refused_or_still_readable(position: int, replacement: bytes) -> None:
-    good = encode(sketched())
-    data = good[:position] + replacement + good[position + len(replacement) :]
-    with contextlib.suppress(Refused):
-        check(data, sections=["gram/m"])
-        check_sketches(decode(data))
+    with pytest.raises(Refused, match=r"Sections are \['statistics'\]; the manifest says \[\]") as caught:
+        check(encode(SECTIONED))
+    assert caught.value.reason is Reason.UNKNOWN_SECTION
 
 
 @settings(max_examples=200, deadline=None)

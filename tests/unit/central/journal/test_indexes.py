@@ -124,7 +124,7 @@ class Story:
         merged = [u for u in known if u.state == "merged"]
         updates = [u.update_id for u in (merged if self.random.random() < 0.7 else known)]
         chosen = self.random.sample(updates, min(len(updates), self.random.randint(1, 2)))
-        body = {"node_id": "", "updates": chosen, "method": "subtract", "accept_loss": False, "by": "tests"}
+        body = {"node_id": "", "updates": chosen, "accept_loss": False, "by": "tests"}
         return [NewEvent(EventKind.FORGET_ORDERED, cohort, f"order-{self.number}", body)]
 
     def remove(self, cohort: str) -> list[NewEvent]:
@@ -139,11 +139,9 @@ class Story:
         payloads = {update: self.state.updates[update].manifest.payload.digest_sha256 for update in held}
         removal = Removal(
             order=order.order_id,
-            method="subtract",
             since=self.state.genesis(cohort).release_id,
             updates=[PlannedUpdate(update_id=u, payload=payloads[u], weight=1.0) for u in held],
             merges=1,
-            truncated=0.0,
         )
         return [self.planned(cohort, make.make_plan(head).model_copy(update={"removal": removal}))]
 

@@ -1,16 +1,17 @@
-"""A plan's canonical form: plans of earlier software keep their bytes and digests, and what came later is in the digest."""
+"""A plan's canonical form: a recorded plan keeps its bytes and digest, and every field is in the digest."""
 
 from __future__ import annotations
 
 import json
 
-from central.journal import LeftOut, MergePlan, PlannedKernel, PlannedUpdate
-from central.journal.plan import UNRECORDED_KERNEL
+from central.journal import LeftOut, MergePlan, PlannedUpdate
 
-FIRST = {
+RECORDED = {
     "base": "b" * 64,
+    "blas_threads": 1,
     "cohort": "shared",
     "created_at": "2026-11-22T12:00:00.000000Z",
+    "exact_rank": 512,
     "parent": "a" * 64,
     "rank": 32,
     "schema_version": 1,
@@ -22,34 +23,23 @@ FIRST = {
     "updates": [{"payload": "d" * 64, "update_id": "c" * 64, "weight": 0.5}],
     "version": 1,
 }
-"""As the first central wrote it."""
+"""As central 0.1.0 writes it."""
 
 
-def test_a_plan_of_the_first_central_keeps_its_bytes_and_digest() -> None:
-    data = json.dumps(FIRST, sort_keys=True, separators=(",", ":")).encode()
+def test_a_recorded_plan_keeps_its_bytes_and_digest() -> None:
+    data = json.dumps(RECORDED, sort_keys=True, separators=(",", ":")).encode()
     plan = MergePlan.from_bytes(data)
     assert plan.to_bytes() == data
-    assert plan.digest == "d09d3f39315587ee82b0488182f18b7862e5dd487ca8dac111875a79ead64e7f"
-    assert (plan.kernel, plan.blas_threads) == (None, None)
-    assert PlannedKernel(streamed=True, exact_rank=512) == UNRECORDED_KERNEL, "this is what merged it"
-    assert (plan.updates[0].factor, plan.left_out, plan.resolve, plan.solutions, plan.filter) == (
-        1.0,
-        [],
-        False,
-        [],
-        "",
-    )
+    assert plan.digest == "dda3f54e80c88eeaadf76d76084f0a5e230062e9825860d66ee406fc8122c8b0"
+    assert (plan.updates[0].factor, plan.left_out, plan.filter) == (1.0, [], "")
 
 
-def test_everything_that_came_later_is_read_back_and_in_the_digest() -> None:
-    plan = MergePlan.model_validate(FIRST)
+def test_every_field_is_read_back_and_in_the_digest() -> None:
+    plan = MergePlan.model_validate(RECORDED)
     changes: dict[str, object] = {
-        "kernel": UNRECORDED_KERNEL,
-        "blas_threads": 1,
+        "exact_rank": 64,
         "filter": "clip, norm 1",
         "left_out": [LeftOut(update_id="e" * 64, reason="far")],
-        "resolve": True,
-        "solutions": [PlannedUpdate(update_id="f" * 64, payload="0" * 64, weight=0.5)],
         "updates": [PlannedUpdate(update_id="c" * 64, payload="d" * 64, weight=0.5, factor=0.25)],
     }
     digests = {plan.digest}

@@ -1,4 +1,4 @@
-"""One BLAS thread inside, whoever else is inside; as it was afterwards; plans of before it was recorded are left alone."""
+"""One BLAS thread inside, whoever else is inside; as it was afterwards."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ class Asked:
         return b"payload"
 
 
-@pytest.mark.parametrize(("recorded", "threads"), [(1, 1), (None, 2)])
-def test_a_plan_is_merged_with_the_threads_that_it_says(recorded: int | None, threads: int) -> None:
-    plan = make.make_plan(make.make_release()).model_copy(update={"blas_threads": recorded})
+def test_a_plan_is_merged_with_one_thread() -> None:
+    plan = make.make_plan(make.make_release())
     blobs = Asked()
     assert build_payload(plan, Standing("own", None, None), ProductMean(blobs), blobs, ()) is not None
-    assert (blobs.threads, one_thread.threads) == (threads, 2)
+    assert (plan.blas_threads, blobs.threads, one_thread.threads) == (1, 1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from edge_node.learning.batches import IGNORED, Lesson, TokenRow, make_batches, sample_own, token_row
+from edge_node.learning.batches import IGNORED, Lesson, TokenRow, make_batches, token_row
 from edge_node.learning.records import RoundPlan
 from tests.unit.edge_node.learning.test_records import make_plan
 
@@ -66,8 +66,3 @@ def test_rows_depend_on_the_plans_seed_alone() -> None:
     assert first == make_batches(plan(seed=1), own, []).rows
     assert first != make_batches(plan(seed=2), own, []).rows
     assert len(first) == 50 * 12, "without anchors a batch holds own examples only"
-
-
-def test_a_sample_holds_each_example_once() -> None:
-    assert len(sample_own(plan(), lessons(0, 9), 5)) == 5
-    assert sorted(numbers(sample_own(plan(), lessons(0, 9), 50))) == list(range(9))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_node.errors import StorageError
-from edge_node.learning.worker import read_active, read_offer
+from edge_node.learning.worker import read_active, read_max_rank
 
 
 def test_worker_module_loads_no_training_library() -> None:
@@ -32,4 +32,4 @@ def test_offer(tmp_path: Path, content: str | None, rank: int | None) -> None:
     (tmp_path / "releases").mkdir()
     if content is not None:
         (tmp_path / "releases/offer.json").write_text(content)
-    assert read_offer(tmp_path, "max_rank") == rank
+    assert read_max_rank(tmp_path) == rank
