@@ -90,7 +90,7 @@ def test_a_canary_that_nobody_serves_waits_and_the_log_says_so_once(
     grid = grid_module.JournalGrid(
         "shared", central.journal, SETTINGS, _stopped_soon(), lambda node: True, lambda: LATER
     )
-    offers = [grid._offer_training(8, 0)]
+    offers = [grid._offer_training(8)]
     assert not grid.pull_messages(offers)
     assert versions(central) == (0, 1)
     assert [record.message for record in caplog.records if "canary" in record.message] == [
