@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from central.errors import SettingsError, StorageFull
@@ -21,6 +21,7 @@ from central.journal import EventKind, Journal, NewEvent
 from central.journal.payloads import stored_blobs
 from central.settings import CentralSettings
 from central.space import BALLAST, Disk, Space
+from protos.lora import LoraModule, LoraTensors, encode
 from protos.operator.v1 import operator_pb2
 from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
@@ -223,8 +224,11 @@ async def test_central_starts_serves_and_collects_on_a_full_disk(
 
 
 @pytest.mark.slow
-async def test_a_refused_upload_makes_room_by_itself_on_a_full_disk(tmpfs: Path, tmp_path: Path) -> None:
+async def test_a_refused_upload_makes_room_by_itself_on_a_full_disk(
+    tmpfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One node's superseded updates fill the disk: the next upload is taken all the same."""
+    monkeypatch.setattr(harness, "SHAPES", dict.fromkeys(harness.SHAPES, (1024, 2048)))
     settings = on(tmpfs, tmp_path)
     async with process(settings, "serve") as running:
         await ready(running)
@@ -238,14 +242,10 @@ async def test_a_refused_upload_makes_room_by_itself_on_a_full_disk(tmpfs: Path,
 
 
 def make_large(seed: int) -> bytes:
-    """As large as the base and the rank allow, with metadata up to about 1.5 MB."""
-    payload = harness.encode_factors(seed, 64)
-    size = int.from_bytes(payload[:8], "little")
-    header = json.loads(payload[8 : 8 + size])
-    header["__metadata__"]["filler"] = "x" * ((3 << 19) - size)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + payload[8 + size :]
+    """An update of 1.5 MB; small values, because central bounds the norm of an increment."""
+    modules = harness.make_factors(seed, 64).modules
+    small = {name: LoraModule(np.float32(1e-2) * module.A, module.B, module.scale) for name, module in modules.items()}
+    return encode(LoraTensors(small))
 
 
 @pytest.mark.parametrize(
