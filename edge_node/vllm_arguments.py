@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 _ONE_ENGINE = "a node is one vLLM on one machine, which it starts, probes and stops itself"
 _FILES = "the learner reads the base from its files: change them, on central and on every node"
+_LOGGED = "it writes prompts or answers into logs/vllm.log"
 _RELEASES = "the node loads central's releases itself"
 
 REFUSED: dict[str, str] = {
@@ -36,6 +37,9 @@ REFUSED: dict[str, str] = {
     "--grpc": "clients speak HTTP to a node",
     "--grpc-port": "clients speak HTTP to a node",
     "--tokens-only": "clients send text to a node",
+    # Privacy: prompts and answers are kept in the experience store alone.
+    "--enable-log-requests": _LOGGED,
+    "--enable-log-outputs": _LOGGED,
     # Adapters.
     "--enable-lora": "it is always on",
     "--no-enable-lora": "releases are LoRA adapters",

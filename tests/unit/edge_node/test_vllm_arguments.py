@@ -23,6 +23,8 @@ from edge_node import vllm_arguments
         (["--config-format=mistral"], "--config-format is not possible"),
         (["--tokenizer_mode", "mistral"], "--tokenizer-mode is not possible"),
         (["--config", "x.yaml"], "write its arguments into EDGE_SERVING__EXTRA_ARGS itself"),
+        (["--enable-log-requests"], "it writes prompts or answers into logs/vllm.log"),
+        (["--enable_log_outputs"], "it writes prompts or answers into logs/vllm.log"),
         (["some/model"], "the first item is no argument"),
         (["--seed 1"], "--seed is in one item with its value"),
         (["--api-key sk-1"], "--api-key is in one item with its value"),
