@@ -1,10 +1,12 @@
-"""How fast central takes updates in: 200 nodes at once over mutual TLS, 1 MB updates, every byte on disk before the receipt.
+"""How fast central takes updates in, and with how much memory: 200 nodes at once, mutual TLS.
 
-In: nothing but a temporary directory (`TMPDIR`). Out: figures; with `--json` one object as the last line. Central is the
-real `central serve` in a process of its own, the 200 clients run in another. Two more serve the same gRPC stream over the same
-TLS: one without storing anything, the bare stream, and one that stores and does nothing else, which is what receiving and the disk
-leave of the bare rate (`load/streams.py`). Their phases take turns, because the machine's speed wanders; a figure is the median
-of its phases. A last phase sends over links of 0.3 MB/s each. Every receipt is counted against the journal.
+In: nothing but a temporary directory (`TMPDIR`). Out: figures; with `--json` one object as the last
+line. Central is the real `central serve` in a process of its own, and every byte is on disk before
+the receipt. The 200 clients run in one more process, on the same cores. A second server takes the
+same gRPC stream over the same TLS and forgets it: the bare stream. The phases of both take turns,
+because the machine's speed wanders; a figure is the median of its phases. One phase sends over
+links of 0.3 MB/s each, and the last one sends 16 MB updates to a fresh central. Every receipt is
+counted against the journal.
 
 Run: `python -m benchmarks.intake [--json] [--seed 0]`; about two minutes and 6 GB of disk.
 """
@@ -36,17 +38,23 @@ MODULES = 64
 ROUNDS = 3
 """Phases of each kind; each sends one update a client, or two."""
 PER_CLIENT = 2
-MEMORY_RATIO = 1.1
-"""Peak memory with 16 MB updates may be this many times that with 1 MB updates."""
+LEAST_UPDATES_PER_S = 90
+"""Of 1 MB, on two cores that central shares with the clients."""
+MOST_MEMORY_MB = 0.35e9 / 2**20
+"""Of central, whatever comes: 0.35 GB. Figures in MB count 2**20 bytes, as the kernel does."""
 LINK_BYTES_PER_S = 300_000
-"""Of each client in the last phase; slow enough for a window to take two seconds."""
+"""Of each client whose link is slow."""
 LINK_SHARE = 0.75
-"""Of what all links give together, so many clients in one process cost a little; a throttled central takes in a third."""
+"""Of what all links give together; so many clients in one process cost a little."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.intake", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object, the last line")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.intake", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the figures as one JSON object, the last line"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lorikeet-intake-") as folder:
@@ -61,13 +69,18 @@ def main() -> int:
 def run(folder: Path, seed: int) -> dict[str, Any]:
     """All phases; the figures that are published."""
     make_base(folder / "base")
-    phases: dict[str, list[Phase]] = {"bare": [], "storing": [], "intake": [], "slow": [], "large": []}
-    used_s: dict[str, list[float]] = {"bare": [], "storing": [], "intake": []}
+    phases: dict[str, list[Phase]] = {
+        "bare": [],
+        "intake": [],
+        "slow": [],
+        "large": [],
+    }
+    used_s: dict[str, list[float]] = {"bare": [], "intake": []}
     with contextlib.ExitStack() as stack:
         central, ports = stack.enter_context(serving(folder, "small"))
         pki = folder / "small" / "pki"
-        servers = {kind: stack.enter_context(serving_stream(kind, pki, folder)) for kind in ("bare", "storing")}
-        servers["intake"] = (central, ports[0])
+        bare = stack.enter_context(serving_stream(pki))
+        servers = {"bare": bare, "intake": (central, ports[0])}
         clients = stack.enter_context(Clients(seed))
         clients.ask({"do": "enroll", "pki": str(pki), "ports": ports})
         clients.ask({"do": "payload", "rank": 16, "modules": 16})
@@ -78,11 +91,19 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
             for kind, (server, port) in servers.items():
                 label = f"{kind} {number + 1}/{ROUNDS}"
                 before = cpu_s(server.pid)
-                answer = clients.ask({"do": "send", "port": port, "each": PER_CLIENT, "label": label})
+                answer = clients.ask(
+                    {"do": "send", "port": port, "each": PER_CLIENT, "label": label}
+                )
                 phases[kind].append(Phase(**answer))
                 used_s[kind].append((cpu_s(server.pid) - before) / phases[kind][-1].updates)
         small_mb = peak_rss_mb(central.pid)
-        request = {"do": "send", "port": ports[0], "each": 1, "label": "slow links", "link": LINK_BYTES_PER_S}
+        request = {
+            "do": "send",
+            "port": ports[0],
+            "each": 1,
+            "label": "slow links",
+            "link": LINK_BYTES_PER_S,
+        }
         phases["slow"].append(Phase(**clients.ask(request)))
         slow_mb = peak_rss_mb(central.pid)
     admitted = count_admitted(folder / "small")
@@ -91,9 +112,13 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         clients = stack.enter_context(Clients(seed))
         clients.ask({"do": "enroll", "pki": str(folder / "large" / "pki"), "ports": ports})
         clients.ask({"do": "payload", "rank": 64, "modules": MODULES})
-        phases["large"].append(Phase(**clients.ask({"do": "send", "port": ports[0], "each": 1, "label": "16 MB"})))
+        phases["large"].append(
+            Phase(**clients.ask({"do": "send", "port": ports[0], "each": 1, "label": "16 MB"}))
+        )
         large_mb = peak_rss_mb(central.pid)
-    lost = CLIENTS * (2 + ROUNDS * PER_CLIENT) - admitted + CLIENTS - count_admitted(folder / "large")
+    lost = (
+        CLIENTS * (2 + ROUNDS * PER_CLIENT) - admitted + CLIENTS - count_admitted(folder / "large")
+    )
     return figures(phases, used_s, (small_mb, slow_mb, large_mb), lost, seed)
 
 
@@ -107,25 +132,24 @@ def figures(
     """The published keys."""
     intake, slow, large = phases["intake"], phases["slow"][0], phases["large"][0]
     small_mb, slow_mb, large_mb = peaks_mb
-    rate, bare_rate, storing_rate = (
-        statistics.median(phase.bytes_per_s for phase in phases[kind]) for kind in ("intake", "bare", "storing")
+    rate, bare_rate = (
+        statistics.median(phase.bytes_per_s for phase in phases[kind])
+        for kind in ("intake", "bare")
     )
+    updates_per_s = statistics.median(phase.updates / phase.wall_s for phase in intake)
     latencies = [latency for phase in intake for latency in phase.latencies_s]
     return {
         "clients": CLIENTS,
         "update_bytes": intake[0].size_bytes,
-        "updates_per_s": round(statistics.median(phase.updates / phase.wall_s for phase in intake), 1),
+        "updates_per_s": round(updates_per_s, 1),
         "bytes_per_s": round(rate),
         "p99_ms": round(float(np.percentile(latencies, 99)) * 1e3),
         "p50_ms": round(float(np.percentile(latencies, 50)) * 1e3),
         "bare_stream_bytes_per_s": round(bare_rate),
         "share_of_bare_stream": round(rate / bare_rate, 3),
-        "storing_stream_bytes_per_s": round(storing_rate),
-        "storing_share_of_bare_stream": round(storing_rate / bare_rate, 3),
-        # Of the server's process per update, median: other load on the machine changes it less than the rates.
+        # Of the server's process per update, median. Other load changes it less than the rates.
         "cpu_ms": round(statistics.median(used_s["intake"]) * 1e3, 2),
         "bare_stream_cpu_ms": round(statistics.median(used_s["bare"]) * 1e3, 2),
-        "storing_stream_cpu_ms": round(statistics.median(used_s["storing"]) * 1e3, 2),
         "peak_rss_mb": round(small_mb, 1),
         "slow_links_bytes_per_s": round(slow.bytes_per_s),
         "slow_links_share": round(slow.bytes_per_s / (CLIENTS * LINK_BYTES_PER_S), 3),
@@ -136,14 +160,16 @@ def figures(
         "retries": sum(phase.retries for kind in phases.values() for phase in kind),
         "updates_lost": lost,
         "phases_bytes_per_s": {
-            kind: [round(phase.bytes_per_s) for phase in phases[kind]] for kind in ("bare", "storing", "intake")
+            kind: [round(phase.bytes_per_s) for phase in phases[kind]]
+            for kind in ("bare", "intake")
         },
         "seed": seed,
         "machine": describe_machine(),
         "bars": {
-            "at_least_half_of_the_bare_stream": rate >= 0.5 * bare_rate,
-            "slow_links_are_not_throttled": slow.bytes_per_s >= LINK_SHARE * CLIENTS * LINK_BYTES_PER_S,
-            "memory_does_not_grow_with_update_size": large_mb <= MEMORY_RATIO * small_mb,
+            "at_least_90_updates_per_s": updates_per_s >= LEAST_UPDATES_PER_S,
+            "slow_links_are_not_throttled": slow.bytes_per_s
+            >= LINK_SHARE * CLIENTS * LINK_BYTES_PER_S,
+            "at_most_0.35_gb": max(peaks_mb) <= MOST_MEMORY_MB,
             "nothing_lost": lost == 0,
         },
     }
@@ -158,7 +184,9 @@ def make_base(folder: Path) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer.json").write_text("{}")
     weight = np.zeros((SIDE, SIDE), np.float16)
-    save_file({f"{module_name(i)}.weight": weight for i in range(MODULES)}, folder / "model.safetensors")
+    save_file(
+        {f"{module_name(i)}.weight": weight for i in range(MODULES)}, folder / "model.safetensors"
+    )
 
 
 @contextlib.contextmanager
@@ -178,20 +206,32 @@ def serving(folder: Path, name: str) -> Iterator[tuple[subprocess.Popen[str], li
 
 
 @contextlib.contextmanager
-def serving_stream(kind: str, pki: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """One of load/streams.py on a free port, with central's certificates."""
-    port, files = free_port(), folder / kind
-    files.mkdir()
-    with child([sys.executable, "-m", "benchmarks.load.streams", kind, str(pki), str(port), str(files)], {}) as process:
+def serving_stream(pki: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The bare stream on a free port, with central's certificates."""
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.load.streams", str(pki), str(port)]
+    with child(command, {}) as process:
         yield process, port
+
+
+HEAPS = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""As in central's image: threads share heaps, and large pieces go back to the system."""
 
 
 @contextlib.contextmanager
 def child(command: list[str], settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A server process that has printed its first line; killed at the end."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")} | settings
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("CENTRAL_")
+    }
+    environment |= HEAPS | settings
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -225,7 +265,9 @@ class Clients:
         self._command = [sys.executable, "-m", "benchmarks.load.nodes", "--seed", str(seed)]
 
     def __enter__(self) -> Clients:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,14 +1,17 @@
-"""How fast and how exact merging is, at the shapes of Llama-3.1-8B and r = R = 16, against PEFT, torch and Flower.
+"""How fast and how exact merging is at the shapes of Llama-3.1-8B, beside PEFT, torch and Flower.
 
-In: a seed. Out: a table on stderr and, with --json, one JSON object as the last line of stdout: CPU-seconds on one core of
-this process (`time.process_time`, so other load on the machine counts less), errors over the optimum and peak memory.
+In: a seed. Out: a table on stderr and, with --json, one JSON object as the last line of stdout:
+CPU-seconds on one core of this process (`time.process_time`, so other load on the machine counts
+less), errors over the optimum and peak memory.
 
-Updates are made as sites make them: rank 16, of which 8 directions are shared by all, 4 belong to one of 16 environments that
-arrive in order (the hard case for a fold), 4 are the update's own noise, and every direction is perturbed per update. The optimum
-is a dense float64 oracle: ||M||_F^2 less the 16 largest eigenvalues of M M^T.
+Updates are made as sites make them: rank 16, of which 8 directions are shared by all, 4 belong to
+one of 16 environments that arrive in order (the hard case for a fold), 4 are the update's own
+noise, and every direction is perturbed per update. The optimum is a dense float64 oracle: ||M||_F^2
+less the 16 largest eigenvalues of M M^T.
 
-PEFT's svd is timed once per shape and number of adapters, on one module; the others are medians. One full layer is summed in a process
-of its own, updates generated one at a time and not timed, for its peak memory (VmHWM).
+PEFT's svd is timed once per shape and number of adapters, on one module; the others are medians.
+One full layer is summed in a process of its own, updates generated one at a time and not timed, for
+its peak memory (VmHWM). It is merged with as many workers as there are cores.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from benchmarks import describe_machine, peak_rss_mb
+from benchmarks.side_by_side import REPEATS, SideBySide, side_by_side
 from central.merging import Merged, ProductSum, merge
 from protos.lora import LoraModule, LoraTensors
 
@@ -41,6 +45,8 @@ RANK = 16
 COUNTS = (4, 16)
 STREAMED = (16, 64, 256)
 LAYERS = 32
+SIDE_BY_SIDE = {"exact": (16, 512), "small fold": (24, 128)}
+"""Number of updates, and the rank that a module holds at most."""
 SHAPES = {  # (out_features, in_features) of the seven projections of one layer
     "q": (4096, 4096),
     "k": (1024, 4096),
@@ -52,11 +58,11 @@ SHAPES = {  # (out_features, in_features) of the seven projections of one layer
 }
 MEASURED = ("k", "q")
 SHARED, PER_ENVIRONMENT, ENVIRONMENTS = 8, 4, 16
-FORMULA = f"ours_cpu_s = {LAYERS} layers * CPU-seconds of one full layer (7 projections); ours_peak_rss_mb is of that one layer"
+FORMULA = f"ours_cpu_s: {LAYERS} * CPU-seconds of one full layer; ours_peak_rss_mb: that layer's"
 
 
 class Sites:
-    """Updates of one module from a fleet of sites, any of them made alone; see the module's docstring."""
+    """Updates of one module from a fleet of sites. Each can be made alone."""
 
     def __init__(self, name: str, seed: int) -> None:
         self._shape = SHAPES[name]
@@ -73,7 +79,8 @@ class Sites:
         used = [*range(SHARED), *range(first, first + PER_ENVIRONMENT)]
         B = rng.standard_normal((self._shape[0], RANK), np.float32)
         A = rng.standard_normal((RANK, self._shape[1]), np.float32)
-        # Half as much perturbation as direction; an environment's directions are learnt twice as strongly.
+        # Half as much perturbation as direction; an environment's directions are learnt twice as
+        # strongly.
         B[:, : len(used)] = self._left[:, used] + np.float32(0.5) * B[:, : len(used)]
         B[:, SHARED : len(used)] *= 2
         A[: len(used)] = self._right[used] + np.float32(0.5) * A[: len(used)]
@@ -82,11 +89,18 @@ class Sites:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run everything, or with --layer N only one layer's sum (the process of its own)."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.merge", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line of stdout"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--layer", type=int, metavar="N", help="only sum N updates of one full layer, and print its figures"
+        "--layer",
+        type=int,
+        metavar="N",
+        help="only sum N updates of one full layer, and print its figures",
     )
     options = parser.parse_args(arguments)
     if options.layer is not None:
@@ -98,7 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{name: version(name) for name in ("numpy", "torch", "peft", "flwr")},
     }
     console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("merge", total=sum(WORK.values()))
 
@@ -109,8 +128,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(table_of(figures))
     console.print(f"Extrapolation: {FORMULA}")
     bars = judge(figures)
-    console.print(f"Ours, exact, over PEFT's svd on q at N=16: {speed_up(figures):.0f} times faster")
-    console.print("\n".join(f"{name}: {'holds' if held else 'FAILS'}" for name, held in bars.items()))
+    console.print(
+        f"Ours, exact, over PEFT's svd on q at N=16: {speed_up(figures):.0f} times faster"
+    )
+    for name, pair in figures.side_by_side.items():
+        console.print(
+            f"Two workers, {name}: {pair.speed_up:.2f} times as fast (median of {REPEATS} pairs; "
+            f"largest {pair.largest_speed_up:.2f}) on {pair.cores_used:.2f} cores that were free; "
+            f"CPU-seconds {pair.cpu_s_ratio:.2f} times those of one worker"
+        )
+    console.print(
+        "\n".join(f"{name}: {'holds' if held else 'FAILS'}" for name, held in bars.items())
+    )
     result = {**asdict(figures), "bars": bars, "seed": options.seed, "machine": machine}
     if options.json:
         print(json.dumps(result), flush=True)
@@ -128,18 +157,26 @@ class Figures:
     svd_lowrank_cpu_s: ByShape = field(default_factory=lambda: {shape: {} for shape in MEASURED})
     flwr_fedavg_cpu_s: ByShape = field(default_factory=lambda: {shape: {} for shape in MEASURED})
     ours_exact_cpu_s: ByShape = field(default_factory=lambda: {shape: {} for shape in MEASURED})
-    ours_error_over_optimum: ByShape = field(default_factory=lambda: {shape: {} for shape in MEASURED})
+    ours_error_over_optimum: ByShape = field(
+        default_factory=lambda: {shape: {} for shape in MEASURED}
+    )
     ours_cpu_s: dict[str, float] = field(default_factory=dict)
     ours_peak_rss_mb: dict[str, float] = field(default_factory=dict)
+    side_by_side: dict[str, SideBySide] = field(default_factory=dict)
+    """Two workers against one, in one exact step and where sums are folded."""
 
 
-WORK = {"k": 11, "q": 88, "fold": 5, "16": 2, "64": 6, "256": 40}
+WORK = {"exact": 40, "small fold": 60, "k": 11, "q": 88, "fold": 5, "16": 2, "64": 6, "256": 40}
 """Seconds that a step takes, about, for the progress bar."""
 
 
 def measure(seed: int, advance: Callable[[str, str], None]) -> Figures:
     """Every figure; `advance(step, description)` is called after each step of WORK."""
     figures = Figures()
+    for name, (count, exact_rank) in SIDE_BY_SIDE.items():
+        layer = full_layer(count, seed)
+        figures.side_by_side[name] = side_by_side(layer, RANK, exact_rank, seed)
+        advance(name, f"two workers, {name}")
     for shape in MEASURED:
         sites = Sites(shape, seed)
         for count in COUNTS:
@@ -148,17 +185,31 @@ def measure(seed: int, advance: Callable[[str, str], None]) -> Figures:
             figures.ours_exact_cpu_s[shape][key] = median_cpu_s(partial(ours, updates, seed), 7)
             figures.svd_lowrank_cpu_s[shape][key] = svd_lowrank(updates)
             figures.flwr_fedavg_cpu_s[shape][key] = flwr_fedavg(updates)
-            figures.ours_error_over_optimum[shape][key] = error_over_optimum(updates, ours(updates, seed))
+            figures.ours_error_over_optimum[shape][key] = error_over_optimum(
+                updates, ours(updates, seed)
+            )
             figures.peft_svd_cpu_s[shape][key] = peft_svd(updates)
         advance(shape, f"{shape} projection")
     sites = Sites("k", seed)
     many = [sites.update(index, STREAMED[-1]) for index in range(STREAMED[-1])]
-    figures.ours_error_over_optimum["k"][str(STREAMED[-1])] = error_over_optimum(many, ours(many, seed))
+    figures.ours_error_over_optimum["k"][str(STREAMED[-1])] = error_over_optimum(
+        many, ours(many, seed)
+    )
     del many
     advance("fold", "fold on k")
     for count in STREAMED:
-        command = [sys.executable, "-m", "benchmarks.merge", "--layer", str(count), "--seed", str(seed)]
-        done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.merge",
+            "--layer",
+            str(count),
+            "--seed",
+            str(seed),
+        ]
+        done = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        )
         figures.ours_cpu_s[str(count)] = LAYERS * done["cpu_s"]
         figures.ours_peak_rss_mb[str(count)] = done["peak_rss_mb"]
         advance(str(count), f"one layer, N={count}")
@@ -175,6 +226,10 @@ def judge(figures: Figures) -> dict[str, bool]:
         ),
         "streaming_within_1.02_of_optimum_on_k_at_256": errors["k"]["256"] <= 1.02,
         "peak_memory_at_256_within_1.1_of_64": memory["256"] <= 1.1 * memory["64"],
+        "two_workers_at_least_1.8_times_as_fast": all(
+            pair.speed_up >= 1.8 for pair in figures.side_by_side.values()
+        ),
+        "two_workers_same_bytes": all(pair.same_bytes for pair in figures.side_by_side.values()),
     }
 
 
@@ -204,7 +259,9 @@ def error_over_optimum(updates: Sequence[LoraModule], merged: Merged) -> float:
     """||M - M_hat||_F over the least of any rank-16 matrix, by dense float64."""
     dense: Matrix = np.zeros((updates[0].B.shape[0], updates[0].A.shape[1]))
     for module in updates:
-        dense += (module.scale / len(updates)) * (module.B.astype(np.float64) @ module.A.astype(np.float64))
+        dense += (module.scale / len(updates)) * (
+            module.B.astype(np.float64) @ module.A.astype(np.float64)
+        )
     spectrum = np.linalg.eigvalsh(dense @ dense.T)
     optimum = np.sqrt(np.sum(spectrum[:-RANK]))
     module = merged.tensors.modules["m"]
@@ -213,30 +270,54 @@ def error_over_optimum(updates: Sequence[LoraModule], merged: Merged) -> float:
 
 
 def svd_lowrank(updates: Sequence[LoraModule]) -> float:
-    """The dense mean (one product of stacked factors) and torch.svd_lowrank with our oversampling, q = R + 16, niter 2."""
+    """The dense mean and torch.svd_lowrank with our oversampling, q = R + 16, niter 2.
+
+    The mean is one product of stacked factors.
+    """
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     A = torch.from_numpy(np.concatenate([module.A for module in updates]))
     B = torch.from_numpy(
-        np.concatenate([module.B * np.float32(module.scale / len(updates)) for module in updates], axis=1)
+        np.concatenate(
+            [module.B * np.float32(module.scale / len(updates)) for module in updates], axis=1
+        )
     )
     return median_cpu_s(lambda: torch.svd_lowrank(B @ A, q=RANK + 16, niter=2), 3)
 
 
 def flwr_fedavg(updates: Sequence[LoraModule]) -> float:
-    """Flower's FedAvg over the factors: A and B averaged apart, so a figure of cost and not of a right result."""
-    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+    """Flower's FedAvg over the factors: it averages A and B apart.
+
+    So it is a figure of cost and not of a right result.
+    """
+    from flwr.app import (
+        Array,
+        ArrayRecord,
+        ConfigRecord,
+        Message,
+        MessageType,
+        MetricRecord,
+        RecordDict,
+    )
     from flwr.serverapp.strategy import FedAvg
 
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # it logs every call, and that would be timed
+    logging.getLogger("flwr").setLevel(
+        logging.WARNING
+    )  # it logs every call, and that would be timed
     strategy = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     replies = []
     for node, module in enumerate(updates, start=1):
         request = Message(content=RecordDict(), dst_node_id=node, message_type=MessageType.TRAIN)
         arrays = ArrayRecord({"m/A": Array(module.A), "m/B": Array(module.B)})
-        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1}), "config": ConfigRecord()})
+        content = RecordDict(
+            {
+                "arrays": arrays,
+                "metrics": MetricRecord({"num-examples": 1}),
+                "config": ConfigRecord(),
+            }
+        )
         replies.append(Message(content, reply_to=request))
     return median_cpu_s(lambda: strategy.aggregate_train(1, replies), 5)
 
@@ -265,6 +346,15 @@ def peft_svd(updates: Sequence[LoraModule]) -> float:
     return time.process_time() - start
 
 
+def full_layer(count: int, seed: int) -> list[LoraTensors]:
+    """The updates of `count` sites for the seven projections."""
+    sites = {name: Sites(name, seed) for name in SHAPES}
+    return [
+        LoraTensors({name: of.update(index, count) for name, of in sites.items()})
+        for index in range(count)
+    ]
+
+
 def sum_layer(count: int, seed: int) -> dict[str, float]:
     """CPU-seconds of merging `count` updates of one full layer, and the process's peak memory."""
     sites = {name: Sites(name, seed) for name in SHAPES}
@@ -283,10 +373,17 @@ def sum_layer(count: int, seed: int) -> dict[str, float]:
 def table_of(figures: Figures) -> Table:
     """The figures, one row each."""
     counts = sorted({*COUNTS, *STREAMED})
-    table = Table(*(Column(head, no_wrap=True) for head in ("figure", "shape", *(f"N={count}" for count in counts))))
+    table = Table(
+        *(
+            Column(head, no_wrap=True)
+            for head in ("figure", "shape", *(f"N={count}" for count in counts))
+        )
+    )
 
     def add(name: str, shape: str, values: dict[str, float], digits: str = ".4g") -> None:
-        table.add_row(name, shape, *(f"{values[str(n)]:{digits}}" if str(n) in values else "" for n in counts))
+        table.add_row(
+            name, shape, *(f"{values[str(n)]:{digits}}" if str(n) in values else "" for n in counts)
+        )
 
     for shape in MEASURED:
         add("peft_svd_cpu_s", shape, figures.peft_svd_cpu_s[shape])

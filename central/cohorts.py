@@ -1,8 +1,9 @@
 """One thread per cohort, in which its Flower loop runs.
 
-In: cohorts, those in the journal and those created later. Out: nothing; the loops write to the journal. Guarantees: a
-loop that fails is logged and started again from the journal after a pause, ever longer; `close` ends all of them. The threads are
-daemons: a merge that does not end in time is left, and done again from its plan at the next start.
+In: cohorts, those in the journal and those created later. Out: nothing; the loops write to the
+journal. Guarantees: a loop that fails is logged and started again from the journal after a pause,
+ever longer; `close` ends all of them. The threads are daemons: a merge that does not end in time is
+left, and done again from its plan at the next start.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 from central.errors import CentralError
 from central.journal import Event, EventKind, Journal
+from lorikeet.pauses import doubling
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,10 @@ class CohortThreads:
     """`run` is called as run(cohort, stop) and returns when `stop` is set."""
 
     def __init__(
-        self, journal: Journal, run: Callable[[str, threading.Event], None], first_pause_s: float = FIRST_PAUSE_S
+        self,
+        journal: Journal,
+        run: Callable[[str, threading.Event], None],
+        first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self._journal = journal
         self._run = run
@@ -63,10 +68,13 @@ class CohortThreads:
         for cohort, thread in self._threads.items():
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                log.warning("merge left unfinished; the next start goes on from its plan", extra={"cohort": cohort})
+                log.warning(
+                    "merge left unfinished; the next start goes on from its plan",
+                    extra={"cohort": cohort},
+                )
 
     def failure(self, cohort: str) -> str:
-        """Why the cohort's loop failed last, when, and when it tries again; empty once it went on."""
+        """Why the loop failed last, when, and when it tries again; empty once it went on."""
         return self._failures.get(cohort, "")
 
     def went_on(self, cohort: str) -> None:
@@ -82,27 +90,37 @@ class CohortThreads:
 
     def _start(self, cohort: str) -> None:
         if cohort not in self._threads:
-            thread = threading.Thread(target=self._supervise, args=(cohort,), name=f"cohort-{cohort}", daemon=True)
+            thread = threading.Thread(
+                target=self._supervise, args=(cohort,), name=f"cohort-{cohort}", daemon=True
+            )
             self._threads[cohort] = thread
             thread.start()
 
     def _supervise(self, cohort: str) -> None:
-        pause_s = self._first_pause_s
+        pauses = doubling(self._first_pause_s, LAST_PAUSE_S)
         while not self._stop.is_set():
-            began = time.monotonic()
+            began, pause_s = time.monotonic(), next(pauses)
             try:
                 self._run(cohort, self._stop)
             except Exception as error:
                 why = str(error) if isinstance(error, CentralError) else repr(error)
-                self._failures[cohort] = f"{why} ({self._when(cohort)}, tried again after {pause_s:g} s)"
-                log.exception("loop of a cohort failed; it starts again", extra={"cohort": cohort, "pause_s": pause_s})
+                self._failures[cohort] = (
+                    f"{why} ({self._when(cohort)}, tried again after {pause_s:g} s)"
+                )
+                log.exception(
+                    "loop of a cohort failed; it starts again",
+                    extra={"cohort": cohort, "pause_s": pause_s},
+                )
             else:
                 if not self._stop.is_set():
-                    log.error("loop of a cohort ended by itself; it starts again", extra={"cohort": cohort})
+                    log.error(
+                        "loop of a cohort ended by itself; it starts again",
+                        extra={"cohort": cohort},
+                    )
             if time.monotonic() - began > LAST_PAUSE_S:
-                pause_s = self._first_pause_s
+                pauses = doubling(self._first_pause_s, LAST_PAUSE_S)
+                pause_s = next(pauses)
             self._stop.wait(pause_s)
-            pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
     def _when(self, cohort: str) -> str:
         now = f"{self._journal.clock()[:19]}Z"

@@ -1,7 +1,7 @@
 """Open files: each connection takes one, and so does each upload and each blob.
 
-In: the process's limit, settings. Out: how many connections central takes. Guarantee: connections leave enough
-descriptors for what they ask for, so central never runs out of them.
+In: the process's limit, settings. Out: how many connections central takes. Guarantee: connections
+leave enough descriptors for what they ask for, so central never runs out of them.
 """
 
 from __future__ import annotations
@@ -42,25 +42,33 @@ def connections_that_fit(descriptors: int, limits: LimitSettings) -> int:
 
 
 def allowed_connections(limits: LimitSettings) -> int:
-    """Raise the process's limit as far as it goes, and say so when fewer connections fit than are wanted."""
+    """Raise the process's limit as far as it goes; log when too few connections fit."""
     descriptors = raise_limit()
     fit = connections_that_fit(descriptors, limits)
     if fit < limits.connections:
         log.warning(
-            "fewer connections than CENTRAL_LIMITS__CONNECTIONS fit; raise the hard limit of open files (ulimit -Hn)",
+            "fewer connections than CENTRAL_LIMITS__CONNECTIONS fit; raise the hard limit of open "
+            "files (ulimit -Hn)",
             extra={"open_files": descriptors, "connections": fit, "wanted": limits.connections},
         )
     return fit
 
 
 async def watch_connections(allowed: int) -> None:
-    """Say once when central has nearly as many connections as it takes, and once when that is over; until cancelled."""
+    """Log once when central has nearly as many connections as it takes, and once when that is over.
+
+    Runs until it is cancelled.
+    """
     is_full = False
     while OPEN.is_dir():
         number = await asyncio.to_thread(_sockets)
         if is_full != (number >= NEARLY * allowed):
             is_full = not is_full
-            said = "nearly no new connection is taken" if is_full else "new connections are taken again"
+            said = (
+                "nearly no new connection is taken"
+                if is_full
+                else "new connections are taken again"
+            )
             log.warning(said, extra={"connections": number, "allowed": allowed})
         await asyncio.sleep(LOOK_S)
 

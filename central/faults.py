@@ -1,10 +1,11 @@
 """Fault points: named steps at which a test ends central as `kill -9` would.
 
-In: the variable `LORIKEET_CENTRAL_FAULT`, `<point>#<n>`, read once when central's process starts. Out: SIGKILL to this
-process when the point is reached for the n-th time. Without the variable `reach` compares one name with None and
-returns. It cannot be set by accident: it has not central's prefix (every unknown CENTRAL_* is refused, and no chart or
-compose file has a place for it), the value must be a known point with a count, anything else ends the start with an
-error, and an armed process says so in its log.
+In: the variable `LORIKEET_CENTRAL_FAULT`, `<point>#<n>`, read once when central's process starts.
+Out: SIGKILL to this process when the point is reached for the n-th time. Without the variable
+`reach` compares one name with None and returns. It cannot be set by accident: it has not central's
+prefix (every unknown CENTRAL_* is refused, and no chart or compose file has a place for it), the
+value must be a known point with a count, anything else ends the start with an error, and an armed
+process says so in its log.
 """
 
 from __future__ import annotations
@@ -50,46 +51,12 @@ TRANSFER = (  # backup, restore and accept-loss: processes of their own
     "journal.journal_loss_accepted.stored",
 )
 MERGE = ("merge.computed", "merge.candidate_kept", "merge.state_kept", "merge.own_kept")
-EVENTS = (
-    "cohort_created",
-    "train_offered",
-    "update_admitted",
-    "merge_planned",
-    "candidate_built",
-    "evaluation_offered",
-    "evaluation_reported",
-    "verdict",
-    "promoted",
-    "canary_reported",
-    "rolled_back",
-)
-"""Each has two points: `journal.<event>.applied` (not on disk yet) and `journal.<event>.stored` (nobody knows yet)."""
-CONTRIBUTIONS = (
-    "token_created",
-    "token_revoked",
-    "node_enrolled",
-    "node_revoked",
-    "node_quarantined",
-    "node_released",
-    "node_silent",
-    "update_superseded",
-    "update_set_aside",
-    "update_requeued",
-    "forget_ordered",
-    "forget_failed",
-    "release_served",
-)
-"""The same of what nodes and operators do besides."""
-POINTS = (
-    *INTAKE,
-    *BLOBS,
-    *HEAD,
-    *SPACE,
-    *RETENTION,
-    *TRANSFER,
-    *MERGE,
-    *(f"journal.{event}.{step}" for event in (*EVENTS, *CONTRIBUTIONS) for step in ("applied", "stored")),
-)
+POINTS = {*INTAKE, *BLOBS, *HEAD, *SPACE, *RETENTION, *TRANSFER, *MERGE}
+"""All points.
+
+The journal adds two for every kind of event: `journal.<kind>.applied` (not on disk yet) and
+`journal.<kind>.stored` (on disk, but nobody knows yet).
+"""
 
 log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -106,8 +73,8 @@ def arm() -> None:
     point, _, count = value.partition("#")
     if point not in POINTS or not count.isdecimal() or int(count) < 1:
         raise SettingsError(
-            f"{VARIABLE} is {value!r}. It is for crash tests only: unset it. Expected <point>#<n> with a point of "
-            "central/faults.py."
+            f"{VARIABLE} is {value!r}. It is for crash tests only: unset it. Expected <point>#<n> "
+            "with a point of central/faults.py."
         )
     log.warning("this process will kill itself", extra={"fault_point": point, "after": int(count)})
     _armed, _left = point, int(count)

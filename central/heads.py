@@ -1,12 +1,11 @@
-"""Where the journal's end is kept: outside of its database, where a rollback of that does not
-reach.
+"""The journal's end, kept outside of its database, where a rollback of the database cannot reach.
 
 In: the number and hash of the last event, central's release key. Out: the signed head in two
 places: the file `journal.head` in the data directory, and the note `head` beside the blobs.
 
-Guarantees: what `Journal.append` returned for is in the file, on disk (`keep`); the blob store
-follows within `COPY_S` and at every stop (`copy`). A kill in between leaves a head behind the
-journal, never before it.
+Guarantees: when `Journal.append` returns, the file is on disk (`keep`). The blob store follows
+within `COPY_S` and at every stop (`copy`). A kill in between leaves a head behind the journal,
+never before it.
 """
 
 from __future__ import annotations
@@ -20,19 +19,21 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from central import faults
-from central.durable import TEMPORARY_SUFFIX, storage, write_file
+from central.blobs import BlobStore
+from central.disk import storage, write_file
 from central.errors import StorageError
 from central.journal import Journal
 from central.journal.head import Head, sign_head
-from central.registry import BlobStore
+from lorikeet.durable import TEMPORARY_SUFFIX
 from protos.manifest import ManifestError
 
 log = logging.getLogger(__name__)
 
 FILE, NOTE = "journal.head", "head"
 FILE_BYTES = 512
-"""The file never changes its size: it is overwritten in place, one sector that a disk writes whole
-or not at all.
+"""The file never changes its size and is overwritten in place.
+
+A disk writes its one sector whole or not at all.
 """
 READS = 3
 COPY_S = 10.0
@@ -56,8 +57,10 @@ class Heads:
         return sign_head(self._key, sequence, digest)
 
     def keep(self, head: Head) -> None:
-        """Write the head to the file. A disk that refuses is logged, once: the head stays behind
-        until it takes it again.
+        """Write the head to the file.
+
+        When a disk refuses, that is logged once. The head stays behind until the disk takes it
+        again.
         """
         self._last = head
         try:
@@ -65,7 +68,10 @@ class Heads:
             self._failing = False
         except (OSError, StorageError) as error:
             if not self._failing:
-                log.error("the journal's head is not kept", extra={"path": str(self._path), "detail": str(error)})
+                log.error(
+                    "the journal's head is not kept",
+                    extra={"path": str(self._path), "detail": str(error)},
+                )
             self._failing = True
         faults.reach("head.kept")
 
@@ -115,7 +121,7 @@ def keep_head(data_dir: Path, store: BlobStore, head: Head) -> None:
 
 
 def kept_heads(data_dir: Path, store: BlobStore) -> dict[str, Head]:
-    """The heads by the place where each is kept; raises StorageError for one that cannot be read."""
+    """The heads by the place where each is kept; raises StorageError for an unreadable one."""
     path = data_dir / FILE
     found: dict[str, Head] = {}
     with storage(path):

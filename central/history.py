@@ -12,13 +12,21 @@ import base64
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from central.blobs import BlobStore
 from central.errors import StorageError
 from central.heads import FILE, NOTE, kept_heads
-from central.journal import Event, EventKind, Journal, JournalCorrupt, State, count_events, verify_journal
+from central.journal import (
+    Event,
+    EventKind,
+    Journal,
+    JournalCorrupt,
+    State,
+    count_events,
+    verify_journal,
+)
 from central.journal.events import FIRST_HASH
 from central.journal.head import Head, verify_seal
 from central.journal.payloads import stored_blobs
-from central.registry import BlobStore
 from protos.manifest import ManifestError, verify
 
 PUBLIC_KEY = "release.pub.pem"
@@ -31,8 +39,9 @@ WAY_BACK = (
 
 
 class JournalLost(StorageError):
-    """The journal lacks events that central recorded, or has others in their place; `head` is what
-    it should hold, if known.
+    """The journal lacks events that central recorded, or has others in their place.
+
+    `head` is what it should hold, if known.
     """
 
     def __init__(self, what: str, head: Head | None = None) -> None:
@@ -47,11 +56,10 @@ def expect_whole(
     last: Event | None,
     public_key_pem: bytes,
 ) -> None:
-    """Raises JournalLost when the journal does not hold the event of every head, JournalCorrupt
-    when its end is not central's own.
+    """Raises JournalLost when the journal does not hold the event of every head.
 
-    `hash_at` gives the hash of the event with a number, None when there is none; `last` is the
-    journal's last event.
+    Raises JournalCorrupt when its end is not central's own. `hash_at` gives the hash of the event
+    with a number, None when there is none. `last` is the journal's last event.
     """
     for where, head in heads.items():
         _expect_own(where, head, public_key_pem)
@@ -71,14 +79,15 @@ def verify_history(
     signatures: bool = False,
     also: Callable[[Event], None] = lambda event: None,
 ) -> State:
-    """Re-read the journal on disk, as verify_journal, and check its end against the heads; returns
-    its state.
+    """Re-read the journal on disk and check its end against the heads; returns its state.
 
     `also` is called with every event. `signatures` checks also every seal, and every signature of a
     node or of central that an event holds. Writes nothing and needs no running central, but may run
     beside one. Raises StorageError, JournalLost or JournalCorrupt.
     """
-    heads = kept_heads(data_dir, store)  # first: a journal that central writes meanwhile is ahead of them
+    heads = kept_heads(
+        data_dir, store
+    )  # first: a journal that central writes meanwhile is ahead of them
     expect_begun(url, heads, data_dir, store)
     key = b""
     wanted = {head.sequence for head in heads.values()}
@@ -112,7 +121,9 @@ def expect_begun(url: str, heads: Mapping[str, Head], data_dir: Path, store: Blo
         raise _without_heads(data_dir, store, 0)
 
 
-def expect_history(journal: Journal, heads: Mapping[str, Head], data_dir: Path, store: BlobStore, key: bytes) -> None:
+def expect_history(
+    journal: Journal, heads: Mapping[str, Head], data_dir: Path, store: BlobStore, key: bytes
+) -> None:
     """The same check of an open journal that has events, before central serves from it."""
     last = last_event(journal)
     if not heads and last is not None:
@@ -127,8 +138,9 @@ def last_event(journal: Journal) -> Event | None:
 
 
 def unnamed_blobs(state: State, store: BlobStore) -> list[str]:
-    """Blobs that no event names, in order. Beside a running central: also those whose event is
-    about to come.
+    """Blobs that no event names, in order.
+
+    Beside a running central these include blobs whose event is about to come.
     """
     return sorted(set(store.digests()) - stored_blobs(state).keys() - state.collected.keys())
 
@@ -158,9 +170,7 @@ def _expect_own(where: str, head: Head, public_key_pem: bytes) -> None:
 
 
 def expect_sealed(last: Event, public_key_pem: bytes) -> None:
-    """Raises JournalCorrupt unless central signed the journal's last event, and so everything
-    before it.
-    """
+    """Raises JournalCorrupt unless central signed the last event, and so everything before it."""
     try:
         verify_seal(public_key_pem, last.sequence, last.hash, last.seal)
     except ManifestError as error:
@@ -174,7 +184,9 @@ def expect_sealed(last: Event, public_key_pem: bytes) -> None:
 def _difference(where: str, head: Head, end: int, found: str | None) -> str:
     if found is None:
         missing = (
-            f"Event {head.sequence} is" if head.sequence == end + 1 else f"Events {end + 1} to {head.sequence} are"
+            f"Event {head.sequence} is"
+            if head.sequence == end + 1
+            else f"Events {end + 1} to {head.sequence} are"
         )
         has = f"ends with event {end}" if end else "has no events"
         return (
@@ -189,7 +201,11 @@ def _difference(where: str, head: Head, end: int, found: str | None) -> str:
 
 
 def _without_heads(data_dir: Path, store: BlobStore, sequence: int) -> JournalLost:
-    has = f"ends with event {sequence}" if sequence else "has no events, though the blob store has blobs"
+    has = (
+        f"ends with event {sequence}"
+        if sequence
+        else "has no events, though the blob store has blobs"
+    )
     return JournalLost(
         f"The journal {has}, and no head of it is kept: neither {data_dir / FILE} nor "
         f"{store.note_where(NOTE)} is there, so nobody can say whether events are missing."

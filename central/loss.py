@@ -1,5 +1,4 @@
-"""`central journal accept-loss`: the operator's word that central may go on without events that it
-once recorded.
+"""`central journal accept-loss`: an operator lets central go on without events that it recorded.
 
 In: settings; no central runs. Out: what is missing, and with `apply` an event about it and new
 heads. Guarantees: without `apply` nothing is written; a journal that was rewritten, whose last
@@ -8,15 +7,15 @@ event is not signed by central, is never accepted.
 
 from __future__ import annotations
 
+from central.backup.restore import expect_no_unfinished_restore
+from central.blobs import open_blobs
 from central.errors import StorageError
 from central.file_lock import DataLock
 from central.fleet.pki import Pki
 from central.heads import Heads, kept_heads
 from central.history import JournalLost, expect_begun, expect_sealed, last_event, verify_history
 from central.journal import EventKind, Journal, NewEvent, WriterLock, count_events
-from central.registry import open_blobs
 from central.settings import CentralSettings
-from central.storage.restore import expect_no_unfinished_restore
 
 
 def accept_loss(settings: CentralSettings, apply: bool) -> str:
@@ -55,7 +54,11 @@ def _accept(settings: CentralSettings, loss: JournalLost) -> None:
         if (last := last_event(journal)) is not None:
             expect_sealed(last, pki.release_key_pem)
         head = loss.head
-        body = {"sequence": head.sequence if head else 0, "hash": head.hash if head else "", "by": "operator"}
+        body = {
+            "sequence": head.sequence if head else 0,
+            "hash": head.hash if head else "",
+            "by": "operator",
+        }
         journal.append(NewEvent(EventKind.JOURNAL_LOSS_ACCEPTED, body=body))
         heads.start(journal)
     finally:

@@ -1,12 +1,12 @@
 """The RPC edge: domain errors become gRPC status, message and reason, once and for every service.
 
-In: whatever a handler raises. Out: `Refused` as its own status with `lorikeet-reason` in the trailing metadata, other
-known errors as a fitting status, and anything else as INTERNAL with the traceback in central's log only.
+In: whatever a handler raises. Out: `Refused` as its own status with `lorikeet-reason` in the
+trailing metadata, other known errors as a fitting status, and anything else as INTERNAL with the
+traceback in central's log only.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 
+from central.blobs.store import BlobLost
 from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError, StorageFull
 from central.journal import JournalConflict
-from central.registry.blobs import BlobLost
 from central.settings import LimitSettings
 
 log = logging.getLogger(__name__)
 
 QUIET_S = 60.0
-"""Equal lines of the log are at least this far apart."""
+"""Seconds between two equal lines of the log, at least."""
 MAX_TEXT = 2000
-"""Longest status message: it may quote what a caller sent, and gRPC drops a call whose trailers are too large."""
+"""Longest status message. It may quote a caller, and gRPC drops a call with too large trailers."""
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     Interceptor = grpc.aio.ServerInterceptor[Any, Any]
@@ -38,17 +38,20 @@ SERVER_OPTIONS: Options = (
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Nodes ping every 20 s, also without a call; without these lines the server would hang up on them.
+    # Nodes ping every 20 s, also without a call; without these lines the server would hang up on
+    # them.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # Pings that come faster than that are a flood: after so many of them the connection is closed.
     ("grpc.http2.max_ping_strikes", 5),
-    # What may come before it is asked for. The default grows with the line's speed to megabytes a stream.
+    # What may come before it is asked for. The default grows with the line's speed to megabytes a
+    # stream.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 64 << 10),
 )
 STREAMS = 64
-"""Calls at once on one connection. A node has a watch, and a few uploads, downloads and questions."""
+"""Calls at once on one connection. A node has a watch, and a few uploads, downloads and questions.
+"""
 IDLE_S = 600
 """A node's connection without any call is closed after so long. A node that serves has a watch."""
 ENROLLMENT_STREAMS = 4
@@ -56,13 +59,13 @@ ENROLLMENT_MESSAGE_BYTES = 64 << 10
 """A token, a name and a certificate request take 2 KiB."""
 ENROLLMENT_AGE_S = 10
 ENROLLMENT_GRACE_S = 10
-"""A connection to the enrolment port ends after both, whatever happens on it: one call is all that it is for."""
+"""A connection to the enrolment port ends after both times; it is meant for one call."""
 ENROLLMENT_RECEIVE_BUFFER_BYTES = 32 << 10
-"""A small buffer makes pauses, and gRPC reads only as much at a time as came without one."""
+"""A small buffer makes gRPC pause, and it reads only what came without a pause."""
 
 
 def server_options(limits: LimitSettings, connections: int) -> Options:
-    """Of the mutual-TLS port, which takes `connections`."""
+    """Options of the mutual-TLS port, which takes `connections`."""
     return (
         *SERVER_OPTIONS,
         ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
@@ -73,7 +76,7 @@ def server_options(limits: LimitSettings, connections: int) -> Options:
 
 
 def enrollment_options(limits: LimitSettings) -> Options:
-    """Of the enrolment port, where anybody may connect."""
+    """Options of the enrolment port, where anybody may connect."""
     return (
         *SERVER_OPTIONS,
         ("grpc.server_handshake_timeout_ms", int(limits.handshake_s * 1000)),
@@ -85,27 +88,6 @@ def enrollment_options(limits: LimitSettings) -> Options:
         ("grpc.max_connection_age_grace_ms", ENROLLMENT_GRACE_S * 1000),
         ("grpc.tcp_receive_buffer_size", ENROLLMENT_RECEIVE_BUFFER_BYTES),
     )
-
-
-_M_ARENA_MAX = -8
-_M_MMAP_THRESHOLD = -3
-"""Of mallopt(3)."""
-ARENAS = 2
-OWN_PAGES_BYTES = 64 << 10
-"""What is as large as this goes back to the system when it is freed, and takes no memory before it is filled. gRPC reads into
-pieces of 64 KiB, as many as came without a pause: a flood of headers took 1.0 GB without this, 0.24 GB with it. Intake takes
-15 % more processor time for it."""
-
-
-def bound_heaps() -> None:
-    """Let gRPC's threads share heaps and give large pieces back, before the first server is made; without glibc nothing happens.
-
-    Each thread would keep what passed through a heap of its own: 0.15 GB more with 200 uploads at once (benchmarks.intake).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, ARENAS)
-        mallopt(_M_MMAP_THRESHOLD, OWN_PAGES_BYTES)
 
 
 class ErrorTranslator(Interceptor):
@@ -120,7 +102,9 @@ class ErrorTranslator(Interceptor):
         if handler is None:  # no such method: grpc answers by itself
             return cast(Handler, None)
         wrap = _streaming if handler.response_streaming else _single
-        kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
+        asks = "stream" if handler.request_streaming else "unary"
+        answers = "stream" if handler.response_streaming else "unary"
+        kind = f"{asks}_{answers}"
         make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
         wrapped: Handler = make(
             wrap(getattr(handler, kind), handler_call_details.method),
@@ -152,11 +136,10 @@ def _streaming(behaviour: Any, method: str) -> Callable[[Any, Context], AsyncIte
 
 
 class Repeats:
-    """Which of many equal log lines are written: the first, then one a minute with how many there
-    were since.
+    """Which of many equal log lines are written: the first, then one a minute with a count.
 
-    Whoever may call can fail at will, and must not fill central's disk with lines. The keys are
-    few: methods and reasons, and blobs that are damaged.
+    Any caller can fail at will, and must not fill central's disk with lines. The keys are few:
+    methods with reasons, and damaged blobs.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -164,7 +147,7 @@ class Repeats:
         self._seen: dict[tuple[str, ...], tuple[float, int]] = {}
 
     def count(self, *key: str) -> int:
-        """How many the line stands for that is to be written now; 0: write none."""
+        """How many lines the one to be written stands for; 0: write none."""
         now = self._clock()
         since, unwritten = self._seen.get(key, (-QUIET_S, 0))
         if now - since < QUIET_S:
@@ -178,11 +161,21 @@ _repeats = Repeats()
 
 
 def _log(
-    level: int, text: str, method: str, reason: str = "", exc_info: Exception | None = None, **fields: str
+    level: int,
+    text: str,
+    method: str,
+    reason: str = "",
+    exc_info: Exception | None = None,
+    **fields: str,
 ) -> None:
     if count := _repeats.count(text, method, reason):
         known = {"method": method, **({"reason": reason} if reason else {}), **fields}
-        log.log(level, text, extra={**known, **({"times": count} if count > 1 else {})}, exc_info=exc_info)
+        log.log(
+            level,
+            text,
+            extra={**known, **({"times": count} if count > 1 else {})},
+            exc_info=exc_info,
+        )
 
 
 async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
@@ -194,7 +187,9 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
         await context.abort(error.status, text, ((REASON_KEY, error.reason.value),))
     if isinstance(error, JournalConflict):
         _log(logging.WARNING, "call conflicts with the journal", method, detail=text)
-        await context.abort(grpc.StatusCode.ABORTED, f"{text} Look at the present state and try again.")
+        await context.abort(
+            grpc.StatusCode.ABORTED, f"{text} Look at the present state and try again."
+        )
     if isinstance(error, BlobLost):
         _log(logging.ERROR, "stored payload lost", method, str(error))  # every damaged one is named
         await context.abort(
@@ -207,7 +202,8 @@ async def _abort(context: Context, error: Exception, method: str) -> NoReturn:
         _log(logging.ERROR, "storage full", method, detail=str(error))
         await context.abort(
             grpc.StatusCode.UNAVAILABLE,
-            "Central's disk is full. Try again later; central's operator has to make room (`central retention --apply`).",
+            "Central's disk is full. Try again later; central's operator has to make room "
+            "(`central retention --apply`).",
             ((REASON_KEY, Reason.STORAGE_FULL.value),),
         )
     if isinstance(error, StorageError):

@@ -21,7 +21,7 @@ from pathlib import Path
 import grpc
 
 from central import faults
-from central.durable import storage
+from central.disk import storage
 from central.errors import Reason, Refused, SettingsError
 from central.journal import utc_now
 
@@ -35,7 +35,8 @@ LEAST_FILES = 100
 BALLAST = "room.ballast"
 BALLAST_BYTES = 8 << 20
 BALLAST_SHARE = 40
-"""The ballast is a fortieth of the disk, at most BALLAST_BYTES, and at most half of what is free."""
+"""The ballast is a fortieth of the disk, at most BALLAST_BYTES, and at most half of what is free.
+"""
 LEAST_BALLAST_BYTES = 64 << 10
 NEXT_STEP = "Run `central retention --apply`, remove other files there, or give it a larger disk."
 
@@ -53,7 +54,9 @@ def measure(place: Path) -> Disk:
     """The file system of `place`; raises OSError."""
     found = os.statvfs(place)
     return Disk(
-        found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None
+        found.f_blocks * found.f_frsize,
+        found.f_bavail * found.f_frsize,
+        found.f_favail if found.f_files else None,
     )
 
 
@@ -61,7 +64,10 @@ class Space:
     """One per central; thread-safe. `places` exist, one on each disk."""
 
     def __init__(
-        self, places: Sequence[Path], reserve_bytes: int | None = None, disk: Callable[[Path], Disk] = measure
+        self,
+        places: Sequence[Path],
+        reserve_bytes: int | None = None,
+        disk: Callable[[Path], Disk] = measure,
     ) -> None:
         """`reserve_bytes` is CENTRAL_LIMITS__RESERVE_BYTES; None: the default for each disk."""
         self._places = places
@@ -72,18 +78,19 @@ class Space:
         """RFC 3339 UTC; empty while there is room."""
 
     def expect_possible(self) -> None:
-        """Raises SettingsError for a reserve that some disk can never leave free, StorageError for a lost disk."""
+        """Raises SettingsError for a reserve larger than a disk, StorageError for a lost disk."""
         for place in self._places:
             with storage(place):
                 total = self._disk(place).total
             if (self._reserve_bytes or 0) >= total:
                 raise SettingsError(
-                    f"CENTRAL_LIMITS__RESERVE_BYTES is {self._reserve_bytes}; the disk of {place} has {total} bytes, so every "
-                    "upload would be refused for ever. Set it lower, or unset it for a twentieth of the disk."
+                    f"CENTRAL_LIMITS__RESERVE_BYTES is {self._reserve_bytes}; the disk of {place} "
+                    f"has {total} bytes, so every upload would be refused for ever. Set it lower, "
+                    "or unset it for a twentieth of the disk."
                 )
 
     def expect(self, size_bytes: int) -> None:
-        """Raises Refused (STORAGE_FULL, try again later) unless `size_bytes` more leave the reserve on every disk."""
+        """Raises Refused (STORAGE_FULL) when `size_bytes` more would cut into the reserve."""
         if text := self._lacking(size_bytes):
             self._note(True)
             raise storage_full(f"Central takes no uploads at the moment: {text}")
@@ -104,7 +111,7 @@ class Space:
         faults.reach("space.ballast_released")
 
     def take_ballast(self) -> None:
-        """Keep the room of last resort, as much of it as there is; idempotent, never raises."""
+        """Keep the room of last resort, as much as there is; idempotent, never raises."""
         for place in self._places:
             try:
                 _allocate(place / BALLAST, self._disk(place))
@@ -127,16 +134,19 @@ class Space:
             if disk.free < reserve + size_bytes:
                 more = f" and {size_bytes} are to come" if size_bytes else ""
                 return (
-                    f"{disk.free} bytes are free on the disk of {place}{more}; expected {reserve} to stay free "
-                    "(CENTRAL_LIMITS__RESERVE_BYTES)"
+                    f"{disk.free} bytes are free on the disk of {place}{more}; expected {reserve} "
+                    "to stay free (CENTRAL_LIMITS__RESERVE_BYTES)"
                 )
             if disk.free_files is not None and disk.free_files < LEAST_FILES:
-                return f"{disk.free_files} files can still be made on the disk of {place}; expected {LEAST_FILES}"
+                return (
+                    f"{disk.free_files} files can still be made on the disk of {place}; expected "
+                    f"{LEAST_FILES}"
+                )
         return ""
 
 
 def storage_full(text: str) -> Refused:
-    """The answer to a node whose bytes there is no room for: nothing is wrong with them."""
+    """The answer to a node whose bytes find no room: nothing is wrong with them."""
     return Refused(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.STORAGE_FULL,

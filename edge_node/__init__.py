@@ -1,3 +1,3 @@
-"""The edge node: requests and feedback go in; answers, and updates that carry no raw text, come out."""
+"""The edge node: requests and feedback enter; answers and updates without raw text leave."""
 
 __version__ = "0.1.0"

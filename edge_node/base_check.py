@@ -32,7 +32,9 @@ def common_modules(path: Path) -> list[str]:
         served = served_modules(path, layout)
     except BaseModelError:
         raise
-    except Exception as error:  # whatever vLLM raises for a model that it cannot build; it would not start either
+    except (
+        Exception
+    ) as error:  # whatever vLLM raises for a model that it cannot build; it would not start either
         raise BaseModelError(f"vLLM cannot build it: {_first_line(error)}") from error
     common = [
         name for name, shape in layout.module_shapes.items()
@@ -46,17 +48,21 @@ def common_modules(path: Path) -> list[str]:
 def _nothing_common(layout: Layout, trained: dict[str, tuple[int, int]], served: set[str]) -> str:
     name = min(layout.module_shapes)
     return (
-        f"none of its {len(layout.module_shapes)} linear modules is known to transformers and to vLLM. The checkpoint "
-        f"has {name} {layout.module_shapes[name]}; transformers has {min(trained, default='none')}, and vLLM knows "
-        f"{len(served)} of them"
+        f"none of its {len(layout.module_shapes)} linear modules is known to transformers and to "
+        f"vLLM. The checkpoint has {name} {layout.module_shapes[name]}; transformers has "
+        f"{min(trained, default='none')}, and vLLM knows {len(served)} of them"
     )
 
 
 def _first_line(error: Exception) -> str:
     """The telling part of a message: pydantic puts it in the second line, after "Value error,"."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else "")
-    return f"{type(error).__name__}: {said.removeprefix('Value error, ').partition(' [type=')[0]}"[:400]
+    said = next(
+        (line for line in lines if line.startswith("Value error, ")), lines[0] if lines else ""
+    )
+    return f"{type(error).__name__}: {said.removeprefix('Value error, ').partition(' [type=')[0]}"[
+        :400
+    ]
 
 
 def main() -> int:

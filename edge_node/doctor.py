@@ -1,6 +1,7 @@
 """`edge-node status` and `edge-node doctor`: what the node is doing, and what keeps it from it.
 
-In: settings. Out: plain values and checks, each with what was seen and the next step. Changes nothing, but remembers what it found of the base.
+In: settings. Out: plain values and checks, each with what was seen and the next step. Changes
+nothing, but remembers what it found of the base.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,28 +20,49 @@ from typing import Any
 import grpc
 from cryptography import x509
 
+from edge_node.access import describe_access
 from edge_node.base_model import check_base, read_base
-from edge_node.environments import load_environment
-from edge_node.errors import CentralUnreachable, EdgeError, EnrollmentError, ServingError, SettingsError, StorageError
-from edge_node.experience import ExperienceStore
-from edge_node.heartbeat import check_alive
+from edge_node.environments import EnvironmentProcess
+from edge_node.errors import (
+    CentralUnreachable,
+    EdgeError,
+    EnrollmentError,
+    ServingError,
+    SettingsError,
+    StorageError,
+)
+from edge_node.experience import Counts, ExperienceStore
+from edge_node.heartbeat import is_alive
 from edge_node.identity import Identity, clock_advice
-from edge_node.main import control_socket
+from edge_node.learning.anchors import read_anchors, summary
 from edge_node.outbox import Outbox
 from edge_node.problems import Problem, Problems
 from edge_node.releases.store import ReleaseStore
-from edge_node.serving import ControlClient, ControlState, is_listening, port_problem, socket_problem, start_problem
+from edge_node.rounds import newest_round
+from edge_node.serving import (
+    ControlClient,
+    ControlState,
+    control_socket,
+    is_listening,
+    port_problem,
+    socket_problem,
+    start_problem,
+)
 from edge_node.settings import EdgeSettings
-from edge_node.surroundings import LOW_DISK_BYTES, surroundings
+from edge_node.sizing import describe
+from edge_node.surroundings import LOW_DISK_BYTES, expect_same_time, surroundings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
-MAX_CLOCK_DIFFERENCE_S = 60
 STATE_TIMEOUT_S = 1.0
 """Status answers at once, also when vLLM does not."""
 STORE_TIMEOUT_S = 0.3
 """Nor when another process, perhaps a person's `sqlite3`, keeps a store to itself."""
 SILENCE_S = 15.0
 """Longer than a probe waits behind the prefill of other requests."""
+COUNTED = {
+    "unusable_examples" if one.name == "unusable" else one.name: one.name for one in fields(Counts)
+}
+"""Name in status -> name in Counts."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +75,24 @@ class Check:
 async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     """One record; raises EnrollmentError when the node is not enrolled.
 
-    `not_ready` says why the node gets no traffic, None when it does; `problems` what fails besides, one a room.
+    `not_ready` says why the node gets no traffic; it is None when it does. `problems` names what
+    else fails, one a room.
     """
-    identity = _identity(settings.data_dir)
-    store = ReleaseStore(
-        settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
-    )
-    active = store.active()
-    stored, unreadable = _stored(settings)
+    identity, unreadable = _identity(settings.data_dir)
     status: dict[str, Any] = {
-        "node_id": identity.node_id,
-        "cohort": identity.cohort,
-        "active_release": active.label if active else None,
-        "quarantine": store.quarantine() or None,
+        "node_id": identity and identity.node_id,
+        "cohort": identity and identity.cohort,
+        **await asyncio.to_thread(_releases, settings, identity, unreadable),
         "ready": False,
-        **stored,
+        **_stored(settings, unreadable),
     }
     try:
         state = await _serving_state(settings)
     except ServingError as error:
-        return status | {"not_ready": str(error), "problems": _problems(settings.data_dir, identity, unreadable)}
+        return status | {
+            "not_ready": str(error),
+            "problems": _problems(settings.data_dir, identity, unreadable),
+        }
     not_ready = state.not_ready
     if not_ready is None and not await is_listening(settings.serving):
         not_ready = f"Nothing listens at {settings.serving.host}:{settings.serving.port}."
@@ -87,10 +107,12 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     }
 
 
-def _problems(data_dir: Path, identity: Identity, unwritten: list[Problem]) -> list[dict[str, str]]:
-    """Those on file, those that are on no file, and what can be seen from here: on a full disk no file tells."""
+def _problems(
+    data_dir: Path, identity: Identity | None, unwritten: list[Problem]
+) -> list[dict[str, str]]:
+    """The problems on file, `unwritten` ones, and those seen now: a full disk keeps no file."""
     found = {problem.room: problem for problem in [*Problems(data_dir).current(), *unwritten]}
-    for room, wrong in surroundings(data_dir, identity):
+    for room, wrong in surroundings(data_dir, identity) if identity else ():
         known = found.pop(room, None)
         if wrong is not None:
             since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
@@ -98,59 +120,93 @@ def _problems(data_dir: Path, identity: Identity, unwritten: list[Problem]) -> l
     return [asdict(found[room]) for room in sorted(found)]
 
 
-def _identity(data_dir: Path) -> Identity:
-    """As Identity.load, but of a node that could not be enrolled so far it says why: `serve` enrols too."""
+def _identity(data_dir: Path) -> tuple[Identity | None, list[Problem]]:
+    """As Identity.load, but a damaged identity is a problem, and so is a failed enrolment."""
     try:
-        return Identity.load(data_dir)
+        return Identity.load(data_dir), []
+    except StorageError as error:
+        return None, [_unreadable("identity", error, "Do what it says.")]
     except EnrollmentError as error:
         known = {problem.room: problem for problem in Problems(data_dir).current()}
-        if (wait := known.get("enrolment")) is not None and _is_alive(data_dir):
-            text = f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
+        if (wait := known.get("enrolment")) is not None and is_alive(data_dir):
+            text = (
+                f"This node waits to be enrolled since {wait.since}. {wait.text} {wait.next_step}"
+            )
             raise EnrollmentError(text) from error
         ended = [known["node"].text] if "node" in known else []
         raise EnrollmentError(" ".join([str(error), *ended])) from error
 
 
-def _stored(settings: EdgeSettings) -> tuple[dict[str, Any], list[Problem]]:
-    """What the stores hold. A store that cannot be opened (full disk) does not hide the rest: it is a problem."""
-    held: dict[str, Any] = dict.fromkeys(("interactions", "feedback", "examples", "unusable_examples", "outbox"))
-    unreadable = []
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+def _releases(
+    settings: EdgeSettings, identity: Identity | None, unreadable: list[Problem]
+) -> dict[str, Any]:
+    """What is active, and why updates are kept aside. What cannot be read is a problem."""
+    known: dict[str, Any] = {"active_release": None, "quarantine": None}
+    if identity is None:
+        return known
+    try:
+        store = ReleaseStore(
+            settings.data_dir, identity, read_base(settings), settings.releases.max_rank
+        )
+    except (SettingsError, StorageError) as error:
+        unreadable.append(_unreadable("releases", error, "Do what it says."))
+        return known
+    try:
+        known["quarantine"] = store.quarantine() or None
+    except StorageError as error:
+        unreadable.append(_unreadable("quarantine", error, "Do what it says."))
+    try:
+        active = store.active()
+        known["active_release"] = active.label if active else None
+    except StorageError as error:
+        unreadable.append(_unreadable("releases", error, "Do what it says."))
+    return known
+
+
+def _stored(settings: EdgeSettings, unreadable: list[Problem]) -> dict[str, Any]:
+    """What the stores hold. A store that cannot be opened is a problem; the rest is shown."""
+    held: dict[str, Any] = dict.fromkeys((*COUNTED, "outbox", "last_round", "round"))
     step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
     try:
-        counts = ExperienceStore(settings.data_dir / "experience.db", busy_timeout_s=STORE_TIMEOUT_S).counts()
-        held |= {"interactions": counts.interactions, "feedback": counts.feedback, "examples": counts.examples}
-        held["unusable_examples"] = dict(counts.unusable)
-    except StorageError as error:
-        unreadable.append(Problem("experience", str(error), step, now))
+        counts = ExperienceStore(
+            settings.data_dir / "experience.db", busy_timeout_s=STORE_TIMEOUT_S
+        ).counts()
+        held |= {shown: getattr(counts, name) for shown, name in COUNTED.items()}
+    except (StorageError, sqlite3.Error) as error:
+        unreadable.append(_unreadable("experience", error, step))
     try:
-        outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval, busy_timeout_s=STORE_TIMEOUT_S)
+        outbox = Outbox(
+            settings.data_dir / "outbox", settings.outbox.approval, busy_timeout_s=STORE_TIMEOUT_S
+        )
         states = [str(entry.state) for entry in outbox.list()]
         held["outbox"] = {state: states.count(state) for state in sorted(set(states))}
-    except StorageError as error:
-        unreadable.append(Problem("outbox", str(error), step, now))
-    return held, unreadable
+    except (StorageError, sqlite3.Error, ValueError) as error:  # ValueError: no such state
+        unreadable.append(_unreadable("outbox", error, step))
+    try:
+        held |= newest_round(settings.data_dir, busy_timeout_s=STORE_TIMEOUT_S)
+    except (StorageError, sqlite3.Error, ValueError) as error:  # ValueError: no such plan
+        unreadable.append(_unreadable("rounds", error, step))
+    return held
+
+
+def _unreadable(room: str, error: Exception, step: str) -> Problem:
+    return Problem(room, str(error), step, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 async def run_checks(settings: EdgeSettings) -> list[Check]:
     """Every check, in the order in which a new node needs them."""
-    checks: list[tuple[str, Callable[[EdgeSettings], Awaitable[str]]]] = [
-        ("disk", _check_disk),
-        ("base", _check_base),
-        ("environments", _check_environments),
-        ("certificate", _check_certificate),
-        ("central", _check_central),
-        ("endpoint", _check_endpoint),
-    ]
-    results = [Check("settings", True, "every EDGE_* variable is known and valid")]
-    for name, check in checks:
-        try:
-            results.append(Check(name, True, await check(settings)))
-        except EdgeError as error:
-            results.append(Check(name, False, str(error)))
-        except (OSError, sqlite3.Error) as error:
-            results.append(Check(name, False, f"{type(error).__name__}: {error}. Check EDGE_DATA_DIR."))
-    return results
+    known = Check("settings", True, "every EDGE_* variable is known and valid")
+    return [known, *[await run_check(name, settings) for name in CHECKS]]
+
+
+async def run_check(name: str, settings: EdgeSettings) -> Check:
+    """The check of that name in CHECKS."""
+    try:
+        return Check(name, True, await CHECKS[name](settings))
+    except EdgeError as error:
+        return Check(name, False, str(error))
+    except (OSError, sqlite3.Error) as error:
+        return Check(name, False, f"{type(error).__name__}: {error}. Check EDGE_DATA_DIR.")
 
 
 async def _check_disk(settings: EdgeSettings) -> str:
@@ -158,11 +214,14 @@ async def _check_disk(settings: EdgeSettings) -> str:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise StorageError(f"{folder} is not a writable directory. Set EDGE_DATA_DIR to one that is.")
+        raise StorageError(
+            f"{folder} is not a writable directory. Set EDGE_DATA_DIR to one that is."
+        )
     free = shutil.disk_usage(folder).free
     if free < LOW_DISK_BYTES:
         raise StorageError(
-            f"{free >> 20} MiB free at {folder}; expected at least {LOW_DISK_BYTES >> 20}. Free some room."
+            f"{free >> 20} MiB free at {folder}; expected at least {LOW_DISK_BYTES >> 20}. Free "
+            "some room."
         )
     if problem := socket_problem(folder / "control.sock"):
         raise StorageError(problem)
@@ -177,19 +236,44 @@ async def _check_base(settings: EdgeSettings) -> str:
         return f"digest {base.digest[:12]}, {len(base.module_shapes)} linear modules"
     if identity.base != base.digest:
         raise SettingsError(
-            f"digest {base.digest[:12]}, but this node was enrolled with base {identity.base[:12]}. "
-            "Point EDGE_BASE__PATH at that model, or enrol a new node."
+            f"digest {base.digest[:12]}, but this node was enrolled with base "
+            f"{identity.base[:12]}. Point EDGE_BASE__PATH at that model, or enrol a new node."
         )
     return f"digest {base.digest[:12]} is the one this node was enrolled with"
 
 
+async def _check_learning(settings: EdgeSettings) -> str:
+    if not settings.learning.enabled:
+        return "off: the node serves and evaluates"
+    return await asyncio.to_thread(describe, settings, read_base(settings))
+
+
 async def _check_environments(settings: EdgeSettings) -> str:
+    names, protected = [], False
     for spec in settings.environments:
-        load_environment(spec)
-    names = ", ".join(spec.name + (" (anchor)" if spec.anchor else "") for spec in settings.environments)
-    if settings.learning.enabled and not any(spec.anchor for spec in settings.environments):
-        return f"{names or 'none'}; no anchor: rounds will not protect what the base could do"
-    return names or "none"
+        with EnvironmentProcess(spec) as process:
+            kind = await asyncio.to_thread(process.start)
+        kinds = [kind] * (kind != "tasks") + ["anchor"] * spec.anchor
+        names.append(f"{spec.name} ({', '.join(kinds)})" if kinds else spec.name)
+        protected |= spec.anchor and kind == "tasks"
+    found = ", ".join(names) or "none"
+    if settings.learning.enabled and not protected:
+        missing = (
+            "rounds will not protect what the base could do"
+            if settings.learning.anchors is None
+            else "the gate will not measure what the base could do"
+        )
+        return f"{found}; no anchor of tasks: {missing}"
+    return found
+
+
+async def _check_anchors(settings: EdgeSettings) -> str:
+    path = settings.learning.anchors
+    if path is None:
+        return "EDGE_LEARNING__ANCHORS is not set; rounds learn from anchor environments, if any"
+    base = await asyncio.to_thread(read_base, settings)
+    anchors = await asyncio.to_thread(read_anchors, path, base.digest)
+    return f"{summary(anchors.samples)} by this base, in {path}"
 
 
 async def _check_certificate(settings: EdgeSettings) -> str:
@@ -199,7 +283,10 @@ async def _check_certificate(settings: EdgeSettings) -> str:
     ends = x509.load_pem_x509_certificate(identity.certificate_pem).not_valid_after_utc
     key = Path(settings.data_dir, "identity", "node.key")
     if key.stat().st_mode & 0o077:
-        raise StorageError(f"{key} can be read by others (mode {key.stat().st_mode & 0o777:o}). Run chmod 600 on it.")
+        raise StorageError(
+            f"{key} can be read by others (mode {key.stat().st_mode & 0o777:o}). Run chmod 600 on "
+            "it."
+        )
     return f"{identity.node_id}, cohort {identity.cohort}, until {ends:%Y-%m-%d}"
 
 
@@ -213,26 +300,21 @@ async def _check_central(settings: EdgeSettings) -> str:
             )
         except grpc.aio.AioRpcError as error:
             advice = clock_advice(error.details() or "", identity.certificate_pem) or (
-                "Check EDGE_CENTRAL__ADDRESS, the network, and that this node is not revoked (`central nodes`)."
+                "Check EDGE_CENTRAL__ADDRESS, the network, and that this node is not revoked "
+                "(`central nodes`)."
             )
             raise CentralUnreachable(
                 f"{settings.central.address}: {error.code().name}: {error.details()}. {advice}"
             ) from error
     expect_same_time(answer.unix_time_s, time.time())
     store = ReleaseStore(
-        settings.data_dir, identity, await asyncio.to_thread(read_base, settings), settings.releases.max_rank
+        settings.data_dir,
+        identity,
+        await asyncio.to_thread(read_base, settings),
+        settings.releases.max_rank,
     )
-    return f"{settings.central.address} answers; {settings.releases.channel} is {store.check(answer.head).label}"
-
-
-def expect_same_time(central_s: int, node_s: float) -> None:
-    """Raises SettingsError when the clocks of central and node, in seconds since 1970, are far apart."""
-    if abs(node_s - central_s) > MAX_CLOCK_DIFFERENCE_S:
-        node, central = (datetime.fromtimestamp(seconds, UTC) for seconds in (node_s, central_s))
-        raise SettingsError(
-            f"This node's clock says {node:%Y-%m-%d %H:%M:%S} UTC, central's says {central:%Y-%m-%d %H:%M:%S}. Expected at most "
-            f"{MAX_CLOCK_DIFFERENCE_S} s between them: certificates and times in reports would be wrong. Set the clock that is wrong."
-        )
+    head = store.check(answer.head).label
+    return f"{settings.central.address} answers; {settings.releases.channel} is {head}"
 
 
 async def _check_endpoint(settings: EdgeSettings) -> str:
@@ -244,19 +326,27 @@ async def _check_endpoint(settings: EdgeSettings) -> str:
             raise ServingError(problem) from error
         if (problem := port_problem(settings.serving)) is None:
             return f"{place} is free; run `edge-node serve`"
-        if _is_alive(settings.data_dir):
+        if is_alive(settings.data_dir):
             raise ServingError(f"The node runs but does not serve: {error}") from error
         raise ServingError(problem) from error
     if state.not_ready is not None:
         raise ServingError(f"The node runs but is not ready: {state.not_ready}")
     if not await is_listening(settings.serving):
-        raise ServingError(f"The node runs, but not at {place}. Use the EDGE_* variables that it was started with.")
+        raise ServingError(
+            f"The node runs, but not at {place}. Use the EDGE_* variables that it was started with."
+        )
     return f"serving on {place}"
+
+
+async def _check_access(settings: EdgeSettings) -> str:
+    return describe_access(settings)
 
 
 async def _serving_state(settings: EdgeSettings) -> ControlState:
     """What vLLM says of itself; raises ServingError, also for an engine that makes no tokens."""
-    state = await ControlClient(control_socket(settings.data_dir), timeout_s=STATE_TIMEOUT_S).state()
+    state = await ControlClient(
+        control_socket(settings.data_dir), timeout_s=STATE_TIMEOUT_S
+    ).state()
     if state.silent_s > SILENCE_S:
         raise ServingError(
             f"vLLM's engine has made no token for {state.silent_s:.0f} s. The supervisor starts an "
@@ -265,10 +355,15 @@ async def _serving_state(settings: EdgeSettings) -> ControlState:
     return state
 
 
-def _is_alive(data_dir: Path) -> bool:
-    """Has a supervisor run here within the last minute?"""
-    try:
-        check_alive(data_dir)
-    except EdgeError:
-        return False
-    return True
+CHECKS: dict[str, Callable[[EdgeSettings], Awaitable[str]]] = {
+    "disk": _check_disk,
+    "base": _check_base,
+    "learning": _check_learning,
+    "environments": _check_environments,
+    "anchors": _check_anchors,
+    "certificate": _check_certificate,
+    "central": _check_central,
+    "endpoint": _check_endpoint,
+    "access": _check_access,
+}
+"""In the order in which a new node needs them."""

@@ -8,45 +8,58 @@ EdgeError
 +-- ServingError (RuntimeError)      exit 6: vLLM cannot start or a port is taken
 +-- AdapterError (ValueError)        a payload is not usable here
 |   +-- NothingToMeasure           an evaluation asks for no environment of this node
-+-- EnvironmentFault (RuntimeError)  a plug-in's method raised; not its words, which may quote a task
++-- EnvironmentFault (RuntimeError)  a plug-in raised, hung or broke its contract; not its words,
+|                                    which may quote a task
 +-- UnknownInteraction (LookupError) feedback for an id that the node does not hold
 +-- UpdateRefused (RuntimeError)     central refused an update; its `reason` is central's code
 
-`edge-node status` exits with 0 for a node that is ready and has no problem, 1 for one that is not ready, and
-IN_TROUBLE (7) for one that is ready while a room of it fails. `status --live` looks at the supervisor alone.
+`edge-node status` exits with 0 for a node that is ready and has no problem, 1 for one that is not
+ready, and IN_TROUBLE (7) for one that is ready while a room of it fails. `status --live` looks at
+the supervisor alone.
 """
 
 from __future__ import annotations
-
-import traceback
 
 IN_TROUBLE = 7
 """Exit code of `edge-node status` when the node answers requests, but something else fails."""
 
 
 class EdgeError(Exception):
-    """Every error of ours; the message says what happened, the value seen, what was expected and the next step."""
+    """Every error of ours.
+
+    Its message says what happened, the value seen, what was expected and the next step.
+    """
 
     exit_code = 1
 
 
 class SettingsError(EdgeError, ValueError):
+    """The environment variables are not usable."""
+
     exit_code = 2
 
 
 class EnrollmentError(EdgeError, RuntimeError):
+    """Central refused the node, or the node is not enrolled."""
+
     exit_code = 3
 
 
 class CentralUnreachable(EdgeError, ConnectionError):
+    """Central did not answer."""
+
     exit_code = 4
 
 
 class StorageError(EdgeError, OSError):
+    """A path cannot be written or read."""
+
     exit_code = 5
 
 
 class ServingError(EdgeError, RuntimeError):
+    """vLLM cannot start, or a port is taken."""
+
     exit_code = 6
 
 
@@ -58,26 +71,27 @@ class NothingToMeasure(AdapterError):
     """No trouble: other nodes measure what the evaluation asks for."""
 
 
+class NoLikelihood(EdgeError, ValueError):
+    """A document's log-probability cannot be had, however often it is tried."""
+
+
 class EnvironmentFault(EdgeError, RuntimeError):
-    """An environment raised where its contract says that it does not."""
+    """An environment hung, crashed, needed too much memory or broke its contract.
 
-    def __init__(self, environment: str, method: str, error: Exception) -> None:
-        super().__init__(
-            f"Environment {environment!r} raised {type(error).__name__} in {method}{_where(error)}; expected it to raise nothing."
-        )
+    `raised`: it only raised an exception, and works on.
+    """
+
+    def __init__(self, environment: str, text: str, *, raised: bool = False) -> None:
+        super().__init__(text)
         self.environment = environment
-
-
-def _where(error: Exception) -> str:
-    """File and line of the raise, which quote no task."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno})" if frames else ""
+        self.raised = raised
 
 
 class UnknownInteraction(EdgeError, LookupError):
     def __init__(self, interaction_id: str) -> None:
         super().__init__(
-            f"No interaction {interaction_id!r} on this node. Expected the `id` of an answer that this node gave and kept."
+            f"No interaction {interaction_id!r} on this node. Expected the `id` of an answer that "
+            "this node gave and kept."
         )
         self.interaction_id = interaction_id
 

@@ -1,8 +1,9 @@
 """Who this node is: its key, its certificate, and its enrolment at central.
 
-In: a join token, once. Out: an `Identity`, whose `channel` speaks mutual TLS to central. The private key is made here,
-is readable by its owner only and never leaves the data directory. Enrolment may be repeated after any crash: the same
-key and name get the same node id, and `identity.json` is written last.
+In: a join token, once. Out: an `Identity`, whose `channel` speaks mutual TLS to central. The
+private key is made here, is readable by its owner only and never leaves the data directory.
+Enrolment may be repeated after any crash: the same key and name get the same node id, and
+`identity.json` is written last.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import base64
 import ipaddress
 import json
-import os
 import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +28,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from edge_node.certificate import invalidity, validity
+from edge_node.disk import parse_json, read_json, write_file
 from edge_node.errors import CentralUnreachable, EnrollmentError, StorageError
 from edge_node.settings import EdgeSettings
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -66,13 +68,14 @@ class JoinToken:
         """Raises EnrollmentError when `text` is not a join token."""
         try:
             body = text.strip().removeprefix(TOKEN_PREFIX)
-            document = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+            document = parse_json(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
             token = cls(str(document["id"]), str(document["secret"]), str(document["ca"]).encode())
             x509.load_pem_x509_certificate(token.ca_pem)
         except (ValueError, KeyError, TypeError) as error:
             raise EnrollmentError(
-                f"The join token ({len(text)} characters) is not readable. Expected the whole line that "
-                f"`central tokens create` printed, starting with {TOKEN_PREFIX!r}. Set EDGE_CENTRAL__JOIN_TOKEN."
+                f"The join token ({len(text)} characters) is not readable. Expected the whole "
+                f"line that `central tokens create` printed, starting with {TOKEN_PREFIX!r}. Set "
+                "EDGE_CENTRAL__JOIN_TOKEN."
             ) from error
         return token
 
@@ -91,26 +94,31 @@ class Identity:
 
     @classmethod
     def load(cls, data_dir: Path) -> Identity:
-        """Raises EnrollmentError when the node is not enrolled, StorageError when its files cannot be read."""
+        """Raises EnrollmentError when not enrolled, StorageError when files cannot be read."""
         folder = data_dir / "identity"
         try:
-            document = json.loads((folder / "identity.json").read_bytes())
+            document = read_json(folder / "identity.json")
         except (FileNotFoundError, NotADirectoryError):
             raise EnrollmentError(
-                f"This node is not enrolled: {folder / 'identity.json'} does not exist. Run `edge-node enroll` with "
-                "EDGE_CENTRAL__JOIN_TOKEN set to a token from `central tokens create`."
+                f"This node is not enrolled: {folder / 'identity.json'} does not exist. Run "
+                "`edge-node enroll` with EDGE_CENTRAL__JOIN_TOKEN set to a token from `central "
+                "tokens create`."
             ) from None
         except (OSError, ValueError) as error:
             raise _damaged(folder, error) from error
         try:
+            for field in ("node_id", "cohort", "base"):
+                if not isinstance(document[field], str):
+                    raise TypeError(f"{field} is {document[field]!r}; expected a text")
             key = _read_key(folder / "node.key")
-            x509.load_pem_x509_certificate((folder / "node.pem").read_bytes())
+            certificate_pem = (folder / "node.pem").read_bytes()
+            _expect_name(certificate_pem)
             return cls(
                 node_id=document["node_id"],
                 cohort=document["cohort"],
                 base=document["base"],
                 key=key,
-                certificate_pem=(folder / "node.pem").read_bytes(),
+                certificate_pem=certificate_pem,
                 ca_pem=(folder / "ca.pem").read_bytes(),
                 release_key_pem=(folder / "release.pub.pem").read_bytes(),
             )
@@ -143,8 +151,8 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
     """
     if settings.central.join_token is None:
         raise EnrollmentError(
-            "This node is not enrolled and has no join token. Ask the operator for one (`central tokens create`) and "
-            "set EDGE_CENTRAL__JOIN_TOKEN."
+            "This node is not enrolled and has no join token. Ask the operator for one (`central "
+            "tokens create`) and set EDGE_CENTRAL__JOIN_TOKEN."
         )
     token = JoinToken.parse(settings.central.join_token.get_secret_value())
     key = _own_key(settings.data_dir / "identity")
@@ -154,7 +162,9 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
     address = settings.central.enrollment_address
     async with open_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
         try:
-            answer: fleet_pb2.EnrollResponse = await fleet_pb2_grpc.EnrollmentServiceStub(channel).Enroll(
+            answer: fleet_pb2.EnrollResponse = await fleet_pb2_grpc.EnrollmentServiceStub(
+                channel
+            ).Enroll(
                 fleet_pb2.EnrollRequest(
                     token_id=token.token_id,
                     token_secret=token.secret,
@@ -166,13 +176,17 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
             )
         except grpc.aio.AioRpcError as error:
             if error.code() in REFUSALS:
-                raise EnrollmentError(f"Central refused to enrol this node: {error.details()}") from error
+                raise EnrollmentError(
+                    f"Central refused to enrol this node: {error.details()}"
+                ) from error
             advice = clock_advice(error.details() or "") or (
-                "Check EDGE_CENTRAL__ENROLLMENT_ADDRESS, the network with its proxies, both clocks, and "
-                "that `central serve` runs; its certificate must name this host (CENTRAL_LISTEN__NAMES)."
+                "Check EDGE_CENTRAL__ENROLLMENT_ADDRESS, the network with its proxies, both "
+                "clocks, and that `central serve` runs; its certificate must name this host "
+                "(CENTRAL_LISTEN__NAMES)."
             )
             raise CentralUnreachable(
-                f"Central did not enrol this node at {address}: {error.code().name}: {error.details()}. {advice}"
+                f"Central did not enrol this node at {address}: {error.code().name}: "
+                f"{error.details()}. {advice}"
             ) from error
     identity = Identity(
         node_id=answer.node_id,
@@ -186,28 +200,32 @@ async def request_enrollment(settings: EdgeSettings, base_digest: str) -> Enroll
     return Enrollment(identity, answer.genesis, answer.genesis_payload)
 
 
-def clock_advice(details: str, certificate_pem: bytes | None = None, now: datetime | None = None) -> str | None:
+def clock_advice(
+    details: str, certificate_pem: bytes | None = None, now: datetime | None = None
+) -> str | None:
     """What to do when clocks, and not an address, keep a node from central; None when they do not.
 
-    `details` are gRPC's words for a call that failed, `certificate_pem` is the node's own certificate if it has one.
+    `details` are gRPC's words for a call that failed. `certificate_pem` is the node's own
+    certificate, if it has one.
     """
     now = now or datetime.now(UTC)
     says = f"this node's clock says {now:%Y-%m-%d %H:%M} UTC"
-    if any(words in details for words in ("certificate is not yet valid", "certificate has expired")):
-        return f"Central's certificate is not valid now, and {says}. Compare it with central's clock, and set the one that is wrong."
+    if any(
+        words in details for words in ("certificate is not yet valid", "certificate has expired")
+    ):
+        return (
+            f"Central's certificate is not valid now, and {says}. Compare it with central's clock, "
+            "and set the one that is wrong."
+        )
     if certificate_pem is None:
         return None
-    certificate = x509.load_pem_x509_certificate(certificate_pem)
-    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    valid = f"This node's certificate is valid from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC"
-    if now < begins:
-        return f"{valid}, and {says}. Set the clock if it is wrong; otherwise enrol anew."
-    if now >= ends:
-        return f"{valid}, and {says}. Enrol anew, or set the clock if it is wrong."
+    if (wrong := invalidity(certificate_pem, now)) is not None:
+        return " ".join(wrong)
     if "Socket closed" in details:
         return (
-            f"Central closed the connection. {valid}, and {says}: if central's clock says a time outside of that, set it. "
-            "Otherwise central may have as many connections as it takes; its log says so."
+            f"Central closed the connection. {validity(certificate_pem)}, and {says}: if central's "
+            "clock says a time outside of that, set it. Otherwise central may have as many "
+            "connections as it takes; its log says so."
         )
     return None
 
@@ -225,7 +243,9 @@ def _is_this_host(address: str) -> bool:
     except ValueError:
         return host in ("localhost", socket.gethostname().lower())
     try:  # only an address of this host can be bound
-        with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        with socket.socket(
+            socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM
+        ) as probe:
             probe.bind((host, 0))
     except OSError:
         return ip.is_loopback
@@ -233,39 +253,13 @@ def _is_this_host(address: str) -> bool:
 
 
 def keep_identity(data_dir: Path, identity: Identity) -> None:
-    """Write the identity durably; `identity.json` last, so that a node is either enrolled or not."""
+    """Write the identity durably. `identity.json` is last: a node is enrolled or it is not."""
     folder = data_dir / "identity"
-    write_durably(folder / "node.pem", identity.certificate_pem)
-    write_durably(folder / "ca.pem", identity.ca_pem)
-    write_durably(folder / "release.pub.pem", identity.release_key_pem)
+    write_file(folder / "node.pem", identity.certificate_pem)
+    write_file(folder / "ca.pem", identity.ca_pem)
+    write_file(folder / "release.pub.pem", identity.release_key_pem)
     document = {"node_id": identity.node_id, "cohort": identity.cohort, "base": identity.base}
-    write_durably(folder / "identity.json", json.dumps(document, indent=1).encode())
-
-
-def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace `path` by `data`: on disk when this returns, and never half a file. Raises StorageError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"Cannot write {path}: {error.strerror or error}. EDGE_DATA_DIR must be a writable directory with free space."
-        ) from error
-
-
-def sync_directory(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_file(folder / "identity.json", json.dumps(document, indent=1).encode())
 
 
 def _own_key(folder: Path) -> ec.EllipticCurvePrivateKey:
@@ -273,15 +267,26 @@ def _own_key(folder: Path) -> ec.EllipticCurvePrivateKey:
     if not path.is_file():
         key = ec.generate_private_key(ec.SECP256R1())
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_durably(path, pem, mode=0o600)
+        write_file(path, pem, mode=0o600)
     try:
         return _read_key(path)
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
 
 
+def _expect_name(certificate_pem: bytes) -> None:
+    """Raises ValueError for what is no certificate, or names no node."""
+    subject = x509.load_pem_x509_certificate(certificate_pem).subject
+    if not subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        raise ValueError("node.pem has no common name; expected the node's")
+
+
 def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    loaded = load_pem_private_key(path.read_bytes(), password=None)
+    data = path.read_bytes()
+    try:
+        loaded = load_pem_private_key(data, password=None)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no private key in PEM") from error
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
         raise ValueError(f"{path} holds a {type(loaded).__name__}; expected an ECDSA P-256 key")
     return loaded
@@ -289,6 +294,6 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 def _damaged(folder: Path, error: Exception) -> StorageError:
     return StorageError(
-        f"The identity in {folder} cannot be read ({type(error).__name__}: {error}). Restore it, or move {folder} away "
-        "and enrol anew with a new token."
+        f"The identity in {folder} cannot be read ({type(error).__name__}: {error}). Restore it, "
+        f"or move {folder} away and enrol anew with a new token."
     )

@@ -1,8 +1,8 @@
 """What is wrong on this node now: one current problem a room, with since when and what to do next.
 
-In: what a room could not do, from any of the node's processes. Out: the list that `edge-node status`, central and
-metrics show. A problem stays until its room succeeds again. Nothing here raises: a full disk, which is a problem of
-its own, must not keep a room from going on. Imports nothing heavy.
+In: what a room could not do, from any of the node's processes. Out: the list that `edge-node
+status`, central and metrics show. A problem stays until its room succeeds again. Guarantees:
+nothing raises, because a full disk must not keep a room from going on; imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edge_node.disk import read_json
+
 log = logging.getLogger(__name__)
 
 MAX_TEXT = 500
-"""Longest text and next step, in characters: central stores them, and status prints them on a line."""
+"""Longest text and next step, in characters: central stores them, status prints them."""
 SEE_LOG = "See the log of `edge-node serve` and logs/vllm.log in EDGE_DATA_DIR."
 """The next step where nothing better is known."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """room: who fails, e.g. `learning`; since: ISO 8601, UTC, when it first failed after its last success.
+    """room: who fails, e.g. `learning`. since: its first failure after a success, ISO 8601, UTC.
 
-    `text` says what failed and the value seen, `next_step` what a person does about it. Neither quotes a prompt,
-    an answer or feedback.
+    `text` says what failed and the value seen, `next_step` what a person does about it. Neither
+    quotes a prompt, an answer or feedback.
     """
 
     room: str
@@ -43,15 +45,15 @@ _unwritten: dict[Path, dict[str, Problem]] = {}
 
 
 def calm_s(ran_s: float, first_s: float = 10.0, last_s: float = 600.0) -> float:
-    """How long a process must run until the end of the one before, which ran `ran_s`, is no trouble any more.
+    """How long a process must run, after one that ended in `ran_s`, to be no problem any more.
 
-    Twice as long: a process that ends every five minutes is in trouble all the time, not for a moment every five minutes.
+    Twice as long: a process that ends every five minutes is a problem all the time.
     """
     return min(max(first_s, 2 * ran_s), last_s)
 
 
 class Problems:
-    """The problems of one data directory; any number of processes, threads and rooms may make one each."""
+    """The problems of one data directory. Each process, thread and room may make its own."""
 
     def __init__(self, data_dir: Path) -> None:
         self._folder = data_dir.absolute() / "problems"
@@ -59,14 +61,17 @@ class Problems:
             self._unwritten = _unwritten.setdefault(self._folder, {})
 
     def report(self, room: str, text: str, next_step: str) -> None:
-        """`room` fails now. Said in the log once per change; `since` stays that of the first failure."""
+        """`room` fails now. Each change is logged once; `since` stays the first failure's."""
         with _lock:
             before = self._unwritten.get(room) or self._read(room)
             since = before.since if before else datetime.now(UTC).isoformat(timespec="seconds")
             problem = Problem(room, _line(text), _line(next_step), since)
             if problem == before:
                 return
-            log.warning("trouble", extra={"room": room, "problem": problem.text, "next_step": problem.next_step})
+            log.warning(
+                "trouble",
+                extra={"room": room, "problem": problem.text, "next_step": problem.next_step},
+            )
             temporary = self._folder / f".{room}.{os.getpid()}.{threading.get_ident()}"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -99,21 +104,27 @@ class Problems:
         except OSError:
             rooms = set()
         read = {room: self._read(room) for room in rooms}
-        found = {room: problem for room, problem in read.items() if problem is not None} | dict(self._unwritten)
+        found = {room: problem for room, problem in read.items() if problem is not None} | dict(
+            self._unwritten
+        )
         return [found[room] for room in sorted(found)]
 
     def unwritten(self) -> list[Problem]:
-        """Those that the disk did not take: only this process knows them. Asks no disk, so that no event loop waits for one."""
+        """Those that the disk did not take: only this process knows them. Reads no disk."""
         return list(self._unwritten.values())
 
     def _read(self, room: str) -> Problem | None:
         try:
-            fields = json.loads((self._folder / f"{room}.json").read_text())
-            return Problem(**{name: str(fields[name]) for name in ("room", "text", "next_step", "since")})
+            fields = read_json(self._folder / f"{room}.json")
+            return Problem(
+                **{name: str(fields[name]) for name in ("room", "text", "next_step", "since")}
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
 def _line(text: str) -> str:
     """One line of bounded length that any terminal and any message takes."""
-    return "".join(character if character.isprintable() else " " for character in text)[:MAX_TEXT].strip()
+    return "".join(character if character.isprintable() else " " for character in text)[
+        :MAX_TEXT
+    ].strip()

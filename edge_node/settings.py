@@ -1,30 +1,25 @@
-"""Settings of the edge node, read once at the entry point from the environment (prefix EDGE_, nesting `__`).
+"""Settings of the edge node, read once, at the entry point (prefix EDGE_, nesting `__`).
 
-In: environment variables. Out: one frozen EdgeSettings. Unknown keys are refused. Imports nothing heavy.
+In: environment variables. Out: one frozen EdgeSettings. Guarantees: unknown keys are refused;
+imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from edge_node import vllm_arguments
+from edge_node import schedule, vllm_arguments
 from edge_node.errors import SettingsError
+from edge_node.serving_settings import Group, ServingSettings
+from protos.encoding import Encoding
 
 PREFIX = "EDGE_"
-
-
-def _as_number(value: Any) -> Any:
-    # A variable is text; a Literal of numbers, unlike int, does not read it.
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-class Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class BaseModelSettings(Group):
@@ -38,38 +33,9 @@ class CentralSettings(Group):
     enrollment_address: str = "localhost:9444"
     """host:port of central's enrolment port."""
     join_token: SecretStr | None = None
-    """One-time token from `central tokens create`; used by enroll, and by serve when the node is not enrolled yet."""
+    """One-time token of `central tokens create`, for `enroll` or the first `serve`."""
     call_timeout_s: float = Field(default=30, gt=0)
     """Deadline of every unary call, and longest silence of a stream."""
-
-
-class ServingSettings(Group):
-    host: str = Field(default="127.0.0.1", min_length=1)
-    """Address that the OpenAI-compatible endpoint listens on."""
-    port: int = Field(default=8000, ge=1, le=65535)
-    """Port of the OpenAI-compatible endpoint."""
-    alias: str = Field(default="lorikeet", pattern=r"^[A-Za-z0-9._-]+$")
-    """Stable model name that clients use; answers name the exact version as alias@version."""
-    dtype: str = "auto"
-    """vLLM's --dtype."""
-    max_model_len: int | None = Field(default=None, ge=16)
-    """vLLM's --max-model-len; the model's own when unset."""
-    max_lora_rank: Annotated[Literal[8, 16, 32, 64, 128, 256, 320, 512], BeforeValidator(_as_number)] = 64
-    """Largest adapter rank; at least the release rank plus the rank of a local round."""
-    max_loras: int = Field(default=4, ge=3)
-    """Adapters in one batch: stable, the previous one still in flight, and a candidate under evaluation."""
-    max_cpu_loras: int = Field(default=32, ge=4)
-    """Adapters kept in memory; at least EDGE_RELEASES__KEEP + 3."""
-    extra_args: list[str] = Field(default_factory=list)
-    """Further vLLM arguments, as a JSON list. Those that the node sets itself are refused
-    (edge_node/vllm_arguments.py)."""
-    startup_timeout_s: float = Field(default=600, gt=0)
-    """A vLLM that is not ready by then is stopped and started again."""
-
-    @property
-    def reached_at(self) -> str:
-        """The host by which this machine reaches the endpoint."""
-        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
 
 
 class CaptureSettings(Group):
@@ -78,7 +44,7 @@ class CaptureSettings(Group):
     queue_size: int = Field(default=10_000, ge=1)
     """Finished answers that may wait for the disk; further ones are counted as lost."""
     durable_timeout_s: float = Field(default=5, gt=0)
-    """How long the end of an answer waits for the disk; after that it goes out and the interaction counts as lost."""
+    """How long an answer's end waits for the disk. After that, the interaction is lost."""
 
 
 class EnvironmentSpec(Group):
@@ -89,12 +55,91 @@ class EnvironmentSpec(Group):
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory."""
     anchor: bool = False
-    """True: what the base could do. Its examples are mixed into every round, and its loss is measured at the gate."""
+    """True: what the base could do. Every sft round learns from it, unless EDGE_LEARNING__ANCHORS
+    is set; the gate measures its loss.
+
+    An environment of texts is measured only.
+    """
+    call_timeout_s: float = Field(default=60, gt=0, le=300)
+    """Longest time of one call, and of loading, which has at least 60. Then it is ended."""
+    run_timeout_s: float = Field(default=300, gt=0, le=3600)
+    """Longest time of one run of an agent. Then the run is cancelled."""
+    memory_mb: int = Field(default=2048, ge=256)
+    """Most memory of its process, in MiB: what it allocates, without code and shared libraries."""
+    rollouts: bool = False
+    """True: the node may learn from this verifier by reinforcement learning (GRPO), without
+    feedback. Not for an anchor.
+    """
+
+    @model_validator(mode="after")
+    def _an_anchor_is_not_explored(self) -> EnvironmentSpec:
+        if self.anchor and self.rollouts:
+            raise ValueError(
+                f"environment {self.name!r} has anchor and rollouts; expected one of them. An "
+                "anchor is what the base could do already"
+            )
+        return self
+
+
+class GrpoSettings(Group):
+    """Rounds of reinforcement learning: EDGE_LEARNING__GRPO__*."""
+
+    prompts: int = Field(default=16, ge=1)
+    """Tasks that each optimizer step asks."""
+    samples: int = Field(default=8, ge=2, le=128)
+    """Answers to each task; they are judged against each other."""
+    max_answer_tokens: int = Field(default=128, ge=1)
+    """Longest sampled answer; of an environment with tools the longest turn."""
+    max_turns: int = Field(default=8, ge=1)
+    """Most answers of the model in an episode of an environment with tools, in rounds and in the
+    node's evaluations. The calls of the last one are run.
+    """
+    temperature: float = Field(default=1.0, gt=0, le=2)
+    """Of the samples. Only at 1 are vLLM's log-probabilities those of the sampling distribution, so
+    only then are its and the trainer's differences corrected for.
+    """
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """Peak rate; linear decay inside a round."""
+    steps: int = Field(default=40, ge=1)
+    """Optimizer steps of a round."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the start release, which is measured at any weight."""
+    warm_steps: int = Field(default=20, ge=0)
+    """Where every answer to a round's tasks scored zero, the next round begins with so many
+    supervised steps on verified examples. 0: nothing more is tried from that release.
+    """
+    in_flight: int = Field(default=16, ge=1)
+    """Most rollout requests in vLLM at once; each is for all samples of one task. With tools: most
+    tasks at once, with a request for each sample.
+    """
+    yield_above: int = Field(default=8, ge=0)
+    """While more requests of users than this are in flight, no new rollout starts."""
+
+
+class FeedbackSettings(Group):
+    """Rounds that learn from preferences (dpo) and thumbs (kto): EDGE_LEARNING__FEEDBACK__*."""
+
+    batch: int = Field(default=8, ge=2)
+    """Preferences in each batch, or thumbs: as many liked answers as disliked ones."""
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull back to the start release (DPO, KTO)."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak rate; linear decay inside a round."""
+    steps: int = Field(default=40, ge=1)
+    """Optimizer steps of a round."""
 
 
 class LearningSettings(Group):
     enabled: bool = True
     """Off: the node serves and evaluates but never trains."""
+    method: Literal["auto", "sft", "dpo", "scored", "kto", "grpo"] = "auto"
+    """How a round learns: `sft` from corrections and verified answers, `dpo` from preferences,
+    `scored` from groups of answers that a client scored, `kto` from thumbs, `grpo` from the
+    verifiers of environments with `rollouts`. auto: the first of these for which there is enough
+    that is new.
+    """
+    grpo: GrpoSettings = GrpoSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
     rank: int = Field(default=8, ge=1, le=256)
     """LoRA rank of a round; central's offer may lower it."""
     alpha: float = Field(default=16, gt=0)
@@ -104,25 +149,41 @@ class LearningSettings(Group):
     batch_own: int = Field(default=12, ge=1)
     """Own examples in each batch."""
     batch_hard: int = Field(default=4, ge=0)
-    """Of these, how many are corrections of the start release's own answers, where there are any (at most batch_own):
-    what is still wrong is met more often than what is known already."""
+    """Of these, corrections of the start release's own answers, where there are any (at most
+    batch_own). What is still wrong is met more often than what is known already.
+    """
+    batch_replay: int = Field(default=4, ge=0)
+    """Of these, examples of what earlier releases answered, in equal parts of each release, however
+    long ago (at most half of what batch_hard leaves). What earlier rounds learnt stays learnt. 0:
+    none but those that are among the newest `max_examples`.
+    """
     batch_anchor: int = Field(default=8, ge=0)
     """Anchor examples in each batch."""
     anchor_pool: int = Field(default=1000, ge=1)
-    """Distinct anchor examples to draw from."""
+    """Distinct examples of anchor environments to draw from."""
+    anchors: Path | None = None
+    """Directory of `edge-node anchors make`: the base's own samples. Set, they are the anchors of
+    sft and grpo rounds, and anchor environments are only measured by the gate.
+    """
+    kl: float = Field(default=1.0, ge=0)
+    """Weight of the KL divergence from the base on the samples in EDGE_LEARNING__ANCHORS."""
     learning_rate: float = Field(default=5e-3, gt=0)
     """Peak rate of the first round; linear decay inside a round."""
     round_decay: float = Field(default=0.7, gt=0, le=1)
     """Factor on the rate for each release that the start is away from the base."""
     min_examples: int = Field(default=50, ge=1)
-    """Fewest stored examples that a round trains on."""
+    """Fewest stored examples that a round trains on; of preferences, scored groups and thumbs the
+    same number each.
+    """
     min_new_failures: int = Field(default=5, ge=0)
-    """New failed or corrected answers (by the serving release) before a round starts. 0: a node rehearses its work on
-    every release that it got feedback on, which keeps the others' increments from wearing it away."""
+    """New failed or corrected answers (by the serving release) before a round starts. 0: a node
+    rehearses its work on every release that it got feedback on. That protects its work from the
+    others' increments.
+    """
     min_new_feedback: int = Field(default=1, ge=1)
     """New scores or corrections (of the serving release's answers) before a round starts."""
     supersede_after_s: float = Field(default=600, ge=0)
-    """Another round from the same release waits this long after the last one started: a merge is probably under way."""
+    """Another round from the same release waits this long: a merge is probably under way."""
     max_examples: int = Field(default=4000, ge=1)
     """Newest examples that a round draws from."""
     checkpoint_steps: int = Field(default=10, ge=1)
@@ -131,6 +192,59 @@ class LearningSettings(Group):
     """Seed of sampling and initialisation, together with node and round."""
     poll_s: float = Field(default=1.0, gt=0)
     """How often the learner looks for new experience."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What trains. auto: a GPU where torch sees one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of a round's arithmetic; weights, factors and the merge of a release stay float32. auto:
+    bfloat16 from 50 million parameters on.
+    """
+    target_modules: str | list[str] = "all-linear"
+    """Modules that a round trains: all-linear, attention, a JSON list of names that a module's name
+    is or ends with (`["q_proj", "v_proj"]`), or a regular expression of a whole name.
+    """
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of a forward pass, padding included; a longer example is alone in one. A step
+    stays the same but for rounding: only its memory shrinks. Unset: a step is one pass.
+    """
+
+    schedule: list[str] = Field(default_factory=list)
+    """When rounds may run, as a JSON list of windows: `["22:00-06:00"]` is in UTC, `["22:00-06:00
+    local"]` in this machine's time zone. Outside of them no round starts, and one that runs ends at
+    a checkpoint and goes on in the next. Empty: always.
+    """
+    yield_in_flight: int | None = Field(default=None, ge=0)
+    """A step waits while more requests of users than this are in flight. Unset: no such limit."""
+    yield_first_token_s: float | None = Field(default=None, gt=0)
+    """A step, and each rollout, waits while a stream of a user has waited longer for its first
+    piece, in the last 10 seconds. Unset: no such limit.
+    """
+    yield_at_most_s: float = Field(default=60, ge=0)
+    """Longest such wait of one step or rollout, so that a round ends at a busy node too."""
+    tensorboard: bool = False
+    """Write TensorBoard files of the newest 20 rounds into learning/reports/<round>/tensorboard.
+    Needs the package tensorboardX or tensorboard.
+    """
+
+    @field_validator("schedule")
+    @classmethod
+    def _has_windows(cls, value: list[str]) -> list[str]:
+        for text in value:
+            schedule.read_window(text)
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_modules(cls, value: str | list[str]) -> str | list[str]:
+        if not value or not all(value):
+            raise ValueError("no name; expected all-linear, attention, names or an expression")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+        return value
 
 
 class OutboxSettings(Group):
@@ -138,6 +252,10 @@ class OutboxSettings(Group):
     """manual: an update waits for `edge-node outbox approve` before it leaves the node."""
     retry_s: float = Field(default=1.0, gt=0)
     """First pause after a failed upload; doubles up to 60 s."""
+    encoding: Encoding = "bf16"
+    """How an increment travels: float32, bf16 (half its bytes) or int8 in blocks of 64 (about a
+    quarter). A central that does not offer the encoding gets float32.
+    """
 
 
 class ReleasesSettings(Group):
@@ -145,24 +263,38 @@ class ReleasesSettings(Group):
     """Channel that the alias follows."""
     evaluate: bool = True
     """Evaluate candidates for central on this node's environments."""
+    max_answer_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of an answer in the node's own evaluations. Unset: an answer ends as it does for
+    a client that sets no max_tokens, but a base that has not learnt to stop writes to the end of
+    EDGE_SERVING__MAX_MODEL_LEN, and the evaluation takes as long. With a bound the verifier sees a
+    cut answer: choose one above the longest right answer.
+    """
     keep: int = Field(default=8, ge=2)
     """Newest release directories that stay loaded and on disk."""
     max_rank: int | None = Field(default=None, ge=1)
-    """Largest rank of a release that this node serves: of a larger one the first pairs, which approximate it best (at most
-    EDGE_SERVING__MAX_LORA_RANK). Unset: whole releases."""
+    """Largest rank that this node serves (at most EDGE_SERVING__MAX_LORA_RANK). Of a larger release
+    it serves the first pairs, which approximate it best. Unset: whole releases.
+    """
 
 
 class EdgeSettings(BaseSettings):
     """One frozen group per room."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", use_attribute_docstrings=True
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
     )
 
     data_dir: Path = Path("edge-data")
     """Everything that must survive: keys, experience, outbox, releases, checkpoints."""
     node_name: str = Field(
-        default="edge-node", min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
+        default="edge-node",
+        min_length=1,
+        max_length=63,
+        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
     )
     """Name that the operator sees."""
     base: BaseModelSettings = BaseModelSettings()
@@ -183,9 +315,20 @@ class EdgeSettings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _grpo_has_a_verifier(self) -> EdgeSettings:
+        if self.learning.method == "grpo" and not any(spec.rollouts for spec in self.environments):
+            raise ValueError(
+                "EDGE_LEARNING__METHOD is grpo, and no environment has rollouts. Set `rollouts: "
+                "true` for one in EDGE_ENVIRONMENTS, or take another method"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adapters_fit(self) -> EdgeSettings:
-        # Kept ones, a candidate under evaluation and its reference, and an old version that a rollback made active again.
+        # Kept ones, a candidate, its reference, and an old version that a rollback made active.
         needed = self.releases.keep + 3
+        if self.learning.enabled and any(spec.rollouts for spec in self.environments):
+            needed += 2  # the policy, and the one before it while it is unloaded
         if self.serving.max_cpu_loras < needed:
             raise ValueError(
                 f"EDGE_SERVING__MAX_CPU_LORAS is {self.serving.max_cpu_loras}; EDGE_RELEASES__KEEP="
@@ -193,8 +336,19 @@ class EdgeSettings(BaseSettings):
             )
         if (self.releases.max_rank or 0) > self.serving.max_lora_rank:
             raise ValueError(
-                f"EDGE_RELEASES__MAX_RANK is {self.releases.max_rank}; vLLM accepts at most EDGE_SERVING__MAX_LORA_RANK="
-                f"{self.serving.max_lora_rank}. Raise the second or lower the first"
+                f"EDGE_RELEASES__MAX_RANK is {self.releases.max_rank}; vLLM accepts at most "
+                f"EDGE_SERVING__MAX_LORA_RANK={self.serving.max_lora_rank}. Raise the second or "
+                "lower the first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> EdgeSettings:
+        longest, answer = self.serving.max_model_len, self.releases.max_answer_tokens
+        if longest is not None and answer is not None and answer > longest:
+            raise ValueError(
+                f"EDGE_RELEASES__MAX_ANSWER_TOKENS is {answer}; vLLM refuses more than "
+                f"EDGE_SERVING__MAX_MODEL_LEN={longest}. Lower the first or raise the second"
             )
         return self
 
@@ -203,9 +357,11 @@ def load_settings() -> EdgeSettings:
     """Settings from the environment; raises SettingsError with one line per mistake."""
     known = {name.upper() for name in EdgeSettings.model_fields}
     mistakes = [
-        f"{key}: unknown setting; expected one of {', '.join(sorted(PREFIX + name for name in known))}"
+        f"{key}: unknown setting; expected one of "
+        f"{', '.join(sorted(PREFIX + name for name in known))}"
         for key in sorted(os.environ)
-        if key.upper().startswith(PREFIX) and key.upper().removeprefix(PREFIX).split("__")[0] not in known
+        if key.upper().startswith(PREFIX)
+        and key.upper().removeprefix(PREFIX).split("__")[0] not in known
     ]
     try:
         settings = EdgeSettings()
@@ -216,13 +372,18 @@ def load_settings() -> EdgeSettings:
                 continue
             variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
             secret = "extra_args" in item["loc"]  # API keys are among them
-            value = "" if secret or item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
-            text = "unknown setting" if item["type"] == "extra_forbidden" else item["msg"]
+            value = (
+                "" if secret or item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
+            )
+            text = item["msg"].removeprefix("Value error, ")
+            text = "unknown setting" if item["type"] == "extra_forbidden" else text
             mistakes.append(f"{variable}: {text}{value}")
     except ValueError as error:  # pydantic-settings: a list or object that is not JSON
         mistakes.append(f"{error}; expected JSON")
     if mistakes:
         raise SettingsError(
-            "Settings are not usable. " + "; ".join(mistakes) + ". See edge_node/settings.py for every setting."
+            "Settings are not usable. "
+            + "; ".join(mistakes)
+            + ". See edge_node/settings.py for every setting."
         )
     return settings

@@ -1,7 +1,7 @@
 """Which vLLM arguments an operator may add, and which ones the node sets itself.
 
 In: EDGE_SERVING__EXTRA_ARGS. Out: one line per argument that the node cannot work with: its name
-and what to do instead. Guarantees: a value is never quoted, because it may be an API key. Knows
+and what to do instead. Guarantees: a value is never quoted, because it may be a secret. Knows
 vLLM 0.32's ways to write a name: `--a_b`, `--a=1`, `--a.key 1`, abbreviations and short names.
 Imports nothing heavy; tests/contract/test_vllm_arguments.py compares it with vLLM's own parser.
 """
@@ -37,6 +37,8 @@ REFUSED: dict[str, str] = {
     "--grpc": "clients speak HTTP to a node",
     "--grpc-port": "clients speak HTTP to a node",
     "--tokens-only": "clients send text to a node",
+    # The node checks keys of its own, and both would come in one header.
+    "--api-key": "make keys with `edge-node keys create`, and set EDGE_SERVING__ACCESS=required",
     # Privacy: prompts and answers are kept in the experience store alone.
     "--enable-log-requests": _LOGGED,
     "--enable-log-outputs": _LOGGED,
@@ -83,7 +85,7 @@ _BEGIN_LIKE_REFUSED = frozenset({"-dp"})
 
 
 def mistakes(arguments: Sequence[str]) -> list[str]:
-    """One line per argument of `arguments` that a node cannot work with; empty when all are fine."""
+    """One line for each of `arguments` that a node cannot work with; empty when all are fine."""
     if arguments and not arguments[0].startswith("-"):
         return ["the first item is no argument; expected a name such as --seed"]
     found = []

@@ -1,1 +1,1 @@
-"""What crosses the wire between node and central: gRPC services, signed manifests and the LoRA codec."""
+"""What crosses the wire: gRPC services, signed manifests and the LoRA codec."""

@@ -44,7 +44,10 @@ class Digests:
                 return digest
             started_s = self._clock()
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if _stamp(os.fstat(stream.fileno())) == before and max(before[-2:]) < (started_s - SETTLED_S) * 1e9:
+            if (
+                _stamp(os.fstat(stream.fileno())) == before
+                and max(before[-2:]) < (started_s - SETTLED_S) * 1e9
+            ):
                 self._new[key] = (before, digest)
         return digest
 
@@ -55,8 +58,15 @@ class Digests:
         """
         if self._file is None or not self._new:
             return
-        entries = {key: entry for key, entry in (_read(self._file) | self._new).items() if Path(key).exists()}
-        with suppress(OSError), tempfile.TemporaryDirectory(dir=self._file.parent, prefix=".digests-") as folder:
+        entries = {
+            key: entry
+            for key, entry in (_read(self._file) | self._new).items()
+            if Path(key).exists()
+        }
+        with (
+            suppress(OSError),
+            tempfile.TemporaryDirectory(dir=self._file.parent, prefix=".digests-") as folder,
+        ):
             fresh = Path(folder) / self._file.name
             fresh.touch(mode=0o600)
             fresh.write_text(json.dumps(entries))

@@ -11,7 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LLAMA = frozenset((*_ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+_LLAMA = frozenset(
+    (*_ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+)
 
 FAMILIES: dict[str, frozenset[str]] = {
     "LlamaForCausalLM": _LLAMA,
@@ -28,7 +30,9 @@ FAMILIES: dict[str, frozenset[str]] = {
     "CohereForCausalLM": _LLAMA,
     "Exaone4ForCausalLM": _LLAMA,
     "NemotronForCausalLM": _LLAMA - {"mlp.gate_proj"},
-    "Phi3ForCausalLM": frozenset(("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
+    "Phi3ForCausalLM": frozenset(
+        ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ),
     "GPTNeoXForCausalLM": frozenset(
         ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     ),
@@ -48,13 +52,17 @@ def missing_module(architecture: str, layers: int, modules: Iterable[str]) -> st
         return None
     found = _by_layer(modules)
     wanted = sorted(FAMILIES[architecture])
-    return next((f"{n}.{name}" for n in range(layers) for name in wanted if name not in found[n]), None)
+    return next(
+        (f"{n}.{name}" for n in range(layers) for name in wanted if name not in found[n]), None
+    )
 
 
 def is_known(architecture: str, layers: int, modules: Iterable[str]) -> bool:
     """True when there are `layers` layers, each with the modules of its family and no others."""
     found = _by_layer(modules)
-    return len(found) == layers and all(names == FAMILIES.get(architecture, set()) for names in found.values())
+    return len(found) == layers and all(
+        names == FAMILIES.get(architecture, set()) for names in found.values()
+    )
 
 
 def _by_layer(modules: Iterable[str]) -> dict[int, set[str]]:

@@ -1,8 +1,8 @@
 """Signed documents that cross the wire: manifests of updates and releases, and receipts.
 
-In: field values. Out: canonical JSON bytes (UTF-8, sorted keys, no spaces), their SHA-256 (the document's id), and
-ECDSA P-256 signatures over exactly those bytes. Both sides sign and verify the bytes as sent and never re-serialise,
-so an id never depends on a library's version.
+In: field values. Out: canonical JSON bytes (UTF-8, sorted keys, no spaces), their SHA-256 (the
+document's id), and ECDSA P-256 signatures over exactly those bytes. Both sides sign and verify the
+bytes as sent and never re-serialise, so an id never depends on a library's version.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from protos.encoding import Encoding
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 as 64 lower-case hex digits."""
 
 CHUNK_BYTES = 128 << 10
-"""Piece of a payload in one message, both ways. With larger ones a server that serves hundreds holds more memory and is not
-faster (benchmarks.intake)."""
+"""Bytes of a payload in one message, both ways.
+
+With larger messages a server of hundreds holds more memory and is not faster (benchmarks.intake).
+"""
 
 
 class ManifestError(ValueError):
@@ -38,7 +42,9 @@ def sha256_hex(data: bytes) -> str:
 
 def canonical_json(value: Any) -> bytes:
     """UTF-8 JSON with sorted keys and no spaces; refuses NaN and infinity (ValueError)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 class Document(BaseModel):
@@ -67,14 +73,19 @@ class Document(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"
-            raise ManifestError(f"{cls.__name__} is malformed at {where}: {first['msg']}.") from error
+            raise ManifestError(
+                f"{cls.__name__} is malformed at {where}: {first['msg']}."
+            ) from error
         try:
             canonical = document.to_bytes()
         except ValueError as error:  # NaN or infinity, which JSON does not have
-            raise ManifestError(f"{cls.__name__} has a value without a canonical form: {error}.") from error
+            raise ManifestError(
+                f"{cls.__name__} has a value without a canonical form: {error}."
+            ) from error
         if canonical != data:
             raise ManifestError(
-                f"{cls.__name__} is not in canonical form (sorted keys, no spaces, no defaults left out)."
+                f"{cls.__name__} is not in canonical form (sorted keys, no spaces, no defaults "
+                "left out)."
             )
         return document
 
@@ -97,7 +108,7 @@ class Start(Document):
 
 
 class UpdateManifest(Document):
-    """What a node says of one update. It names no cohort: that comes from the node's certificate."""
+    """What a node says of one update. The cohort is in the node's certificate, not here."""
 
     schema_version: Literal[1] = 1
     node_id: str = Field(min_length=1, max_length=64)
@@ -108,6 +119,10 @@ class UpdateManifest(Document):
     rank: int = Field(ge=1)
     """Largest rank of any module."""
     payload: Payload
+    encoding: Encoding = Field(default="float32", exclude_if=lambda encoding: encoding == "float32")
+    """How the payload holds the factors; anything but float32 only where central offers it."""
+    encoding_error: float = Field(default=0.0, ge=0, lt=1, exclude_if=lambda error: error == 0)
+    """||sent - trained||_F / ||trained||_F of the increment, as the node measured it."""
     sections: list[str] = Field(default_factory=list)
     """Names of further sections in the payload (none is used today), sorted."""
     supersedes: Digest | None = None
@@ -120,7 +135,7 @@ class UpdateManifest(Document):
 
 
 class Composition(Document):
-    """How a release of a cohort that builds on another is put together: trunc_R(P_other + P_own)."""
+    """How a release that builds on another cohort is composed: trunc_R(P_other + P_own)."""
 
     builds_on: Digest
     """Release of the other cohort."""
@@ -146,7 +161,9 @@ class ReleaseManifest(Document):
     truncation_error: float = Field(ge=0)
     """||M - M_hat||_F / ||M||_F of the merge."""
     updates: list[Digest]
-    composition: Composition | None = Field(default=None, exclude_if=lambda composition: composition is None)
+    composition: Composition | None = Field(
+        default=None, exclude_if=lambda composition: composition is None
+    )
     """Only in cohorts that build on another, from version 1 on."""
     created_at: str
 
@@ -157,7 +174,7 @@ class ReleaseManifest(Document):
 
     @property
     def own_payload(self) -> Payload:
-        """What the cohort's next merge adds to: the served payload, or the cohort's own part of it."""
+        """What the cohort's next merge adds to: the served payload or its own part of it."""
         return self.payload if self.composition is None else self.composition.own
 
 
@@ -183,7 +200,9 @@ def verify(public_key_pem: bytes, data: bytes, signature: bytes) -> None:
     try:
         _public_key(public_key_pem).verify(signature, data, ec.ECDSA(SHA256()))
     except InvalidSignature:
-        raise ManifestError("Signature does not fit the document: it was altered or signed with another key.") from None
+        raise ManifestError(
+            "Signature does not fit the document: it was altered or signed with another key."
+        ) from None
 
 
 @lru_cache(maxsize=4096)
@@ -195,5 +214,7 @@ def _public_key(pem: bytes) -> ec.EllipticCurvePublicKey:
             f"Verification key is not readable PEM: {error}; expected an ECDSA P-256 public key."
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise ManifestError(f"Verification key is a {type(key).__name__}; expected an ECDSA P-256 key.")
+        raise ManifestError(
+            f"Verification key is a {type(key).__name__}; expected an ECDSA P-256 key."
+        )
     return key

@@ -1,7 +1,8 @@
 """Lints our protos by buf's STANDARD rules; `python -m tests.lint_protos`, part of `make lint`.
 
-In: protos/<domain>/v1/*.proto, compiled to descriptors by protoc. Out: one line per problem and exit code 1, or
-nothing and 0. That the committed stubs fit the protos is checked beside this, by `.ci/stub-drift`.
+In: protos/<domain>/v1/*.proto, compiled to descriptors by protoc. Out: one line per problem and
+exit code 1, or nothing and 0. That the committed stubs fit the protos is checked beside this, by
+`.ci/stub-drift`.
 """
 
 from __future__ import annotations
@@ -32,14 +33,25 @@ REQUIRED = re.compile(r"^Required( first message of the stream)?\.")
 
 
 def compile_protos(root: Path) -> FileDescriptorSet:
-    """Descriptors with comments of every proto under `root`/protos; raises ValueError when protoc refuses one."""
+    """Descriptors with comments of every proto under `root`/protos.
+
+    Raises ValueError when protoc refuses one.
+    """
     files = sorted(str(path.relative_to(root)) for path in root.glob("protos/*/v*/*.proto"))
     includes = [f"-I{root}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "set.binpb"
-        arguments = ["protoc", *includes, "--include_source_info", f"--descriptor_set_out={out}", *files]
+        arguments = [
+            "protoc",
+            *includes,
+            "--include_source_info",
+            f"--descriptor_set_out={out}",
+            *files,
+        ]
         if not files or protoc.main(arguments) != 0:
-            raise ValueError(f"protoc compiled nothing under {root}: {len(files)} protos, see its message above.")
+            raise ValueError(
+                f"protoc compiled nothing under {root}: {len(files)} protos, see its message above."
+            )
         return FileDescriptorSet.FromString(out.read_bytes())
 
 
@@ -49,7 +61,9 @@ def find_problems(files: FileDescriptorSet) -> list[str]:
 
 
 def _file_problems(file: FileDescriptorProto) -> Iterator[str]:
-    match = re.fullmatch(r"protos/([a-z][a-z0-9_]*)/(v[1-9][0-9]*)/([a-z][a-z0-9_]*)\.proto", file.name)
+    match = re.fullmatch(
+        r"protos/([a-z][a-z0-9_]*)/(v[1-9][0-9]*)/([a-z][a-z0-9_]*)\.proto", file.name
+    )
     expected = f"lorikeet.{match[1]}.{match[2]}" if match else None
     if expected is None:
         yield "path; expected protos/<domain>/v<n>/<lower_snake>.proto"
@@ -72,7 +86,11 @@ def _message_problems(message: DescriptorProto, where: str) -> Iterator[str]:
         return
     if not PASCAL.match(message.name):
         yield f"message {where}; expected PascalCase"
-    for name in [field.name for field in message.field] + [oneof.name for oneof in message.oneof_decl]:
+    # Of an optional field protoc makes a oneof of its own.
+    optional = {field.name for field in message.field if field.proto3_optional}
+    for name in [field.name for field in message.field] + [
+        oneof.name for oneof in message.oneof_decl if oneof.name.removeprefix("_") not in optional
+    ]:
         if not LOWER_SNAKE.match(name):
             yield f"field {where}.{name}; expected lower_snake_case"
     for enum in message.enum_type:
@@ -101,7 +119,8 @@ def _service_problems(service: ServiceDescriptorProto, package: str) -> Iterator
         for kind, seen in (("Request", method.input_type), ("Response", method.output_type)):
             expected = f".{package}.{method.name}{kind}"
             if seen != expected:
-                yield f"rpc {service.name}.{method.name} has {kind.lower()} {seen[1:]}; expected {expected[1:]}"
+                name = f"{service.name}.{method.name}"
+                yield f"rpc {name} has {kind.lower()} {seen[1:]}; expected {expected[1:]}"
 
 
 def _shared_messages(services: Iterable[ServiceDescriptorProto]) -> Iterator[str]:
@@ -110,12 +129,15 @@ def _shared_messages(services: Iterable[ServiceDescriptorProto]) -> Iterator[str
         for method in service.method:
             for message in (method.input_type, method.output_type):
                 if message in seen:
-                    yield f"{message[1:]} is used by {seen[message]} and {method.name}; expected one rpc per message"
+                    users = f"{seen[message]} and {method.name}"
+                    yield f"{message[1:]} is used by {users}; expected one rpc per message"
                 seen[message] = method.name
 
 
 def _comment_problems(file: FileDescriptorProto) -> Iterator[str]:
-    comments = {tuple(item.path): item.leading_comments.strip() for item in file.source_code_info.location}
+    comments = {
+        tuple(item.path): item.leading_comments.strip() for item in file.source_code_info.location
+    }
     for index, service in enumerate(file.service):
         if not comments.get((6, index)):  # 6: the field number of `service` in FileDescriptorProto
             yield f"service {service.name} has no comment; expected one that says for whom it is"

@@ -1,7 +1,8 @@
-"""The clients of the intake benchmark: 200 enrolled nodes in one process, told what to do line by line.
+"""The clients of the intake benchmark: 200 enrolled nodes in one process, commanded line by line.
 
-In: JSON requests on stdin. Out: one JSON line each on stdout, a progress bar on stderr. A call that fails is repeated, as
-a node repeats it, from the byte that central names; it counts as one update and as a retry.
+In: JSON requests on stdin. Out: one JSON line each on stdout, a progress bar on stderr. A call that
+fails is repeated, as a node repeats it, from the byte that central names; it counts as one update
+and as a retry.
 """
 
 from __future__ import annotations
@@ -28,9 +29,18 @@ from cryptography.x509.oid import NameOID
 from edge_node.identity import JoinToken
 from protos.base import read_base_model
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from protos.lora import Array, LoraModule, LoraTensors, encode
-from protos.manifest import CHUNK_BYTES, Payload, ReleaseManifest, Start, UpdateManifest, sha256_hex, sign
-from protos.operator.v1 import operator_pb2, operator_pb2_grpc
+from protos.lora import LoraModule, LoraTensors, encode
+from protos.manifest import (
+    CHUNK_BYTES,
+    Payload,
+    ReleaseManifest,
+    Start,
+    UpdateManifest,
+    sha256_hex,
+    sign,
+)
+from protos.operators.v1 import operators_pb2, operators_pb2_grpc
+from protos.rounding import Array
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
 
 CLIENTS = 200
@@ -99,7 +109,12 @@ def make_payload(rank: int, modules: int, seed: int) -> bytes:
         return (random.standard_normal(shape) * 0.01).astype(np.float32)
 
     return encode(
-        LoraTensors({module_name(i): LoraModule(draw(rank, SIDE), draw(SIDE, rank), 1.0) for i in range(modules)})
+        LoraTensors(
+            {
+                module_name(i): LoraModule(draw(rank, SIDE), draw(SIDE, rank), 1.0)
+                for i in range(modules)
+            }
+        )
     )
 
 
@@ -123,15 +138,23 @@ class Fleet:
         key, certificate = (pki / "operator.key").read_bytes(), (pki / "operator.pem").read_bytes()
         credentials = grpc.ssl_channel_credentials(self._ca, key, certificate)
         async with grpc.aio.secure_channel(f"localhost:{ports[0]}", credentials) as channel:
-            request = operator_pb2.CreateTokenRequest(cohort="shared", uses=CLIENTS, valid_s=3600)
-            token = (await operator_pb2_grpc.OperatorServiceStub(channel).CreateToken(request, timeout=30)).token
+            request = operators_pb2.CreateTokenRequest(cohort="shared", uses=CLIENTS, valid_s=3600)
+            token = (
+                await operators_pb2_grpc.OperatorServiceStub(channel).CreateToken(
+                    request, timeout=30
+                )
+            ).token
         parsed = JoinToken.parse(token)
         address = f"localhost:{ports[1]}"
         base = (await asyncio.to_thread(read_base_model, pki.parent.parent / "base")).digest
-        async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(self._ca)) as channel:
+        async with grpc.aio.secure_channel(
+            address, grpc.ssl_channel_credentials(self._ca)
+        ) as channel:
             stub = fleet_pb2_grpc.EnrollmentServiceStub(channel)
             for number in range(CLIENTS):
-                self._clients.append(await enroll(stub, parsed.token_id, parsed.secret, base, f"n{number}"))
+                self._clients.append(
+                    await enroll(stub, parsed.token_id, parsed.secret, base, f"n{number}")
+                )
                 show("enrolling", number + 1, CLIENTS)
 
     async def send(self, port: int, each: int, label: str) -> Phase:
@@ -143,7 +166,9 @@ class Fleet:
         retries = 0
         started = time.perf_counter()
 
-        async def client(channel: grpc.aio.Channel, updates: list[tuple[bytes, bytes, bytes]]) -> None:
+        async def client(
+            channel: grpc.aio.Channel, updates: list[tuple[bytes, bytes, bytes]]
+        ) -> None:
             nonlocal retries
             for update in updates:
                 began = time.perf_counter()
@@ -154,7 +179,9 @@ class Fleet:
         async with asyncio.TaskGroup() as tasks:
             for channel, updates in zip(channels, work, strict=True):
                 tasks.create_task(client(channel, updates))
-        return Phase(len(latencies), len(self.payload), time.perf_counter() - started, latencies, retries)
+        return Phase(
+            len(latencies), len(self.payload), time.perf_counter() - started, latencies, retries
+        )
 
     async def _connect(self, port: int) -> list[grpc.aio.Channel]:
         if port not in self._channels:
@@ -172,7 +199,7 @@ class Fleet:
         return self._channels[port]
 
     def _prepare(self, client: Client) -> tuple[bytes, bytes, bytes]:
-        """Manifest, signature, and the last four bytes that make this payload unlike every other."""
+        """Manifest, signature, and four last bytes that make this payload unlike any other."""
         self._sequence += 1
         tail = np.float32(self._sequence * 1e-6).tobytes()
         payload = self.payload[:-4] + tail
@@ -181,7 +208,12 @@ class Fleet:
             node_id=client.node_id,
             sequence=self._sequence,
             base=genesis.base,
-            start=Start(release=genesis.digest, payload=genesis.payload.digest_sha256, prefix_rank=0, dtype="float32"),
+            start=Start(
+                release=genesis.digest,
+                payload=genesis.payload.digest_sha256,
+                prefix_rank=0,
+                dtype="float32",
+            ),
             rank=self.rank,
             payload=Payload(digest_sha256=sha256_hex(payload), size_bytes=len(payload)),
             round_id=f"round-{self._sequence}",
@@ -191,7 +223,9 @@ class Fleet:
         ).to_bytes()
         return manifest, sign(client.key, manifest), tail
 
-    async def _upload(self, channel: grpc.aio.Channel, manifest: bytes, signature: bytes, tail: bytes) -> int:
+    async def _upload(
+        self, channel: grpc.aio.Channel, manifest: bytes, signature: bytes, tail: bytes
+    ) -> int:
         """Until central has answered with a receipt; how often it had to be repeated."""
         stub = updates_pb2_grpc.UpdateServiceStub(channel)
         offset = 0
@@ -250,7 +284,10 @@ def show(label: str, done: int, total: int) -> None:
         filled = 30 * done // total
         end = "\n" if done == total else ""
         print(
-            f"\r{label:12s} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}", end=end, file=sys.stderr, flush=True
+            f"\r{label:12s} [{'#' * filled}{'.' * (30 - filled)}] {done}/{total}",
+            end=end,
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -1,1 +1,1 @@
-"""Which merge rule needs the fewest rounds: the quickstart's nodes train for real, central's rules merge (__main__.py)."""
+"""Which merge rule needs the fewest rounds: nodes train for real, central's rules merge."""

@@ -1,1 +1,1 @@
-"""The fleet: join tokens and certificate requests enter; identities, offers and node status leave."""
+"""The fleet: enrolment of nodes, their identities, and what they say of themselves."""

@@ -22,13 +22,13 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from central.blobs import BlobStore
 from central.errors import Reason, Refused
 from central.fleet.guesses import Guesses
 from central.fleet.pki import Pki, public_pem
 from central.fleet.tokens import expect_usable, find_token
 from central.journal import EventKind, Journal, NewEvent, NodeRecord, State, TokenRecord
-from central.registry import BlobStore
-from central.registry.service import signed_manifest
+from central.releases.service import signed_manifest
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.manifest import sha256_hex
 
@@ -104,15 +104,15 @@ class EnrollmentService(fleet_pb2_grpc.EnrollmentServiceServicer):
     def _check(self, request: fleet_pb2.EnrollRequest) -> None:
         if not NODE_NAME.fullmatch(request.node_name):
             raise _bad(
-                f"Node name {request.node_name!r} is not usable. Expected 1 to 48 letters, digits, '.', '_' or '-'. "
-                "Set EDGE_NODE_NAME."
+                f"Node name {request.node_name!r} is not usable. Expected 1 to 48 letters, digits, "
+                "'.', '_' or '-'. Set EDGE_NODE_NAME."
             )
         if request.base_digest != self._base:
             raise Refused(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 Reason.OTHER_BASE,
-                f"The node's base model has digest {request.base_digest or 'none'}; central's has {self._base}. "
-                "Point EDGE_BASE__PATH at exactly the base model that central uses.",
+                f"The node's base model has digest {request.base_digest or 'none'}; central's has "
+                f"{self._base}. Point EDGE_BASE__PATH at exactly the base model that central uses.",
             )
 
 
@@ -122,14 +122,23 @@ def _read_request(pem: bytes) -> ec.EllipticCurvePublicKey:
         signed = request.is_signature_valid
         key = request.public_key()
     except (ValueError, InvalidSignature, UnsupportedAlgorithm) as error:
-        raise _bad("The certificate request is not readable. Expected PEM, as `edge-node enroll` makes it.") from error
-    if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise _bad("The certificate request is not signed by an ECDSA P-256 key of its own. Use `edge-node enroll`.")
+        raise _bad(
+            "The certificate request is not readable. Expected PEM, as `edge-node enroll` makes it."
+        ) from error
+    if (
+        not signed
+        or not isinstance(key, ec.EllipticCurvePublicKey)
+        or not isinstance(key.curve, ec.SECP256R1)
+    ):
+        raise _bad(
+            "The certificate request is not signed by an ECDSA P-256 key of its own. Use "
+            "`edge-node enroll`."
+        )
     return key
 
 
 def _expect_free_key(state: State, pem: str) -> None:
-    """One key, one node: or a revoked node would stay in under the other name."""
+    """Refuse a key that a node has; a revoked one must not come back under another name."""
     for node in state.nodes.values():
         if node.public_key_pem != pem:
             continue
@@ -161,8 +170,8 @@ def _expect_free_name(state: State, name: str, token: TokenRecord) -> None:
         raise Refused(
             grpc.StatusCode.ALREADY_EXISTS,
             Reason.NAME_TAKEN,
-            f"Node name {name!r} belongs to a node with another key. Choose another EDGE_NODE_NAME, or have the operator "
-            "revoke that node.",
+            f"Node name {name!r} belongs to a node with another key. Choose another "
+            "EDGE_NODE_NAME, or have the operator revoke that node.",
         )
 
 
@@ -173,8 +182,8 @@ def _expect_same(known: NodeRecord, cohort: str) -> None:
         raise Refused(
             grpc.StatusCode.PERMISSION_DENIED,
             Reason.COHORT_MISMATCH,
-            f"Node {known.node_id} is enrolled in another cohort than {cohort!r}. A node has one cohort: use a token of "
-            "its own cohort, or enrol with a new key.",
+            f"Node {known.node_id} is enrolled in another cohort than {cohort!r}. A node has one "
+            "cohort: use a token of its own cohort, or enrol with a new key.",
         )
 
 

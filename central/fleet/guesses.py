@@ -1,12 +1,12 @@
-"""Who is refused at enrolment waits for the answer, longer each time, so that nobody guesses tokens
-by the thousand.
+"""Callers that are refused at enrolment wait for the answer, so that nobody guesses tokens.
 
-In: the address of a refused caller. Out: nothing, after a while. Guarantees: the first few answers
-to an address come at once; further ones come one a second per address and ten a second in all, each
-at most `LONGEST_S` late. Meanwhile every call of the address waits at most `ASK_S` before its token
-is looked at, so that nobody learns by hanging up on the late answers; then a node with the right
-token is let in, also from the address of somebody who guesses. Memory is bounded: beyond
-`ADDRESSES` newcomers share one place. Used on the event loop alone.
+In: the address of a refused caller. Out: nothing, after a while.
+
+Guarantees: the first few answers to an address come at once. Further ones come one a second per
+address and ten a second in all, each at most `LONGEST_S` late. Meanwhile every call of the address
+waits at most `ASK_S` before its token is looked at, so hanging up on late answers teaches nothing.
+Then a node with the right token is let in, also from the address of somebody who guesses. Memory is
+bounded: beyond `ADDRESSES` newcomers share one place. Used on the event loop alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from math import inf
 from urllib.parse import unquote
 
 FREE = 5
-"""Refusals of an address that are answered at once; a mistyped token costs no time. They come back,
-one in `PAUSE_S`.
+"""Refusals of an address that are answered at once. They come back, one in `PAUSE_S`.
+
+So a mistyped token costs no time.
 """
 PAUSE_S = 1.0
 RATE, FREE_OF_ALL = 10.0, 50
-"""The same for all addresses together: refusals a second, and so many at once."""
+"""The same for all addresses together: refusals a second, and how many are answered at once."""
 LONGEST_S = 12.0
-"""With `ASK_S` well below the 20 s that a connection to the enrolment port lives (central/rpc.py)."""
+"""An answer is at most this late.
+
+With `ASK_S` this is well below the 20 s that a connection to the enrolment port lives
+(central/rpc.py).
+"""
 ASK_S = 2.0
 ADDRESSES = 4096
 OTHERS = "others"
@@ -43,12 +48,13 @@ class Guesses:
         self._clock = clock
         self._sleep = sleep
         self._due: dict[str, float] = {}
-        """When the next answer to an address is due, had it used its free ones."""
+        """When the next answer to an address is due, as if it had used its free ones."""
         self._all_due = -inf
 
     async def wait_to_ask(self, peer: str) -> None:
-        """Wait before the token of `peer` (as gRPC names it) is looked at, while its address or all
-        together were refused too often.
+        """Wait before the token of `peer` (as gRPC names it) is looked at.
+
+        It waits while its address, or all addresses together, were refused too often.
         """
         if (late_s := self.late_s(peer)) > 0:
             await self._sleep(min(late_s, ASK_S))
@@ -59,11 +65,14 @@ class Guesses:
             await self._sleep(pause_s)
 
     def late_s(self, peer: str) -> float:
-        """How far refusals are behind; counts nothing."""
-        return max(self._due.get(address_of(peer), self._due.get(OTHERS, -inf)), self._all_due) - self._clock()
+        """How late refusals are now, in seconds; counts nothing."""
+        return (
+            max(self._due.get(address_of(peer), self._due.get(OTHERS, -inf)), self._all_due)
+            - self._clock()
+        )
 
     def pause_s(self, peer: str) -> float:
-        """Count a refusal; how long its answer waits."""
+        """Count a refusal; returns how long its answer waits, in seconds."""
         now = self._clock()
         address = self._place(address_of(peer), now)
         due = max(self._due.get(address, -inf), now - FREE * PAUSE_S) + PAUSE_S
@@ -79,8 +88,9 @@ class Guesses:
 
 
 def address_of(peer: str) -> str:
-    """The address in `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`; of IPv6 the first 64 bits,
-    which one site has.
+    """The address in `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`.
+
+    Of IPv6 only the first 64 bits, which one site has.
     """
     host = unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
     try:

@@ -25,7 +25,7 @@ from central.journal import Journal, NodeRecord
 
 SCHEME = "lorikeet"
 ASK_S = 1.0
-"""How long a stream may go on after its node was revoked, while bytes flow."""
+"""A stream may go on this long after its node was revoked, while bytes flow."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Peer:
 class Authenticator:
     """Names the caller of a call; raises Refused."""
 
-    def __init__(self, journal: Journal, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(
+        self, journal: Journal, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
         self._journal = journal
         self._clock = clock
 
     def peer(self, context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
-        """What the caller's certificate says, whoever it is; raises Refused when it is none of ours
-        or its time is over.
-        """
+        """What the caller's certificate says; raises Refused when it is not ours or is over."""
         peer = read_peer(context)
         self.expect_in_time(peer)
         return peer
@@ -81,7 +81,8 @@ class Authenticator:
             raise Refused(
                 grpc.StatusCode.UNAUTHENTICATED,
                 Reason.UNKNOWN_NODE,
-                f"{peer.kind.capitalize()} {peer.name!r} is not an enrolled node here. Enrol with `edge-node enroll`.",
+                f"{peer.kind.capitalize()} {peer.name!r} is not an enrolled node here. Enrol with "
+                "`edge-node enroll`.",
             )
         if node.revoked:
             raise Refused(
@@ -95,7 +96,8 @@ class Authenticator:
             raise Refused(
                 grpc.StatusCode.PERMISSION_DENIED,
                 Reason.COHORT_MISMATCH,
-                f"The certificate of node {node.node_id} says cohort {peer.cohort!r}; it was enrolled in {node.cohort!r}.",
+                f"The certificate of node {node.node_id} says cohort {peer.cohort!r}; it was "
+                f"enrolled in {node.cohort!r}.",
             )
         return node
 
@@ -106,14 +108,16 @@ class Authenticator:
             raise Refused(
                 grpc.StatusCode.PERMISSION_DENIED,
                 Reason.NOT_OPERATOR,
-                f"{peer.name!r} is a node. This call needs the operator's certificate, pki/operator.pem at central.",
+                f"{peer.name!r} is a node. This call needs the operator's certificate, "
+                "pki/operator.pem at central.",
             )
         return peer.name
 
 
 class Permission:
-    """Whether the caller of a long call may still go on: its certificate may end, or its node be
-    revoked, meanwhile.
+    """Whether the caller of a long call may go on.
+
+    Its certificate may end, or its node be revoked, during the call.
     """
 
     def __init__(self, authenticator: Authenticator, peer: Peer) -> None:
@@ -122,9 +126,7 @@ class Permission:
         self._ask_at = asyncio.get_running_loop().time() + ASK_S
 
     async def expect(self) -> None:
-        """Raises Refused when it may not; asks the journal at most once in `ASK_S`, so call it as
-        often as you like.
-        """
+        """Raises Refused when the caller may not go on. Cheap: asks the journal once in `ASK_S`."""
         self._authenticator.expect_in_time(self._peer)
         if (now := asyncio.get_running_loop().time()) >= self._ask_at:
             self._ask_at = now + ASK_S
@@ -150,7 +152,8 @@ def read_peer(context: grpc.aio.ServicerContext[Any, Any]) -> Peer:
         raise Refused(
             grpc.StatusCode.UNAUTHENTICATED,
             Reason.UNKNOWN_NODE,
-            "The client certificate names neither a node nor an operator. Expected one that central issued.",
+            "The client certificate names neither a node nor an operator. Expected one that "
+            "central issued.",
         ) from error
 
 
@@ -164,9 +167,15 @@ def parse_certificate(pem: bytes) -> Peer:
     kind, name = parts.netloc, parts.path.removeprefix("/")
     if parts.scheme != SCHEME or not name:
         raise ValueError(f"Certificate names {uri!r}.")
-    key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    key = (
+        certificate.public_key()
+        .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        .decode()
+    )
     if kind == "node":
-        return Peer("node", name, parse_qs(parts.query)["cohort"][0], key, certificate.not_valid_after_utc)
+        return Peer(
+            "node", name, parse_qs(parts.query)["cohort"][0], key, certificate.not_valid_after_utc
+        )
     if kind == "operator":
         return Peer("operator", name, "", key, certificate.not_valid_after_utc)
     raise ValueError(f"Certificate names {uri!r}.")

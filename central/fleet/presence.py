@@ -1,7 +1,7 @@
 """Which nodes are connected, and what they said of themselves last.
 
-In: opened and closed watches, status reports. Out: a snapshot per node. In memory only: a restarted central knows a
-node again as soon as it calls. Changed on the event loop alone.
+In: opened and closed watches, status reports. Out: a snapshot per node. In memory only: a restarted
+central knows a node again as soon as it calls. Changed on the event loop alone.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from central.command import printable
 from central.journal import utc_now
+from central.printable import printable
 from protos.fleet.v1 import fleet_pb2
 
 MAX_TEXT = 500
@@ -55,7 +55,10 @@ class Presence:
         self._seen(node_id).watches -= 1
 
     def report(self, node_id: str, status: fleet_pb2.NodeStatus) -> None:
-        """Keep what the node says of itself, in bounded length: it is held in memory and shown to operators."""
+        """Keep what the node says of itself, cut to a bounded length.
+
+        It is held in memory and shown to operators.
+        """
         kept = fleet_pb2.NodeStatus()
         kept.CopyFrom(status)
         del kept.problems[:]
@@ -78,7 +81,7 @@ class Presence:
 
 
 def _problem(told: fleet_pb2.Problem) -> fleet_pb2.Problem:
-    """In bounded length, and without what could steer a terminal or break a line."""
+    """The text, cut to a bounded length, without what could steer a terminal or break a line."""
     return fleet_pb2.Problem(
         room=printable(told.room[:MAX_NAME]),
         text=printable(told.text[:MAX_TEXT]),

@@ -1,7 +1,8 @@
-"""Where releases serve, durably: one event whenever a node says that it serves another release than before.
+"""Where releases serve: one event whenever a node says that it serves another release.
 
-In: what nodes say of themselves. Out: journal events. Guarantees: a repeat adds nothing; a node that changes its word all the time
-adds one event per PAUSE_S at most, and its last word is recorded with its next report after that.
+In: what nodes say of themselves. Out: journal events. Guarantees: a repeat adds nothing. A node
+that changes its word all the time adds one event per PAUSE_S at most. Its last word is recorded
+with its next report after that.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ PAUSE_S = 10.0
 
 
 def record_served(journal: Journal, node_id: str, release_id: str, now: str | None = None) -> None:
-    """Take note that the node serves the release; of no release, or one that is not of its cohort, nothing is recorded."""
+    """Record that the node serves the release, unless that is unknown or another cohort's."""
     with journal.read() as state:
-        node, release, before = state.nodes[node_id], state.releases.get(release_id), state.serving.get(node_id)
+        node, release, before = (
+            state.nodes[node_id],
+            state.releases.get(release_id),
+            state.serving.get(node_id),
+        )
         if release is None or release.cohort != node.cohort or node.revoked:
             return
         if before is not None:
-            passed = datetime.fromisoformat(now or journal.clock()) - datetime.fromisoformat(before.since)
+            passed = datetime.fromisoformat(now or journal.clock()) - datetime.fromisoformat(
+                before.since
+            )
             if before.release_id == release_id or passed.total_seconds() < PAUSE_S:
                 return
-        journal.append(NewEvent(EventKind.RELEASE_SERVED, node.cohort, release_id, {"node_id": node_id}))
+        journal.append(
+            NewEvent(EventKind.RELEASE_SERVED, node.cohort, release_id, {"node_id": node_id})
+        )

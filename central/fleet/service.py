@@ -21,9 +21,10 @@ from central.fleet.presence import Presence
 from central.fleet.served import record_served
 from central.fleet.streams import OpenStreams
 from central.journal import EvaluationRecord, Event, EventKind, Journal, NodeRecord, State
-from central.registry.canary import record_report
-from central.registry.registry import CHANNELS
-from central.registry.service import channel_head, signed_manifest
+from central.releases.canary import record_report
+from central.releases.registry import CHANNELS
+from central.releases.service import channel_head, signed_manifest
+from protos.encoding import ENCODINGS
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         self._loop = asyncio.get_running_loop()
         self._unsubscribe = journal.add_listener(self._heard)
 
-    async def Watch(self, request: fleet_pb2.WatchRequest, context: Context) -> AsyncIterator[fleet_pb2.WatchResponse]:
+    async def Watch(
+        self, request: fleet_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[fleet_pb2.WatchResponse]:
         node = await self._authenticator.node(context)
         with self._open.one(node.node_id):
             changed = asyncio.Event()
@@ -79,7 +82,9 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
                 await self._told(node, request.status)
                 while not self._closing:
                     changed.clear()
-                    node = await asyncio.to_thread(self._authenticator.enrolled, self._authenticator.peer(context))
+                    node = await asyncio.to_thread(
+                        self._authenticator.enrolled, self._authenticator.peer(context)
+                    )
                     wanted = await asyncio.to_thread(self._wanted, node)
                     for key, event in wanted.items():
                         if key not in told:
@@ -102,9 +107,14 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
         return fleet_pb2.ReportStatusResponse()
 
     async def _told(self, node: NodeRecord, status: fleet_pb2.NodeStatus) -> None:
-        """A node says how it fares: presence keeps it, the journal what it serves and what concerns a canary."""
+        """A node says how it fares.
+
+        Presence keeps all of it. The journal keeps what the node serves and what concerns a canary.
+        """
         self._presence.report(node.node_id, status)
-        await asyncio.to_thread(record_served, self._journal, node.node_id, status.serving_release_id)
+        await asyncio.to_thread(
+            record_served, self._journal, node.node_id, status.serving_release_id
+        )
         await asyncio.to_thread(
             record_report,
             self._journal,
@@ -146,10 +156,18 @@ class FleetService(fleet_pb2_grpc.FleetServiceServicer):
             wanted[f"standing {standing.quarantine}"] = fleet_pb2.WatchResponse(standing=standing)
             offer = state.train_offers.get(node.cohort)
             if offer is not None:
-                train = fleet_pb2.TrainOffer(offer_id=offer.offer_id, max_rank=offer.max_rank)
+                train = fleet_pb2.TrainOffer(
+                    offer_id=offer.offer_id, max_rank=offer.max_rank, encodings=ENCODINGS
+                )
                 wanted[f"train {offer.offer_id}"] = fleet_pb2.WatchResponse(train=train)
-            candidates = [plan.candidate for plan in state.open_plans(node.cohort) if plan.candidate is not None]
-            for record in (offer for candidate in candidates for offer in state.offers_of(candidate)):
+            candidates = [
+                plan.candidate
+                for plan in state.open_plans(node.cohort)
+                if plan.candidate is not None
+            ]
+            for record in (
+                offer for candidate in candidates for offer in state.offers_of(candidate)
+            ):
                 left_s = self._left_s(record, node)
                 if left_s > 0:
                     wanted[f"evaluation {record.offer_id}"] = _evaluation(state, record, left_s)

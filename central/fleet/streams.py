@@ -1,6 +1,7 @@
-"""How many streams a node may hold open at once, so that one faulty site cannot take central's memory from the others.
+"""How many streams a node may hold open at once: one faulty site must not use up the memory.
 
-In: a node's name when one of its streams begins. Out: nothing, or Refused. Used on the event loop alone.
+In: a node's name when one of its streams begins. Out: nothing, or Refused. Used on the event loop
+alone.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ class OpenStreams:
 
     @contextmanager
     def one(self, node_id: str) -> Iterator[None]:
-        """The block is one more stream of the node; raises Refused when it has as many as it may."""
+        """Count the block as a stream of the node; raises Refused when it has too many."""
         if self._open[node_id] >= self._limit:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 Reason.TOO_MANY_STREAMS,
-                f"Node {node_id} has {self._open[node_id]} {self._kind} open; central allows {self._limit} ({self._setting}). "
-                "End one of them, or wait: what is silent is closed, then try again.",
+                f"Node {node_id} has {self._open[node_id]} {self._kind} open; central allows "
+                f"{self._limit} ({self._setting}). End one of them, or wait: what is silent is "
+                "closed, then try again.",
             )
         self._open[node_id] += 1
         try:

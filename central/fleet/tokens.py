@@ -1,7 +1,7 @@
 """Join tokens: one string that lets a node enrol into one cohort.
 
-In: cohort, uses, life. Out: the string, shown once. Guarantee: the journal keeps only the SHA-256 of the secret, and
-the string carries central's CA, so that a node trusts nobody else.
+In: cohort, uses, life. Out: the string, shown once. Guarantee: the journal keeps only the SHA-256
+of the secret, and the string carries central's CA, so that a node trusts nobody else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from protos.manifest import canonical_json, sha256_hex
 PREFIX = "lkt1."
 MIN_VALID_S = 60
 ID_SHOWN = 16
-"""Characters of an unknown id that an error quotes: it may be a whole token, whose secret belongs in no log."""
+"""Characters of an unknown id that an error quotes.
+
+It may be a whole token, whose secret belongs in no log.
+"""
 TokenState = Literal["usable", "used up", "expired", "revoked"]
 
 
@@ -31,20 +34,31 @@ def expect_sensible(uses: int, valid_s: int) -> None:
         raise Refused(
             grpc.StatusCode.INVALID_ARGUMENT,
             Reason.BAD_ARGUMENT,
-            f"A token for {uses} uses within {valid_s} s is of no use. Expected at least 1 use and {MIN_VALID_S} s.",
+            f"A token for {uses} uses within {valid_s} s is of no use. Expected at least 1 use and "
+            f"{MIN_VALID_S} s.",
         )
 
 
 def create_token(
-    journal: Journal, ca_pem: bytes, cohort: str, uses: int, valid_s: int, by: str, readmit: str = ""
+    journal: Journal,
+    ca_pem: bytes,
+    cohort: str,
+    uses: int,
+    valid_s: int,
+    by: str,
+    readmit: str = "",
 ) -> tuple[str, str]:
-    """Record a new token of an existing cohort; returns its string and its id. `by` is the
-    operator's name.
+    """Record a new token of an existing cohort; returns its string and its id. Raises Refused.
 
-    `readmit`: a revoked node, whose name may be enrolled again with this token. Raises Refused.
+    `by` is the operator's name. `readmit` is a revoked node, whose name may be enrolled again with
+    this token.
     """
     token_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-    expires_at = (journal.now() + timedelta(seconds=valid_s)).isoformat(timespec="seconds").replace("+00:00", "Z")
+    expires_at = (
+        (journal.now() + timedelta(seconds=valid_s))
+        .isoformat(timespec="seconds")
+        .replace("+00:00", "Z")
+    )
     body: dict[str, Any] = {
         "secret_sha256": sha256_hex(secret.encode()),
         "uses": uses,
@@ -68,8 +82,8 @@ def revoke_token(journal: Journal, token_id: str, by: str) -> TokenRecord:
             raise Refused(
                 grpc.StatusCode.NOT_FOUND,
                 Reason.UNKNOWN_TOKEN,
-                f"Token {token_id[:ID_SHOWN]!r} is not known. Expected a token's id, not the token itself; "
-                "`central tokens list` shows them.",
+                f"Token {token_id[:ID_SHOWN]!r} is not known. Expected a token's id, not the token "
+                "itself; `central tokens list` shows them.",
             )
         if not token.revoked:
             journal.append(token_revoked(token, "an operator revoked it", by))
@@ -78,7 +92,9 @@ def revoke_token(journal: Journal, token_id: str, by: str) -> TokenRecord:
 
 def token_revoked(token: TokenRecord, reason: str, by: str) -> NewEvent:
     """The event that ends a token; `by` is the operator's name."""
-    return NewEvent(EventKind.TOKEN_REVOKED, token.cohort, token.token_id, {"reason": reason, "by": by})
+    return NewEvent(
+        EventKind.TOKEN_REVOKED, token.cohort, token.token_id, {"reason": reason, "by": by}
+    )
 
 
 def token_state(token: TokenRecord, now: datetime) -> TokenState:
@@ -91,13 +107,17 @@ def token_state(token: TokenRecord, now: datetime) -> TokenState:
 
 
 def find_token(state: State, token_id: str, secret: str) -> TokenRecord:
-    """The token with this id and secret, used up or not; raises Refused without saying which part is wrong."""
+    """The token with this id and secret, used up or not.
+
+    Raises Refused without saying which part is wrong.
+    """
     token = state.tokens.get(token_id)
     if token is None or not hmac.compare_digest(token.secret_sha256, sha256_hex(secret.encode())):
         raise Refused(
             grpc.StatusCode.PERMISSION_DENIED,
             Reason.BAD_TOKEN,
-            "The join token is not known here. Expected one that `central tokens create` of this central printed.",
+            "The join token is not known here. Expected one that `central tokens create` of this "
+            "central printed.",
         )
     return token
 
@@ -114,7 +134,8 @@ def expect_usable(token: TokenRecord, now: datetime) -> None:
         raise Refused(
             grpc.StatusCode.PERMISSION_DENIED,
             Reason.BAD_TOKEN,
-            f"The join token {problem}. Ask the operator of central for a new one (`central tokens create`).",
+            f"The join token {problem}. Ask the operator of central for a new one (`central tokens "
+            "create`).",
         )
 
 

@@ -1,162 +1,80 @@
-"""The values of a payload: finite, no factor or scale extreme, no module's increment too large, and not all of them zero.
+"""The values of a factor in a payload's file, as float32 whatever the encoding.
 
-In: where each factor lies, and the payload's bytes as they come. Out: nothing, or `Refused`. Every value is seen once, so
-memory does not grow with the update. A sum of squares tells of each factor that ||A||_F and ||B||_F are finite, and
-||scale * B A||_F <= |scale| ||B||_F ||A||_F that nearly every increment is small enough; only where that bound does not tell
-is the norm itself computed, with the module read back from its file. Scale and factors have bounds of their own
-(central/merging/bounds.py): a small product may hide an extreme scale.
+In: an open file, where its values begin, a factor's place. Out: its norm, or the factor. Values are
+read in slices, so memory does not grow with the update.
 """
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
+from io import FileIO
+from typing import Any, NamedTuple
 
-import grpc
 import numpy as np
+import numpy.typing as npt
 
-from central.durable import storage
-from central.errors import Reason, Refused
-from central.merging.bounds import EMPTY, LEAST_NORM, excess, frobenius
-from protos.lora import Array, LoraModule
+from protos.lora import LoraModule
+from protos.rounding import BLOCK, Array, block_count, from_bf16, from_int8, product_square
 
 FLOAT_BYTES = 4
-SUM_VALUES = 1 << 16
-"""Values of one float32 sum."""
-SUM_ERROR = 1.005
-"""A float32 sum of 2**16 squares is wrong by at most 2**16 * 2**-24 = 0.4 %, in whatever order it was made."""
-SMALLEST = 2.0**-126
-"""A float32 square below this may have been lost."""
+SLICE_VALUES = 1 << 16
+"""Values that are read at once, a multiple of BLOCK: 256 KiB of float32."""
+STORED = {"F32": np.float32, "BF16": np.uint16, "I8": np.int8}
+"""What the file has of a factor, by its dtype in the header; numpy has no bf16."""
 
 
 class Entry(NamedTuple):
-    """One factor in a payload's header; `begin` counts bytes from the end of the header."""
+    """One factor in a payload's header; `begin`, `scales` count bytes from the header's end."""
 
     dtype: str
     shape: tuple[int, int]
     begin: int
-
-    @property
-    def elements(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.elements * FLOAT_BYTES
+    scales: int = 0
+    """Where the scales of an int8 factor begin."""
 
 
-Factor = tuple[str, str]
-"""Module and A or B."""
+def norm(file: FileIO, start: int, entry: Entry) -> float:
+    """The factor's Frobenius norm, summed in float64; NaN or infinite where a value is."""
+    total = 0.0
+    for values in _slices(file, start, entry):
+        # Not np.dot: BLAS would share it out over threads.
+        total += float(np.einsum("i,i->", values, values, dtype=np.float64))
+    return math.sqrt(total)
 
 
-Layout = tuple[tuple[Factor, Entry], ...]
-"""Where the factors lie, from the payload's end to its beginning."""
+def read(file: FileIO, start: int, entry: Entry) -> Array:
+    """The whole factor as float32."""
+    return np.concatenate(list(_slices(file, start, entry))).reshape(entry.shape)
 
 
-def lay_out(entries: Mapping[Factor, Entry]) -> Layout:
-    """Raises Refused for a factor that does not begin at a float's boundary."""
-    for (module, factor), entry in entries.items():
-        if entry.begin % FLOAT_BYTES:
-            raise Refused(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                Reason.MALFORMED_PAYLOAD,
-                f"Module {module!r} has {factor} at byte {entry.begin} of the values; expected a multiple of {FLOAT_BYTES}, where "
-                "safetensors' writers put it.",
-            )
-    return tuple(sorted(entries.items(), key=lambda item: item[1].begin, reverse=True))
+def _slices(file: FileIO, start: int, entry: Entry) -> Iterator[Array]:
+    """The factor's values as float32 in row-major order, SLICE_VALUES at once."""
+    elements, stored = math.prod(entry.shape), np.dtype(STORED[entry.dtype])
+    for first in range(0, elements, SLICE_VALUES):
+        count = min(SLICE_VALUES, elements - first)
+        values = _stored(file, start + entry.begin + first * stored.itemsize, count, stored)
+        if entry.dtype == "I8":
+            begin = start + entry.scales + first // BLOCK * FLOAT_BYTES
+            scales = _stored(file, begin, block_count(count), np.dtype(np.float32))
+            yield from_int8(values, scales)
+        else:
+            yield from_bf16(values) if entry.dtype == "BF16" else values
 
 
-class SquareSums:
-    """Sums of squares per factor, made as the values come."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._left = list(layout)
-        self._sums = {factor: entry.elements * SMALLEST for factor, entry in layout}
-
-    def add(self, data: memoryview, begin: int) -> None:
-        """Take in the bytes from `begin` of the values on, a multiple of 4 as their number; they come in order."""
-        end = begin + len(data)
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            while self._left and self._left[-1][1].begin < end:
-                factor, entry = self._left[-1]
-                at = max(entry.begin, begin)
-                piece = np.frombuffer(data, np.float32, (min(entry.end, end) - at) // FLOAT_BYTES, at - begin)
-                for first in range(0, len(piece), SUM_VALUES):
-                    values = piece[first : first + SUM_VALUES]
-                    # Not np.dot: BLAS would share it out over threads.
-                    self._sums[factor] += float(np.einsum("i,i->", values, values)) * SUM_ERROR
-                if entry.end > end:
-                    return
-                self._left.pop()
-
-    @property
-    def upper_bounds(self) -> Mapping[Factor, float]:
-        """Of each factor's sum of squares, at most 0.6 % above it; NaN or infinite where a value is."""
-        return self._sums
-
-
-def check_norms(
-    sums: SquareSums,
-    path: Path,
-    start: int,
-    entries: Mapping[Factor, Entry],
-    scales: Mapping[str, float],
-    max_norm: float,
-) -> None:
-    """Raises Refused for a value that is not finite, a scale, factor or increment (above `max_norm`) that is too large, and for
-    increments that are all zero; values begin at `start` of the file."""
-    squares = sums.upper_bounds
-    largest = 0.0
-    for name, scale in scales.items():
-        norm_a, norm_b = math.sqrt(squares[name, "A"]), math.sqrt(squares[name, "B"])
-        bound = abs(scale) * norm_a * norm_b
-        if not bound <= max_norm or excess(name, scale, norm_a, norm_b):  # also when it is NaN
-            a, b = (_read(path, start, entries[name, factor]) for factor in ("A", "B"))
-            _check_module(name, LoraModule(a, b, scale), max_norm)
-        largest = max(largest, bound)
-    if not largest > LEAST_NORM:
-        raise Refused(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            Reason.NORM_OUT_OF_BOUNDS,
-            f"{EMPTY} The round learnt nothing: raise its learning rate, or send what a later round learns.",
-        )
-
-
-def _read(path: Path, start: int, entry: Entry) -> Array:
-    with storage(path):
-        return np.fromfile(path, np.float32, entry.elements, offset=start + entry.begin).reshape(entry.shape)
-
-
-def _check_module(name: str, module: LoraModule, max_norm: float) -> None:
-    norm = increment_norm(module)
-    # A value that is not finite makes the norm so (0 * inf is NaN): the values are looked at again only then.
-    if not np.isfinite(norm) and not (np.isfinite(module.A).all() and np.isfinite(module.B).all()):
-        raise Refused(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            Reason.NOT_FINITE,
-            f"Module {name!r} has NaN or infinite values; expected finite numbers.",
-        )
-    if text := excess(name, module.scale, frobenius(module.A), frobenius(module.B)):
-        raise Refused(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            Reason.NORM_OUT_OF_BOUNDS,
-            f"{text} Train with a smaller learning rate or lora_alpha.",
-        )
-    if not norm <= max_norm:
-        raise Refused(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            Reason.NORM_OUT_OF_BOUNDS,
-            f"Module {name!r} has an increment of norm {norm:g}; central admits at most {max_norm:g} "
-            "(CENTRAL_LIMITS__MAX_NORM).",
-        )
+def _stored(file: FileIO, begin: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    values = np.empty(count, dtype)
+    file.seek(begin)
+    left = values.data.cast("B")
+    while left:
+        read = file.readinto(left)
+        if not read:
+            raise OSError(errno.EIO, "the file is shorter than it was")
+        left = left[read:]
+    return values
 
 
 def increment_norm(module: LoraModule) -> float:
-    """||scale * B @ A||_F from the rank x rank Grams (float64), never from the dense product."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        a = module.A.astype(np.float64)
-        b = module.B.astype(np.float64)
-        squared = float(np.sum((b.T @ b) * (a @ a.T)))
-    return abs(module.scale) * math.sqrt(squared if not squared < 0 else 0.0)  # max() would lose a NaN
+    """||scale * B @ A||_F, never from the dense product."""
+    return abs(module.scale) * math.sqrt(product_square(module.A, module.B))

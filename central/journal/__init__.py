@@ -1,8 +1,15 @@
 """The journal: events enter, a durable hash-chained record and the state it implies leave."""
 
-from central.journal.events import Event, EventKind, JournalConflict, JournalCorrupt, NewEvent, utc_now
+from central.journal.events import (
+    Event,
+    EventKind,
+    JournalConflict,
+    JournalCorrupt,
+    NewEvent,
+    utc_now,
+)
 from central.journal.isolation import Isolation
-from central.journal.journal import Journal, count_events, import_journal, read_journal, verify_journal
+from central.journal.journal import Journal
 from central.journal.lock import WriterLock
 from central.journal.plan import LeftOut, MergePlan, PlannedUpdate
 from central.journal.records import (
@@ -21,6 +28,12 @@ from central.journal.records import (
     VerdictRecord,
 )
 from central.journal.state import State
+from central.journal.stored import (
+    count_events,
+    import_journal,
+    read_journal,
+    verify_journal,
+)
 
 __all__ = [
     "CanaryReport",

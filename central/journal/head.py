@@ -19,9 +19,7 @@ from protos.manifest import Digest, Document, ManifestError, canonical_json, ver
 
 
 class Head(Document):
-    """One event of the journal, the last one when it was written. Number 0: the journal has no
-    event yet.
-    """
+    """The last event of the journal when this was written. Number 0: the journal has none yet."""
 
     sequence: int = Field(ge=0)
     hash: Digest
@@ -42,7 +40,7 @@ class Seals(Protocol):
 
 
 def sign_head(key: ec.EllipticCurvePrivateKey, sequence: int, digest: str) -> Head:
-    """The same head has the same signature each time (RFC 6979)."""
+    """Signs the same head with the same bytes each time (RFC 6979)."""
     signature = key.sign(_body(sequence, digest), ec.ECDSA(SHA256(), deterministic_signing=True))
     return Head(sequence=sequence, hash=digest, seal=base64.b64encode(signature).decode())
 

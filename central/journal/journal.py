@@ -1,41 +1,38 @@
 """The journal itself: append, read, wait, verify.
 
-In: new events. Out: numbered events chained by hash, and the state they imply. Guarantees: `append` is one durable
-transaction, all or nothing, and has checked every event against the state; what it returned survives `kill -9`.
-Thread-safe; every call blocks on disk, so call it off the event loop. How events are stored: table.py.
+In: new events. Out: numbered events chained by hash, and the state they imply. Guarantees: `append`
+is one durable transaction, all or nothing, and has checked every event against the state; what it
+returned survives `kill -9`. Thread-safe; every call blocks on disk, so call it off the event loop.
+How events are stored: table.py.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from itertools import islice
-from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from central import faults
-from central.clock import Clock
 from central.errors import StorageError, StorageFull
 from central.journal.events import (
-    FIRST_HASH,
     Event,
-    JournalConflict,
-    JournalCorrupt,
+    EventKind,
     NewEvent,
     chain,
 )
 from central.journal.head import Head, Seals
 from central.journal.migrations import upgrade_schema
 from central.journal.state import State
+from central.journal.stored import chain_of, replay, uncollected
 from central.journal.table import (
     EVENTS,
     METADATA,
@@ -46,64 +43,73 @@ from central.journal.table import (
     open_database,
     read_page,
     row_of,
-    stored_events,
 )
+from lorikeet.clock import Clock
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+faults.POINTS.update(
+    f"journal.{kind}.{step}" for kind in EventKind for step in ("applied", "stored")
+)
 
 
 class Journal:
     """Append-only record with its state; one writer per database."""
 
-    def __init__(self, url: str, clock: Callable[[], str] | None = None, seals: Seals | None = None) -> None:
-        """Open or create the journal at SQLAlchemy `url` (not in memory), replay it and verify its
-        chain.
+    def __init__(
+        self, url: str, clock: Callable[[], str] | None = None, seals: Seals | None = None
+    ) -> None:
+        """Open or create the journal at SQLAlchemy `url`, replay it and verify its chain.
 
-        `seals` signs the last event of every append, and keeps the journal's head elsewhere before
-        `append` returns. Without it the events have no signature.
+        The database must not be in memory. `seals` signs the last event of every append, and keeps
+        the journal's head elsewhere before `append` returns. Without it the events have no
+        signature.
 
         Raises StorageError when it cannot be opened, JournalCorrupt when the chain is broken.
         """
         own_clock = Clock()
         self.clock: Callable[[], str] = clock or own_clock
-        """The present time, RFC 3339 UTC; ages and deadlines are counted with it (central/clock.py)."""
+        """The present time, RFC 3339 UTC, for ages and deadlines (lorikeet/clock.py)."""
         self._seals = seals
         self._changed = threading.Condition(threading.RLock())
         self._listeners: list[Callable[[Event], None]] = []
         self._state = State()
         self._closed = False
-        self._doubtful: list[list[Event]] = []
         try:
             self._engine = open_database(url)
             upgrade_schema(self._engine, METADATA)
-            with _uncollected():
+            with uncollected():
                 last: Event | None = None
-                for last in _chain(self._engine):
+                for last in chain_of(self._engine):
                     replay(self._state, last)
         except UNUSABLE as error:
             raise StorageError(
-                f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
+                f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and "
+                "the data directory."
             ) from error
         self._state.mark()
         if last is not None:
             own_clock.go_on_from(last.at)
 
     def now(self) -> datetime:
-        """What `clock` says."""
+        """The present time, as `clock` gives it."""
         return datetime.fromisoformat(self.clock())
 
     def append(self, *events: NewEvent) -> list[Event]:
         """Record `events` in one durable transaction.
 
-        Raises JournalConflict when one of them does not fit the state, StorageError when the disk refuses or the journal
-        is closed; then nothing was recorded. Only a database that vanishes during the commit may have recorded them all:
-        the next append finds out, takes them over, and raises JournalConflict because its caller did not know of them.
+        Raises JournalConflict when one of them does not fit the state, StorageError when the disk
+        refuses or the journal is closed; then nothing was recorded. When the commit itself fails,
+        nobody knows whether the events are recorded: the process ends, and the next start reads it
+        from the database.
         """
         with self._changed:
-            if self._closed:  # a merge that outlives central's stop must not write beside the next central
-                raise StorageError("The journal is closed because central stops. The next start goes on from here.")
-            self._take_over()
+            if (
+                self._closed
+            ):  # a merge that outlives central's stop must not write beside the next central
+                raise StorageError(
+                    "The journal is closed because central stops. The next start goes on from here."
+                )
             self._state.mark()
             try:
                 recorded = [self._apply(new) for new in events]
@@ -119,14 +125,20 @@ class Journal:
 
     @contextmanager
     def read(self) -> Iterator[State]:
-        """The state, unchanging inside the block; the lock is re-entrant, so an append inside follows from what was read."""
+        """The state, unchanging inside the block.
+
+        The lock is re-entrant, so an append inside the block follows from what was read.
+        """
         with self._changed:
             yield self._state
 
-    def wait(self, predicate: Callable[[State], T | None], timeout_s: float | None = None) -> T | None:
-        """Block this thread until `predicate(state)` is neither None nor False; None after `timeout_s`.
+    def wait(
+        self, predicate: Callable[[State], T | None], timeout_s: float | None = None
+    ) -> T | None:
+        """Block until `predicate(state)` holds; returns its value, or None after `timeout_s`.
 
-        The predicate runs under the lock: after each append, and after `wake`.
+        It holds when it is neither None nor False. The predicate runs under the lock: after each
+        append, and after `wake`.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
@@ -140,14 +152,15 @@ class Journal:
                 self._changed.wait(left)
 
     def wake(self) -> None:
-        """Make every waiting thread check its predicate again (for example because it must stop)."""
+        """Make every waiting thread check its predicate again, for example because it must stop."""
         with self._changed:
             self._changed.notify_all()
 
     def add_listener(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `callback` for every event after its commit, in order, in the appending thread, under the lock.
+        """Call `callback` for every event after its commit, in order, under the lock.
 
-        It must neither block nor raise. Returns the function that ends it.
+        It runs in the appending thread and must neither block nor raise. Returns the function that
+        ends it.
         """
         with self._changed:
             self._listeners.append(callback)
@@ -164,8 +177,11 @@ class Journal:
         return read_page(self._engine, after, limit)
 
     def verify(self) -> int:
-        """Re-read the whole chain; returns the number of events, raises JournalCorrupt naming the first bad one."""
-        return sum(1 for _ in _chain(self._engine))
+        """Re-read the whole chain; returns the number of events.
+
+        Raises JournalCorrupt naming the first bad event.
+        """
+        return sum(1 for _ in chain_of(self._engine))
 
     def close(self) -> None:
         """Close the database; idempotent. Nothing can be appended afterwards."""
@@ -185,7 +201,7 @@ class Journal:
         return [*others, replace(last, seal=self._seals.seal(last.sequence, last.hash).seal)]
 
     def _tell(self, recorded: list[Event]) -> None:
-        """What is recorded stays: its head is kept, and everybody hears of it."""
+        """Keep the head of what was recorded, and tell everybody; what is recorded stays."""
         self._state.mark()
         if self._seals is not None and recorded:
             last = recorded[-1]
@@ -204,156 +220,48 @@ class Journal:
                 listener(event)
         self._changed.notify_all()
 
-    def _take_over(self) -> None:
-        """Find out whether events whose commit failed are in the database all the same; raises JournalConflict when they are."""
-        if not self._doubtful:
-            return
-        found = self.events(self._state.sequence, max(map(len, self._doubtful)) + 1)
-        hashes = [event.hash for event in found]
-        if hashes not in ([event.hash for event in events] for events in self._doubtful):
-            return  # nothing, or another central's: then the next commit is refused
-        self._doubtful.clear()
-        for event in found:
-            self._state.apply(event)
-        self._tell(found)
-        raise JournalConflict(
-            f"The database vanished while event {found[0].sequence} ({found[0].kind}) was recorded, and has it all the same."
-        )
-
     def _store(self, recorded: list[Event]) -> None:
         if not recorded:
             return
+        committing = False
         try:
-            with self._engine.begin() as connection:
+            with self._engine.connect() as connection:
                 connection.execute(sa.insert(EVENTS), [row_of(event) for event in recorded])
+                committing = True
+                connection.commit()
         except IntegrityError as error:
             raise StorageError(
-                f"Event {recorded[0].sequence} is in the journal already: another central writes to it. "
-                "Stop one of the two and start the other again."
+                f"Event {recorded[0].sequence} is in the journal already: another central writes "
+                "to it. Stop one of the two and start the other again."
             ) from error
         except SQLAlchemyError as error:
-            self._doubtful.append(recorded)
             if is_full(error):
                 raise StorageFull(
-                    f"The journal cannot be written: {cause_of(error)}. Free space on its disk; `central retention --apply` lists "
-                    "and deletes what nothing needs."
+                    f"The journal cannot be written: {cause_of(error)}. Free space on its disk; "
+                    "`central retention --apply` lists and deletes what nothing needs."
                 ) from error
+            if committing:
+                _end_in_doubt(recorded[0], error)
             raise StorageError(
-                f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the disk of its database."
+                f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL "
+                "and the disk of its database."
             ) from error
-        self._doubtful.clear()
+        except BaseException as error:  # of the driver's depths: no memory, a reset connection
+            if committing:
+                _end_in_doubt(recorded[0], error)
+            raise
 
 
-def verify_journal(url: str, seen: Callable[[Event, State], None] = lambda event, state: None) -> State:
-    """Re-read the whole chain of an existing journal and replay it; returns the state that its
-    events imply.
-
-    `seen` is called after each event with the state so far. Writes nothing and needs no running
-    central, but may run beside one. Raises StorageError when the journal cannot be read,
-    JournalCorrupt naming the first bad event. Signatures and the journal's end are checked by
-    central/history.py.
-    """
-    state = State()
-    with _uncollected():
-        for event in read_journal(url):
-            replay(state, event)
-            seen(event, state)
-    return state
-
-
-def read_journal(url: str) -> Iterator[Event]:
-    """Every event of an existing journal, its chain checked on the way; the same errors as verify_journal."""
-    try:
-        engine = open_database(url, read_only=True)
-    except UNUSABLE as error:
-        raise StorageError(f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL.") from error
-    try:
-        yield from _chain(engine)
-    finally:
-        engine.dispose()
-
-
-def import_journal(url: str, events: Iterable[Event]) -> None:
-    """Write a whole chain into an empty database, in one transaction; raises StorageError for one that is not empty."""
-    try:
-        engine = open_database(url)
-        try:
-            upgrade_schema(engine, METADATA)
-            with engine.begin() as connection:
-                count = connection.execute(sa.select(sa.func.count()).select_from(EVENTS)).scalar_one()
-                if count:
-                    raise StorageError(f"The journal has {count} events already. Expected an empty database.")
-                left = iter(events)
-                while page := [row_of(event) for event in islice(left, PAGE)]:
-                    connection.execute(sa.insert(EVENTS), page)
-        finally:
-            engine.dispose()
-    except UNUSABLE as error:
-        raise StorageError(
-            f"The journal cannot be written: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and the data directory."
-        ) from error
-
-
-def count_events(url: str) -> int:
-    """How many events a database has that may not be a journal yet; makes nothing. Raises StorageError."""
-    try:
-        parsed = sa.make_url(url)
-        if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).is_file():
-            return 0
-        engine = open_database(url, read_only=True)
-        try:
-            if not sa.inspect(engine).has_table(EVENTS.name):
-                return 0
-            with engine.connect() as connection:
-                return int(connection.execute(sa.select(sa.func.count()).select_from(EVENTS)).scalar_one())
-        finally:
-            engine.dispose()
-    except UNUSABLE as error:
-        raise StorageError(f"The journal cannot be opened: {cause_of(error)}. Check CENTRAL_JOURNAL__URL.") from error
-
-
-def checked_chain(events: Iterable[Event]) -> Iterator[Event]:
-    """The same events; raises JournalCorrupt at the first that does not follow from the one before."""
-    previous_hash = FIRST_HASH
-    for sequence, event in enumerate(events, 1):
-        try:
-            fits = (event.sequence, event.previous_hash, event.hash) == (sequence, previous_hash, event.expected_hash)
-        except (TypeError, ValueError):  # what was never written: NaN, half a character, a body that is a list
-            fits = False
-        if not fits:
-            raise JournalCorrupt(
-                f"Journal event {event.sequence} ({event.kind} of {event.subject}) does not fit the chain: "
-                f"expected number {sequence} after hash {previous_hash[:8]}. Restore the journal from a backup."
-            )
-        previous_hash = event.hash
-        yield event
-
-
-def _chain(engine: sa.Engine) -> Iterator[Event]:
-    return checked_chain(stored_events(engine))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cyclic garbage: a replay makes none, and each search would walk all that it has made so far."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def replay(state: State, event: Event) -> None:
-    try:
-        state.apply(event)
-        state.mark()
-    except (JournalConflict, KeyError, ValueError) as error:
-        raise JournalCorrupt(
-            f"Journal event {event.sequence} ({event.kind}) cannot be replayed: {error}. "
-            "It was written by other software, or altered; restore the journal from a backup."
-        ) from error
+def _end_in_doubt(first: Event, error: BaseException) -> NoReturn:
+    """End the process as a kill would: no thread acknowledges or undoes what may be recorded."""
+    log.critical(
+        "central ends: the database failed during a commit, so that event %d (%s) is recorded or "
+        "is not; the next start reads which. Check the database, then start central again",
+        first.sequence,
+        first.kind,
+        extra={"detail": cause_of(error)},
+    )
+    os._exit(StorageError.exit_code)
 
 
 def _reach(recorded: list[Event], step: str) -> None:

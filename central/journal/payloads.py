@@ -1,7 +1,8 @@
 """Which blobs the journal's records name, and which of them somebody still needs.
 
-In: the state. Out: digests with sizes. Guarantee: `needed_blobs` has every blob that is read when a release that can be served
-or built on is rebuilt with all its line, and every blob that a merge yet to come may read. When in doubt it is needed.
+In: the state. Out: digests with sizes. Guarantee: `needed_blobs` has every blob that is read when a
+release that can be served or built on is rebuilt with all its line, and every blob that a merge yet
+to come may read. When in doubt it is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def update_blobs(update: UpdateRecord) -> dict[str, int]:
 
 
 def release_blobs(release: ReleaseRecord) -> dict[str, int]:
-    """Size in bytes by digest of what one release's events name: what it serves, its own product, its strategy's state."""
+    """Size in bytes by digest of one release's blobs.
+
+    They are what it serves, its own product and its strategy's state.
+    """
     payloads = (release.manifest.payload, release.manifest.own_payload)
     found = {payload.digest_sha256: payload.size_bytes for payload in payloads}
     return found if release.server_state is None else found | {release.server_state: UNKNOWN_SIZE}
@@ -44,10 +48,16 @@ def stored_blobs(state: State) -> dict[str, int]:
 def needed_blobs(state: State) -> set[str]:
     """Digests that must not be collected."""
     releases, updates = set(_reachable(state)), set[str]()
-    plans = [state.plans[state.releases[r].plan_id or ""].plan for r in releases if state.releases[r].plan_id]
+    plans = [
+        state.plans[state.releases[r].plan_id or ""].plan
+        for r in releases
+        if state.releases[r].plan_id
+    ]
     plans += [record.plan for record in state.plans.values() if not record.decided]
     for plan in plans:
-        parent = plan.parent if plan.removal is None else None  # a replay begins at a release before its parent
+        parent = (
+            plan.parent if plan.removal is None else None
+        )  # a replay begins at a release before its parent
         releases |= {release for release in (parent, plan.builds_on) if release is not None}
         updates |= {planned.update_id for planned in plan.updates}
         if plan.removal is not None:
@@ -65,11 +75,16 @@ def needed_blobs(state: State) -> set[str]:
 def _reachable(state: State) -> Iterator[str]:
     """Releases that can be served or built on."""
     yield from state.channels.values()
-    yield from (r.release_id for r in state.releases.values() if r.state in ("candidate", "accepted"))
+    yield from (
+        r.release_id for r in state.releases.values() if r.state in ("candidate", "accepted")
+    )
 
 
 def _served(state: State) -> Iterator[str]:
-    """Releases that were ever served and not withdrawn: nodes that were away still send updates that start from them."""
+    """Releases that were ever served and are not withdrawn.
+
+    Nodes that were away still send updates that start from them.
+    """
     for changes in state.channel_changes.values():
         served = (change.release_id for change in changes if change.release_id is not None)
         yield from (release for release in served if state.releases[release].state != "withdrawn")

@@ -1,7 +1,8 @@
 """The merge plan: everything that makes one candidate deterministic.
 
-In: field values. Out: a canonical document whose digest is the plan id. Guarantee: the plan and the blobs it names
-are enough to rebuild the candidate's payload. A field that says nothing is left out of the document.
+In: field values. Out: a canonical document whose digest is the plan id. Guarantee: the plan and the
+blobs it names are enough to rebuild the candidate's payload. A field that says nothing is left out
+of the document.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from protos.encoding import Encoding
 from protos.manifest import Digest, Document
 
 
@@ -33,14 +35,17 @@ class LeftOut(Document):
 
 
 class Removal(Document):
-    """What a merge takes out of the head instead of adding to it (`central forget`; federation/removal.py)."""
+    """What a merge takes out of the head (`central forget`; cohort/payload.py)."""
 
     order: str
     """The order that asked for it."""
     since: Digest
     """Release before the first merge that held any of it: the replay begins here."""
     updates: list[PlannedUpdate]
-    """What is taken out, in admission order, with the weight that each had in its merge times that merge's server step."""
+    """What is taken out, in admission order.
+
+    A weight is the update's weight in its merge times that merge's server step.
+    """
     merges: int = Field(ge=0)
     """Merges between `since` and the head."""
 
@@ -53,8 +58,10 @@ class MergePlan(Document):
     parent: Digest
     """Release that the merge builds on."""
     builds_on: Digest | None = Field(default=None, exclude_if=lambda release: release is None)
-    """Release of the other cohort that the result is composed with (manifest.Composition); only in cohorts that build on another.
-    Such a plan may have no updates: it composes the parent's own product with a newer release of the other cohort."""
+    """Release of the other cohort that the result is composed with (manifest.Composition); only in
+    cohorts that build on another. Such a plan may have no updates: it composes the parent's own
+    product with a newer release of the other cohort.
+    """
     version: int = Field(ge=1)
     """Version of the candidate: the parent's plus one."""
     base: Digest
@@ -72,11 +79,19 @@ class MergePlan(Document):
     """eta in P(v+1) = trunc_R(P(v) + eta * U)."""
     seed: int
     exact_rank: int = Field(ge=1)
-    """Largest summed rank of a module that is cut in one exact step; above it terms are folded (central/merging)."""
+    """Largest summed rank of a module that is cut in one exact step.
+
+    Above it terms are folded (central/merging).
+    """
+    encoding: Encoding = Field(default="float32", exclude_if=lambda encoding: encoding == "float32")
+    """How the payload that is released holds the factors (protos/encoding.py)."""
     blas_threads: Literal[1] = 1
-    """BLAS threads that the merge computes with: the result must not depend on the machine's load, cores or environment."""
+    """BLAS threads that the merge computes with.
+
+    The result must not depend on the machine's load, cores or environment.
+    """
     software: str
     created_at: str
-    """RFC 3339 UTC; the candidate's manifest carries the same time, so that a rebuild has the same digest."""
+    """RFC 3339 UTC. The candidate's manifest has the same time, so a rebuild has its digest."""
     removal: Removal | None = Field(default=None, exclude_if=lambda removal: removal is None)
     """Set for a plan without updates that takes contributions out."""

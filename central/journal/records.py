@@ -1,7 +1,7 @@
 """What the state holds, one frozen record per thing.
 
-In: values from events. Out: immutable records, safe to keep after the journal's lock is released; a change is a new
-record in the state's dictionary.
+In: values from events. Out: immutable records, safe to keep after the journal's lock is released; a
+change is a new record in the state's dictionary.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from typing import Any, Literal
 from central.journal.plan import MergePlan
 from protos.manifest import ReleaseManifest, UpdateManifest
 
-UpdateStateName = Literal["waiting", "planned", "merged", "superseded", "set_aside", "quarantined", "forgotten"]
+UpdateStateName = Literal[
+    "waiting", "planned", "merged", "superseded", "set_aside", "quarantined", "forgotten"
+]
 ReleaseStateName = Literal["candidate", "accepted", "rejected", "abandoned", "withdrawn"]
-"""withdrawn: accepted once, but it holds a contribution that was forgotten; it can be neither promoted nor returned to."""
+"""withdrawn: accepted once, but it holds a contribution that was forgotten.
+
+It can be neither promoted nor returned to.
+"""
 ForgetStateName = Literal["ordered", "planned", "done", "rejected", "failed"]
 
 
@@ -58,11 +63,15 @@ class NodeRecord:
     quarantine: str = ""
     """Why its updates are kept aside; empty when they are not."""
     judged: tuple[bool, ...] = ()
-    """The last verdicts on its updates since it was last released from quarantine, newest last: True when one was blamed, that is
-    rejected alone."""
+    """The last verdicts on its updates since it was last released from quarantine, newest last.
+
+    True when an update was blamed, that is rejected alone.
+    """
     silent_since: str = ""
-    """Since when it is asked to evaluate but not waited for: it held up an evaluation without a result, and gave none in time
-    since. Empty for others."""
+    """Since when central asks it to evaluate but does not wait for it; else empty.
+
+    It held up an evaluation without a result, and gave none in time since.
+    """
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,10 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """A planned merge. `decided`: its candidate has a verdict, or the plan was cancelled (by a rollback of its parent,
-    or because one of its updates was taken away before the candidate existed)."""
+    """A planned merge. `decided`: its candidate has a verdict, or the plan was cancelled (by a
+    rollback of its parent, or because one of its updates was taken away before the candidate
+    existed).
+    """
 
     plan_id: str
     plan: MergePlan
@@ -111,7 +122,8 @@ class VerdictRecord:
     environments: Any
     """As the gate wrote it: per-environment counts and figures."""
     high_water: Any
-    """As the gate wrote it: the releases that it compared with. Old ones: best pass rates so far."""
+    """As the gate wrote it: the releases that it compared with.
+    """
     at: str
     loss_accepted_by: str = ""
     """Operator who accepted a removal that the gate rejected."""
@@ -132,7 +144,10 @@ class ReleaseRecord:
     plan_id: str | None = None
     verdict: VerdictRecord | None = None
     server_state: str | None = None
-    """Blob with what its strategy carries to the next merge (federation/server_state.py); merges on this release need it."""
+    """Blob with what its strategy carries to the next merge (cohort/strategies/moments.py).
+
+    Merges on this release need it.
+    """
 
     @property
     def label(self) -> str:
@@ -165,7 +180,10 @@ class ForgetRecord:
     by: str
     at: str
     state: ForgetStateName = "ordered"
-    """done: no release that a channel points at holds any of it. rejected, failed: what was merged is still there."""
+    """done: no release that a channel points at holds any of it.
+
+    rejected, failed: what was merged is still there.
+    """
     plan_id: str | None = None
     reason: str = ""
     """Why it was rejected or failed."""
@@ -184,7 +202,10 @@ class ServedPeriod:
 
 @dataclass(frozen=True)
 class CanaryReport:
-    """How a node that follows the canary channel fares with the release there, whenever that changes."""
+    """How a node that follows the canary channel fares with the release there.
+
+    There is one whenever that changes.
+    """
 
     node_id: str
     condition: Literal["serving", "trouble", "left"]
@@ -221,19 +242,23 @@ class TrainOfferRecord:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """One node's answer to an evaluation offer; `results` has the fields of lorikeet.releases.v1.EnvironmentResult."""
+    """One node's answer to an evaluation offer.
+
+    `results` has the fields of lorikeet.releases.v1.EnvironmentResult.
+    """
 
     node_id: str
     results: tuple[Mapping[str, Any], ...]
     abstain_reason: str
     at: str
     late: bool = False
-    """It came after the verdict, so it does not count; it only shows that the node evaluates again."""
+    """It came after the verdict, so it does not count; it only shows that the node evaluates again.
+    """
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Held-out tasks of one environment at each node: `tasks` of them after the first `first_task`."""
+    """Held-out tasks of one environment at each node: `tasks` after the first `first_task`."""
 
     first_task: int
     tasks: int
@@ -258,7 +283,7 @@ class EvaluationRecord:
     suites: Mapping[str, Suite] = field(default_factory=dict)
     """Only these environments are asked; empty: all of them, the first `tasks` tasks of each."""
     so_far: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What the gate found at the look before, environment by environment, in the form of a verdict's `environments`."""
+    """What the gate found at the look before, in the form of a verdict's `environments`."""
     attempts: int = 1
     temperature: float = 0.0
 

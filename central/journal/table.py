@@ -1,7 +1,8 @@
 """The journal's table of events, in whatever database its URL names.
 
-In: events, or a place in the sequence. Out: rows, and the events they were. Guarantee: SQLite is opened in WAL mode with
-synchronous=FULL, so that a commit survives `kill -9` and a power cut; a row that nobody could have written is JournalCorrupt.
+In: events, or a place in the sequence. Out: rows, and the events they were. Guarantee: SQLite is
+opened in WAL mode with synchronous=FULL, so that a commit survives `kill -9` and a power cut; a row
+that nobody could have written is JournalCorrupt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ METADATA = sa.MetaData()
 EVENTS = sa.Table(
     "events",
     METADATA,
-    sa.Column("sequence", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column(
+        "sequence",
+        sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+        primary_key=True,
+        autoincrement=False,
+    ),
     sa.Column("at", sa.Text, nullable=False),
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("cohort", sa.Text, nullable=False),
@@ -38,8 +44,10 @@ PAGE = 1000
 DISK_FULL = "53100"
 """Of PostgreSQL."""
 UNUSABLE = (SQLAlchemyError, ImportError, UnicodeDecodeError)
-"""What a database raises that cannot be used: ImportError when its driver is not installed, UnicodeDecodeError when its file is so
-damaged that SQLite's own message quotes garbage.
+"""What a database raises that cannot be used.
+
+ImportError: its driver is not installed. UnicodeDecodeError: its file is so damaged that SQLite's
+own message quotes garbage.
 """
 
 
@@ -47,10 +55,13 @@ def open_database(url: str, read_only: bool = False) -> sa.Engine:
     """Raises StorageError for a database in memory, one of UNUSABLE for one that cannot be used."""
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return sa.create_engine(parsed, pool_pre_ping=True)  # a database that was restarted costs no event
+        return sa.create_engine(
+            parsed, pool_pre_ping=True
+        )  # a database that was restarted costs no event
     if parsed.database in (None, "", ":memory:"):
         raise StorageError(
-            "CENTRAL_JOURNAL__URL names a database in memory. Expected a file, which survives a restart."
+            "CENTRAL_JOURNAL__URL names a database in memory. Expected a file, which survives a "
+            "restart."
         )
     if read_only:
         file = f"file:{quote(str(Path(str(parsed.database)).absolute()))}"
@@ -69,12 +80,15 @@ def open_database(url: str, read_only: bool = False) -> sa.Engine:
 
 
 def read_page(engine: sa.Engine, after: int, limit: int) -> list[Event]:
-    """At most `limit` events with a sequence above `after`, in order; raises StorageError and JournalCorrupt."""
+    """At most `limit` events above number `above`, in order.
+
+    Raises StorageError and JournalCorrupt.
+    """
     return [_event(row) for row in _rows(engine, after, limit)]
 
 
 def stored_events(engine: sa.Engine) -> Iterator[Event]:
-    """All of them, in order; the same errors."""
+    """All of them, in order; raises the same errors."""
     # One by one, so that the first bad event is the one that is named.
     after = 0
     while page := _rows(engine, after, PAGE):
@@ -97,9 +111,9 @@ def row_of(event: Event) -> dict[str, Any]:
     }
 
 
-def cause_of(error: Exception) -> str:
+def cause_of(error: BaseException) -> str:
     """What the database's driver said, in one line."""
-    return str(getattr(error, "orig", None) or error).splitlines()[0]
+    return (str(getattr(error, "orig", None) or error) or repr(error)).splitlines()[0]
 
 
 def is_full(error: Exception) -> bool:
@@ -111,13 +125,16 @@ def is_full(error: Exception) -> bool:
 
 
 def _rows(engine: sa.Engine, after: int, limit: int) -> Sequence[sa.Row[Any]]:
-    query = sa.select(EVENTS).where(EVENTS.c.sequence > after).order_by(EVENTS.c.sequence).limit(limit)
+    query = (
+        sa.select(EVENTS).where(EVENTS.c.sequence > after).order_by(EVENTS.c.sequence).limit(limit)
+    )
     try:
         with engine.connect() as connection:
             return connection.execute(query).all()
     except UNUSABLE as error:
         raise StorageError(
-            f"The journal cannot be read: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and CENTRAL_DATA_DIR."
+            f"The journal cannot be read: {cause_of(error)}. Check CENTRAL_JOURNAL__URL and "
+            "CENTRAL_DATA_DIR."
         ) from error
 
 
@@ -129,6 +146,10 @@ def _event(row: sa.Row[Any]) -> Event:
         body = json.loads(text)
         if not isinstance(body, dict):
             raise ValueError(f"its body is {text[:40]!r}, not an object")
-        return Event(sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest, seal)
+        return Event(
+            sequence, at, EventKind(kind), cohort, subject, body, previous_hash, digest, seal
+        )
     except (TypeError, ValueError, RecursionError) as error:  # TypeError: a damaged file gives NULL
-        raise JournalCorrupt(f"Journal event {sequence} of kind {kind!r} cannot be read: {error}.") from error
+        raise JournalCorrupt(
+            f"Journal event {sequence} of kind {kind!r} cannot be read: {error}."
+        ) from error

@@ -1,4 +1,4 @@
-"""Merging: weighted low-rank increments and the parent release enter; one release of rank at most R leaves.
+"""Merging: weighted low-rank increments and the parent enter; a release of rank R or less leaves.
 
 Pure functions of arrays: no I/O, no Flower, no gRPC, no database.
 """

@@ -15,33 +15,43 @@ import math
 
 import numpy as np
 
-from protos.lora import Array, LoraModule, LoraTensors
+from protos.lora import LoraModule, LoraTensors
+from protos.rounding import Array
 
 MAX_SCALE = 1e4
 """Largest |scale| of a module; alpha / rank is 1 or 2 in most recipes. Its sign is free."""
 MAX_FACTOR_NORM = 1e4
 """Largest Frobenius norm of A, and of B."""
 LEAST_NORM = 1e-12
-"""An update whose modules all have a smaller increment changes no weight: a float32 next to 1e-3 is off by 6e-11. It would still
-count as a vote, and Krum would choose it: zero is near to everybody."""
-EMPTY = f"Every module has an increment of norm {LEAST_NORM:g} or less; expected at least one that changes a weight."
+"""An update whose modules all have a smaller increment changes no weight.
+
+A float32 next to 1e-3 is off by 6e-11. Such an update would still count as a vote, and Krum would
+choose it, because zero is near to everybody.
+"""
+EMPTY = (
+    f"Every module has an increment of norm {LEAST_NORM:g} or less; expected at least one that "
+    "changes a weight."
+)
 
 
 def excess(module: str, scale: float, norm_a: float, norm_b: float) -> str:
     """What of the module is out of bounds, with the value and the bound; empty when nothing is."""
     if not abs(scale) <= MAX_SCALE:  # also when it is NaN
-        return f"Module {module!r} has scale {scale:g}; expected at most {MAX_SCALE:g}, of either sign."
+        return (
+            f"Module {module!r} has scale {scale:g}; expected at most {MAX_SCALE:g}, of either "
+            "sign."
+        )
     for factor, norm in (("A", norm_a), ("B", norm_b)):
         if not norm <= MAX_FACTOR_NORM:
             return (
-                f"Module {module!r} has factor {factor} of Frobenius norm {norm:g}; expected at most "
-                f"{MAX_FACTOR_NORM:g}."
+                f"Module {module!r} has factor {factor} of Frobenius norm {norm:g}; expected at "
+                f"most {MAX_FACTOR_NORM:g}."
             )
     return ""
 
 
 def excess_of(tensors: LoraTensors) -> str:
-    """The same of the first module that is out of bounds, in the order of their names; and whether all of them are zero."""
+    """The same of the first module, by name, that is out of bounds; also when all are zero."""
     largest = 0.0
     for name in sorted(tensors.modules):
         module: LoraModule = tensors.modules[name]

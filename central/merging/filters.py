@@ -1,11 +1,12 @@
-"""Robust filters in product space: which of many increments to merge, judged by their products and never by their factors.
+"""Robust filters in product space: they choose which of many increments to merge.
 
-In: increments. `product_gram` makes of them the N x N inner products <dW_i, dW_j>, through the factors; the filters see only
-that matrix, in which A -> T A, B -> B T^-1 changes nothing. (On raw factors a node's free choice of T decides what Krum picks.)
-Out: factors for the increments, or which are kept, with every increment's score.
+In: increments. `product_gram` makes of them the N x N inner products <dW_i, dW_j>, through the
+factors; the filters see only that matrix, in which A -> T A, B -> B T^-1 changes nothing. (On raw
+factors a node's free choice of T decides what Krum picks.) Out: factors for the increments, or
+which are kept, with every increment's score.
 
-These are filters, not proofs: they assume that most nodes are honest and alike. A node that alone holds some knowledge
-looks like an outlier, so no filter is on by default; the gate decides.
+These are filters, not proofs: they assume that most nodes are honest and alike. A node that alone
+holds some knowledge looks like an outlier, so no filter is on by default; the gate decides.
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ import numpy.typing as npt
 from central.merging.errors import MergeError
 from central.merging.gram import Matrix, gram
 from central.merging.module_sum import check_module
-from protos.lora import Array, LoraModule, LoraTensors
+from protos.lora import LoraModule, LoraTensors
+from protos.rounding import Array
 
 MAD_THRESHOLD = 3.5
 """Modified z-score above which a distance is an outlier (Iglewicz and Hoaglin, 1993)."""
 SPREAD_FLOOR = 0.05
-"""Least spread of distances, relative to the median norm: among near copies a small difference is no evidence."""
+"""Least spread of distances, relative to the median norm.
+
+Among near copies a small difference is no evidence.
+"""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """kept: indices, ascending; scores: float64 [N], the larger the less typical; limit: the largest score that is kept."""
+    """Which increments are kept, and why.
+
+    kept: indices, ascending. scores: float64 [N], the larger the less typical. limit: the largest
+    score that is kept.
+    """
 
     kept: list[int]
     scores: Matrix
@@ -38,11 +47,12 @@ class Selection:
 
 
 def product_gram(updates: Sequence[LoraTensors], *, block: int | None = None) -> Matrix:
-    """<dW_i, dW_j> over all modules, float64 [N, N], scales included; raises MergeError for modules that do not fit.
+    """<dW_i, dW_j> over all modules, float64 [N, N], scales included.
 
-    tr((B_i A_i)^T B_j A_j) = sum((A_i A_j^T) * (B_i^T B_j)): cost O((in + out) K^2) per module for a summed rank K.
-    With `block`, at most two blocks of so many increments are taken from `updates` at a time, each about N / (2 block)
-    times; so a sequence that reads them from disk bounds the memory.
+    tr((B_i A_i)^T B_j A_j) = sum((A_i A_j^T) * (B_i^T B_j)): cost O((in + out) K^2) per module for
+    a summed rank K. With `block`, at most two blocks of so many increments are taken from `updates`
+    at a time, each about N / (2 block) times; so a sequence that reads them from disk bounds the
+    memory. Raises MergeError for modules that do not fit.
     """
     count = len(updates)
     step = block or max(count, 1)
@@ -53,7 +63,9 @@ def product_gram(updates: Sequence[LoraTensors], *, block: int | None = None) ->
             # Not bound to a name, so that a block is gone before the next one is read.
             part = _products(
                 rows,
-                rows if second == first else [updates[i] for i in range(second, min(second + step, count))],
+                rows
+                if second == first
+                else [updates[i] for i in range(second, min(second + step, count))],
             )
             total[first : first + len(rows), second : second + part.shape[1]] = part
             total[second : second + part.shape[1], first : first + len(rows)] = part.T
@@ -61,19 +73,26 @@ def product_gram(updates: Sequence[LoraTensors], *, block: int | None = None) ->
 
 
 def clip_norms(gram: Matrix, limit: float | None = None) -> Matrix:
-    """Factors for the increments, float64 [N], that bring every norm to at most `limit` (the median norm when None)."""
+    """Factors for the increments, float64 [N], that bring every norm to at most `limit`.
+
+    `limit` None: the median norm.
+    """
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     if limit is None:
         limit = float(np.median(norms)) if norms.size else 0.0
     if not limit >= 0:
         raise MergeError(f"Limit of the norm is {limit}; expected zero or more.")
-    return np.where(norms > limit, limit / np.maximum(norms, max(limit, float(np.finfo(np.float64).tiny))), 1.0)
+    return np.where(
+        norms > limit, limit / np.maximum(norms, max(limit, float(np.finfo(np.float64).tiny))), 1.0
+    )
 
 
 def keep_near(gram: Matrix, threshold: float = MAD_THRESHOLD) -> Selection:
-    """All but the distance outliers: those whose median distance to the others, their score, is far above the others'.
+    """All but the distance outliers.
 
-    Far: `threshold` times 1.4826 MAD above the median. Fewer than four increments are all kept: no majority could tell.
+    An increment's score is its median distance to the others. An outlier's score is `threshold`
+    times 1.4826 MAD above the median. Fewer than four increments are all kept: no majority could
+    tell.
     """
     count = gram.shape[0]
     if count < 4:
@@ -90,18 +109,21 @@ def keep_near(gram: Matrix, threshold: float = MAD_THRESHOLD) -> Selection:
 def multi_krum(gram: Matrix, malicious: int, keep: int | None = None) -> Selection:
     """The `keep` (N - malicious when None) best by Krum's score, ties by the lower index.
 
-    Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017, section 3: the score of i is the sum of its
-    N - f - 2 smallest squared distances to others. Raises MergeError unless N >= 2 f + 3, which its guarantee needs.
+    Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017, section 3: the score of i
+    is the sum of its N - f - 2 smallest squared distances to others. Raises MergeError unless N >=
+    2 f + 3, which its guarantee needs.
     """
     count = gram.shape[0]
     if malicious < 0 or count < 2 * malicious + 3:
         raise MergeError(
-            f"Krum was asked to stand {malicious} malicious of {count} increments; it needs at least "
-            f"{2 * max(malicious, 0) + 3}. Wait for more updates or lower the number."
+            f"Krum was asked to stand {malicious} malicious of {count} increments; it needs at "
+            f"least {2 * max(malicious, 0) + 3}. Wait for more updates or lower the number."
         )
     keep = count - malicious if keep is None else keep
     if not 1 <= keep <= count:
-        raise MergeError(f"Krum was asked to keep {keep} of {count} increments; expected 1 to {count}.")
+        raise MergeError(
+            f"Krum was asked to keep {keep} of {count} increments; expected 1 to {count}."
+        )
     distances = _squared_distances(gram)
     np.fill_diagonal(distances, np.inf)
     scores = np.sort(distances, axis=1)[:, : count - malicious - 2].sum(axis=1)
@@ -110,14 +132,16 @@ def multi_krum(gram: Matrix, malicious: int, keep: int | None = None) -> Selecti
 
 
 def _products(rows: Sequence[LoraTensors], columns: Sequence[LoraTensors]) -> Matrix:
-    """Inner products of the increments in `rows` with those in `columns`, float64 [rows, columns]."""
+    """Inner products of the increments, float64 [rows, columns]."""
     total = np.zeros((len(rows), len(columns)))
     for name in sorted({name for tensors in rows for name in tensors.modules}):
         left, right = _Stack.of(name, rows), _Stack.of(name, columns)
         if left is None or right is None:
             continue
         check_module(name, right.first, like=(left.first.B.shape[0], left.first.A.shape[1]))
-        products = gram(left.A, 1, right.A) * gram(left.B, 0, right.B) * np.outer(left.scale, right.scale)
+        products = (
+            gram(left.A, 1, right.A) * gram(left.B, 0, right.B) * np.outer(left.scale, right.scale)
+        )
         sums = np.add.reduceat(np.add.reduceat(products, left.starts, 0), right.starts, 1)
         total[np.ix_(left.owners, right.owners)] += sums
     return total
@@ -125,7 +149,10 @@ def _products(rows: Sequence[LoraTensors], columns: Sequence[LoraTensors]) -> Ma
 
 @dataclass(frozen=True)
 class _Stack:
-    """One module of several increments: A [K, in], B [out, K], a scale per row of A; starts: first row of each owner."""
+    """One module of several increments: A [K, in], B [out, K], a scale per row of A.
+
+    starts: first row of each owner.
+    """
 
     owners: list[int]
     first: LoraModule
@@ -136,7 +163,11 @@ class _Stack:
 
     @classmethod
     def of(cls, name: str, updates: Sequence[LoraTensors]) -> _Stack | None:
-        owners = [i for i, tensors in enumerate(updates) if name in tensors.modules and tensors.modules[name].rank]
+        owners = [
+            i
+            for i, tensors in enumerate(updates)
+            if name in tensors.modules and tensors.modules[name].rank
+        ]
         modules = [updates[i].modules[name] for i in owners]
         if not modules:
             return None

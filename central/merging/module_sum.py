@@ -1,10 +1,11 @@
 """The running sum of one module: terms in, one truncated product out.
 
-In: increments with coefficients, one at a time. Out: the module's factors and the squared norms of the sum and of what
-was cut. Guarantees: up to the exact limit, max(EXACT_RANK, 8R), the terms are cut in one exact step. Above it, terms are
-folded into a state of rank 4R, so memory does not grow with their number. A fold's error over the optimum is at most
-1.3 % (measured; a state of rank R would lose up to 30 % when environments arrive in order). It is estimated with
-Gaussian probes `M @ Omega`.
+In: increments with coefficients, one at a time. Out: the module's factors and the squared norms of
+the sum and of what was cut. Guarantees: up to the exact limit, max(EXACT_RANK, 8R), the terms are
+cut in one exact step. Above it, terms are folded into a state of rank 4R, so memory does not grow
+with their number. A fold's error over the optimum is at most 1.3 % (measured; a state of rank R
+would lose up to 30 % when environments arrive in order). It is estimated with Gaussian probes `M @
+Omega`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 
 from central.merging.errors import MergeError
 from central.merging.gram import Matrix, truncate
-from protos.lora import Array, LoraModule
+from protos.lora import LoraModule
+from protos.rounding import Array
 
 EXACT_RANK = 512
 """Largest summed rank of one module that is combined in one exact step."""
@@ -33,7 +35,8 @@ class ModuleSum:
         self._name = name
         self._rank = rank
         self._seed = seed
-        # A state of rank 4R must take in at least as much as it keeps, or folding would mostly fold itself.
+        # A state of rank 4R must take in at least as much as it keeps, or folding would mostly fold
+        # itself.
         self._limit = max(exact_rank, 2 * STATE_FACTOR * rank)
         self._a: list[Array] = []
         self._b: list[Array] = []
@@ -42,8 +45,10 @@ class ModuleSum:
         self._probe: _Probe | None = None
 
     def add(self, module: LoraModule, weight: float) -> None:
-        """Add `weight * scale * B @ A`; raises MergeError for a module that does not fit the earlier ones."""
-        check_module(self._name, module, like=(self._b[0].shape[0], self._a[0].shape[1]) if self._a else None)
+        """Add `weight * scale * B @ A`; raises MergeError for a module of another shape."""
+        check_module(
+            self._name, module, like=(self._b[0].shape[0], self._a[0].shape[1]) if self._a else None
+        )
         if self._held and self._held + module.rank > self._limit:
             self._fold()
         self._a.append(module.A)
@@ -77,19 +82,29 @@ class ModuleSum:
 
 
 def check_module(name: str, module: LoraModule, like: tuple[int, int] | None) -> None:
-    """Raises MergeError unless the factors fit each other, have features (out, in) `like` where given, and are finite."""
+    """Raises MergeError unless the factors fit each other and `like`, and are finite.
+
+    `like`: the features (out, in) that they must have, where given.
+    """
     features = (module.B.shape[0], module.A.shape[1])
     if module.B.shape[1] != module.A.shape[0] or (like is not None and features != like):
         expected = f"[rank, {like[1]}] and [{like[0]}, rank]" if like is not None else "one rank"
         raise MergeError(
-            f"Module {name!r} has shapes A {module.A.shape}, B {module.B.shape}; expected {expected}.", name
+            f"Module {name!r} has shapes A {module.A.shape}, B {module.B.shape}; expected "
+            f"{expected}.",
+            name,
         )
-    if not (np.isfinite(module.A).all() and np.isfinite(module.B).all() and math.isfinite(module.scale)):
+    if not (
+        np.isfinite(module.A).all() and np.isfinite(module.B).all() and math.isfinite(module.scale)
+    ):
         raise MergeError(f"Module {name!r} holds NaN or infinity; expected finite factors.", name)
 
 
 class _Probe:
-    """`M @ Omega` of a sum M with Gaussian Omega [in_features, PROBES]: E ||M Omega||^2 = PROBES * ||M||^2."""
+    """`M @ Omega` of a sum M with Gaussian Omega [in_features, PROBES].
+
+    E ||M Omega||^2 = PROBES * ||M||^2.
+    """
 
     def __init__(self, module: str, seed: int, in_features: int, out_features: int) -> None:
         self._omega = _generator(module, seed).standard_normal((in_features, PROBES))
@@ -104,6 +119,6 @@ class _Probe:
 
 
 def _generator(module: str, seed: int) -> np.random.Generator:
-    """Every module has its own numbers."""
+    """A generator of its own for every module."""
     name = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little")
     return np.random.default_rng([seed & (2**64 - 1), name])

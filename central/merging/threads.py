@@ -1,9 +1,11 @@
 """One BLAS thread: how many threads share a product of matrices changes its last bits.
 
-In: nothing. Out: a context. Guarantee: inside it numpy's OpenBLAS computes with one thread, whatever OMP_NUM_THREADS and
-OPENBLAS_NUM_THREADS say, in every thread of this process until the last one has left; then it is as it was.
+In: nothing. Out: a context. Guarantee: inside it numpy's OpenBLAS computes with one thread,
+whatever OMP_NUM_THREADS and OPENBLAS_NUM_THREADS say, in every thread of this process until the
+last one has left; then it is as it was.
 
-Limit: OpenBLAS as numpy's wheels bring it. Another BLAS (a numpy from elsewhere) is left as the environment wants it.
+Limit: OpenBLAS as numpy's wheels bring it. Another BLAS (a numpy from elsewhere) is left as the
+environment wants it.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ _SET, _GET = "scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_thread
 
 
 class OneThread:
-    """Enter it as often as wanted, from any thread. OpenBLAS has one number for the whole process, so who comes first sets it and who
-    leaves last sets it back: between two merges at once there is no gap with another number."""
+    """Hold OpenBLAS to one thread; enter it as often as wanted, from any thread.
+
+    OpenBLAS has one number for the whole process. The first to come sets it and the last to leave
+    sets it back. So between two merges at once there is no gap with another number.
+    """
 
     def __init__(self) -> None:
         # What numpy's extension is linked to is found through it.
@@ -41,7 +46,10 @@ class OneThread:
             self._inside += 1
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         with self._lock:
             self._inside -= 1

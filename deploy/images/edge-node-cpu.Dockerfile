@@ -1,6 +1,6 @@
-# Edge node for CPU. Build from the repository root, and name PyTorch's CPU wheel index (it is not on PyPI):
-#   docker build -f deploy/images/edge-node-cpu.Dockerfile --build-arg TORCH_INDEX=<PyTorch's CPU wheel index> \
-#     -t lorikeet/edge-node-cpu:0.1.0 .
+# Edge node for CPU. Build from the repository root, and name PyTorch's CPU wheel index (it is not
+# on PyPI):   docker build -f deploy/images/edge-node-cpu.Dockerfile --build-arg
+# TORCH_INDEX=<PyTorch's CPU wheel index> \     -t lorikeet/edge-node-cpu:0.1.0 .
 FROM python:3.11.13-slim-bookworm AS dependencies
 ARG TORCH_INDEX
 WORKDIR /src
@@ -12,13 +12,15 @@ RUN python -m venv /opt/lorikeet \
 FROM dependencies AS wheel
 COPY pyproject.toml README.md LICENSE ./
 COPY protos protos
+COPY lorikeet lorikeet
 COPY edge_node edge_node
 COPY central central
+COPY lorikeet lorikeet
 RUN /opt/lorikeet/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
 
 FROM python:3.11.13-slim-bookworm
-# vLLM's CPU kernels link libnuma; torch's compiler wants a C++ compiler at run time.
-# tini is PID 1: it passes a signal on from the first moment, and reaps what a killed child leaves behind.
+# vLLM's CPU kernels link libnuma; torch's compiler wants a C++ compiler at run time. tini is PID 1:
+# it passes a signal on from the first moment, and reaps what a killed child leaves behind.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ libnuma1 tini \
  && rm -rf /var/lib/apt/lists/* \

@@ -1,5 +1,6 @@
-# Edge node for NVIDIA GPUs; the CUDA libraries come with the pinned wheels, the driver from the host's runtime.
-# Build from the repository root: docker build -f deploy/images/edge-node-gpu.Dockerfile -t lorikeet/edge-node-gpu:0.1.0 .
+# Edge node for NVIDIA GPUs; the CUDA libraries come with the pinned wheels, the driver from the
+# host's runtime. Build from the repository root: docker build -f
+# deploy/images/edge-node-gpu.Dockerfile -t lorikeet/edge-node-gpu:0.1.0 .
 FROM python:3.11.13-slim-bookworm AS dependencies
 WORKDIR /src
 COPY requirements/gpu.lock requirements/gpu.lock
@@ -9,13 +10,16 @@ RUN python -m venv /opt/lorikeet \
 FROM dependencies AS wheel
 COPY pyproject.toml README.md LICENSE ./
 COPY protos protos
+COPY lorikeet lorikeet
 COPY edge_node edge_node
 COPY central central
+COPY lorikeet lorikeet
 RUN /opt/lorikeet/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
 
 FROM python:3.11.13-slim-bookworm
-# Triton compiles a small launcher with a C compiler at run time; it needs Python.h, which this base image has.
-# tini is PID 1: it passes a signal on from the first moment, and reaps what a killed child leaves behind.
+# Triton compiles a small launcher with a C compiler at run time; it needs Python.h, which this base
+# image has. tini is PID 1: it passes a signal on from the first moment, and reaps what a killed
+# child leaves behind.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ libnuma1 tini \
  && rm -rf /var/lib/apt/lists/* \

@@ -12,14 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from edge_node.capture.served import Served
-from edge_node.experience import Interaction
+from edge_node.capture.served import Generation, Served
+from edge_node.experience import Choice, Interaction
 from edge_node.experience.usable import NOT_ONE_PROMPT, NOT_ONLY_TEXT
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished 200 answer. body: its bytes in pieces; streamed: server-sent events instead of one JSON document."""
+    """One finished 200 answer. body: its bytes in pieces. streamed: they are server-sent events.
+
+    user: of the access key that it was asked with, if that has one.
+    """
 
     endpoint: str
     request: dict[str, Any]
@@ -27,6 +30,7 @@ class Finished:
     streamed: bool
     created_at: str
     served: Served
+    user: str | None = None
 
 
 def to_interaction(finished: Finished) -> Interaction | None:
@@ -41,7 +45,7 @@ def to_interaction(finished: Finished) -> Interaction | None:
     prompt = finished.request.get("prompt")
     if finished.request.get("echo") and isinstance(prompt, str):
         text = text.removeprefix(prompt)
-    prompt_ids, answer_ids, unusable = _ids(finished)
+    prompt_ids, answer_ids, choices, unusable = _ids(finished)
     return Interaction(
         id=str(parts[0]["id"]),
         created_at=finished.created_at,
@@ -53,28 +57,46 @@ def to_interaction(finished: Finished) -> Interaction | None:
         prompt_ids=prompt_ids,
         answer_ids=answer_ids,
         unusable=unusable,
+        choices=choices,
+        user=finished.user,
     )
 
 
-def _ids(finished: Finished) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    """Ids of prompt and answer, and why nothing can be learnt from them."""
+def _ids(
+    finished: Finished,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Choice, ...], str]:
+    """Ids of prompt, answer and choices, and why nothing can be learnt from them."""
     generations = finished.served.generations
     if len(generations) != 1 or finished.request.get("use_beam_search"):
-        return (), (), NOT_ONE_PROMPT
+        return (), (), (), NOT_ONE_PROMPT
     (generation,) = generations
     if not generation.text_only:
-        return (), (), NOT_ONLY_TEXT
+        return (), (), (), NOT_ONLY_TEXT
+    prompt = tuple(generation.prompt_ids)
     # Asked for none, vLLM makes one token all the same and shows it to nobody.
-    shown = () if finished.request.get("max_tokens") == 0 else tuple(generation.answer_ids)
-    return tuple(generation.prompt_ids), shown, ""
+    if finished.request.get("max_tokens") == 0:
+        return prompt, (), (), ""
+    return prompt, tuple(generation.answer_ids), _choices(generation), ""
+
+
+def _choices(generation: Generation) -> tuple[Choice, ...]:
+    """By index; none where an index is missing: scores must mean the answers that were read."""
+    made = [generation.choices.get(index) for index in range(len(generation.choices))]
+    return (
+        ()
+        if None in made
+        else tuple(Choice(tuple(one.answer_ids), tuple(one.logprobs)) for one in made if one)
+    )
 
 
 def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """As the client sent them; a prompt of /v1/completions (text, token ids, or several) as one of
-    role `prompt`.
-    """
+    """As the client sent them; a prompt of /v1/completions is one message of role `prompt`."""
     messages = request.get("messages")
-    return list(messages) if isinstance(messages, list) else [{"role": "prompt", "content": request.get("prompt")}]
+    return (
+        list(messages)
+        if isinstance(messages, list)
+        else [{"role": "prompt", "content": request.get("prompt")}]
+    )
 
 
 def _events(body: bytes) -> Iterator[dict[str, Any]]:

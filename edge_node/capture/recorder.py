@@ -1,7 +1,8 @@
 """Makes finished answers durable without holding up the event loop.
 
-In: `Finished` answers from the event loop. Out: interactions in the experience store, group-committed by one writer
-thread. Guarantees: `keep` returns within the deadline and raises nothing but cancellation; every answer is counted once.
+In: `Finished` answers from the event loop. Out: interactions in the experience store,
+group-committed by one writer thread. Guarantees: `keep` returns within the deadline and raises
+nothing but cancellation; every answer is counted once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ GROUP = 256
 """Most answers in one transaction."""
 CALM_S = 10.0
 """Answers are kept again when one is and none was lost for so long."""
-NEXT_STEP = "Check the disk of EDGE_DATA_DIR (space, speed); a longer EDGE_CAPTURE__QUEUE_SIZE bridges a slow one."
+NEXT_STEP = (
+    "Check the disk of EDGE_DATA_DIR (space, speed); "
+    "a longer EDGE_CAPTURE__QUEUE_SIZE bridges a slow one."
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,13 @@ class Recorder:
         self._lost_at = -CALM_S
         self._writes = False
         """Whether the last group reached the disk."""
-        self._writer = threading.Thread(target=self._write_groups, name="lorikeet-capture", daemon=True)
+        self._writer = threading.Thread(
+            target=self._write_groups, name="lorikeet-capture", daemon=True
+        )
         self._writer.start()
 
     async def keep(self, finished: Finished) -> bool:
-        """Waits until `finished` is on disk, at most durable_timeout_s; False when it was lost or skipped."""
+        """Waits at most durable_timeout_s for `finished` to be on disk; False: lost or skipped."""
         loop = asyncio.get_running_loop()
         entry = _Entry(finished, loop, loop.create_future())
         try:
@@ -100,7 +106,9 @@ class Recorder:
 
     def counts(self) -> RecorderCounts:
         with self._lock:
-            return RecorderCounts(self._counts[_Fate.CAPTURED], self._counts[_Fate.LOST], self._counts[_Fate.SKIPPED])
+            return RecorderCounts(
+                self._counts[_Fate.CAPTURED], self._counts[_Fate.LOST], self._counts[_Fate.SKIPPED]
+            )
 
     def close(self) -> None:
         """Writes what is queued and ends the thread; idempotent."""
@@ -125,7 +133,7 @@ class Recorder:
                 return
 
     def _write(self, group: list[_Entry]) -> None:
-        # An answer that was given up is already counted as lost: leaving it out lets a slow disk catch up.
+        # An answer that was given up counts as lost already. Without it a slow disk catches up.
         rows: list[tuple[_Entry, Interaction]] = []
         for entry in group:
             if entry.fate is not _Fate.WAITING:
@@ -174,8 +182,10 @@ class Recorder:
             self._causes.add(cause)
             logger.warning("Interactions are being lost", extra={"cause": cause})
             text = f"Answers go out but are not kept, so nothing is learnt from them: {cause}."
-            # In a thread of its own: the event loop must not wait for the very disk that does not keep up.
-            threading.Thread(target=self._problems.report, args=("capture", text, NEXT_STEP), daemon=True).start()
+            # In a thread of its own: the event loop must not wait for a slow disk.
+            threading.Thread(
+                target=self._problems.report, args=("capture", text, NEXT_STEP), daemon=True
+            ).start()
 
     def _calm_down(self) -> None:
         if self._writes and self._clock() - self._lost_at >= CALM_S:

@@ -1,6 +1,38 @@
-"""Environments: settings name a plug-in; out come tasks, and a verdict on every answer to them."""
+"""Environments: settings name a plug-in; out come tasks with verdicts, episodes or runs, or texts.
 
-from edge_node.environments.contract import Environment, Outcome, Split, Task
-from edge_node.environments.loader import GROUP, load_environment
+A plug-in runs in a process of its own.
+"""
 
-__all__ = ["GROUP", "Environment", "Outcome", "Split", "Task", "load_environment"]
+from edge_node.environments.contract import (
+    AgentRun,
+    Agents,
+    AnyEnvironment,
+    Document,
+    Environment,
+    Episode,
+    Episodes,
+    Outcome,
+    Split,
+    Task,
+    TextEnvironment,
+    ToolEnvironment,
+)
+from edge_node.environments.process import EnvironmentProcess, in_own_thread, verify_all
+
+__all__ = [
+    "AgentRun",
+    "Agents",
+    "AnyEnvironment",
+    "Document",
+    "Environment",
+    "EnvironmentProcess",
+    "Episode",
+    "Episodes",
+    "Outcome",
+    "Split",
+    "Task",
+    "TextEnvironment",
+    "ToolEnvironment",
+    "in_own_thread",
+    "verify_all",
+]

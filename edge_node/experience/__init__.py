@@ -1,5 +1,28 @@
-"""Experience: captured interactions and feedback enter; examples to learn from and counts of failures leave."""
+"""Experience: interactions and feedback enter; what can be learnt, and counts, leave."""
 
-from edge_node.experience.store import Counts, Example, ExperienceStore, Feedback, Interaction, Receipt
+from edge_node.experience.comparisons import Answer, Group, Pair, Preference, Receipt, Scores
+from edge_node.experience.store import (
+    Choice,
+    Counts,
+    Example,
+    ExperienceStore,
+    Feedback,
+    Interaction,
+    Thumb,
+)
 
-__all__ = ["Counts", "Example", "ExperienceStore", "Feedback", "Interaction", "Receipt"]
+__all__ = [
+    "Answer",
+    "Choice",
+    "Counts",
+    "Example",
+    "ExperienceStore",
+    "Feedback",
+    "Group",
+    "Interaction",
+    "Pair",
+    "Preference",
+    "Receipt",
+    "Scores",
+    "Thumb",
+]

@@ -8,10 +8,23 @@ Pure; quotes nothing of a customer.
 from __future__ import annotations
 
 NOT_ONLY_TEXT = "the prompt holds more than text"
+"""Nothing to do: training is on text."""
 NOT_ONE_PROMPT = "the answer came from several prompts or from beam search"
+"""Send one prompt a request."""
 NO_PROMPT = "the prompt's tokens are not known"
+"""Report it: vLLM gave none."""
 NO_TOKENS = "the answer has no tokens"
+"""Send a correction: nothing was answered."""
 NO_VERDICT = "it says neither that the answer was right nor what would have been right"
+"""Nothing to do. A score of 1, one below 0.5 and a correction can be."""
+SAME_ANSWERS = "both answers are the same"
+"""Nothing to do: there is no difference to learn."""
+SAME_SCORES = "all answers have the same score"
+"""Nothing to do: there is no difference to learn."""
+NO_LOGPROBS = "the log-probabilities of the answers are not known"
+"""Nothing to do: the engine gave none for them."""
+LIKED, DISLIKED = 1.0, 0.5
+"""A score from LIKED on says that the answer was right, one below DISLIKED that it was wrong."""
 
 
 def why_unusable(known: str, prompt_tokens: int, target_tokens: int | None, max_tokens: int) -> str:

@@ -1,13 +1,15 @@
 """The node's round and its evaluation as a Flower ClientApp, for `flwr run` and simulation.
 
-Train. In: `arrays` with the start release's factors (`<module>/A` float32 [rank, in_features], `<module>/B` float32
-[out_features, rank], scale 1; none for the base itself); `config` may hold `round`, and `max_rank` of central's
-offer. Out: the increment's factors under the same names, with the scale in B, and metrics with `num-examples`. Equal
-settings give equal shapes, so a stock flwr strategy can aggregate them.
+Train. In: `arrays` with the start release's factors (`<module>/A` float32 [rank, in_features],
+`<module>/B` float32 [out_features, rank], scale 1; none for the base itself); `config` may hold
+`round`, and `max_rank` of central's offer. Out: the increment's factors under the same names, with
+the scale in B, and metrics with `num-examples`. Equal settings give equal shapes, so a stock flwr
+strategy can aggregate them.
 
-Evaluate. In: `arrays/<release>` of the candidate and its references, and `config` with central's offer: `candidate`, `reference`,
-`tasks`, and as JSON `references` (environment -> release, where it is not `reference`) and `suites` (environment -> first task and
-number of tasks; empty: `tasks` of every environment). Out: `report` with `results` (JSON, the fields of
+Evaluate. In: `arrays/<release>` of the candidate and its references, and `config` with central's
+offer: `candidate`, `reference`, `tasks`, and as JSON `references` (environment -> release, where it
+is not `reference`) and `suites` (environment -> first task and number of tasks; empty: `tasks` of
+every environment). Out: `report` with `results` (JSON, the fields of
 lorikeet.releases.v1.EnvironmentResult).
 
 Every reply says in `node` who it is from. Only flwr's public packages are imported.
@@ -28,7 +30,7 @@ from flwr.clientapp import ClientApp
 from edge_node.base_model import read_base
 from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore
-from edge_node.learning.records import plan_round
+from edge_node.learning.plans import plan_round
 from edge_node.releases.evaluation import evaluation_seed
 from edge_node.releases.peft_directory import peft_files
 from edge_node.settings import EdgeSettings, load_settings
@@ -41,7 +43,7 @@ ARRAYS, CONFIG, METRICS, REPORT, NODE = "arrays", "config", "metrics", "report",
 
 
 def make_client_app(settings_for: Callable[[Context], EdgeSettings]) -> ClientApp:
-    """An app whose virtual node's settings (data directory, environments) come from its Flower context."""
+    """An app whose virtual node gets its settings from its Flower context."""
 
     def train(message: Message, context: Context) -> Message:
         content = train_message(message.content, settings_for(context), node_name(context))
@@ -58,12 +60,12 @@ def make_client_app(settings_for: Callable[[Context], EdgeSettings]) -> ClientAp
 
 
 def node_name(context: Context) -> str:
-    """A virtual node is called by its partition, which is the same in every run; Flower's node id is another one each time."""
+    """A name from the partition: Flower's node id is another one in each run."""
     return str(context.node_config.get("partition-id", context.node_id))
 
 
 def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> RecordDict:
-    """The content of the reply to a train message; raises what a round raises, and ValueError for unusable arrays."""
+    """The reply to a train message; raises what a round raises, ValueError for bad arrays."""
     from edge_node.learning.round import train_on_experience  # torch: only where a round runs
 
     base = read_base(settings)
@@ -71,12 +73,14 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
     config = dict(next(iter(content.config_records.values()), {}))
     number = int(str(config.get("round", 1)))
     start = read_arrays(arrays)
+    experience = ExperienceStore(settings.data_dir / "experience.db")
     plan = plan_round(
         settings.learning,
         number=number,
         node_id=node_id,
         release=_manifest_of(start, base, version=number - 1),
-        cursor=ExperienceStore(settings.data_dir / "experience.db").cursor(),
+        cursor=experience.cursor(),
+        deleted=experience.deleted(),
         max_rank=int(str(config.get("max_rank", 0))) or None,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -87,19 +91,25 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
         trained = train_on_experience(plan, settings, release, Path(folder) / "round")
     metrics = MetricRecord({"num-examples": int(trained.metrics["examples"])})
     metrics.update({name: value for name, value in trained.metrics.items() if name != "examples"})
-    records: dict[str, Any] = {ARRAYS: write_arrays(trained.tensors), METRICS: metrics, NODE: _sender(node_id)}
+    records: dict[str, Any] = {
+        ARRAYS: write_arrays(trained.tensors),
+        METRICS: metrics,
+        NODE: _sender(node_id),
+    }
     return RecordDict(records)
 
 
 def evaluate_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> RecordDict:
-    """The content of the reply to an evaluate message; raises SettingsError, and ValueError for unusable arrays."""
+    """The reply to an evaluate message; raises SettingsError, ValueError for bad arrays."""
     from edge_node.federation.answering import Comparison, compare
 
     config = content.config_records[CONFIG]
     suites, references = json.loads(str(config["suites"])), json.loads(str(config["references"]))
     reference, everything = str(config["reference"]), [0, int(str(config["tasks"]))]
     offered = {
-        spec.name: Comparison(references.get(spec.name, reference), *suites.get(spec.name, everything))
+        spec.name: Comparison(
+            references.get(spec.name, reference), *suites.get(spec.name, everything)
+        )
         for spec in settings.environments
         if not suites or spec.name in suites
     }
@@ -109,7 +119,12 @@ def evaluate_message(content: RecordDict, settings: EdgeSettings, node_id: str) 
         if name.startswith(f"{ARRAYS}/")
     }
     results = compare(
-        _base(settings), releases, str(config["candidate"]), settings.environments, offered, evaluation_seed(node_id)
+        _base(settings),
+        releases,
+        str(config["candidate"]),
+        settings.environments,
+        offered,
+        evaluation_seed(node_id),
     )
     report = ConfigRecord({"results": canonical_json(results).decode()})
     return RecordDict({REPORT: report, NODE: _sender(node_id)})
@@ -130,9 +145,12 @@ def read_arrays(record: ArrayRecord) -> LoraTensors:
     for key in record:
         name, _, factor = key.rpartition("/")
         if factor not in ("A", "B") or f"{name}/A" not in record or f"{name}/B" not in record:
-            raise ValueError(f"Array {key!r} is not half of a pair; expected <module>/A and <module>/B.")
+            raise ValueError(
+                f"Array {key!r} is not half of a pair; expected <module>/A and <module>/B."
+            )
         modules[name] = LoraModule(
-            record[f"{name}/A"].numpy().astype(np.float32), record[f"{name}/B"].numpy().astype(np.float32)
+            record[f"{name}/A"].numpy().astype(np.float32),
+            record[f"{name}/B"].numpy().astype(np.float32),
         )
     return LoraTensors(modules)
 
@@ -143,7 +161,10 @@ def _sender(node_id: str) -> ConfigRecord:
 
 def _base(settings: EdgeSettings) -> Path:
     if settings.base.path is None:
-        raise SettingsError("EDGE_BASE__PATH is not set; a round needs the Hugging Face directory of the base model.")
+        raise SettingsError(
+            "EDGE_BASE__PATH is not set; a round needs the Hugging Face directory of the base "
+            "model."
+        )
     return settings.base.path
 
 

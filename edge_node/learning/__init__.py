@@ -1,4 +1,4 @@
-"""Learning: experiences and the release that the node serves go in; a trained increment goes to the outbox."""
+"""Learning: examples and the served release enter; a trained increment goes to the outbox."""
 
 from edge_node.learning.process import LearnerProcess
 from edge_node.learning.records import open_starts

@@ -1,7 +1,8 @@
 """Checkpoints that can be trusted after a crash.
 
-In: a directory that the trainer has just written. Out: the newest directory whose every file is as it was sealed. A
-kill or a power cut can leave half of a checkpoint; the seal is written last and names each file's digest.
+In: a directory that the trainer has just written. Out: the newest directory whose every file is as
+it was sealed. A kill or a power cut can leave half of a checkpoint; the seal is written last and
+names each file's digest.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
+from edge_node.disk import read_json
+
 SEAL = "sealed.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -19,8 +22,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def seal(checkpoint: Path, elapsed_s: float) -> None:
     """Mark `checkpoint` as whole; `elapsed_s` is the round's training time so far.
 
-    Nothing is forced to disk: the digests tell a checkpoint that a power cut tore, and the one before it, or the
-    round's beginning, gives the same result a little later. A kill loses nothing.
+    Nothing is forced to disk: the digests show a checkpoint that a power cut tore. The one before
+    it, or the round's beginning, gives the same result a little later. A kill loses nothing.
     """
     digests = {file.name: _digest(file) for file in checkpoint.iterdir() if file.is_file()}
     partial = checkpoint.with_name(f"{checkpoint.name}.{SEAL}")
@@ -47,8 +50,10 @@ def newest_valid(workspace: Path) -> tuple[Path, float] | None:
 
 def _read(checkpoint: Path) -> float | None:
     try:
-        document = json.loads((checkpoint / SEAL).read_bytes())
-        whole = all(_digest(checkpoint / name) == digest for name, digest in document["files"].items())
+        document = read_json(checkpoint / SEAL)
+        whole = all(
+            _digest(checkpoint / name) == digest for name, digest in document["files"].items()
+        )
         return float(document["elapsed_s"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

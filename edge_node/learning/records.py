@@ -1,23 +1,23 @@
 """The node's rounds: what each one is, durable before it trains, and how it ended.
 
-In: a RoundPlan. Out: the unfinished plan after a crash, the last cursor, a working directory per round. SQLite (WAL,
-synchronous=FULL). A plan fixes everything that a round's update depends on, so a resumed round makes the same bytes.
+In: a RoundPlan. Out: the unfinished plan after a crash, the last cursor, a working directory per
+round. SQLite (WAL, synchronous=FULL). Guarantees: a plan fixes all that a round's update depends
+on, so a resumed round makes the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from edge_node.errors import StorageError
-from edge_node.settings import LearningSettings
-from protos.manifest import Document, ReleaseManifest
+from edge_node.learning.plans import RoundPlan
+from edge_node.learning.policy import RICHEST, Method
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (
@@ -31,127 +31,105 @@ CREATE TABLE IF NOT EXISTS rounds (
     changed_at TEXT NOT NULL
 )
 """
+_WANTED = """
+CREATE TABLE IF NOT EXISTS wanted (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    method TEXT NOT NULL,
+    asked_at TEXT NOT NULL
+)
+"""
+"""The round that an operator asked for (orders.py): one row at most."""
+_OBSOLETE = "obsolete"
+"""Beginning of why a round was dropped."""
+_WAS_DROPPED = f"state = 'given up' AND result LIKE '{_OBSOLETE} %'"
 
 
 class RoundImpossible(LookupError):
-    """A round that can never be completed. Its words are ours and quote nothing that a customer
-    wrote.
-    """
+    """A round that can never be completed. Its words quote nothing that a customer wrote."""
 
     def __init__(self, text: str, next_step: str) -> None:
         super().__init__(text)
         self.next_step = next_step
 
 
-class RoundPlan(Document):
-    """One round: its start, its data and its hyper-parameters."""
-
-    schema_version: Literal[1] = 1
-    number: int
-    round_id: str
-    release_id: str
-    label: str
-    payload_digest: str
-    release_rank: int
-    """Rank of the release's prefix on disk that the round starts from; the release's own when whole."""
-    cursor: int
-    """Experiences up to this feedback."""
-    seed: int
-    rank: int
-    alpha: float
-    steps: int
-    batch_own: int
-    batch_hard: int
-    batch_anchor: int
-    anchor_pool: int
-    anchor_seed: int
-    learning_rate: float
-    max_examples: int
-    checkpoint_steps: int
-    created_at: str
-
-    def age_s(self) -> float:
-        """Seconds since the round was planned, by the wall clock; never negative."""
-        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(self.created_at)).total_seconds())
-
-
-def plan_round(
-    settings: LearningSettings,
-    *,
-    number: int,
-    node_id: str,
-    release: ReleaseManifest,
-    prefix_rank: int | None = None,
-    cursor: int,
-    max_rank: int | None,
-) -> RoundPlan:
-    """The plan of the node's round `number` from `release`; the seed depends on setting, node and number only.
-
-    `max_rank` is what central's offer says.
+class NoGain(Exception):
+    """The round's result is no better than its start; its update is of no use. Its words say why,
+    in counts, and quote nobody.
     """
-    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}/{node_id}/{number}".encode()).digest()[:4], "big")
-    return RoundPlan(
-        number=number,
-        round_id=f"r{number:06d}-{release.label}",
-        release_id=release.digest,
-        label=release.label,
-        payload_digest=release.payload.digest_sha256,
-        release_rank=release.rank if prefix_rank is None else prefix_rank,
-        cursor=cursor,
-        seed=seed,
-        rank=min(settings.rank, max_rank or settings.rank),
-        alpha=settings.alpha,
-        steps=settings.steps,
-        batch_own=settings.batch_own,
-        batch_hard=min(settings.batch_hard, settings.batch_own),
-        batch_anchor=settings.batch_anchor,
-        anchor_pool=settings.anchor_pool,
-        anchor_seed=settings.seed,
-        learning_rate=settings.learning_rate * settings.round_decay**release.version,
-        max_examples=settings.max_examples,
-        checkpoint_steps=settings.checkpoint_steps,
-        created_at=_now(),
-    )
+
+
+class NothingToGain(NoGain):
+    """All answers got the same reward: another round from its start would do no better."""
+
+
+class NoReward(NothingToGain):
+    """They all scored zero: a round from its start finds nothing to reinforce."""
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """state: training, finished, abandoned, given up, no reward, nothing to gain, cancelled.
+
+    result: update id or why. changed_at: ISO 8601, UTC.
+    """
+
+    plan: RoundPlan
+    state: str
+    result: str
+    changed_at: str
 
 
 class RoundStore:
     """Owner of `learning/` in the data directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, busy_timeout_s: float = 30) -> None:
         self._path = path
+        self._busy_timeout_s = busy_timeout_s
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with self._transaction() as database:
+            with self.transaction() as database:
                 database.execute("PRAGMA journal_mode=WAL")
                 database.execute(_SCHEMA)
+                database.execute(_WANTED)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(
-                f"Cannot open the round records in {path}: {error}. EDGE_DATA_DIR must be writable, with free space."
+                f"Cannot open the round records in {path}: {error}. EDGE_DATA_DIR must be "
+                "writable, with free space."
             ) from error
 
     def begin(self, plan: RoundPlan) -> None:
-        """On disk when this returns. Raises ValueError when another round is unfinished."""
-        with self._transaction() as database:
+        """On disk when this returns, and an operator's wish for such a round is met.
+
+        Raises ValueError when another round is unfinished.
+        """
+        with self.transaction() as database:
             database.execute("BEGIN IMMEDIATE")
-            other = database.execute("SELECT round_id FROM rounds WHERE state = 'training'").fetchone()
+            other = database.execute(
+                "SELECT round_id FROM rounds WHERE state = 'training'"
+            ).fetchone()
             if other is not None:
-                raise ValueError(f"Round {other[0]} is unfinished; round {plan.round_id} has to wait for it.")
+                raise ValueError(
+                    f"Round {other[0]} is unfinished; round {plan.round_id} has to wait for it."
+                )
             database.execute(
-                "INSERT INTO rounds (number, round_id, start_release, cursor, plan, state, changed_at)"
-                " VALUES (?, ?, ?, ?, ?, 'training', ?)",
+                "INSERT INTO rounds (number, round_id, start_release, cursor, plan, state, "
+                "changed_at) VALUES (?, ?, ?, ?, ?, 'training', ?)",
                 (plan.number, plan.round_id, plan.release_id, plan.cursor, plan.to_bytes(), _now()),
             )
+            database.execute("DELETE FROM wanted WHERE method = ?", (plan.method,))
 
     def unfinished(self) -> RoundPlan | None:
-        with self._transaction() as database:
+        with self.transaction() as database:
             row = database.execute("SELECT plan FROM rounds WHERE state = 'training'").fetchone()
-        return None if row is None else RoundPlan.from_bytes(row[0])
+        return None if row is None else RoundPlan.model_validate_json(row[0])
 
     def last(self) -> RoundPlan | None:
         """The newest round, whatever became of it."""
-        with self._transaction() as database:
-            row = database.execute("SELECT plan FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
-        return None if row is None else RoundPlan.from_bytes(row[0])
+        with self.transaction() as database:
+            row = database.execute(
+                "SELECT plan FROM rounds ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+        return None if row is None else RoundPlan.model_validate_json(row[0])
 
     def finish(self, round_id: str, update_id: str) -> None:
         """The update is in the outbox; checkpoints are removed."""
@@ -162,14 +140,91 @@ class RoundStore:
         self._end(round_id, "abandoned", reason)
 
     def give_up(self, round_id: str, reason: str) -> None:
-        """Nothing is wrong with it, but its update would be of no use any more."""
+        """It gained nothing; another one from its start may."""
         self._end(round_id, "given up", reason)
+
+    def drop(self, round_id: str, when: str) -> None:
+        """Nothing is wrong with it, but its update would be of no use any more. What it was to
+        learn from is as new as before.
+        """
+        self._end(round_id, "given up", f"{_OBSOLETE} {when}")
+
+    def end_unrewarded(self, round_id: str, reason: str) -> None:
+        """Every answer scored zero; the next round from its start begins with a warm start."""
+        self._end(round_id, "no reward", reason)
+
+    def saturate(self, round_id: str, reason: str) -> None:
+        """Nothing can be gained from its start; no update."""
+        self._end(round_id, "nothing to gain", reason)
+
+    def explored(self, release_id: str) -> bool:
+        """Whether a round from this release sent an update or found nothing to gain, or an operator
+        wanted none.
+        """
+        with self.transaction() as database:
+            row = database.execute(
+                "SELECT 1 FROM rounds WHERE start_release = ? AND state IN ('finished', "
+                "'nothing to gain', 'cancelled') LIMIT 1",
+                (release_id,),
+            ).fetchone()
+        return row is not None
+
+    def sent(self, release_id: str) -> set[Method]:
+        """Methods of the rounds from this release that sent an update."""
+        with self.transaction() as database:
+            rows = database.execute(
+                "SELECT plan FROM rounds WHERE start_release = ? AND state = 'finished'",
+                (release_id,),
+            ).fetchall()
+        return {RoundPlan.model_validate_json(row[0]).method for row in rows}
+
+    def cursors(self) -> dict[Method, int]:
+        """The cursor of the last round of each method that was not dropped; 0 where there is none.
+
+        A grpo round takes no feedback, and its plan has the cursor of the sft round before it.
+        """
+        with self.transaction() as database:
+            rows = database.execute(
+                "SELECT json_extract(CAST(plan AS TEXT), '$.feedback.method') AS method, cursor, "
+                f"MAX(number) FROM rounds WHERE NOT ({_WAS_DROPPED}) GROUP BY method"
+            ).fetchall()
+        found = {method or "sft": cursor for method, cursor, _ in rows}
+        return {method: found.get(method, 0) for method in RICHEST}
+
+    def unrewarded(self, release_id: str) -> bool:
+        """Whether a round from this release ended because every answer scored zero."""
+        with self.transaction() as database:
+            row = database.execute(
+                "SELECT 1 FROM rounds WHERE start_release = ? AND state = 'no reward' LIMIT 1",
+                (release_id,),
+            ).fetchone()
+        return row is not None
+
+    def given_up(self, release_id: str) -> int:
+        """How many rounds from this release gained nothing."""
+        with self.transaction() as database:
+            count = database.execute(
+                "SELECT count(*) FROM rounds WHERE start_release = ? AND state = 'given up' AND "
+                f"NOT ({_WAS_DROPPED})",
+                (release_id,),
+            ).fetchone()[0]
+        return int(count)
+
+    def ends(self, newest: int | None = None) -> list[RoundEnd]:
+        """How the rounds stand, newest first; `newest`: no more than so many of them."""
+        with self.transaction() as database:
+            rows = database.execute(
+                "SELECT plan, state, result, changed_at FROM rounds ORDER BY number DESC LIMIT ?",
+                (-1 if newest is None else newest,),
+            ).fetchall()
+        return [RoundEnd(RoundPlan.model_validate_json(row[0]), *row[1:]) for row in rows]
 
     def last_was_abandoned(self) -> bool:
         """Whether the newest round that ended by itself could not be completed."""
-        with self._transaction() as database:
+        with self.transaction() as database:
             row = database.execute(
-                "SELECT state FROM rounds WHERE state IN ('finished', 'abandoned') ORDER BY number DESC LIMIT 1"
+                "SELECT state FROM rounds WHERE state IN ('finished', 'abandoned') ORDER BY "
+                "number DESC LIMIT 1"
             ).fetchone()
         return row is not None and row[0] == "abandoned"
 
@@ -179,17 +234,26 @@ class RoundStore:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def clear_workspaces(self) -> None:
+        """Removes the checkpoints of every round but the unfinished one."""
+        plan = self.unfinished()
+        for folder in (self._path / "rounds").glob("*"):
+            if plan is None or folder.name != plan.round_id:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _end(self, round_id: str, state: str, result: str) -> None:
-        with self._transaction() as database:
+        with self.transaction() as database:
             database.execute(
-                "UPDATE rounds SET state = ?, result = ?, changed_at = ? WHERE round_id = ? AND state = 'training'",
+                "UPDATE rounds SET state = ?, result = ?, changed_at = ? WHERE round_id = ? AND "
+                "state = 'training'",
                 (state, result, _now(), round_id),
             )
-        shutil.rmtree(self._path / "rounds" / round_id, ignore_errors=True)
+        self.clear_workspaces()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self._path / "rounds.db", timeout=30)
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """On disk when the block ends; undone when it raises."""
+        database = sqlite3.connect(self._path / "rounds.db", timeout=self._busy_timeout_s)
         try:
             database.execute("PRAGMA synchronous=FULL")
             with database:

@@ -33,21 +33,25 @@ def load_text_model(path: Path) -> Any:
     )  # fmt: skip
     if missing := sorted(loading["missing_keys"]):
         raise SettingsError(
-            f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}. "
-            "Download the model again."
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first is "
+            f"{missing[0]}. Download the model again."
         )
     return model
 
 
 def trained_modules(path: Path) -> dict[str, tuple[int, int]]:
-    """Linear modules of the text model, name -> (out_features, in_features), without loading a weight.
+    """The text model's linear modules, name -> (out_features, in_features); loads no weight.
 
     Raises:
         ValueError: transformers has no text model of this kind.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(path))
-    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    linear = (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )
     return {name: (module.out_features, module.in_features) for name, module in linear}
 
 

@@ -1,9 +1,10 @@
 """One round of supervised fine-tuning with TRL and PEFT (importing this module loads torch).
 
-In: a RoundPlan, the base model, the start release's PEFT directory, lessons. Out: the fresh LoRA's factors, float32,
-by the base's module names, with scale alpha / rank (LoRA, arXiv:2106.09685, section 4.1), and metrics. The start
-release is merged into a float32 copy of the base first, so the factors are the increment and nothing has to be
-subtracted. The same plan and data give the same bytes, also across `kill -9` and resume.
+In: a RoundPlan, the base model, the start release's PEFT directory, lessons. Out: the fresh LoRA's
+factors, float32, by the base's module names, with scale alpha / rank (LoRA, arXiv:2106.09685,
+section 4.1), and metrics. The start release is merged into a float32 copy of the base first, so the
+factors are the increment and nothing has to be subtracted. The same plan and data give the same
+bytes, also across `kill -9` and resume.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from edge_node.learning.batches import Lesson, TokenRow, make_batches
+from edge_node.learning.anchors import Anchors
+from edge_node.learning.batches import Lesson, TokenRow, make_batches, sample_lessons
 from edge_node.learning.checkpoints import newest_valid, seal
-from edge_node.learning.records import RoundPlan
+from edge_node.learning.compute import PLAIN, Compute, count_parameters, training_dtype
+from edge_node.learning.drift import kl_of_examples
+from edge_node.learning.keeping import KL_BASE, KeepingCollator, KeepingTrainer, RoundTrainer
+from edge_node.learning.plans import RoundPlan
+from edge_node.learning.steered import steered
+from edge_node.learning.steering import UNSTEERED, Steering
+from edge_node.learning.teacher import load_states
 from edge_node.learning.text_model import load_text_model
 from protos.base import Layout, read_layout
 from protos.lora import LoraModule, LoraTensors
@@ -40,8 +49,11 @@ class RoundObsolete(Exception):
 
 @dataclass(frozen=True)
 class TrainedRound:
-    """tensors: the increment; metrics: loss_first, loss_last, steps, seconds, examples and anchors
-    (distinct ones that were trained on).
+    """tensors: the increment.
+
+    metrics: loss_first, loss_last, steps, seconds, the distinct examples and anchors, and
+    kl_release (drift.py); with the base's own samples as anchors also kl_first, kl_last, from the
+    base on them. All kl are in nats a token.
     """
 
     tensors: LoraTensors
@@ -56,49 +68,70 @@ def train_round(
     base: Path,
     release: Path | None,
     own: Sequence[Lesson],
-    anchors: Sequence[Lesson],
+    anchors: Sequence[Lesson] | Anchors,
     workspace: Path,
     modules: Collection[str] | None = None,
+    compute: Compute = PLAIN,
     obsolete: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = lambda: None,
+    steering: Steering = UNSTEERED,
 ) -> TrainedRound:
     """Train, going on from the newest valid checkpoint in `workspace`.
 
     Args:
-        release: PEFT directory of the start release; None for a release without modules (version 0).
+        release: PEFT directory of the start release; None for one without modules (version 0).
         own: the node's examples, at least one.
+        anchors: examples whose answers are learnt, or the base's own samples, on which the model is
+            kept near the base.
         modules: names of the base's modules to train; all of them when None.
         obsolete: asked after each step.
+        beat: called when the model is loaded, and in each layer of a step, forward and backward.
+        steering: asked and told between steps.
 
     Raises:
         RoundObsolete: `obsolete` said so.
+        RoundCancelled, RoundPaused: `steering` said so.
+        SettingsError: the samples in `anchors` do not fit the base.
     """
     disable_progress_bar()
     layout = read_layout(base)
-    model = load_start(base, release)
+    model, states = load_start_and_states(base, release, anchors)
+    beat()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            beat_in(layer, beat)
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    batches = make_batches(plan, own, anchors)
+    batches = make_batches(plan, own, kinds_of(anchors))
+    batch = len(batches.rows) // plan.steps
     resume = newest_valid(workspace)
     if resume is not None:
         log.info("round resumes", extra={"round_id": plan.round_id, "checkpoint": resume[0].name})
-    clock = _Clock(0.0 if resume is None else resume[1])
-    trainer = _RoundTrainer(
+    clock = Clock(0.0 if resume is None else resume[1])
+    trainer = _trainer(
+        plan, tokenizer, states,
         model=model,
-        args=_arguments(plan, workspace, len(batches.rows) // plan.steps),
+        args=_arguments(
+            plan,
+            workspace,
+            batch,
+            compute,
+            training_dtype(plan.dtype, count_parameters(base)),
+        ),
         train_dataset=_dataset(batches.rows),
-        processing_class=tokenizer,
         peft_config=LoraConfig(
             r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
             target_modules=[layout.text_name(name) for name in modules or layout.module_shapes],
             task_type="CAUSAL_LM",
         ),
-        callbacks=[_Sealer(clock, obsolete)],
+        callbacks=[Sealer(clock, obsolete), *steered(steering, clock.elapsed_s)],
     )  # fmt: skip
+    trainer.batch_tokens = compute.batch_tokens
     trainer.remove_callback(PrinterCallback)  # it would print every step's loss
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume[0]))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     metrics = {
-        "loss_first": float(losses[0]),
-        "loss_last": float(losses[-1]),
+        **first_and_last(trainer, "loss"),
+        **(first_and_last(trainer, KL_BASE, "kl") if states is not None else {}),
+        "kl_release": kl_of_examples(trainer, batches.rows[-batch:][: plan.batch_own]),
         "steps": float(trainer.state.global_step),
         "seconds": round(clock.elapsed_s(), 3),
         "examples": float(batches.own),
@@ -107,16 +140,70 @@ def train_round(
     return TrainedRound(read_factors(trainer.model, plan.alpha, layout), metrics, trainer.model)
 
 
+def kinds_of(anchors: Sequence[Lesson] | Anchors) -> dict[str, list[Lesson]]:
+    """Kind of anchor -> its examples."""
+    if isinstance(anchors, Anchors):
+        return sample_lessons(anchors.samples)
+    return {"anchor": list(anchors)} if anchors else {}
+
+
+def _trainer(plan: RoundPlan, tokenizer: Any, states: list[Any] | None, **rest: Any) -> Any:
+    if states is None:
+        return RoundTrainer(processing_class=tokenizer, **rest)
+    return KeepingTrainer(
+        kl=plan.kl,
+        states=states,
+        data_collator=KeepingCollator(padding_of(tokenizer)),
+        processing_class=tokenizer,
+        **rest,
+    )
+
+
+def first_and_last(trainer: Any, key: str, name: str | None = None) -> dict[str, float]:
+    """The first and the last `key` of the trainer's log, as `name`."""
+    seen = [float(entry[key]) for entry in trainer.state.log_history if key in entry]
+    return {f"{name or key}_first": seen[0], f"{name or key}_last": seen[-1]}
+
+
+def beat_in(layer: Any, beat: Callable[[], None]) -> None:
+    """Where a step takes minutes (a large base on a CPU), only its layers show that it goes on."""
+
+    def passed(layer: Any, inputs: Any, output: Any) -> None:
+        beat()
+        if output.requires_grad:
+            output.register_hook(lambda gradient: beat())
+
+    layer.register_forward_hook(passed)
+
+
 def load_start(base: Path, release: Path | None) -> Any:
     """The base in float32 with the release merged in, frozen by PEFT later."""
+    return load_start_and_states(base, release, None)[0]
+
+
+def load_start_and_states(
+    base: Path, release: Path | None, anchors: Sequence[Lesson] | Anchors | None
+) -> tuple[Any, list[torch.Tensor] | None]:
+    """`load_start`, and the base's states of `anchors` where these are its own samples.
+
+    Raises SettingsError when the samples do not fit the base.
+    """
     model = load_text_model(base)
-    if release is not None:
-        _merge(model, release, read_layout(base))
-    return model
+    states = load_states(anchors, model) if isinstance(anchors, Anchors) else None
+    merge_release(model, release, read_layout(base))
+    return model, states
 
 
-def _merge(model: Any, release: Path, layout: Layout) -> None:
+def padding_of(tokenizer: Any) -> int:
+    """The token that fills a batch's shorter rows; no loss sees it."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return int(end if pad is None else pad)
+
+
+def merge_release(model: Any, release: Path | None, layout: Layout) -> None:
     """Adds B @ A to the weight of each module of the release, whose scale is 1."""
+    if release is None:
+        return
     factors = load_file(release / "adapter_model.safetensors")
     ending = ".lora_A.weight"
     for key in sorted(key for key in factors if key.endswith(ending)):
@@ -126,7 +213,7 @@ def _merge(model: Any, release: Path, layout: Layout) -> None:
 
 
 def read_factors(model: Any, alpha: float, layout: Layout) -> LoraTensors:
-    """Factors of the trained adapter by the base's names: A float32 [rank, in_features], B float32 [out_features, rank]."""
+    """The adapter's factors by the base's names: A float32 [rank, in], B float32 [out, rank]."""
     state = get_peft_model_state_dict(model, adapter_name="default")
     modules = {}
     for key, a in state.items():
@@ -135,20 +222,14 @@ def read_factors(model: Any, alpha: float, layout: Layout) -> LoraTensors:
         stem = key.removesuffix(".lora_A.weight")
         b = state[f"{stem}.lora_B.weight"]
         modules[layout.base_name(stem.removeprefix(_PREFIX))] = LoraModule(
-            A=a.detach().float().cpu().numpy(), B=b.detach().float().cpu().numpy(), scale=alpha / a.shape[0]
+            A=a.detach().float().cpu().numpy(),
+            B=b.detach().float().cpu().numpy(),
+            scale=alpha / a.shape[0],
         )
     return LoraTensors(modules)
 
 
-class _RoundTrainer(SFTTrainer):  # type: ignore[misc]
-    def _send_telemetry(self) -> None:
-        """Nothing leaves a node but its updates: TRL would report model and hardware to the Hub."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """A checkpoint needs no README."""
-
-
-class _Clock:
+class Clock:
     def __init__(self, before_s: float) -> None:
         self._begin = time.monotonic() - before_s
 
@@ -156,10 +237,10 @@ class _Clock:
         return time.monotonic() - self._begin
 
 
-class _Sealer(TrainerCallback):  # type: ignore[misc]
-    """Seals each checkpoint once the trainer has written all of it; ends a round that is of no use any more."""
+class Sealer(TrainerCallback):  # type: ignore[misc]
+    """Seals each checkpoint when it is complete; ends a round that is no longer of use."""
 
-    def __init__(self, clock: _Clock, obsolete: Callable[[], bool]) -> None:
+    def __init__(self, clock: Clock, obsolete: Callable[[], bool]) -> None:
         self._clock = clock
         self._obsolete = obsolete
 
@@ -171,37 +252,57 @@ class _Sealer(TrainerCallback):  # type: ignore[misc]
             raise RoundObsolete(f"after step {state.global_step} of {state.max_steps}")
 
 
-def _arguments(plan: RoundPlan, workspace: Path, batch: int) -> SFTConfig:
+def _arguments(
+    plan: RoundPlan, workspace: Path, batch: int, compute: Compute, dtype: str
+) -> SFTConfig:
     return SFTConfig(
-        output_dir=str(workspace),
-        seed=plan.seed,
-        max_steps=plan.steps,
+        **common_arguments(plan, workspace, compute, dtype),
         per_device_train_batch_size=batch,
         # Rows are already in training order, batch by batch.
         train_sampling_strategy="sequential",
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type="linear",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        warmup_steps=0,
-        bf16=False,
-        gradient_checkpointing=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
-        save_strategy="steps",
-        save_steps=plan.checkpoint_steps,
-        # The previous one stays until the newest is sealed.
-        save_total_limit=2,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        eval_strategy="no",
-        push_to_hub=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
     )
 
 
+def common_arguments(
+    plan: RoundPlan, workspace: Path, compute: Compute, dtype: str
+) -> dict[str, Any]:
+    """What rounds of every method tell TRL alike."""
+    return {
+        "output_dir": str(workspace),
+        "seed": plan.seed,
+        "max_steps": plan.steps,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "linear",
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "warmup_steps": 0,
+        # Autocast: the weights stay float32.
+        "bf16": dtype == "bfloat16",
+        "use_cpu": compute.device == "cpu",
+        "gradient_checkpointing": compute.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "save_strategy": "steps",
+        "save_steps": plan.checkpoint_steps,
+        # The previous one stays until the newest is sealed.
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+        "push_to_hub": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+    }
+
+
 def _dataset(rows: Sequence[TokenRow]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
+    return Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows],
+            "labels": [row.labels for row in rows],
+            "sample": [row.sample for row in rows],
+        }
+    )

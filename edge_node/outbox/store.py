@@ -1,13 +1,13 @@
-"""The outbox: updates that are finished and have not been acknowledged, and what became of the others.
+"""The outbox: finished updates on their way to central, and what became of the others.
 
-In: a round's manifest, signature and payload. Out: OutboxEntry records and payload files. One SQLite file (WAL,
-synchronous=FULL) and one file per payload, written before its record. Several processes open the same outbox: the
-learner adds, the uploader and the operator's command line advance states, each by one guarded transaction.
+In: a round's manifest, signature and payload. Out: OutboxEntry records and payload files. One
+SQLite file (WAL, synchronous=FULL) and one file per payload, written before its record. Several
+processes open the same outbox: the learner adds; the uploader and the operator's commands advance
+states, each by one guarded transaction.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
+from edge_node.disk import write_file
 from edge_node.errors import StorageError
 from protos.manifest import UpdateManifest, sha256_hex
 
@@ -69,7 +70,9 @@ class OutboxEntry:
 class Outbox:
     """Owner of `outbox/` in the data directory; every method is one durable transaction."""
 
-    def __init__(self, path: Path, approval: Literal["auto", "manual"], *, busy_timeout_s: float = 30) -> None:
+    def __init__(
+        self, path: Path, approval: Literal["auto", "manual"], *, busy_timeout_s: float = 30
+    ) -> None:
         self._path = path
         self._busy_timeout_s = busy_timeout_s
         self._payloads = path / "payloads"
@@ -81,11 +84,12 @@ class Outbox:
                 database.execute(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StorageError(
-                f"Cannot open the outbox in {path}: {error}. EDGE_DATA_DIR must be a writable directory with free space."
+                f"Cannot open the outbox in {path}: {error}. EDGE_DATA_DIR must be a writable "
+                "directory with free space."
             ) from error
 
     def add(self, round_id: str, manifest: bytes, signature: bytes, payload: bytes) -> str:
-        """Keep a finished round's update and return its id; a round that is already there keeps its first update.
+        """Keep a finished round's update, return its id; a round there keeps its first update.
 
         Raises:
             ValueError: manifest, round and payload do not belong together.
@@ -95,8 +99,9 @@ class Outbox:
         update_id = sha256_hex(manifest)
         if document.round_id != round_id or document.payload.digest_sha256 != sha256_hex(payload):
             raise ValueError(
-                f"Update {update_id[:12]} of round {document.round_id!r} was added for round {round_id!r} with payload "
-                f"{sha256_hex(payload)[:12]}; its manifest names payload {document.payload.digest_sha256[:12]}."
+                f"Update {update_id[:12]} of round {document.round_id!r} was added for round "
+                f"{round_id!r} with payload {sha256_hex(payload)[:12]}; its manifest names "
+                f"payload {document.payload.digest_sha256[:12]}."
             )
         known = self.of_round(round_id)
         if known is not None:
@@ -105,22 +110,27 @@ class Outbox:
         now = _now()
         with self._transaction() as database:
             database.execute(
-                "INSERT OR IGNORE INTO updates (sequence, update_id, round_id, start_release, state, manifest, signature,"
-                " created_at, changed_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO updates (sequence, update_id, round_id, start_release, "
+                "state, manifest, signature, created_at, changed_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    document.sequence, update_id, round_id, document.start.release, self._first_state,
-                    manifest, signature, document.created_at, now,
+                    document.sequence, update_id, round_id, document.start.release,
+                    self._first_state, manifest, signature, document.created_at, now,
                 ),
             )  # fmt: skip
         entry = self.of_round(round_id)
         if entry is None:
-            raise ValueError(f"Sequence {document.sequence} is taken by another round; use next_sequence().")
+            raise ValueError(
+                f"Sequence {document.sequence} is taken by another round; use next_sequence()."
+            )
         return entry.update_id
 
     def next_sequence(self) -> int:
         """The sequence of the node's next update; 1 for the first."""
         with self._transaction() as database:
-            return int(database.execute("SELECT COALESCE(MAX(sequence), 0) + 1 FROM updates").fetchone()[0])
+            return int(
+                database.execute("SELECT COALESCE(MAX(sequence), 0) + 1 FROM updates").fetchone()[0]
+            )
 
     def list(self, *states: OutboxState) -> Sequence[OutboxEntry]:
         """Entries in one of `states` (all when none is given), oldest first."""
@@ -135,7 +145,7 @@ class Outbox:
         return self._one("round_id = ?", round_id)
 
     def last_for_start(self, release_id: str) -> OutboxEntry | None:
-        """The newest update from that start that central has or may still get: the one that a new round supersedes."""
+        """The newest update from that start that central has or may get: a round supersedes it."""
         found = self._select(
             "WHERE start_release = ? AND state IN ('held', 'waiting', 'admitted')", release_id
         )  # refused and rejected ones never arrive, so there is nothing to supersede
@@ -160,11 +170,11 @@ class Outbox:
         return self._payloads / f"{round_id}.safetensors"
 
     def approve(self, update_id: str) -> None:
-        """A human lets a held update leave. Raises LookupError, or ValueError when it is not held."""
+        """A person lets a held update leave; raises LookupError, ValueError if it is not held."""
         self._advance(update_id, OutboxState.WAITING, "", OutboxState.HELD)
 
     def reject(self, update_id: str, reason: str = "rejected by the operator of this node") -> None:
-        """A human keeps a held update here for good. Raises LookupError, or ValueError when it is not held."""
+        """A person keeps a held update here; raises LookupError, ValueError if it is not held."""
         self._advance(update_id, OutboxState.REJECTED, reason, OutboxState.HELD)
 
     def mark_admitted(self, update_id: str, receipt: bytes, signature: bytes) -> None:
@@ -194,29 +204,15 @@ class Outbox:
 
     def _bytes(self, columns: str, update_id: str) -> tuple[bytes, bytes]:
         with self._transaction() as database:
-            row = database.execute(f"SELECT {columns} FROM updates WHERE update_id = ?", (update_id,)).fetchone()
+            row = database.execute(
+                f"SELECT {columns} FROM updates WHERE update_id = ?", (update_id,)
+            ).fetchone()
         if row is None or row[0] is None:
             raise LookupError(f"The outbox holds no {columns} of update {update_id!r}.")
         return row[0], row[1]
 
     def _write_payload(self, round_id: str, payload: bytes) -> None:
-        target = self.payload_path(round_id)
-        partial = target.with_suffix(".partial")
-        try:
-            with partial.open("wb") as stream:
-                stream.write(payload)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(target)
-            folder = os.open(self._payloads, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise StorageError(
-                f"Cannot write {target}: {error.strerror}. Free space on the disk of EDGE_DATA_DIR."
-            ) from error
+        write_file(self.payload_path(round_id), payload)
 
     def _one(self, where: str, *values: str) -> OutboxEntry | None:
         found = self._select(f"WHERE {where}", *values)
@@ -224,14 +220,17 @@ class Outbox:
 
     def _select(self, clause: str, *values: str) -> Sequence[OutboxEntry]:
         with self._transaction() as database:
-            rows = database.execute(f"SELECT {_COLUMNS} FROM updates {clause} ORDER BY sequence", values).fetchall()
+            rows = database.execute(
+                f"SELECT {_COLUMNS} FROM updates {clause} ORDER BY sequence", values
+            ).fetchall()
         return [
-            OutboxEntry(row[0], row[1], row[2], row[3], OutboxState(row[4]), row[5], row[6], row[7]) for row in rows
+            OutboxEntry(row[0], row[1], row[2], row[3], OutboxState(row[4]), row[5], row[6], row[7])
+            for row in rows
         ]
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        # A connection per transaction: the outbox is used from several threads and processes, a few times a minute.
+        # A connection per transaction: several threads and processes come a few times a minute.
         database = sqlite3.connect(self._path / "outbox.db", timeout=self._busy_timeout_s)
         try:
             database.execute("PRAGMA synchronous=FULL")
@@ -241,17 +240,28 @@ class Outbox:
             database.close()
 
 
-def _advance(database: sqlite3.Connection, update_id: str, to: OutboxState, reason: str, expected: OutboxState) -> None:
+def _advance(
+    database: sqlite3.Connection,
+    update_id: str,
+    to: OutboxState,
+    reason: str,
+    expected: OutboxState,
+) -> None:
     changed = database.execute(
-        "UPDATE updates SET state = ?, reason = ?, changed_at = ? WHERE update_id = ? AND state = ?",
+        "UPDATE updates SET state = ?, reason = ?, changed_at = ? WHERE update_id = ? AND state = "
+        "?",
         (to, reason, _now(), update_id, expected),
     ).rowcount
     if changed:
         return
     row = database.execute("SELECT state FROM updates WHERE update_id = ?", (update_id,)).fetchone()
     if row is None:
-        raise LookupError(f"No update {update_id!r} in the outbox. `edge-node outbox list` shows every id.")
-    raise ValueError(f"Update {update_id[:12]} is {row[0]}; only an update that is {expected} can become {to}.")
+        raise LookupError(
+            f"No update {update_id!r} in the outbox. `edge-node outbox list` shows every id."
+        )
+    raise ValueError(
+        f"Update {update_id[:12]} is {row[0]}; only an update that is {expected} can become {to}."
+    )
 
 
 def _now() -> str:

@@ -1,1 +1,1 @@
-"""Releases: signed manifests and payloads come in from central; a served version and evaluation reports go out."""
+"""Releases: manifests and payloads enter; a served version and evaluation reports leave."""

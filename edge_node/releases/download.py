@@ -1,7 +1,8 @@
 """Download of release payloads with resume.
 
-In: a signed manifest. Out: an installed version directory. A cut download goes on at the byte it has, after a restart
-too; a payload whose digest does not fit is thrown away and fetched once more from the start.
+In: a signed manifest. Out: an installed version directory. A cut download goes on at the byte it
+has, after a restart too; a payload whose digest does not fit is thrown away and fetched once more
+from the start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 async def fetch_release(
-    channel: grpc.aio.Channel, store: ReleaseStore, signed: releases_pb2.SignedManifest, timeout_s: float
+    channel: grpc.aio.Channel,
+    store: ReleaseStore,
+    signed: releases_pb2.SignedManifest,
+    timeout_s: float,
 ) -> StoredRelease:
     """The version on disk, downloaded if it is not there yet.
 
@@ -42,12 +46,19 @@ async def fetch_release(
             partial.unlink(missing_ok=True)
             if attempt == 2:
                 raise
-            log.warning("downloaded payload is not usable; fetching it again", extra={"release": manifest.label})
+            log.warning(
+                "downloaded payload is not usable; fetching it again",
+                extra={"release": manifest.label},
+            )
     raise AssertionError("unreachable")
 
 
 async def _download(
-    channel: grpc.aio.Channel, release_id: str, size: int, partial: os.PathLike[str], timeout_s: float
+    channel: grpc.aio.Channel,
+    release_id: str,
+    size: int,
+    partial: os.PathLike[str],
+    timeout_s: float,
 ) -> None:
     stub = releases_pb2_grpc.ReleaseServiceStub(channel)
     with open(partial, "ab") as stream:
@@ -55,9 +66,11 @@ async def _download(
             stream.truncate(0)
         if stream.tell() == size:
             return
-        call = stub.Download(releases_pb2.DownloadRequest(release_id=release_id, offset=stream.tell()))
+        call = stub.Download(
+            releases_pb2.DownloadRequest(release_id=release_id, offset=stream.tell())
+        )
         while True:
-            # The deadline is on silence, not on the whole payload: a slow link may take as long as it needs.
+            # The deadline limits silence, not the whole payload: a slow link may finish.
             answer = await asyncio.wait_for(call.read(), timeout_s)
             if not isinstance(answer, releases_pb2.DownloadResponse):  # end of the stream
                 return

@@ -1,8 +1,9 @@
 """A release payload as the PEFT directory that vLLM and PEFT load.
 
-In: LoraTensors of a release (scale 1.0). Out: `adapter_config.json` and `adapter_model.safetensors`. Exact: modules of
-lower rank are padded with zeros (vLLM reads one rank for all), and a release without modules (version 0, the base
-itself) becomes one module of zeros, so that every version is served the same way.
+In: LoraTensors of a release (scale 1.0). Out: `adapter_config.json` and
+`adapter_model.safetensors`. Exact: modules of lower rank are padded with zeros (vLLM reads one rank
+for all), and a release without modules (version 0, the base itself) becomes one module of zeros, so
+that every version is served the same way.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from edge_node.disk import read_json
 from edge_node.errors import AdapterError
 from protos.lora import LoraModule, LoraTensors
 
 EMPTY_RANK = 8
 
 
-def peft_files(release: LoraTensors, module_shapes: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
+def peft_files(
+    release: LoraTensors, module_shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, bytes]:
     """File name -> content.
 
     Args:
@@ -37,13 +41,16 @@ def peft_files(release: LoraTensors, module_shapes: Mapping[str, tuple[int, int]
         shape = (module.B.shape[0], module.A.shape[1])
         if module_shapes.get(name) != shape:
             raise AdapterError(
-                f"Release module {name!r} is {shape[0]}x{shape[1]}; the base model here has {module_shapes.get(name)}. "
-                "The release belongs to another base: check EDGE_BASE__PATH."
+                f"Release module {name!r} is {shape[0]}x{shape[1]}; the base model here has "
+                f"{module_shapes.get(name)}. The release belongs to another base: check "
+                "EDGE_BASE__PATH."
             )
         spare = rank - module.rank
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = np.pad(module.A, ((0, spare), (0, 0)))
-        tensors[f"{prefix}.lora_B.weight"] = np.pad(module.B * np.float32(module.scale), ((0, 0), (0, spare)))
+        tensors[f"{prefix}.lora_B.weight"] = np.pad(
+            module.B * np.float32(module.scale), ((0, 0), (0, spare))
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,9 +70,11 @@ def peft_files(release: LoraTensors, module_shapes: Mapping[str, tuple[int, int]
 def directory_rank(folder: Path) -> int:
     """Rank of the adapter in a PEFT directory; raises AdapterError when it cannot be read."""
     try:
-        return int(json.loads((folder / "adapter_config.json").read_bytes())["r"])
+        return int(read_json(folder / "adapter_config.json")["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder} is not a PEFT directory: {error!r}. The release is downloaded again.") from error
+        raise AdapterError(
+            f"{folder} is not a PEFT directory: {error!r}. The release is downloaded again."
+        ) from error
 
 
 def _zeros(module_shapes: Mapping[str, tuple[int, int]]) -> dict[str, LoraModule]:

@@ -1,9 +1,10 @@
 """The node's releases on disk.
 
-In: signed manifests and payload bytes. Out: immutable version directories and the name of the active one. A manifest
-is taken only with central's signature, this node's base and this node's cohort; a payload only when its digest fits.
-A version directory appears whole, by one rename, and is never changed while vLLM may read it. Of a release of a larger rank than
-EDGE_RELEASES__MAX_RANK it holds the first pairs (protos/prefix.py), beside the whole payload as central signed it.
+In: signed manifests and payload bytes. Out: immutable version directories and the name of the
+active one. A manifest is taken only with central's signature, this node's base and this node's
+cohort; a payload only when its digest fits. A version directory appears whole, by one rename, and
+is never changed while vLLM may read it. Of a release of a larger rank than EDGE_RELEASES__MAX_RANK
+it holds the first pairs (protos/prefix.py), beside the whole payload as central signed it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_node.disk import read_json, write_file
 from edge_node.errors import AdapterError, StorageError
-from edge_node.identity import Identity, sync_directory, write_durably
+from edge_node.identity import Identity
 from edge_node.releases.peft_directory import directory_rank, peft_files
+from lorikeet.durable import sync
 from protos.base import BaseModelInfo
 from protos.lora import LoraCodecError, decode
 from protos.manifest import ManifestError, ReleaseManifest, verify
@@ -44,7 +48,9 @@ class StoredRelease:
 class ReleaseStore:
     """Owner of `releases/` in the data directory. `max_rank`: EDGE_RELEASES__MAX_RANK."""
 
-    def __init__(self, data_dir: Path, identity: Identity, base: BaseModelInfo, max_rank: int | None = None) -> None:
+    def __init__(
+        self, data_dir: Path, identity: Identity, base: BaseModelInfo, max_rank: int | None = None
+    ) -> None:
         self._root = data_dir / "releases"
         self._max_rank = max_rank
         self._identity = identity
@@ -58,12 +64,12 @@ class ReleaseStore:
             ) from error
 
     def clear_leftovers(self) -> None:
-        """Delete what a crash left half made; only for the holder of the data directory, as it may be in the making."""
+        """Deletes what a crash left half made. Only the data directory's holder may call it."""
         for leftover in (self._root / "partial").glob("*.directory"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def fit_ranks(self) -> None:
-        """Make directories of another rank than this node serves now anew, from the payloads beside them.
+        """Remake directories of another rank than this node serves, from the payloads beside them.
 
         Before vLLM and the learner start: an adapter is never replaced under them.
         """
@@ -74,12 +80,23 @@ class ReleaseStore:
                     continue
                 signature = (folder / "signature.bin").read_bytes()
                 payload = (folder / "payload.safetensors").read_bytes()
-                signed = releases_pb2.SignedManifest(manifest=manifest.to_bytes(), signature=signature)
+                signed = releases_pb2.SignedManifest(
+                    manifest=manifest.to_bytes(), signature=signature
+                )
                 rank = directory_rank(self.install(signed, payload).path)
-            except (ManifestError, AdapterError, OSError) as error:  # it counts as not there, and is downloaded again
-                log.warning("release directory not fitted", extra={"path": folder, "why": type(error).__name__})
+            except (
+                ManifestError,
+                AdapterError,
+                OSError,
+            ) as error:  # it counts as not there, and is downloaded again
+                log.warning(
+                    "release directory not fitted",
+                    extra={"path": folder, "why": type(error).__name__},
+                )
                 continue
-            log.info("release fitted to another rank", extra={"release": manifest.label, "rank": rank})
+            log.info(
+                "release fitted to another rank", extra={"release": manifest.label, "rank": rank}
+            )
 
     def check(self, signed: releases_pb2.SignedManifest) -> ReleaseManifest:
         """The manifest, once signature, base and cohort fit; raises AdapterError."""
@@ -87,16 +104,19 @@ class ReleaseStore:
             verify(self._identity.release_key_pem, signed.manifest, signed.signature)
             manifest = ReleaseManifest.from_bytes(signed.manifest)
         except ManifestError as error:
-            raise AdapterError(f"Central sent a release manifest that is not usable: {error}") from error
+            raise AdapterError(
+                f"Central sent a release manifest that is not usable: {error}"
+            ) from error
         if manifest.base != self._identity.base or manifest.cohort != self._identity.cohort:
             raise AdapterError(
-                f"Release {manifest.label} is for base {manifest.base[:8]} and cohort {manifest.cohort!r}; this node has "
-                f"base {self._identity.base[:8]} and cohort {self._identity.cohort!r}. It was not loaded."
+                f"Release {manifest.label} is for base {manifest.base[:8]} and cohort "
+                f"{manifest.cohort!r}; this node has base {self._identity.base[:8]} and cohort "
+                f"{self._identity.cohort!r}. It was not loaded."
             )
         return manifest
 
     def get(self, release_id: str) -> StoredRelease | None:
-        """The version on disk, or None; a damaged one, or one of another rank, counts as not there: it is downloaded again."""
+        """The version on disk, or None. A damaged one or one of another rank counts as none."""
         path = self._root / "versions" / release_id
         try:
             manifest = ReleaseManifest.from_bytes((path / "manifest.json").read_bytes())
@@ -104,7 +124,9 @@ class ReleaseStore:
         except FileNotFoundError:
             return None
         except (ManifestError, AdapterError, OSError) as error:
-            log.warning("damaged release directory", extra={"path": path, "why": type(error).__name__})
+            log.warning(
+                "damaged release directory", extra={"path": path, "why": type(error).__name__}
+            )
             return None
         return StoredRelease(release_id, manifest, path) if fits else None
 
@@ -131,13 +153,20 @@ class ReleaseStore:
             )
         try:
             whole = decode(payload)
-            served = prefix(whole, min(whole.rank, self._max_rank)).tensors if whole.rank and self._max_rank else whole
+            served = (
+                prefix(whole, min(whole.rank, self._max_rank)).tensors
+                if whole.rank and self._max_rank
+                else whole
+            )
             files = peft_files(served, self._base.module_shapes)
         except LoraCodecError as error:
-            raise AdapterError(f"Payload of release {manifest.label} is not usable: {error}") from error
+            raise AdapterError(
+                f"Payload of release {manifest.label} is not usable: {error}"
+            ) from error
         if whole.rank != manifest.rank:
             raise AdapterError(
-                f"Payload of release {manifest.label} has rank {whole.rank}; its manifest says {manifest.rank}. It was not loaded."
+                f"Payload of release {manifest.label} has rank {whole.rank}; its manifest says "
+                f"{manifest.rank}. It was not loaded."
             )
         files |= {
             "payload.safetensors": payload,
@@ -147,16 +176,17 @@ class ReleaseStore:
         folder = self._root / "partial" / f"{manifest.digest}.directory"
         final = self._root / "versions" / manifest.digest
         for name, content in files.items():
-            write_durably(folder / name, content)
+            write_file(folder / name, content)
         try:
             if final.exists():  # damaged, or `get` would have found it
                 shutil.rmtree(final)
             folder.rename(final)
-            sync_directory(final.parent)
+            sync(final.parent)
             self.partial(manifest.digest).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(
-                f"Cannot install release {manifest.label} in {final}: {error.strerror}. Check EDGE_DATA_DIR."
+                f"Cannot install release {manifest.label} in {final}: {error.strerror}. Check "
+                "EDGE_DATA_DIR."
             ) from error
         return StoredRelease(manifest.digest, manifest, final)
 
@@ -166,27 +196,31 @@ class ReleaseStore:
 
     def activate(self, release: StoredRelease) -> None:
         """From now on a (re)started vLLM serves this release."""
-        document = {"release_id": release.release_id, "label": release.label, "path": str(release.path.resolve())}
-        write_durably(self._root / "active.json", json.dumps(document).encode())
+        document = {
+            "release_id": release.release_id,
+            "label": release.label,
+            "path": str(release.path.resolve()),
+        }
+        write_file(self._root / "active.json", json.dumps(document).encode())
 
     def active(self) -> StoredRelease | None:
-        """The release that the alias points at, or None before the first. Raises StorageError when it is damaged."""
+        """The release that the alias points at, None before the first; raises StorageError."""
         path = self._root / "active.json"
         try:
-            release_id = str(json.loads(path.read_bytes())["release_id"])
+            release_id = _text(path, "release_id")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
-                f"{path} cannot be read: {error}. Expected the release that the node serves. It is written anew as soon "
-                "as central can be reached: check EDGE_CENTRAL__ADDRESS."
+                f"{path} cannot be read: {error}. Expected the release that the node serves. It "
+                "is written anew as soon as central can be reached: check EDGE_CENTRAL__ADDRESS."
             ) from error
         return self.get(release_id)
 
-    def keep_offer(self, offer_id: str, max_rank: int) -> None:
+    def keep_offer(self, offer_id: str, max_rank: int, encodings: Iterable[str] = ()) -> None:
         """Remember central's standing training offer for the learner."""
-        document = {"offer_id": offer_id, "max_rank": max_rank}
-        write_durably(self._root / "offer.json", json.dumps(document).encode())
+        document = {"offer_id": offer_id, "max_rank": max_rank, "encodings": list(encodings)}
+        write_file(self._root / "offer.json", json.dumps(document).encode())
 
     def keep_standing(self, quarantine: str) -> None:
         """Remember why central keeps this node's updates aside; empty when it merges them."""
@@ -196,21 +230,24 @@ class ReleaseStore:
             known = None
         if quarantine != known:
             log.info("standing at central changed", extra={"quarantine": quarantine})
-            write_durably(self._root / "standing.json", json.dumps({"quarantine": quarantine}).encode())
+            write_file(
+                self._root / "standing.json", json.dumps({"quarantine": quarantine}).encode()
+            )
 
     def quarantine(self) -> str:
         """What central said last of why updates are kept aside; empty when they are merged."""
         try:
-            return str(json.loads((self._root / "standing.json").read_bytes())["quarantine"])
+            return _text(self._root / "standing.json", "quarantine")
         except FileNotFoundError:
             return ""
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
-                f"{self._root / 'standing.json'} cannot be read: {error}. Delete it; central says it again."
+                f"{self._root / 'standing.json'} cannot be read: {error}. Delete it; central says "
+                "it again."
             ) from error
 
     def newest(self) -> list[StoredRelease]:
-        """Every version on disk, the newest (by the time it was installed) first; another thread may remove one meanwhile."""
+        """Versions on disk, last installed first; another thread may remove one meanwhile."""
         installed: dict[str, int] = {}
         for folder in (self._root / "versions").iterdir():
             with suppress(FileNotFoundError):
@@ -223,3 +260,11 @@ class ReleaseStore:
         doomed = self._root / "partial" / f"{release.release_id}.directory"
         release.path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _text(path: Path, field: str) -> str:
+    """Raises OSError, or LookupError, TypeError, ValueError for a damaged file."""
+    value = read_json(path)[field]
+    if not isinstance(value, str):
+        raise TypeError(f"{field} is {value!r}; expected a text")
+    return value

@@ -1,16 +1,16 @@
-"""The node's line to central: follows the channel head, answers evaluation offers, reports status.
+"""The node's line to central: follows the channel head, hands offers on, reports status.
 
-In: events of FleetService.Watch. Out: the alias on the newest release; evaluation and status reports. A node without
-central keeps serving the active release and catches up by itself. vLLM that was started anew gets every kept version
-again. A failed step is a problem of its room (edge_node/problems.py) and is tried again: no trouble of the disk, the link,
-vLLM or an environment ends the supervisor.
+In: events of FleetService.Watch. Out: the alias on the newest release; status reports; evaluation
+offers go to offers.py. A node without central keeps serving the active release and catches up by
+itself. vLLM that was started anew gets every kept version again. A failed step is a problem of its
+room (edge_node/problems.py) and is tried again: no trouble of the disk, the link, vLLM or an
+environment ends the supervisor.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Protocol
@@ -19,39 +19,32 @@ from weakref import WeakValueDictionary
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import AdapterError, EnvironmentFault, NothingToMeasure, ServingError, StorageError
+from edge_node.errors import AdapterError, ServingError, StorageError
 from edge_node.problems import Problems
-from edge_node.releases.comparison import TRANSIENT, Comparison
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.offers import OfferedEvaluations
 from edge_node.releases.store import ReleaseStore, StoredRelease
-from edge_node.releases.trouble import CHECK_CENTRAL, next_step, words
+from edge_node.releases.trouble import (
+    CHECK_CENTRAL,
+    RETRY_FIRST_S,
+    RETRY_LAST_S,
+    UNREACHABLE,
+    next_step,
+    words,
+)
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
-from protos.releases.v1 import releases_pb2, releases_pb2_grpc
+from protos.releases.v1 import releases_pb2
 
 log = logging.getLogger(__name__)
 
 STATUS_PERIOD_S = 5.0
 LOOK_PERIOD_S = 1.0
 """A vLLM that was started anew is noticed within this period, a new head at once."""
-RETRY_FIRST_S = 0.5
-RETRY_LAST_S = 5.0
 HEAD_RETRY_LAST_S = 30.0
 """A head that fails again and again, each time perhaps after its download."""
-EVALUATION_TRIES = 3
-KNOWN_OFFERS = 1000
-_REFUSALS = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.NOT_FOUND,
-)
-_UNREACHABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-_TOO_LATE = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND, *_UNREACHABLE)
-"""Nobody waits for the result any more, or nobody can be told: no fault of the evaluation."""
 
 
 class Serving(Protocol):
@@ -76,7 +69,7 @@ class ReleaseWatcher:
         counts: Callable[[], fleet_pb2.NodeStatus],
         pinned: Callable[[], Iterable[str]],
     ) -> None:
-        """`counts` gives outbox and experience counts; `pinned` the releases that unfinished rounds start from."""
+        """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from."""
         self._settings = settings
         self._channel = channel
         self._store = store
@@ -86,26 +79,24 @@ class ReleaseWatcher:
         self._counts = counts
         self._pinned = pinned
         self._fleet = fleet_pb2_grpc.FleetServiceStub(channel)
-        self._releases = releases_pb2_grpc.ReleaseServiceStub(channel)
         self._head: releases_pb2.SignedManifest | None = None
         self._head_changed = asyncio.Event()
         self._loaded_generation = 0
         self._pointed = ""
         """Release that the alias of the loaded generation points at."""
-        self._evaluations: asyncio.Queue[tuple[fleet_pb2.EvaluationOffer, float]] = asyncio.Queue()
-        """With the time of the event loop at which central stops waiting."""
-        self._known_offers: deque[str] = deque(maxlen=KNOWN_OFFERS)
-        self._evaluating: tuple[str, ...] = ()
         self._spare = asyncio.Event()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._problems = Problems(settings.data_dir)
+        self._offers = OfferedEvaluations(
+            settings, channel, vllm.wait_ready, evaluator, self._obtain_name, self._spare.set
+        )
         self._head_problem = ""
-        """Why the head is not served; what canaries are judged by, so it knows nothing of a former process."""
+        """Why the head is not served. It judges canaries: it knows nothing of a former process."""
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for step in (self._watch, self._follow, self._evaluate, self._collect, self._report):
-                group.create_task(step(), name=step.__name__)
+            for step in (self._watch, self._follow, self._offers.run, self._collect, self._report):
+                group.create_task(step(), name=step.__qualname__)
 
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
@@ -115,7 +106,9 @@ class ReleaseWatcher:
                 status = await asyncio.to_thread(self._status)
                 call = self._fleet.Watch(fleet_pb2.WatchRequest(status=status))
                 while True:
-                    event = await asyncio.wait_for(call.read(), self._settings.central.call_timeout_s)
+                    event = await asyncio.wait_for(
+                        call.read(), self._settings.central.call_timeout_s
+                    )
                     if not isinstance(event, fleet_pb2.WatchResponse):  # end of the stream
                         break
                     self._take(event)
@@ -138,7 +131,9 @@ class ReleaseWatcher:
 
     def _lost_central(self, why: str, then: str = CHECK_CENTRAL) -> None:
         address = self._settings.central.address
-        self._problems.report("central", f"Central at {address} cannot be heard ({why}); tried again.", then)
+        self._problems.report(
+            "central", f"Central at {address} cannot be heard ({why}); tried again.", then
+        )
 
     def _take(self, event: fleet_pb2.WatchResponse) -> None:
         kind = event.WhichOneof("event")
@@ -150,40 +145,40 @@ class ReleaseWatcher:
             if event.standing.quarantine:
                 text = f"Central keeps this node's updates aside: {event.standing.quarantine}."
                 self._problems.report(
-                    "quarantine", text, "Ask the operator of central: `central nodes release` ends it."
+                    "quarantine",
+                    text,
+                    "Ask the operator of central: `central nodes release` ends it.",
                 )
             else:
                 self._problems.clear("quarantine")
         elif kind == "train":
-            self._store.keep_offer(event.train.offer_id, event.train.max_rank)
+            offer = event.train
+            self._store.keep_offer(offer.offer_id, offer.max_rank, offer.encodings)
         elif kind == "heartbeat":  # all that was sent before it was kept
             self._problems.clear("central-news")
         elif kind == "evaluation" and self._settings.releases.evaluate:
-            self._enqueue(event.evaluation)
-
-    def _enqueue(self, offer: fleet_pb2.EvaluationOffer) -> None:
-        """A new watch brings every open offer again; each is evaluated once."""
-        if offer.offer_id not in self._known_offers:
-            self._known_offers.append(offer.offer_id)
-            self._evaluations.put_nowait((offer, asyncio.get_running_loop().time() + offer.deadline_s))
+            self._offers.add(event.evaluation)
 
     async def _follow(self) -> None:
         """Keep the alias on the head; load everything again into a vLLM that was started anew."""
         pause, failed = RETRY_FIRST_S, None
         while True:
-            generation = await self._vllm.wait_ready()  # raises when there will be none: then the node ends anyway
+            # Raises when there will be none: then the node ends anyway.
+            generation = await self._vllm.wait_ready()
             self._head_changed.clear()
             head = self._head
             try:
                 await self._settle(head, generation)
             except Exception as error:  # supervision: the active release goes on being served
                 self._head_problem = words(error)
-                text = f"The release of channel {self._settings.releases.channel!r} is not served: {words(error)}"
+                channel = self._settings.releases.channel
+                text = f"The release of channel {channel!r} is not served: {words(error)}"
                 self._problems.report("releases", text, next_step(error))
                 pause = min(2 * pause, HEAD_RETRY_LAST_S) if head == failed else RETRY_FIRST_S
                 period, failed = pause, head
             else:
-                if head is not None or self._head_problem:  # without central only what failed here is over
+                # Without central only what failed here is over.
+                if head is not None or self._head_problem:
                     self._problems.clear("releases")
                 self._head_problem = ""
                 period, pause = LOOK_PERIOD_S, RETRY_FIRST_S
@@ -199,7 +194,7 @@ class ReleaseWatcher:
         if head is None or self._store.check(head).digest == self._pointed:
             return
         release = await self._obtain(head)
-        # Named first, pointed second: a vLLM that starts in between serves what the alias is about to serve.
+        # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
         self._pointed = release.release_id
@@ -211,18 +206,28 @@ class ReleaseWatcher:
         return f"{self._settings.serving.alias}@{release.label}"
 
     async def _obtain(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
-        """The release on disk and in vLLM. Head and evaluation may want the same one at once: one after the other."""
+        """The release on disk and in vLLM.
+
+        Head and evaluation may want the same one at once: one after the other.
+        """
         manifest = self._store.check(signed)
         rank = min(manifest.rank, self._settings.releases.max_rank or manifest.rank)
-        if rank > self._settings.serving.max_lora_rank:
+        most = self._settings.serving.max_lora_rank
+        if rank > most:
             raise AdapterError(
-                f"Release {manifest.label} has rank {rank}; this node accepts at most {self._settings.serving.max_lora_rank}. "
-                "Raise EDGE_SERVING__MAX_LORA_RANK, or set EDGE_RELEASES__MAX_RANK to serve its first pairs, and restart the node."
+                f"Release {manifest.label} has rank {rank}; this node accepts at most {most}. "
+                "Raise EDGE_SERVING__MAX_LORA_RANK, or set EDGE_RELEASES__MAX_RANK to serve its "
+                "first pairs, and restart the node."
             )
         async with self._lock(manifest.digest):
-            release = await fetch_release(self._channel, self._store, signed, self._settings.central.call_timeout_s)
+            release = await fetch_release(
+                self._channel, self._store, signed, self._settings.central.call_timeout_s
+            )
             await self._control.load(self.served_name(release), release.path)
         return release
+
+    async def _obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
+        return self.served_name(await self._obtain(signed))
 
     async def _load_kept(self, *, damage_matters: bool) -> str:
         """Id of the active release, which the alias points at now; empty without one."""
@@ -235,17 +240,24 @@ class ReleaseWatcher:
         except (ServingError, StorageError) as error:
             if damage_matters:
                 raise
-            log.warning("active release not loaded; the head takes its place", extra={"why": str(error)})
+            log.warning(
+                "active release not loaded; the head takes its place", extra={"why": str(error)}
+            )
             active = None
         for release in self._store.newest()[: self._settings.releases.keep]:
             try:
                 await self._control.load(self.served_name(release), release.path)
             except ServingError as error:  # an old version must not keep the node from the new one
-                log.warning("kept release not loaded", extra={"release": release.label, "why": str(error)})
+                log.warning(
+                    "kept release not loaded", extra={"release": release.label, "why": str(error)}
+                )
         return active.release_id if active else ""
 
     async def _collect(self) -> None:
-        """Unload and delete old versions: apart from `_follow`, because a long answer on one may hold this up."""
+        """Unload and delete old versions.
+
+        Apart from `_follow`, because a long answer on one may hold this up.
+        """
         while True:
             await self._spare.wait()
             self._spare.clear()
@@ -262,97 +274,28 @@ class ReleaseWatcher:
 
     def _needed(self) -> set[str]:
         active = self._store.active()
-        return {self._pointed, *([active.release_id] if active else []), *self._evaluating, *self._pinned()}
+        return {
+            self._pointed,
+            *([active.release_id] if active else []),
+            *self._offers.in_use,
+            *self._pinned(),
+        }
 
     def _lock(self, release_id: str) -> asyncio.Lock:
         return self._locks.setdefault(release_id, asyncio.Lock())
-
-    async def _evaluate(self) -> None:
-        while True:
-            offer, ends = await self._evaluations.get()
-            while not self._evaluations.empty():  # central did not wait for this node: the older ones are decided
-                offer, ends = self._evaluations.get_nowait()
-            try:
-                async with asyncio.timeout_at(ends):
-                    report = await self._compare_with_retries(offer)
-            except Exception as error:  # supervision: whatever an environment or vLLM does, this node abstains
-                report = self._abstain(offer, error, in_time=asyncio.get_running_loop().time() < ends)
-            finally:
-                self._evaluating = ()
-            if await self._send_report(report, ends) and not report.abstain_reason:
-                self._problems.clear("evaluation")
-                self._problems.clear("environments")
-            self._spare.set()
-
-    def _abstain(
-        self, offer: fleet_pb2.EvaluationOffer, error: Exception, *, in_time: bool
-    ) -> releases_pb2.ReportEvaluationRequest:
-        why, then = words(error), next_step(error)
-        if isinstance(error, TimeoutError) and not in_time:
-            why = f"it took longer than the {offer.deadline_s} s that central waits"
-            then = "Ask the operator of central for more time or fewer tasks, or give this node more compute."
-        log.warning("evaluation failed", extra={"offer": offer.offer_id, "why": why})
-        if not isinstance(error, NothingToMeasure):
-            room = "environments" if isinstance(error, EnvironmentFault) else "evaluation"
-            self._problems.report(room, f"This node abstained from the last evaluation: {why}", then)
-        return releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, abstain_reason=why)
-
-    async def _compare_with_retries(self, offer: fleet_pb2.EvaluationOffer) -> releases_pb2.ReportEvaluationRequest:
-        """A vLLM that died or a link that broke in the middle costs a new start, not a result."""
-        for _ in range(EVALUATION_TRIES - 1):
-            try:
-                return await self._compare(offer, last_try=False)
-            except TRANSIENT as error:
-                log.warning("evaluation starts again", extra={"offer": offer.offer_id, "why": words(error)})
-                await asyncio.sleep(RETRY_FIRST_S)
-        return await self._compare(offer, last_try=True)
-
-    async def _send_report(self, report: releases_pb2.ReportEvaluationRequest, ends: float) -> bool:
-        """False when central refuses it as wrong; one that comes too late is no fault of the node."""
-        pause = RETRY_FIRST_S
-        while True:
-            try:
-                await self._releases.ReportEvaluation(report, timeout=self._settings.central.call_timeout_s)
-                return True
-            except grpc.aio.AioRpcError as error:
-                # Refused, for example because the verdict is there already; or nobody waits for it any more.
-                if error.code() in _REFUSALS or asyncio.get_running_loop().time() > ends:
-                    log.warning("evaluation not reported", extra={"offer": report.offer_id, "why": words(error)})
-                    if error.code() in _TOO_LATE:
-                        return True
-                    text = f"Central did not take the last evaluation's result: {words(error)}"
-                    self._problems.report("evaluation", text, next_step(error))
-                    return False
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, RETRY_LAST_S)
-
-    async def _compare(
-        self, offer: fleet_pb2.EvaluationOffer, *, last_try: bool
-    ) -> releases_pb2.ReportEvaluationRequest:
-        await self._vllm.wait_ready()
-        comparison = Comparison(self._evaluator, self._obtain_name, self._hold)
-        results = await comparison.run(offer, last_try=last_try)
-        return releases_pb2.ReportEvaluationRequest(offer_id=offer.offer_id, results=results)
-
-    async def _obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
-        return self.served_name(await self._obtain(signed))
-
-    def _hold(self, release_ids: tuple[str, ...]) -> None:
-        """These are evaluated now; others may go when they are beyond what is kept."""
-        self._evaluating = release_ids
-        self._spare.set()
 
     async def _report(self) -> None:
         while True:
             try:
                 status = await asyncio.to_thread(self._status)
                 await self._fleet.ReportStatus(
-                    fleet_pb2.ReportStatusRequest(status=status), timeout=self._settings.central.call_timeout_s
+                    fleet_pb2.ReportStatusRequest(status=status),
+                    timeout=self._settings.central.call_timeout_s,
                 )
                 self._problems.clear("status")
             except Exception as error:  # supervision: a full disk must not end serving
                 # A central that cannot be reached is the watch's trouble.
-                if not (isinstance(error, grpc.aio.AioRpcError) and error.code() in _UNREACHABLE):
+                if not (isinstance(error, grpc.aio.AioRpcError) and error.code() in UNREACHABLE):
                     text = f"This node's status cannot be told to central: {words(error)}"
                     self._problems.report("status", text, next_step(error))
             await asyncio.sleep(STATUS_PERIOD_S)
@@ -369,11 +312,16 @@ class ReleaseWatcher:
         status.release_problem = self._release_problem()
         status.software_version = __version__
         status.environments.extend(sorted(self._evaluator.environments))
-        status.problems.extend(fleet_pb2.Problem(**asdict(problem)) for problem in self._problems.current())
+        status.problems.extend(
+            fleet_pb2.Problem(**asdict(problem)) for problem in self._problems.current()
+        )
         return status
 
     def _release_problem(self) -> str:
-        """Why the channel's head is not served as it should; a canary that does this to a node is not ready for the others."""
+        """Why the channel's head is not served as it should.
+
+        A canary that does this to a node is not ready for the others.
+        """
         if self._loaded_generation and self._vllm.generation != self._loaded_generation:
             return "vLLM was started anew and has not loaded the release yet"
         return self._head_problem

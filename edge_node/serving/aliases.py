@@ -1,7 +1,8 @@
 """Which adapter every request gets: the alias, the loaded versions, and what is in flight on each.
 
-In: load, point, retire; arrivals and departures of requests. Out: the exact name for each request, fixed at arrival.
-Guarantees: pointing is one assignment; a version with requests in flight never goes away. One event loop only.
+In: load, point, retire; arrivals and departures of requests. Out: the exact name for each request,
+fixed at arrival. Guarantees: pointing is one assignment; a version with requests in flight never
+goes away. One event loop only.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from pathlib import Path
 
 from edge_node.errors import ServingError
 
+PRIVATE = "policy/"
+"""Beginning of the names of the learner's own versions. No alias can begin so: it has no slash."""
+
 
 class AliasTable:
-    """Names of one serving process. Not thread-safe: every call comes from the server's event loop."""
+    """Names of one serving process. Not thread-safe: only the server's event loop calls it."""
 
     def __init__(self, alias: str, base: str) -> None:
         self.alias = alias
@@ -30,8 +34,13 @@ class AliasTable:
         """Versions that requests may name, with their directories."""
         return {name: path for name, path in self._loaded.items() if name not in self._retiring}
 
+    @property
+    def public(self) -> list[str]:
+        """Names of the versions that clients may know."""
+        return [name for name in self.loaded if not name.startswith(PRIVATE)]
+
     def resolve(self, model: str | None) -> str | None:
-        """Exact name for a request; no model means the alias. None: the alias points nowhere yet."""
+        """Exact name for a request. No model means the alias; None: it points nowhere yet."""
         return self.target if model is None or model in ("", self.alias) else model
 
     def retiring(self, name: str) -> bool:
@@ -53,16 +62,22 @@ class AliasTable:
             await self._left.wait()
 
     def check_new(self, name: str, path: Path) -> bool:
-        """True when `name` is still to be loaded, False when it is loaded already; raises ServingError."""
+        """True: `name` must be loaded. False: it is loaded already. Raises ServingError."""
         alias, separator, label = name.partition("@")
-        if alias != self.alias or not separator or not label:
-            raise ServingError(f"Version name {name!r} is not usable; expected {self.alias}@<label>.")
+        private = alias.startswith(PRIVATE)
+        if not (private or alias == self.alias) or not separator or not label:
+            raise ServingError(
+                f"Version name {name!r} is not usable; expected {self.alias}@<label>, or "
+                f"{PRIVATE}<round>@<step> of the learner."
+            )
         if name in self._retiring:
-            raise ServingError(f"{name} is being unloaded. Wait for that to end, then load it again.")
+            raise ServingError(
+                f"{name} is being unloaded. Wait for that to end, then load it again."
+            )
         if name in self._loaded and self._loaded[name] != path:
             raise ServingError(
-                f"{name} is loaded from {self._loaded[name]}, not from {path}. A version is never replaced in place: "
-                "give the other bytes another name."
+                f"{name} is loaded from {self._loaded[name]}, not from {path}. A version is never "
+                "replaced in place: give the other bytes another name."
             )
         return name not in self._loaded
 
@@ -70,22 +85,29 @@ class AliasTable:
         self._loaded[name] = path
 
     def point(self, name: str) -> None:
-        if name not in self.loaded:
-            raise ServingError(f"{name} is not loaded, so {self.alias} cannot point at it. Loaded: {self._names()}.")
+        if name not in self.public:
+            raise ServingError(
+                f"{name} is not loaded, so {self.alias} cannot point at it. Loaded: "
+                f"{self._names()}."
+            )
         self.target = name
 
     def retire(self, name: str) -> bool:
         """Refuses new requests for `name`; False when it is not loaded.
 
-        Raises ServingError for the alias's target, and while an earlier retirement waits: who is told that a version is
-        gone deletes its directory.
+        Raises ServingError for the alias's target, and while an earlier retirement waits: who is
+        told that a version is gone deletes its directory.
         """
         if name in self._retiring:
             raise ServingError(
-                f"{name} is being unloaded already, and {self.in_flight[name]} requests are still on it."
+                f"{name} is being unloaded already, and {self.in_flight[name]} requests are still "
+                "on it."
             )
         if name == self.target:
-            raise ServingError(f"{self.alias} points at {name}. Point it at another version before unloading this one.")
+            raise ServingError(
+                f"{self.alias} points at {name}. Point it at another version before unloading "
+                "this one."
+            )
         if name not in self._loaded:
             return False
         self._retiring.add(name)
@@ -100,4 +122,4 @@ class AliasTable:
         self._retiring.discard(name)
 
     def _names(self) -> str:
-        return ", ".join(self.loaded) or "none"
+        return ", ".join(self.public) or "none"

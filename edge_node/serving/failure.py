@@ -1,8 +1,8 @@
 """Why a vLLM did not start, from what it printed.
 
-In: the text of logs/vllm.log. Out: one line, the exception or the argument mistake that ended it, or nothing.
-Guarantees: a warning is never the reason, however many errors it names. Of several processes' tracebacks the one with the
-cause wins over those that only say that another process failed.
+In: the text of logs/vllm.log. Out: one line, the exception or the argument mistake that ended it,
+or nothing. Guarantees: a warning is never the reason, however many errors it names. A traceback
+with the cause wins over those that only say that another process failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 MAX_REASON = 400
 _PREFIX = re.compile(
     r"^(?:\(\S+ pid=\d+\) )?"
-    r"(?:\S+ )?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL):?\s+(?:\d\d-\d\d \d\d:\d\d:\d\d \[\S+?:\d+\] ?)?"
+    r"(?:\S+ )?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL):?\s+"
+    r"(?:\d\d-\d\d \d\d:\d\d:\d\d \[\S+?:\d+\] ?)?"
 )
 """`(EngineCore pid=7) ERROR 11-26 19:12:43 [core.py:1510] ` of vLLM, or `ERROR:    ` of uvicorn."""
 _PROCESS = re.compile(r"^\(\S+ pid=\d+\) ")
@@ -41,7 +42,7 @@ class _Raised:
 
     @property
     def is_echo(self) -> bool:
-        """Says only that another process failed; with that one's exit code, `{'EngineCore': -9}`, it is news."""
+        """Says only that another process failed. News: its exit code, `{'EngineCore': -9}`."""
         echo = any(text in self.words for text in _ECHOES) and "': -" not in self.words
         return echo or self.kind in _NOISE
 
@@ -56,7 +57,9 @@ def startup_reason(text: str) -> str:
     native = [line for line in said if _NATIVE.match(line)]
     errors = [line for level, line in plain if level in ("ERROR", "CRITICAL") and line.strip()]
     last = _last_word(plain)
-    if last and _ARGUMENT.match(last[0]):  # argparse ends the process, whatever was caught and printed before
+    if last and _ARGUMENT.match(
+        last[0]
+    ):  # argparse ends the process, whatever was caught and printed before
         causes = []
     for known in (native, causes, mistakes, raised, errors, last):
         if known:
@@ -90,7 +93,9 @@ def _bare(line: str) -> str:
 
 def _last_word(plain: list[tuple[str, str]]) -> list[str]:
     """What a process said at its very end, without a level: `python: No module named vllm`."""
-    level, line = next(((level, line) for level, line in reversed(plain) if line.strip()), ("INFO", ""))
+    level, line = next(
+        ((level, line) for level, line in reversed(plain) if line.strip()), ("INFO", "")
+    )
     return [] if level or line.startswith(" ") or _is_chatter(line) else [line]
 
 
@@ -99,10 +104,12 @@ def _is_chatter(line: str) -> bool:
 
 
 def _tracebacks(lines: list[str]) -> list[_Raised]:
-    """One for each traceback, in the order of the text; not those of destructors, which nobody saw."""
+    """One for each traceback, in the text's order; destructors' tracebacks are left out."""
     found = []
     for start, line in enumerate(lines):
-        if line.strip() == _TRACEBACK and not lines[max(0, start - 1)].startswith("Exception ignored in"):
+        if line.strip() == _TRACEBACK and not lines[max(0, start - 1)].startswith(
+            "Exception ignored in"
+        ):
             raised = _raised(lines[start + 1 :])
             if raised is not None:
                 found.append(raised)
@@ -126,7 +133,7 @@ def _raised(lines: list[str]) -> _Raised | None:
 def _words(first: str, rest: list[str]) -> str:
     """An exception's message, which may go on over indented lines.
 
-    pydantic's begins with a count; then a line names a field, and indented ones say what is wrong with it.
+    pydantic's begins with a count; a line names a field, indented ones say what is wrong.
     """
     counted = re.match(r"\d+ validation errors? for ", first) is not None
     words = [] if counted else [first]
@@ -135,5 +142,9 @@ def _words(first: str, rest: list[str]) -> str:
         if _is_chatter(line) or not goes_on:
             break
         if "For further information visit" not in line:
-            words.append(re.sub(r" \[type=\w+, input_value=.*", "", line.strip()).removeprefix("Value error, "))
+            words.append(
+                re.sub(r" \[type=\w+, input_value=.*", "", line.strip()).removeprefix(
+                    "Value error, "
+                )
+            )
     return " ".join(word for word in words if word)

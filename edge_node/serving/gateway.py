@@ -1,25 +1,29 @@
 """What the middleware, the plug-in and the control socket share inside one vLLM process.
 
-In: the node's settings, vLLM's engine. Out: the alias table, the recorder, loading and pointing, readiness.
-Guarantees: loads and unloads happen one at a time; the alias only ever points at a loaded version.
+In: the node's settings, vLLM's engine. Out: the alias table, the recorder, loading and pointing,
+readiness. Guarantees: loads and unloads happen one at a time; the alias only ever points at a
+loaded version.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from edge_node.access import Keyring, Quotas
 from edge_node.capture import Recorder
+from edge_node.disk import read_json
 from edge_node.errors import ServingError
-from edge_node.experience import ExperienceStore, Feedback, Receipt
+from edge_node.experience import ExperienceStore, Feedback, Preference, Receipt, Scores
 from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
+from edge_node.serving.first_tokens import FirstTokens
+from edge_node.serving.sessions import Session, Sessions
 from edge_node.settings import EdgeSettings
 
 logger = logging.getLogger(__name__)
@@ -54,9 +58,13 @@ class Gateway:
             durable_timeout_s=settings.capture.durable_timeout_s,
             problems=self.problems,
         )
+        self.sessions = Sessions()
+        self.keys = Keyring(settings, self.problems)
+        self.quotas = Quotas(settings.serving.limits)
         self.draining = False
         self.last_progress = time.monotonic()
         """When the last piece of an answer went out."""
+        self.first_tokens = FirstTokens()
         self._probes: list[float] = []
         """Since when each probe waits for its token."""
         self._problem: str | None = None
@@ -73,7 +81,7 @@ class Gateway:
         return None
 
     async def load(self, name: str, path: Path) -> None:
-        """Loads the immutable directory `path` as `name`; idempotent; raises ServingError and changes nothing."""
+        """Loads directory `path` as `name`; idempotent; on ServingError nothing has changed."""
         async with self._changing:
             if not self.aliases.check_new(name, path):
                 return
@@ -88,14 +96,16 @@ class Gateway:
         before = self.aliases.target
         self.aliases.point(name)
         if before != name:
-            logger.info("Alias points at another version", extra={"release": name, "previous": before})
+            logger.info(
+                "Alias points at another version", extra={"release": name, "previous": before}
+            )
 
     async def unload(self, name: str) -> None:
-        """Frees `name` once nothing is in flight on it; idempotent; raises ServingError for the alias's target."""
+        """Frees `name` when no request uses it; idempotent; ServingError for the alias's target."""
         if not self.aliases.retire(name):
             return
         try:
-            # Without the lock: a long answer on an old version must not keep a new one from being loaded.
+            # Without the lock: a long answer on an old version must not hold up the next load.
             await self.aliases.idle(name)
             async with self._changing:
                 await self.engine.unload(name)
@@ -105,14 +115,34 @@ class Gateway:
         self.aliases.remove(name)
         logger.info("Adapter unloaded", extra={"release": name})
 
-    def keep_feedback(self, feedback: Feedback) -> Receipt:
-        """Makes `feedback` durable, a correction with its token ids; slow, so for a thread. Raises
-        what the store does.
+    def keep_feedback(
+        self, feedback: Feedback | Preference | Scores, user: str | None = None
+    ) -> Receipt:
+        """Makes `feedback` durable, with a correction's token ids; slow. Raises as the store.
+
+        user: of an access key that may judge the answers to that user alone.
         """
+        if user is not None:
+            for interaction_id in interactions_of(feedback):
+                self.store.expect_asked_by(user, interaction_id)
+        longest = self.engine.max_model_len
+        if isinstance(feedback, Preference):
+            return self.store.add_preference(feedback, max_tokens=longest)
+        if isinstance(feedback, Scores):
+            return self.store.add_scores(feedback, max_tokens=longest)
         if feedback.correction is not None:
             ids = self.engine.answer_ids(feedback.correction)
             feedback = replace(feedback, correction_ids=None if ids is None else tuple(ids))
-        return self.store.add_feedback(feedback, max_tokens=self.engine.max_model_len)
+        return self.store.add_feedback(feedback, max_tokens=longest)
+
+    def open_session(self, model: str, **limits: Any) -> Session:
+        """A session (sessions.py) on a loaded version or the base; raises ServingError."""
+        if model != self.aliases.base and model not in self.aliases.loaded:
+            raise ServingError(
+                f"{model} is not loaded, so no session can be opened on it. Load it first; an "
+                "alias will not do, as it may point elsewhere during the run."
+            )
+        return self.sessions.open(model, **limits)
 
     async def drain(self) -> None:
         """Refuses new requests and returns when the last answer has gone out."""
@@ -128,7 +158,7 @@ class Gateway:
                 await self.engine.probe()
             return True
         except TimeoutError:
-            # Behind a long queue the probe itself may wait; an engine that answers others does not hang.
+            # The probe may wait behind a long queue. An engine that answers others does not hang.
             return self.last_progress > started
         finally:
             self._probes.remove(started)
@@ -139,10 +169,10 @@ class Gateway:
         return 0.0 if since is None else time.monotonic() - since
 
     async def activate(self) -> None:
-        """Loads the release that releases/active.json names and points the alias at it: what a restart does offline."""
+        """Loads the release of releases/active.json and points the alias at it, also offline."""
         file = self.settings.data_dir / "releases" / "active.json"
         try:
-            active = json.loads(file.read_text())
+            active = read_json(file)
             name = f"{self.aliases.alias}@{active['label']}"
             await self.load(name, (self.settings.data_dir / active["path"]).absolute())
             self.point(name)
@@ -155,3 +185,10 @@ class Gateway:
 
 here: Gateway | None = None
 """Of this vLLM process; None until the plug-in has made it."""
+
+
+def interactions_of(feedback: Feedback | Preference | Scores) -> list[str]:
+    """Ids of the interactions that it judges: one, or the chosen one's and the rejected one's."""
+    if isinstance(feedback, Preference):
+        return [feedback.chosen.interaction_id, feedback.rejected.interaction_id]
+    return [feedback.interaction_id]

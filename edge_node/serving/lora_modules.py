@@ -35,21 +35,27 @@ def served_modules(path: Path, layout: Layout) -> set[str]:
         overrides = {"architectures": [language_model.architecture(path)]}
     _expect_importable(path, overrides)
     config = EngineArgs(
-        model=str(path), hf_overrides=overrides, config_format="hf", tokenizer_mode="hf", enforce_eager=True,
-        max_model_len=128, enable_lora=True, max_loras=1, max_lora_rank=8,
+        model=str(path), hf_overrides=overrides, config_format="hf", tokenizer_mode="hf",
+        enforce_eager=True, max_model_len=128, enable_lora=True, max_loras=1, max_lora_rank=8,
     ).create_engine_config()  # fmt: skip
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/group", 0, "gloo")
         initialize_model_parallel(1, 1)
         found, _ = get_model_architecture(config.model_config)
         if not supports_lora(found):
-            raise BaseModelError(f"vLLM serves {found.__name__} without LoRA, so no adapter could be loaded")
+            raise BaseModelError(
+                f"vLLM serves {found.__name__} without LoRA, so no adapter could be loaded"
+            )
         with torch.device("meta"):
             model = initialize_model(config)
             vocabulary = config.model_config.get_vocab_size()
-            manager = create_lora_manager(model, 1, 16, vocabulary, config.lora_config, config, torch.device("meta"))
+            manager = create_lora_manager(
+                model, 1, 16, vocabulary, config.lora_config, config, torch.device("meta")
+            )
     packed = manager.packed_modules
-    names = set(manager.modules) - set(packed) | {name for parts in packed.values() for name in parts}
+    names = set(manager.modules) - set(packed) | {
+        name for parts in packed.values() for name in parts
+    }
     return _known(layout.module_shapes, names, getattr(model, "hf_to_vllm_mapper", None))
 
 
@@ -59,7 +65,10 @@ def _known(modules: Iterable[str], names: set[str], mapper: Any) -> set[str]:
     renames = None if mapper is None else mapper.get_rename_mapper()
     known = set()
     for module in modules:
-        if parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", renames)[0] in names:
+        if (
+            parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", renames)[0]
+            in names
+        ):
             known.add(module)
     return known
 
@@ -69,7 +78,10 @@ def _expect_importable(path: Path, overrides: dict[str, Any]) -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    names = overrides.get("architectures") or AutoConfig.from_pretrained(path, local_files_only=True).architectures
+    names = (
+        overrides.get("architectures")
+        or AutoConfig.from_pretrained(path, local_files_only=True).architectures
+    )
     for name in names or []:
         try:
             if name in ModelRegistry.models:

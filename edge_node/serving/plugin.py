@@ -1,7 +1,8 @@
-"""The endpoint plug-in that vLLM loads into its API server (entry point `vllm.endpoint_plugins: lorikeet`).
+"""The plug-in that vLLM loads into its API server (`vllm.endpoint_plugins: lorikeet`).
 
-In: vLLM's app and engine. Out: the routes /ready, /v1/models and /v1/feedback, the control socket, and the Gateway that
-the middleware uses. Guarantees: with another vLLM than 0.32.* the server ends at start with a clear error.
+In: vLLM's app and engine. Out: the routes /ready, /v1/models and /v1/feedback, the control socket,
+and the Gateway that the middleware uses. Guarantees: with another vLLM than 0.32.* the server ends
+at start with a clear error.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from edge_node.errors import ServingError, StorageError, UnknownInteraction
-from edge_node.experience import Feedback, Receipt
+from edge_node.experience import Feedback, Preference, Receipt, Scores
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.serving.control import ControlServer
 from edge_node.serving.feedback import read_feedback
-from edge_node.serving.gateway import Gateway
+from edge_node.serving.gateway import Gateway, interactions_of
 from edge_node.serving.internals import Engine, check_contract
-from edge_node.serving.middleware import LorikeetMiddleware
+from edge_node.serving.middleware import LorikeetMiddleware, user_of
+from edge_node.serving.session_port import SessionPort
 from edge_node.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
-CHECK_STORE = "Check the disk of EDGE_DATA_DIR: its space, permissions and experience.db. Clients may send it again."
+CHECK_STORE = (
+    "Check the disk of EDGE_DATA_DIR: its space, permissions and experience.db. "
+    "Clients may send it again."
+)
 
 
 class LorikeetPlugin:
@@ -48,17 +53,15 @@ class LorikeetPlugin:
         app.add_api_route("/v1/feedback", _feedback, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Raises ServingError (and with it ends vLLM) when the contract or the control socket does not hold."""
+        """Raises ServingError, which ends vLLM, when its surface or the control socket fails."""
         log_beside_vllm()  # again: vLLM has read an operator's own logging configuration since
         check_contract()
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
-            raise ServingError(f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket.")
+            raise ServingError(
+                f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket."
+            )
         settings, engine = load_settings(), Engine(engine_client, state, args)
-        if engine.on_cpu:
-            from edge_node.serving.cpu_requests import refuse_prompt_logprobs
-
-            refuse_prompt_logprobs()
         started = Gateway(settings, engine)
         try:
             engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
@@ -66,18 +69,22 @@ class LorikeetPlugin:
         except OSError as error:  # a full disk must not keep a node from serving
             started.problems.report(
                 "chat-format",
-                f"vLLM's chat format could not be written: {error}. Anchors are rendered with the one before.",
+                f"vLLM's chat format could not be written: {error}. Anchors are rendered with the "
+                "one before.",
                 "Check the disk of EDGE_DATA_DIR, then start the node again.",
             )
         await started.activate()
-        requests = LorikeetMiddleware(_without_middleware(self._app), started)
-        state.lorikeet_control = ControlServer(started, Path(socket), requests)
+        bare = _without_middleware(self._app)
+        requests = LorikeetMiddleware(bare, started, of_the_node=True)
+        sessions = SessionPort(started, bare)
+        state.lorikeet_control = ControlServer(started, Path(socket), requests, sessions)
         await state.lorikeet_control.start()
+        started.keys.watch()
         gateways.here = started
 
 
 def _without_middleware(app: FastAPI) -> FastAPI:
-    """The same routes and state, without vLLM's authentication and without what an operator put in front.
+    """The same routes and state, without vLLM's authentication and an operator's middleware.
 
     The node's own requests take this way. It must be called when `app` is complete.
     """
@@ -90,24 +97,30 @@ async def _ready() -> JSONResponse:
     reason = _gateway().not_ready()
     if reason is None:
         return JSONResponse({"ready": True, "model": _gateway().aliases.target})
-    return JSONResponse({"ready": False, "reason": reason}, status_code=503, headers={"retry-after": "5"})
+    return JSONResponse(
+        {"ready": False, "reason": reason}, status_code=503, headers={"retry-after": "5"}
+    )
 
 
 async def _models() -> JSONResponse:
-    """The base, the alias (root: the version it points at) and every loaded version; no path of this host."""
+    """The base, the alias (root: its version) and each loaded version; no path of this host.
+
+    The learner's policies are nobody else's.
+    """
     engine, aliases = _gateway().engine, _gateway().aliases
     roots = {aliases.base: aliases.base}
     if aliases.target is not None:
         roots[aliases.alias] = aliases.target
-    roots |= {name: name for name in aliases.loaded}
+    roots |= {name: name for name in aliases.public}
     created = int(time.time())
     return JSONResponse(
         {
             "object": "list",
             "data": [
                 {
-                    "id": name, "object": "model", "created": created, "owned_by": "lorikeet", "root": root,
-                    "parent": None if name == aliases.base else aliases.base, "max_model_len": engine.max_model_len,
+                    "id": name, "object": "model", "created": created, "owned_by": "lorikeet",
+                    "root": root, "parent": None if name == aliases.base else aliases.base,
+                    "max_model_len": engine.max_model_len,
                 }
                 for name, root in roots.items()
             ],
@@ -118,22 +131,31 @@ async def _models() -> JSONResponse:
 async def _feedback(request: Request) -> JSONResponse:
     try:
         feedback = read_feedback(await request.body())
-        receipt = await asyncio.to_thread(_keep, feedback)
+        receipt = await asyncio.to_thread(_keep, feedback, user_of(request.scope))
     except UnknownInteraction as error:
         return _error(404, "NotFoundError", str(error), "id")
     except ValueError as error:
         return _error(400, "BadRequestError", str(error))
     except StorageError as error:
         await asyncio.to_thread(
-            _gateway().problems.report, "feedback", f"Feedback is refused with 503: {error}", CHECK_STORE
+            _gateway().problems.report,
+            "feedback",
+            f"Feedback is refused with 503: {error}",
+            CHECK_STORE,
         )
-        return _error(503, "ServiceUnavailableError", "Feedback could not be stored; send it again later.")
-    answer = {"id": receipt.id, "interaction": feedback.interaction_id, "usable": not receipt.unusable}
+        return _error(
+            503, "ServiceUnavailableError", "Feedback could not be stored; send it again later."
+        )
+    answer = {
+        "id": receipt.id,
+        "interaction": interactions_of(feedback)[0],
+        "usable": not receipt.unusable,
+    }
     return JSONResponse(answer | ({"reason": receipt.unusable} if receipt.unusable else {}))
 
 
-def _keep(feedback: Feedback) -> Receipt:
-    receipt = _gateway().keep_feedback(feedback)
+def _keep(feedback: Feedback | Preference | Scores, user: str | None) -> Receipt:
+    receipt = _gateway().keep_feedback(feedback, user)
     _gateway().problems.clear("feedback")
     return receipt
 
@@ -146,5 +168,6 @@ def _gateway() -> Gateway:
 
 def _error(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
     return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": status}}, status_code=status
+        {"error": {"message": message, "type": kind, "param": param, "code": status}},
+        status_code=status,
     )

@@ -1,9 +1,10 @@
 """The supervised vLLM child.
 
-In: settings, the base model, a path for the control socket. Out: a serving process, started again when it exits or
-hangs. That is the problem of room `serving` until another one has run for a while (problems.calm_s). Guarantees: at
-most one vLLM at a time; it dies with this process, also of `kill -9`; its log is in data_dir/logs/vllm.log. Create it in
-the event loop of the main thread: Linux ties a child's life to that thread.
+In: settings, the base model, a path for the control socket. Out: a serving process, started again
+when it exits or hangs. That is the problem of room `serving` until another one has run for a while
+(problems.calm_s). Guarantees: at most one vLLM at a time; it dies with this process, also of
+`kill -9`; its log is in data_dir/logs/vllm.log. Create it in the event loop of the main thread:
+Linux ties a child's life to that thread.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ import httpx
 
 from edge_node.errors import ServingError, StorageError
 from edge_node.problems import Problems, calm_s
-from edge_node.serving import launch
 from edge_node.serving.client import ControlClient, socket_problem
-from edge_node.serving.command import SHUTDOWN_TIMEOUT_S, runs_on_cpu, serving_command, serving_environment
+from edge_node.serving.command import (
+    SHUTDOWN_TIMEOUT_S,
+    runs_on_cpu,
+    serving_command,
+    serving_environment,
+)
 from edge_node.serving.endpoint import is_listening, port_problem, start_problem
 from edge_node.serving.failure import raised_at, startup_reason
 from edge_node.settings import EdgeSettings
+from lorikeet import parent
+from lorikeet.pauses import doubling
 from protos.base import BaseModelInfo
 
 logger = logging.getLogger(__name__)
@@ -70,25 +77,34 @@ class VllmProcess:
     @property
     def pid(self) -> int | None:
         """Process id of the running vLLM, None between two."""
-        return self._process.pid if self._process is not None and self._process.returncode is None else None
+        return (
+            self._process.pid
+            if self._process is not None and self._process.returncode is None
+            else None
+        )
 
     def command(self) -> list[str]:
         """The command line of vLLM; raises ServingError when no usable vLLM is installed."""
         return serving_command(self._settings, self._base, on_cpu=runs_on_cpu())
 
     async def run(self) -> None:
-        """Starts, watches and restarts vLLM until aclose(); raises ServingError when it cannot even start once."""
-        backoff_s = 1.0
+        """Starts, watches, restarts vLLM until aclose(); ServingError if it cannot start once."""
+        pauses = doubling(1.0, BACKOFF_MAX_S)
         try:
             if problem := start_problem(self._settings.serving) or socket_problem(self._socket):
                 raise ServingError(problem)
+            if self._settings.serving.is_open_to_others:
+                logger.warning(
+                    "Everybody who reaches the endpoint may ask and teach this node",
+                    extra={"EDGE_SERVING__ACCESS": "open", "host": self._settings.serving.host},
+                )
             while not self._closing.is_set():
                 started = time.monotonic()
                 await self._free_port()
                 try:
                     await self._start()
                     cause = await self._watch()
-                except OSError as error:  # a full disk or no process left: a node that has served waits for it to pass
+                except OSError as error:  # disk full, no process left: one that served waits
                     if not self._served_once:
                         raise
                     cause = str(error)
@@ -98,20 +114,30 @@ class VllmProcess:
                 if self._closing.is_set():
                     return
                 if not self._served_once and not cause.startswith("killed"):
-                    raise ServingError(f"vLLM did not start: {cause}. {self._said(cause)}See {self._log}.")
-                self._steady_after_s = calm_s(0 if self._ready_at is None else time.monotonic() - self._ready_at)
+                    raise ServingError(
+                        f"vLLM did not start: {cause}. {self._said(cause)}See {self._log}."
+                    )
+                self._steady_after_s = calm_s(
+                    0 if self._ready_at is None else time.monotonic() - self._ready_at
+                )
                 self._problems.report(
-                    "serving", f"vLLM ended and is started again: {cause}. {self._said(cause)}", _next_step(cause)
+                    "serving",
+                    f"vLLM ended and is started again: {cause}. {self._said(cause)}",
+                    _next_step(cause),
                 )
                 if time.monotonic() - started > 2 * BACKOFF_MAX_S:
-                    backoff_s = 1.0
-                logger.warning("vLLM is being restarted", extra={"cause": cause, "pause_s": backoff_s})
-                await self._pause(backoff_s)
-                backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+                    pauses = doubling(1.0, BACKOFF_MAX_S)
+                pause_s = next(pauses)
+                logger.warning(
+                    "vLLM is being restarted", extra={"cause": cause, "pause_s": pause_s}
+                )
+                await self._pause(pause_s)
         except (ServingError, OSError) as error:
             self._failure = error if isinstance(error, ServingError) else None
             self._problems.report(
-                "serving", str(error), f"Mend what it says, then start `edge-node serve`; see {self._log}."
+                "serving",
+                str(error),
+                f"Mend what it says, then start `edge-node serve`; see {self._log}.",
             )
             raise
         finally:
@@ -119,7 +145,7 @@ class VllmProcess:
             self._ready.set()
 
     async def wait_ready(self) -> int:
-        """Generation (count of starts) of the vLLM that serves now; raises ServingError when there will be none."""
+        """The start number of the vLLM that serves now; ServingError when there will be none."""
         while True:
             await self._ready.wait()
             if self._failure is not None:
@@ -154,21 +180,27 @@ class VllmProcess:
     async def _start(self) -> None:
         on_cpu = runs_on_cpu()
         command = serving_command(self._settings, self._base, on_cpu=on_cpu)
-        environment = serving_environment(self._settings, self._socket, os.environ, command=command, on_cpu=on_cpu)
+        environment = serving_environment(
+            self._settings, self._socket, os.environ, command=command, on_cpu=on_cpu
+        )
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             if self._log.exists():
                 self._log.replace(self._log.with_suffix(".log.1"))
             log = self._log.open("wb")
         except OSError as error:
-            raise StorageError(f"Log {self._log} cannot be written: {error}. Check EDGE_DATA_DIR.") from error
+            raise StorageError(
+                f"Log {self._log} cannot be written: {error}. Check EDGE_DATA_DIR."
+            ) from error
         self._process = self._ready_at = None
         self._socket.unlink(missing_ok=True)
         with log:
-            # A session of its own: Ctrl-C is for the supervisor, which drains first; and the group can be killed whole.
+            # A session of its own: Ctrl-C reaches the supervisor only, which drains first, and the
+            # group can be killed whole.
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-S", "-E", launch.__file__, str(os.getpid()), *command,
-                env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                sys.executable, "-S", "-E", parent.__file__, str(os.getpid()), *command,
+                env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
             )  # fmt: skip
         self.generation += 1
         logger.info("vLLM started", extra={"pid": self._process.pid, "generation": self.generation})
@@ -194,7 +226,11 @@ class VllmProcess:
                 if exited.done():
                     return _exit_text(exited.result())
                 misses = 0 if await self._alive(exited) or self._closing.is_set() else misses + 1
-                if misses == 0 and time.monotonic() - self._ready_at >= self._steady_after_s and not exited.done():
+                if (
+                    misses == 0
+                    and time.monotonic() - self._ready_at >= self._steady_after_s
+                    and not exited.done()
+                ):
                     self._problems.clear("serving")
             return f"hung: {misses} probes of {self._probe_deadline_s:g} s without a token"
         finally:
@@ -213,7 +249,8 @@ class VllmProcess:
     async def _alive(self, exited: asyncio.Future[int]) -> bool:
         probe = asyncio.ensure_future(self._control.probe(self._probe_deadline_s))
         try:
-            await asyncio.wait([probe, exited], return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
+            both: set[asyncio.Future[bool] | asyncio.Future[int]] = {probe, exited}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             return exited.done() or probe.result()
         except ServingError:
             return False
@@ -225,14 +262,16 @@ class VllmProcess:
         if process is None:
             return
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # its engine core too, which outlives a killed API server
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # its engine core too, which outlives a killed API server
         except ProcessLookupError:
             pass
         await process.wait()
         self._socket.unlink(missing_ok=True)
 
     async def _free_port(self) -> None:
-        """Waits for a port that a dying vLLM of ours still holds; raises ServingError when somebody else has it."""
+        """Waits for a port that our dying vLLM holds; ServingError when another program has it."""
         for _ in range(50 if self.generation else 1):
             problem = port_problem(self._settings.serving)
             if problem is None or self._closing.is_set():
@@ -248,7 +287,10 @@ class VllmProcess:
             pass
 
     def _said(self, cause: str) -> str:
-        """What vLLM's log says of its end. Of one that has served only kind and place: a message may quote a request."""
+        """What vLLM's log says of its end.
+
+        Of one that has served it is only kind and place: a message may quote a request.
+        """
         served = self._ready_at is not None
         if cause == _KILLED or (served and not cause.startswith("it exited")):
             return ""  # it had no time to say so: what stands there is about something else
@@ -271,5 +313,8 @@ _KILLED = _exit_text(-signal.SIGKILL)
 
 def _next_step(cause: str) -> str:
     if cause == _KILLED:
-        return "If nobody killed it, the memory ran out: see `dmesg`; give the node more, or lower EDGE_SERVING__MAX_MODEL_LEN."
+        return (
+            "If nobody killed it, the memory ran out: see `dmesg`; "
+            "give the node more, or lower EDGE_SERVING__MAX_MODEL_LEN."
+        )
     return "See logs/vllm.log.1 in EDGE_DATA_DIR, the log of the one that ended."

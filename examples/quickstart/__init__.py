@@ -1,1 +1,4 @@
-"""The quickstart's own world: a seed enters, a tiny base model, customer tool APIs with verifiers, and traffic leave."""
+"""The quickstart's world: a tiny base model, customers' tool APIs with verifiers, traffic.
+
+In: a seed.
+"""

@@ -1,7 +1,8 @@
-"""The texts that the tiny base model is trained on, and the recipe that names everything about them.
+"""The texts that the tiny base model is trained on, and the recipe that names all about them.
 
-In: a `BaseRecipe`. Out: training examples (10 % copying, 50 % the memorised public tenants, 40 % random tenants with
-raw words) and the recipe's digest. The companies of the quickstart never occur. Standard library only.
+In: a `BaseRecipe`. Out: training examples (10 % copying, 50 % the memorised public tenants, 40 %
+random tenants with raw words) and the recipe's digest. The companies of the quickstart never occur.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class BaseRecipe:
     seed: int = 0
 
     def digest(self) -> str:
-        """sha256 hex over the recipe and a sample of the corpus, so that changed texts also mean another model."""
+        """sha256 hex over the recipe and a sample of the corpus.
+
+        So changed texts also mean another model.
+        """
         sample = [asdict(example) for example in corpus(replace(self, examples=500))]
         document = {"revision": REVISION, "recipe": asdict(self), "sample": sample}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -87,12 +91,17 @@ def random_tenant_example(draw: random.Random) -> Example:
     services = house.SERVICES if draw.random() < 0.5 else (draw_name(draw),)
     requests = house.distinct_requests(draw, {tenant: house.Vocabulary(services)}, "train")
     request = next(requests)
-    return Example(request.text, house.expected_call(house.raw_house(tenant, draw.randrange(3)), request))
+    return Example(
+        request.text, house.expected_call(house.raw_house(tenant, draw.randrange(3)), request)
+    )
 
 
 def copy_example(draw: random.Random) -> Example:
     words = (*house.VERBS, *house.SITES, *house.PRIORITIES, *house.SERVICES, *house.NOUNS)
-    parts = [draw.choice(words) if draw.random() < 0.5 else house.draw_ref(draw) for _ in range(draw.randint(3, 8))]
+    parts = [
+        draw.choice(words) if draw.random() < 0.5 else house.draw_ref(draw)
+        for _ in range(draw.randint(3, 8))
+    ]
     text = " ".join(parts)
     return Example(f"copy: {text}", text)
 
@@ -100,6 +109,8 @@ def copy_example(draw: random.Random) -> Example:
 def draw_name(draw: random.Random) -> str:
     """A made-up name that is none of the tenants with a book."""
     while True:
-        name = "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(draw.randint(2, 3)))
+        name = "".join(
+            draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(draw.randint(2, 3))
+        )
         if name not in (*house.PUBLIC_TENANTS, *house.COMPANIES):
             return name

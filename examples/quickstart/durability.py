@@ -1,6 +1,7 @@
 """Whether anything was lost or doubled, read from the stores of a stopped system.
 
-In: the directory of a run, and what clients had acknowledged. Out: one finding for each promise, with the figures.
+In: the directory of a run, and what clients had acknowledged. Out: one finding for each promise,
+with the figures.
 """
 
 from __future__ import annotations
@@ -40,20 +41,31 @@ def check_run(root: Path, clients: Mapping[str, Acknowledged]) -> list[Finding]:
         journal.close()
     admitted = Counter(event.subject for event in events if event.kind == EventKind.UPDATE_ADMITTED)
     return [
-        Finding("the journal's hash chain is whole", f"{verified} events verified", verified == len(events)),
+        Finding(
+            "the journal's hash chain is whole",
+            f"{verified} events verified",
+            verified == len(events),
+        ),
         *_outbox_findings(root, clients, admitted),
         _merged_once(events),
         Finding(
             "every admitted update is accounted for",
-            f"{len(admitted)} admitted = " + " + ".join(f"{count} {name}" for name, count in sorted(states.items())),
+            f"{len(admitted)} admitted = "
+            + " + ".join(f"{count} {name}" for name, count in sorted(states.items())),
             len(admitted) == admitted_in_state == states.total(),
         ),
         *(_experience_finding(root, name, acknowledged) for name, acknowledged in clients.items()),
     ]
 
 
-def _outbox_findings(root: Path, names: Mapping[str, object], admitted: Counter[str]) -> list[Finding]:
-    entries = [(name, entry) for name in names for entry in Outbox(root / "nodes" / name / "outbox", "auto").list()]
+def _outbox_findings(
+    root: Path, names: Mapping[str, object], admitted: Counter[str]
+) -> list[Finding]:
+    entries = [
+        (name, entry)
+        for name in names
+        for entry in Outbox(root / "nodes" / name / "outbox", "auto").list()
+    ]
     receipts = [entry.update_id for _, entry in entries if entry.state == "admitted"]
     missing = [update_id for update_id in receipts if admitted[update_id] != 1]
     known = {entry.update_id for _, entry in entries}
@@ -67,7 +79,11 @@ def _outbox_findings(root: Path, names: Mapping[str, object], admitted: Counter[
             f"{len(receipts)} receipts, {len(missing)} missing, {len(doubled)} doubled",
             not missing and not doubled and len(receipts) > 0,
         ),
-        Finding("no update in the journal that no node made", f"{len(strangers)} strangers", not strangers),
+        Finding(
+            "no update in the journal that no node made",
+            f"{len(strangers)} strangers",
+            not strangers,
+        ),
         Finding(
             "every round left one update, and none was refused",
             f"{len(entries)} updates of {len(rounds)} rounds, {len(refused)} refused",
@@ -77,15 +93,28 @@ def _outbox_findings(root: Path, names: Mapping[str, object], admitted: Counter[
 
 
 def _merged_once(events: list[Event]) -> Finding:
-    """An update may be planned again only after it was requeued; it may be in one accepted release at most."""
-    plans = {event.subject: json.loads(event.body["plan"]) for event in events if event.kind == EventKind.MERGE_PLANNED}
-    plan_of = {event.subject: event.body["plan_id"] for event in events if event.kind == EventKind.CANDIDATE_BUILT}
+    """An update may be in one accepted release at most.
+
+    It may be planned again only after it was requeued.
+    """
+    plans = {
+        event.subject: json.loads(event.body["plan"])
+        for event in events
+        if event.kind == EventKind.MERGE_PLANNED
+    }
+    plan_of = {
+        event.subject: event.body["plan_id"]
+        for event in events
+        if event.kind == EventKind.CANDIDATE_BUILT
+    }
     merged: Counter[str] = Counter()
     for event in events:
         if event.kind == EventKind.VERDICT and event.body["accepted"]:
             merged.update(_update_ids(plans[plan_of[event.subject]]))
     twice = [update_id for update_id, count in merged.items() if count > 1]
-    return Finding("no update is merged twice", f"{len(merged)} merged, {len(twice)} twice", not twice)
+    return Finding(
+        "no update is merged twice", f"{len(merged)} merged, {len(twice)} twice", not twice
+    )
 
 
 def _update_ids(plan: Mapping[str, Any]) -> list[str]:
@@ -102,10 +131,14 @@ def _experience_finding(root: Path, name: str, acknowledged: Acknowledged) -> Fi
     lost_feedback = [i for i in acknowledged.feedback if i not in feedback]
     return Finding(
         f"node {name} kept every answer and feedback that it acknowledged",
-        f"{len(acknowledged.answers)} answers, {len(lost)} lost; {len(acknowledged.feedback)} feedback, "
-        f"{len(lost_feedback)} lost; {acknowledged.repeats} repeats; {len(acknowledged.unexpected)} unexpected"
+        f"{len(acknowledged.answers)} answers, {len(lost)} lost; "
+        f"{len(acknowledged.feedback)} feedback, {len(lost_feedback)} lost; "
+        f"{acknowledged.repeats} repeats; {len(acknowledged.unexpected)} unexpected"
         + "".join(f"\n{text}" for text in acknowledged.unexpected[:3]),
-        not lost and not lost_feedback and not acknowledged.unexpected and len(acknowledged.answers) > 0,
+        not lost
+        and not lost_feedback
+        and not acknowledged.unexpected
+        and len(acknowledged.answers) > 0,
     )
 
 

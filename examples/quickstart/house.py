@@ -1,9 +1,9 @@
 """Companies and the requests that their staff write.
 
-In: a seed. Out: `House` (one company's call convention) and `Request` (one sentence and what it asks for).
-Guarantees: standard library only; the same arguments give the same houses and requests on every machine;
-whether a request belongs to the train or the held-out split is decided by a hash of its text, so the two
-splits cannot share a text, whatever the seed and the count.
+In: a seed. Out: `House` (one company's call convention) and `Request` (one sentence and what it
+asks for). Guarantees: standard library only; the same arguments give the same houses and requests
+on every machine; whether a request belongs to the train or the held-out split is decided by a hash
+of its text, so the two splits cannot share a text, whatever the seed and the count.
 """
 
 from __future__ import annotations
@@ -17,8 +17,34 @@ from typing import Literal
 
 Split = Literal["train", "held_out"]
 
-VERBS = ("open", "close", "move", "hold", "ship", "count", "check", "clean", "merge", "split", "print", "lock")
-SITES = ("lyon", "oslo", "bern", "cairo", "lima", "porto", "delhi", "quito", "osaka", "turin", "perth", "milan")
+VERBS = (
+    "open",
+    "close",
+    "move",
+    "hold",
+    "ship",
+    "count",
+    "check",
+    "clean",
+    "merge",
+    "split",
+    "print",
+    "lock",
+)
+SITES = (
+    "lyon",
+    "oslo",
+    "bern",
+    "cairo",
+    "lima",
+    "porto",
+    "delhi",
+    "quito",
+    "osaka",
+    "turin",
+    "perth",
+    "milan",
+)
 PRIORITIES = ("low", "normal", "high", "urgent")
 SERVICES = (
     *("tickets", "support", "rooms", "desk"),
@@ -27,12 +53,39 @@ SERVICES = (
     *("users", "mail", "files", "plant", "parts", "tools"),
 )
 KEY_STYLES: tuple[Mapping[str, str], ...] = (
-    {"service": "svc", "verb": "op", "ref": "ref", "site": "loc", "priority": "pri", "quantity": "qty"},
-    {"service": "api", "verb": "action", "ref": "id", "site": "place", "priority": "level", "quantity": "count"},
-    {"service": "target", "verb": "do", "ref": "key", "site": "at", "priority": "rank", "quantity": "num"},
+    {
+        "service": "svc",
+        "verb": "op",
+        "ref": "ref",
+        "site": "loc",
+        "priority": "pri",
+        "quantity": "qty",
+    },
+    {
+        "service": "api",
+        "verb": "action",
+        "ref": "id",
+        "site": "place",
+        "priority": "level",
+        "quantity": "count",
+    },
+    {
+        "service": "target",
+        "verb": "do",
+        "ref": "key",
+        "site": "at",
+        "priority": "rank",
+        "quantity": "num",
+    },
 )
 PUBLIC_TENANTS = ("orbit", "lumen", "terra", "pico")
 COMPANIES = ("acme", "zeta")
+
+EXPLORED = "juno"
+"""A company that writes words as they are, in one of the key styles: a model that tries can find
+out which.
+"""
+EXPLORED_STYLE = 0
 
 NOUNS = ("ticket", "item", "case", "record", "entry", "job")
 TEMPLATES = (
@@ -98,11 +151,18 @@ class Vocabulary:
 def raw_house(tenant: str, style: int) -> House:
     """A house without a code book: every word stands for itself."""
     slots = {"verb": VERBS, "site": SITES, "priority": PRIORITIES}
-    return House(tenant, KEY_STYLES[style], {slot: {word: word for word in words} for slot, words in slots.items()})
+    return House(
+        tenant,
+        KEY_STYLES[style],
+        {slot: {word: word for word in words} for slot, words in slots.items()},
+    )
 
 
 def coded_house(tenant: str, style: int, seed: int, conflicts_with: House | None = None) -> House:
-    """A house with a random code book; where `conflicts_with` is given, no word has the same code in both."""
+    """A house with a random code book.
+
+    With `conflicts_with`, no word has the same code in both.
+    """
     draw = random.Random(f"house/{tenant}/{seed}")
     while True:
         codes = [letter + digit for letter in CODE_LETTERS for digit in "0123456789"]
@@ -112,21 +172,28 @@ def coded_house(tenant: str, style: int, seed: int, conflicts_with: House | None
             for slot, words in (("verb", VERBS), ("site", SITES), ("priority", PRIORITIES))
         }
         if conflicts_with is None or not any(
-            conflicts_with.codes[slot][word] == code for slot, words in book.items() for word, code in words.items()
+            conflicts_with.codes[slot][word] == code
+            for slot, words in book.items()
+            for word, code in words.items()
         ):
             return House(tenant, KEY_STYLES[style], book)
 
 
 def public_houses() -> dict[str, House]:
     """The four tenants that the base model knows by heart; they never depend on a seed."""
-    return {tenant: coded_house(tenant, index % len(KEY_STYLES), 0) for index, tenant in enumerate(PUBLIC_TENANTS)}
+    return {
+        tenant: coded_house(tenant, index % len(KEY_STYLES), 0)
+        for index, tenant in enumerate(PUBLIC_TENANTS)
+    }
 
 
 def company_house(tenant: str, seed: int) -> House:
-    """`acme`, or `zeta` whose book contradicts acme's in every word."""
+    """`acme`, `zeta` whose book contradicts acme's in every word, or `juno` without a book."""
     acme = coded_house("acme", 0, seed)
     if tenant == "acme":
         return acme
+    if tenant == EXPLORED:
+        return raw_house(EXPLORED, EXPLORED_STYLE)
     if tenant == "zeta":
         return coded_house("zeta", 1, seed, conflicts_with=acme)
     raise ValueError(f"Unknown company {tenant!r}; expected one of {', '.join(COMPANIES)}.")
@@ -164,7 +231,9 @@ def draw_request(draw: random.Random, tenant: str, vocabulary: Vocabulary) -> Re
         priority="" if priority is None else draw.choice(PHRASES["priority"]).format(priority),
         quantity="" if quantity is None else draw.choice(PHRASES["quantity"]).format(quantity),
     )
-    return Request(tenant, service, verb, site, ref, priority, quantity, f"[{tenant}/{service}] {sentence}")
+    return Request(
+        tenant, service, verb, site, ref, priority, quantity, f"[{tenant}/{service}] {sentence}"
+    )
 
 
 def draw_ref(draw: random.Random) -> str:
@@ -177,7 +246,9 @@ def split_of(text: str) -> Split:
     return "held_out" if value < HELD_OUT_SHARE else "train"
 
 
-def distinct_requests(draw: random.Random, tenants: Mapping[str, Vocabulary], split: Split) -> Iterator[Request]:
+def distinct_requests(
+    draw: random.Random, tenants: Mapping[str, Vocabulary], split: Split
+) -> Iterator[Request]:
     """Endless requests of one split, no text twice; the tenants take turns at random."""
     seen: set[str] = set()
     names = sorted(tenants)

@@ -1,8 +1,9 @@
 """kill -9 of every kind of process in the middle of a small run, and what became of the work.
 
-In: nothing. Out: a table of what was killed, when, and how long recovery took; a table of promises; exit code 0 only
-when every process was killed at the intended moment, the system reached a further release by itself after each, and
-nothing was lost or doubled. Only our own children are ever signalled, by pid.
+In: nothing. Out: a table of what was killed, when, and how long recovery took; a table of promises;
+exit code 0 only when every process was killed at the intended moment, the system reached a further
+release by itself after each, and nothing was lost or doubled. Only our own children are ever
+signalled, by pid.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from examples.quickstart.durability import Finding, check_run
 from examples.quickstart.environments import CompanyApi, Node
 from examples.quickstart.operator_view import OperatorView, Snapshot
 from examples.quickstart.processes import ChildFailed, stop_recorded
-from examples.quickstart.scale import SIZES
 from examples.quickstart.steady_client import SteadyClient
 from examples.quickstart.system import System
+from examples.quickstart.tiny import QUICKSTART, SIZES
 
 SIZE = replace(SIZES["small"], name="kill", first_wave=60)
 # Short rounds learn slowly, so that there are failures to learn from until the end.
@@ -40,7 +41,10 @@ POLL_S = 0.1
 
 T = TypeVar("T")
 Probe = Callable[[], Awaitable[int | None]]
-"""The pid of the victim at the intended moment, or of its successor once that works; None until then."""
+"""The pid of the victim at the intended moment, or of its successor once that works.
+
+None until then.
+"""
 
 
 @dataclass
@@ -71,7 +75,10 @@ class KillTest:
         self.kills: list[Kill] = []
 
     async def run(self) -> None:
-        """All kills, one at a time; raises TimeoutError when a moment never comes or a recovery never ends."""
+        """All kills, one at a time.
+
+        Raises TimeoutError when a moment never comes or a recovery never ends.
+        """
         learner, vllm = "edge_node.learning.worker", "vllm.entrypoints"
 
         async def learner_in_round() -> int | None:
@@ -91,14 +98,23 @@ class KillTest:
 
         async def central_in_merge() -> int | None:
             snapshot = await self._snapshot()
-            return self._system.central.pid if snapshot and snapshot.update_counts()["planned"] else None
+            return (
+                self._system.central.pid
+                if snapshot and snapshot.update_counts()["planned"]
+                else None
+            )
 
         async def central_again() -> int | None:
             return self._system.central.pid if await self._snapshot() else None
 
         await self._kill("learner of node A", "while it trains", learner_in_round, learner_again)
         await self._kill("vLLM of node A", "while it answers", vllm_of_a, vllm_of_a)
-        await self._kill("supervisor of node B", "while its learner trains", supervisor_in_round, supervisor_again)
+        await self._kill(
+            "supervisor of node B",
+            "while its learner trains",
+            supervisor_in_round,
+            supervisor_again,
+        )
         await self._kill("central", "while it merges and gates", central_in_merge, central_again)
 
     async def rest(self) -> None:
@@ -120,7 +136,9 @@ class KillTest:
         psutil.Process(pid).kill()
         kill = Kill(victim, moment, pid, self._now_s())
         self.kills.append(kill)
-        self._console.print(f"{kill.at_s:5.0f} s  kill -9 of {victim} (pid {pid}) {moment}", highlight=False)
+        self._console.print(
+            f"{kill.at_s:5.0f} s  kill -9 of {victim} (pid {pid}) {moment}", highlight=False
+        )
 
         async def successor() -> int | None:
             found = await again()
@@ -133,8 +151,12 @@ class KillTest:
 
         new_pid = await self._until(successor, RECOVERY_TIMEOUT_S, f"{victim} to work again")
         kill.alive_again_s = self._now_s() - kill.at_s
-        self._console.print(f"{self._now_s():5.0f} s  {victim} works again (pid {new_pid})", highlight=False)
-        kill.release = await self._until(next_release, RECOVERY_TIMEOUT_S, f"a release after v{version}")
+        self._console.print(
+            f"{self._now_s():5.0f} s  {victim} works again (pid {new_pid})", highlight=False
+        )
+        kill.release = await self._until(
+            next_release, RECOVERY_TIMEOUT_S, f"a release after v{version}"
+        )
         kill.next_release_s = self._now_s() - kill.at_s
         self._console.print(f"{self._now_s():5.0f} s  release {kill.release}", highlight=False)
 
@@ -146,12 +168,16 @@ class KillTest:
 
         return await self._until(head, RECOVERY_TIMEOUT_S, "central") - 1
 
-    async def _until(self, probe: Callable[[], Awaitable[T | None]], timeout_s: float, what: str) -> T:
+    async def _until(
+        self, probe: Callable[[], Awaitable[T | None]], timeout_s: float, what: str
+    ) -> T:
         limit = time.monotonic() + timeout_s
         while not (value := await probe()):
             self._system.check()
             if time.monotonic() > limit:
-                raise TimeoutError(f"Waited {timeout_s:.0f} s for {what}. Logs are in {RUN.name}/logs.")
+                raise TimeoutError(
+                    f"Waited {timeout_s:.0f} s for {what}. Logs are in {RUN.name}/logs."
+                )
             await asyncio.sleep(POLL_S)
         return value
 
@@ -164,14 +190,18 @@ class KillTest:
     async def _ready(self, key: Node) -> bool:
         async with httpx.AsyncClient(timeout=5) as client:
             try:
-                return (await client.get(f"{self._system.url(key)}/ready")).status_code == httpx.codes.OK
+                return (
+                    await client.get(f"{self._system.url(key)}/ready")
+                ).status_code == httpx.codes.OK
             except httpx.HTTPError:
                 return False
 
     def _in_round(self, key: Node) -> bool:
         """From the node's log, which we capture as any process manager does."""
         log = self._system.nodes[key].log.read_text(errors="replace")
-        return log.rfind(" round starts") > max(log.rfind(" round finished"), log.rfind(" round abandoned"))
+        return log.rfind(" round starts") > max(
+            log.rfind(" round finished"), log.rfind(" round abandoned")
+        )
 
     def _child_of(self, key: Node, part_of_command: str) -> int | None:
         supervisor = self._system.nodes[key].pid
@@ -190,16 +220,21 @@ class KillTest:
 
 
 async def _run(console: Console) -> int:
-    base, _ = await asyncio.to_thread(build_base_model, console)
+    base, _, _ = await asyncio.to_thread(build_base_model, QUICKSTART, console)
     shutil.rmtree(RUN, ignore_errors=True)
-    system = System(RUN, base, SIZE, seed=0, overrides=OVERRIDES)
-    clients = {plan.name: SteadyClient(system.url(plan.key), CompanyApi(plan.key), seed=1) for plan in system.plans}
+    system = System(QUICKSTART, RUN, base, SIZE, seed=0, overrides=OVERRIDES)
+    clients = {
+        plan.name: SteadyClient(system.url(plan.key), CompanyApi(plan.key), seed=1)
+        for plan in system.plans
+    }
     problem = ""
     kills: Sequence[Kill] = ()
     try:
         await system.start()
         await asyncio.gather(*(system.wait_ready(plan.key) for plan in system.plans))
-        console.print("two nodes are ready; traffic starts and does not stop for anything that follows")
+        console.print(
+            "two nodes are ready; traffic starts and does not stop for anything that follows"
+        )
         traffic = [asyncio.create_task(client.run()) for client in clients.values()]
         async with system.operator() as operator:
             test = KillTest(system, operator, console)
@@ -219,26 +254,40 @@ async def _run(console: Console) -> int:
     _print(console, kills, findings, {child.name: child.restarts for child in system.children})
     if problem:
         console.print(f"kill_test: {problem}", style="red", markup=False)
-    whole = len(kills) == 4 and all(kill.recovered for kill in kills) and all(finding.holds for finding in findings)
+    whole = (
+        len(kills) == 4
+        and all(kill.recovered for kill in kills)
+        and all(finding.holds for finding in findings)
+    )
     console.print("[green]PASS[/]" if whole and not problem else "[red]FAIL[/]")
     return 0 if whole and not problem else 1
 
 
-def _print(console: Console, kills: Sequence[Kill], findings: Sequence[Finding], restarts: dict[str, int]) -> None:
+def _print(
+    console: Console, kills: Sequence[Kill], findings: Sequence[Finding], restarts: dict[str, int]
+) -> None:
     table = Table(title="kill -9", title_justify="left")
     for column in ("victim", "moment", "at", "works again after", "next release after", "release"):
         table.add_column(column, justify="right" if column.endswith(("at", "after")) else "left")
     for kill in kills:
-        after = ("-" if value is None else f"{value:.1f} s" for value in (kill.alive_again_s, kill.next_release_s))
+        after = (
+            "-" if value is None else f"{value:.1f} s"
+            for value in (kill.alive_again_s, kill.next_release_s)
+        )
         table.add_row(kill.victim, kill.moment, f"{kill.at_s:.0f} s", *after, kill.release)
     console.print(table)
     promises = Table(title="What was promised", title_justify="left")
     for column in ("", "promise", "seen"):
         promises.add_column(column)
     for finding in findings:
-        promises.add_row("[green]PASS[/]" if finding.holds else "[red]FAIL[/]", finding.promise, finding.seen)
+        promises.add_row(
+            "[green]PASS[/]" if finding.holds else "[red]FAIL[/]", finding.promise, finding.seen
+        )
     console.print(promises)
-    console.print("Started again by the process manager: " + ", ".join(f"{n} {name}" for name, n in restarts.items()))
+    console.print(
+        "Started again by the process manager: "
+        + ", ".join(f"{n} {name}" for name, n in restarts.items())
+    )
 
 
 def main() -> int:

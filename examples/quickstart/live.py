@@ -1,6 +1,7 @@
 """The live picture of a run.
 
-In: a Story. Out: on a terminal, a table that is drawn again twice a second; elsewhere, one plain line for each event.
+In: a Story. Out: on a terminal, a table that is drawn again twice a second; elsewhere, one plain
+line for each event.
 """
 
 from __future__ import annotations
@@ -44,12 +45,26 @@ async def show(story: Story, console: Console) -> AsyncIterator[None]:
 
 def picture(story: Story) -> Group:
     """The whole picture at this moment."""
-    title = Text(f"Lorikeet quickstart, {story.phase}, {story.now_s():.0f} s, seed {story.seed}", style="bold")
+    title = Text(
+        f"{story.world.title}, {story.phase}, {story.now_s():.0f} s, seed {story.seed}",
+        style="bold",
+    )
     return Group(title, _nodes(story), _cohorts(story))
 
 
 def _nodes(story: Story) -> Table:
-    columns = ("node", "cohort", "serves", "requests", "before", "last wave", "base", "driver", "learner", "outbox")
+    columns = (
+        "node",
+        "cohort",
+        "serves",
+        "requests",
+        "before",
+        "last wave",
+        "base",
+        "driver",
+        "learner",
+        "outbox",
+    )
     table = _table(columns, right=("requests", "before", "base", "outbox"))
     for key, record in story.records.items():
         before, wave, anchor = record.last("before"), record.last("wave"), record.last("anchor")
@@ -91,7 +106,9 @@ def _cohorts(story: Story) -> Table:
         decided = [r for r in snapshot.releases if r.cohort == cohort and r.verdict]
         last = max(decided, key=lambda r: r.created_at, default=None)
         numbers = (str(counts[state.replace(" ", "_")]) for state in counted)
-        verdict = f"{last.label.partition('-')[0]} {last.verdict.partition('. ')[0]}" if last else "-"
+        verdict = (
+            f"{last.label.partition('-')[0]} {last.verdict.partition('. ')[0]}" if last else "-"
+        )
         table.add_row(cohort, head.label if head else "-", *numbers, verdict)
     return table
 

@@ -1,7 +1,8 @@
 """What central knows, as an operator sees it.
 
-In: central's address and the operator's certificate. Out: snapshots of nodes, updates and releases, and counts made
-from them. Only the operator service is used, the same one that the `central` command talks to.
+In: central's address and the operator's certificate. Out: snapshots of nodes, updates and releases,
+and counts made from them. Only the operator service is used, the same one that the `central`
+command talks to.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from protos.operator.v1 import operator_pb2, operator_pb2_grpc
+from protos.operators.v1 import operators_pb2, operators_pb2_grpc
 from protos.updates.v1 import updates_pb2
 
 CALL_TIMEOUT_S = 15.0
@@ -31,11 +32,11 @@ UPDATE_STATES = {
     updates_pb2.UPDATE_STATE_FORGOTTEN: "forgotten",
 }
 RELEASE_STATES = {
-    operator_pb2.RELEASE_STATE_CANDIDATE: "candidate",
-    operator_pb2.RELEASE_STATE_ACCEPTED: "accepted",
-    operator_pb2.RELEASE_STATE_REJECTED: "rejected",
-    operator_pb2.RELEASE_STATE_ABANDONED: "abandoned",
-    operator_pb2.RELEASE_STATE_WITHDRAWN: "withdrawn",
+    operators_pb2.RELEASE_STATE_CANDIDATE: "candidate",
+    operators_pb2.RELEASE_STATE_ACCEPTED: "accepted",
+    operators_pb2.RELEASE_STATE_REJECTED: "rejected",
+    operators_pb2.RELEASE_STATE_ABANDONED: "abandoned",
+    operators_pb2.RELEASE_STATE_WITHDRAWN: "withdrawn",
 }
 
 
@@ -73,22 +74,30 @@ class Release:
 class Snapshot:
     """One look at central. `nodes` are the operator service's messages, by node name."""
 
-    nodes: dict[str, operator_pb2.Node]
+    nodes: dict[str, operators_pb2.Node]
     updates: tuple[Update, ...]
     releases: tuple[Release, ...]
 
     def update_counts(self, cohort: str | None = None) -> dict[str, int]:
         """Updates by state, every state present, and `admitted` for all of them."""
         counts = Counter(update.state for update in self.updates if cohort in (None, update.cohort))
-        return {state: counts[state] for state in UPDATE_STATES.values()} | {"admitted": counts.total()}
+        return {state: counts[state] for state in UPDATE_STATES.values()} | {
+            "admitted": counts.total()
+        }
 
     def head(self, cohort: str) -> Release | None:
         """The stable head of `cohort`."""
-        return next((r for r in self.releases if r.cohort == cohort and "stable" in r.channels), None)
+        return next(
+            (r for r in self.releases if r.cohort == cohort and "stable" in r.channels), None
+        )
 
     def accepted(self, cohort: str | None = None) -> list[Release]:
         """Accepted merges (version 1 and up), oldest first."""
-        chosen = [r for r in self.releases if r.state == "accepted" and r.version > 0 and cohort in (None, r.cohort)]
+        chosen = [
+            r
+            for r in self.releases
+            if r.state == "accepted" and r.version > 0 and cohort in (None, r.cohort)
+        ]
         return sorted(chosen, key=lambda r: (r.created_at, r.version))
 
     def cross_cohort_merges(self) -> int:
@@ -116,11 +125,15 @@ class OperatorView:
             private_key=(self._pki / "operator.key").read_bytes(),
             certificate_chain=(self._pki / "operator.pem").read_bytes(),
         )
-        # A central that was killed is back within seconds; the default of gRPC would wait up to two minutes.
-        options = [("grpc.max_reconnect_backoff_ms", 2000), ("grpc.max_receive_message_length", 64 << 20)]
+        # A central that was killed is back within seconds; the default of gRPC would wait up to two
+        # minutes.
+        options = [
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.max_receive_message_length", 64 << 20),
+        ]
         options.append(("grpc.enable_http_proxy", 0))  # central is on this host
         self._channel = grpc.aio.secure_channel(self._address, credentials, options=options)
-        self._stub = operator_pb2_grpc.OperatorServiceStub(self._channel)
+        self._stub = operators_pb2_grpc.OperatorServiceStub(self._channel)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -128,9 +141,13 @@ class OperatorView:
 
     async def snapshot(self) -> Snapshot:
         """Raises grpc.aio.AioRpcError while central is away."""
-        nodes = await self._stub.ListNodes(operator_pb2.ListNodesRequest(), timeout=CALL_TIMEOUT_S)
-        updates = await self._stub.ListUpdates(operator_pb2.ListUpdatesRequest(), timeout=CALL_TIMEOUT_S)
-        releases = await self._stub.ListReleases(operator_pb2.ListReleasesRequest(), timeout=CALL_TIMEOUT_S)
+        nodes = await self._stub.ListNodes(operators_pb2.ListNodesRequest(), timeout=CALL_TIMEOUT_S)
+        updates = await self._stub.ListUpdates(
+            operators_pb2.ListUpdatesRequest(), timeout=CALL_TIMEOUT_S
+        )
+        releases = await self._stub.ListReleases(
+            operators_pb2.ListReleasesRequest(), timeout=CALL_TIMEOUT_S
+        )
         return Snapshot(
             nodes={node.name: node for node in nodes.nodes},
             updates=tuple(_update(message) for message in updates.updates),
@@ -141,19 +158,22 @@ class OperatorView:
         """Every journal event after `after`, oldest first, with its body parsed."""
         events: list[dict[str, Any]] = []
         while True:
-            request = operator_pb2.ListEventsRequest(after=after, limit=EVENTS_PAGE)
-            page: Sequence[operator_pb2.JournalEvent] = (
+            request = operators_pb2.ListEventsRequest(after=after, limit=EVENTS_PAGE)
+            page: Sequence[operators_pb2.JournalEvent] = (
                 await self._stub.ListEvents(request, timeout=CALL_TIMEOUT_S)
             ).events
             for event in page:
-                fields = {name: getattr(event, name) for name in ("sequence", "at", "kind", "cohort", "subject")}
+                fields = {
+                    name: getattr(event, name)
+                    for name in ("sequence", "at", "kind", "cohort", "subject")
+                }
                 events.append(fields | {"body": json.loads(event.body)})
                 after = event.sequence
             if len(page) < EVENTS_PAGE:
                 return events
 
 
-def _update(message: operator_pb2.Update) -> Update:
+def _update(message: operators_pb2.Update) -> Update:
     return Update(
         update_id=message.update_id,
         node_id=message.node_id,
@@ -166,7 +186,7 @@ def _update(message: operator_pb2.Update) -> Update:
     )
 
 
-def _release(message: operator_pb2.Release) -> Release:
+def _release(message: operators_pb2.Release) -> Release:
     return Release(
         release_id=message.release_id,
         label=message.version,

@@ -16,7 +16,7 @@ GRID = "#e3e6ea"
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
-    """Two panels over one time axis: the nodes' own work, and what the base could do."""
+    """Panels over one time axis: the nodes' own work, what the base could do, any English."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,8 +33,15 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         "ytick.color": INK,
     }
     with pyplot.rc_context(style):
-        figure, (work, skill) = pyplot.subplots(
-            2, 1, figsize=(10, 6.6), sharex=True, height_ratios=(2.4, 1), layout="constrained"
+        texts = report["detail"]["text_logprob"]
+        ratios, height = ((2.4, 1, 0.7), 8.0) if texts else ((2.4, 1), 6.6)
+        figure, (work, skill, *english) = pyplot.subplots(
+            len(ratios),
+            1,
+            figsize=(10, height),
+            sharex=True,
+            height_ratios=ratios,
+            layout="constrained",
         )
         for axes in (work, skill):
             axes.set_ylim(-3, 104)
@@ -49,11 +56,24 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         work.set_title("Own work of each node", loc="left", fontweight="bold", fontsize=11, pad=26)
         work.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         skill.set_title(
-            "What the base could do before (anchor), by release", loc="left", fontweight="bold", fontsize=11
+            "What the base could do before (anchor), by release",
+            loc="left",
+            fontweight="bold",
+            fontsize=11,
         )
-        skill.axhline(85, color="#b0b5bd", linewidth=1, linestyle=(0, (4, 3)))
-        skill.text(1.01, 85, "bar: 85", transform=skill.get_yaxis_transform(), va="center", fontsize=9)
-        skill.set_xlabel("seconds since the start of the demo")
+        lowest = report["detail"]["lowest_anchor"]
+        skill.axhline(lowest, color="#b0b5bd", linewidth=1, linestyle=(0, (4, 3)))
+        skill.text(
+            1.01,
+            lowest,
+            f"bar: {lowest:.0f}",
+            transform=skill.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+        )
+        for axes in english:
+            _english(axes, texts, nodes)
+        figure.axes[-1].set_xlabel("seconds since the start of the demo")
         figure.suptitle(_headline(report), x=0.01, ha="left", fontsize=12)
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
@@ -70,19 +90,48 @@ def _own_work(axes: Any, key: str, node: dict[str, Any]) -> None:
     axes.plot(at, rate, linewidth=1.8, markersize=4.5, label=name, **style)
     last = points[-1]
     if last["kind"] == "after":
-        axes.plot(at[-1:], rate[-1:], markersize=9, markeredgecolor="white", markeredgewidth=1.2, **style)
+        axes.plot(
+            at[-1:], rate[-1:], markersize=9, markeredgecolor="white", markeredgewidth=1.2, **style
+        )
 
 
 def _base_skill(axes: Any, key: str, node: dict[str, Any]) -> None:
     """One step for each release, from when the node served it."""
-    rates = [100 * point["passed"] / point["total"] for point in node["points"] if point["kind"] == "anchor"]
+    rates = [
+        100 * point["passed"] / point["total"]
+        for point in node["points"]
+        if point["kind"] == "anchor"
+    ]
     served = [entry["at_s"] for entry in node["served"]][: len(rates)]
     if not served:
         return
     end = node["points"][-1]["at_s"]
     rates = rates[: len(served)]
     axes.step([*served, end], [*rates, rates[-1]], where="post", linewidth=1.4, color=COLOURS[key])
-    axes.plot(served, rates, linestyle="none", marker=MARKERS[key], markersize=4, color=COLOURS[key])
+    axes.plot(
+        served, rates, linestyle="none", marker=MARKERS[key], markersize=4, color=COLOURS[key]
+    )
+
+
+def _english(axes: Any, texts: dict[str, float], nodes: dict[str, Any]) -> None:
+    """Log-probability of English, one step for each release from when the first node served it."""
+    first: dict[str, float] = {}
+    for node in nodes.values():
+        for entry in node["served"]:
+            at_s = entry["at_s"]
+            first[entry["release"]] = min(first.get(entry["release"], at_s), at_s)
+    end = max(node["points"][-1]["at_s"] for node in nodes.values())
+    at, means = [first[label] for label in texts], list(texts.values())
+    axes.step([*at, end], [*means, means[-1]], where="post", linewidth=1.4, color=INK)
+    axes.plot(at, means, linestyle="none", marker="o", markersize=4, color=INK)
+    axes.axhline(means[0] - 0.1, color="#b0b5bd", linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(means[0] - 0.2, means[0] + 0.2)
+    axes.set_ylabel("nats a token")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        "Mean log-probability of English text", loc="left", fontweight="bold", fontsize=11
+    )
 
 
 def _release_marks(work: Any, skill: Any, nodes: dict[str, Any]) -> None:
@@ -101,11 +150,19 @@ def _release_marks(work: Any, skill: Any, nodes: dict[str, Any]) -> None:
             continue
         height, text = (1.035, f"zeta {version}") if cohort == "zeta" else (1.0, version)
         work.text(
-            at_s, height, text, transform=work.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=colour
+            at_s,
+            height,
+            text,
+            transform=work.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=colour,
         )
 
 
 def _headline(report: dict[str, Any]) -> str:
     after = report["success"]["after"]
     rates = ", ".join(f"{key} {value:.0f} %" for key, value in after.items())
-    return f"Lorikeet quickstart, seed {report['seed']}: {report['releases']} releases, then {rates}"
+    title = report["detail"]["title"]
+    return f"{title}, seed {report['seed']}: {report['releases']} releases, then {rates}"

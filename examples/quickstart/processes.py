@@ -1,9 +1,10 @@
 """Child processes of the quickstart, kept running as a process manager would keep them.
 
-In: command lines with their environment and log file. Out: running children. Guarantees: a child that ends is started
-again after a pause and counted; every child has a session of its own, so that Ctrl-C reaches only us and we stop them
-in order; only processes that we started are ever signalled (pid and start time are compared); what runs is written to
-a file, so that a later command can stop it.
+In: command lines with their environment and log file. Out: running children. Guarantees: a child
+that ends is started again after a pause and counted; every child has a session of its own, so that
+Ctrl-C reaches only us and we stop them in order; only processes that we started are ever signalled
+(pid and start time are compared); what runs is written to a file, so that a later command can stop
+it.
 """
 
 from __future__ import annotations
@@ -66,11 +67,14 @@ class Child:
             self.restarts += 1
             if not self.was_ready and self.restarts >= EARLY_DEATHS:
                 raise ChildFailed(
-                    f"{self.name} ended {self.restarts} times before it was ready (exit codes {self.exit_codes}). "
+                    f"{self.name} ended {self.restarts} times before it was ready "
+                    f"(exit codes {self.exit_codes}). "
                     f"The end of {self.log}:\n{self.log_end()}"
                 )
             lived_long = time.monotonic() - started > 60
-            await asyncio.sleep(RESTART_PAUSES_S[0 if lived_long else min(self.restarts, len(RESTART_PAUSES_S)) - 1])
+            await asyncio.sleep(
+                RESTART_PAUSES_S[0 if lived_long else min(self.restarts, len(RESTART_PAUSES_S)) - 1]
+            )
 
     def start(self, table: ProcessTable) -> None:
         with self.log.open("ab") as log:
@@ -97,7 +101,10 @@ class Child:
 
 
 class ProcessTable:
-    """The file that says what runs: {"name", "pid", "started"} for each child, newest start of each name."""
+    """The file that says what runs: {"name", "pid", "started"} for each child.
+
+    Of each name it has the newest start.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,7 +118,10 @@ class ProcessTable:
 
 
 def stop_recorded(path: Path) -> list[str]:
-    """Stop what an earlier run left, last started first, and remove its table; returns the names that still ran."""
+    """Stop what an earlier run left, last started first; returns the names that still ran.
+
+    Removes its table.
+    """
     if not path.exists():
         return []
     stopped = []
@@ -129,7 +139,7 @@ def stop_recorded(path: Path) -> list[str]:
 
 
 def stop_tree(pid: int, parent: subprocess.Popen[bytes] | None = None) -> None:
-    """SIGTERM to `pid`; what is left of it and its descendants after STOP_TIMEOUT_S gets SIGKILL."""
+    """SIGTERM to `pid`; what is left of it and its descendants after STOP_TIMEOUT_S is killed."""
     try:
         process = psutil.Process(pid)
         family = [process, *process.children(recursive=True)]
@@ -163,8 +173,15 @@ def free_ports(count: int) -> list[int]:
 
 
 def child_environment(extra: Mapping[str, str], repository: Path) -> dict[str, str]:
-    """Our environment without settings of another node or central, one thread a process, and `examples` importable."""
-    kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("EDGE_", "CENTRAL_"))}
+    """Our environment without settings of another node or central.
+
+    Each process has one thread and can import `examples`.
+    """
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.upper().startswith(("EDGE_", "CENTRAL_"))
+    }
     return {
         **kept,
         "OMP_NUM_THREADS": "1",

@@ -1,8 +1,9 @@
-"""A client that goes on whatever dies: asks one task after the other and remembers everything that was acknowledged.
+"""A client that goes on whatever dies, and remembers everything that was acknowledged.
 
-In: a node's address and its environment. Out: ids of acknowledged answers and of acknowledged feedback. A request that
-fails is repeated until it is answered; feedback for an acknowledged answer is repeated until it is accepted, and a
-"no such interaction" for one is remembered, because it means that the node lost what it had acknowledged.
+In: a node's address and its environment. Out: ids of acknowledged answers and of acknowledged
+feedback. A request that fails is repeated until it is answered; feedback for an acknowledged answer
+is repeated until it is accepted, and a "no such interaction" for one is remembered, because it
+means that the node lost what it had acknowledged.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import httpx
 
 from edge_node.environments import Environment
 from examples.quickstart.system import ALIAS
-from examples.quickstart.traffic import MAX_ANSWER_TOKENS, is_exact
+from examples.quickstart.traffic import ASKING, is_exact
 
 PAUSE_S = 0.1
 RETRY_S = 0.5
@@ -48,12 +49,14 @@ class SteadyClient:
     async def run(self) -> None:
         async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S) as client:
             for part in itertools.count():
-                for task in self._environment.tasks("train", count=200, seed=1000 * self._seed + part):
+                for task in self._environment.tasks(
+                    "train", count=200, seed=1000 * self._seed + part
+                ):
                     body = {
                         "model": ALIAS,
                         "messages": task.messages,
                         "temperature": 0,
-                        "max_tokens": MAX_ANSWER_TOKENS,
+                        "max_tokens": ASKING.max_answer_tokens,
                     }
                     completion = await self._until_answered(client, "/v1/chat/completions", body)
                     if completion is None:
@@ -61,7 +64,9 @@ class SteadyClient:
                     self.acknowledged.answers.append(completion["id"])
                     if not is_exact(completion["model"], ALIAS):
                         self.acknowledged.unexpected.append(f"answer by {completion['model']!r}")
-                    outcome = self._environment.verify(task, completion["choices"][0]["message"]["content"] or "")
+                    outcome = self._environment.verify(
+                        task, completion["choices"][0]["message"]["content"] or ""
+                    )
                     self.acknowledged.passed += outcome.passed
                     feedback = {"id": completion["id"], "score": outcome.score}
                     if outcome.correction is not None:
@@ -81,7 +86,9 @@ class SteadyClient:
                 if response.status_code == httpx.codes.OK:
                     return dict(response.json())
                 if response.status_code < 500:
-                    self.acknowledged.unexpected.append(f"{path} {response.status_code}: {response.text[:200]}")
+                    self.acknowledged.unexpected.append(
+                        f"{path} {response.status_code}: {response.text[:200]}"
+                    )
                     return None
             except (httpx.HTTPError, ValueError):
                 pass  # a connection that died, or an answer that was cut

@@ -1,9 +1,8 @@
 """The quickstart's story: who asks what of which node, when it is enough, and what came of it.
 
-In: a running System. Out: a record for each node (success before, after and in every wave; what was asked and failed)
-and the newest snapshot of central. Guarantees: nodes are only reached through their public endpoints; learning is
-driven by nothing but requests and feedback; the story ends when the targets hold and nothing is on its way any more,
-or at a stated limit, and says which.
+In: a running System. Out: a record for each node and the newest snapshot of central. Guarantees:
+nodes are reached through their public endpoints only; only requests and feedback drive learning.
+The story ends when the targets hold and nothing is on its way, or at a limit, and says which.
 """
 
 from __future__ import annotations
@@ -16,18 +15,23 @@ from dataclasses import dataclass, field
 import grpc
 import httpx
 
-from edge_node.environments import Environment
-from examples.quickstart import scale
-from examples.quickstart.environments import CompanyApi, PublicTenants
+from edge_node.environments import Environment, TextEnvironment
+from edge_node.environments.loader import load_environment
+from edge_node.settings import EnvironmentSpec
 from examples.quickstart.operator_view import OperatorView, Snapshot
-from examples.quickstart.scale import Size
-from examples.quickstart.system import ALIAS, NodePlan, System
-from examples.quickstart.traffic import Counts, Measurement, ask_wave, give_feedback, measure
+from examples.quickstart.system import ALIAS, System
+from examples.quickstart.traffic import (
+    Counts,
+    Measurement,
+    ask_wave,
+    give_feedback,
+    measure,
+    measure_texts,
+)
+from examples.quickstart.world import NodePlan, Size
 
 POLL_S = 0.5
 STANDSTILL_S = 15.0
-PEERS_LIMIT_S = 30.0
-"""How long a node's wave waits for those of its cohort on the same release before feedback is given anyway."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,9 @@ class Story:
     """Drives the traffic; `run` once."""
 
     def __init__(self, system: System, started: float, say: Callable[[str], None]) -> None:
-        """`started`: time.monotonic() that all times count from; `say` takes one line for the user."""
+        """`started`: time.monotonic() where all times begin; `say` takes a line for the user."""
         self.system = system
+        self.world = system.world
         self.size: Size = system.size
         self.seed = system.seed
         self.started = started
@@ -89,13 +94,17 @@ class Story:
         self.phase = "starting"
         self.outcome: dict[str, str] = {}
         """Why each cohort stopped learning, in words."""
+        self.text_logprob: dict[str, float] = {}
+        """Nats a token of the world's texts under each release that was served, oldest first."""
         self.learning_started_s: float | None = None
         self.settled_s: float | None = None
         self._say = say
         self._environments: dict[str, Environment] = {
-            plan.key: CompanyApi(plan.key, seed=self.seed) for plan in system.plans
+            plan.key: _with_tasks(self.world.own(plan, self.seed)) for plan in system.plans
         }
-        self._anchor: Environment = PublicTenants(seed=self.seed)
+        self._anchor = _with_tasks(self.world.anchor(self.seed))
+        texts = None if self.world.texts is None else load_environment(self.world.texts)
+        self._texts = texts if isinstance(texts, TextEnvironment) else None
         self._enough = {plan.cohort: asyncio.Event() for plan in system.plans}
 
     def now_s(self) -> float:
@@ -107,7 +116,9 @@ class Story:
             watching = asyncio.create_task(self._watch(operator))
             try:
                 async with asyncio.TaskGroup() as group:
-                    drives = [group.create_task(self._drive(record)) for record in self.records.values()]
+                    drives = [
+                        group.create_task(self._drive(record)) for record in self.records.values()
+                    ]
                     group.create_task(self._guard(drives))
                 self.phase = "coming to rest"
                 await self._settle()
@@ -140,53 +151,81 @@ class Story:
             else:
                 await self._wave(record, number)
                 number += 1
-            if self.now_s() - (self.learning_started_s or self.now_s()) > self.size.learning_limit_s:
+            if (
+                self.now_s() - (self.learning_started_s or self.now_s())
+                > self.size.learning_limit_s
+            ):
                 self._finish(cohort, f"{self.size.learning_limit_s:.0f} s of learning were over")
         record.state = "done"
 
     def _is_due(self, record: NodeRecord) -> bool:
-        """Whether the node has had no wave on what it serves, or needs another because its cohort stands still: a
-        rejected candidate, for example, leaves the release as it is."""
+        """Whether the node has had no wave on what it serves, or its cohort stands still.
+
+        A rejected candidate, for example, leaves the release as it is; then another wave is needed.
+        """
         point = record.last("wave")
         if point is None or point.release != record.serving:
             return True
         return self.now_s() - point.at_s > STANDSTILL_S and not self.on_its_way(record.plan.cohort)
 
     async def _wave(self, record: NodeRecord, number: int) -> None:
-        """Ask; say what was wrong, unless the cohort is good enough. Without feedback a node has nothing to learn."""
+        """Ask, and say what was wrong unless the cohort is good enough.
+
+        Without feedback a node has nothing to learn.
+        """
         key, url = record.plan.key, self.system.url(record.plan.key)
         count = self.size.next_wave if number else self.size.first_wave
         record.state = f"asks {count}"
         tasks = self._environments[key].tasks("train", count=count, seed=1000 * self.seed + number)
-        wave = await ask_wave(url, ALIAS, self._environments[key], tasks, scale.WAVE_CONCURRENCY)
+        wave = await ask_wave(url, ALIAS, self._environments[key], tasks, self.world.asking)
         point = Point(self.now_s(), "wave", _label(wave), wave.passed, len(tasks))
         record.points.append(point)
-        self._say(f"node {key} on {point.release}: {point.passed}/{point.total} of its own work is right")
+        self._say(
+            f"node {key} on {point.release}: {point.passed}/{point.total} of its own work is right"
+        )
         record.state = "compares"
         if number == 0 or not await self._is_enough(record, point.release):
             record.state = "gives feedback"
-            enough = point.total - point.passed >= scale.min_failures(record.plan.cohort)
+            enough = point.total - point.passed >= self.world.min_failures(record.plan.cohort)
             record.taught[point.release] = record.taught.get(point.release, 0) + enough
-            await give_feedback(url, wave, scale.WAVE_CONCURRENCY)
+            await give_feedback(url, wave, self.world.asking)
         record.count(wave)
 
     async def _measure_own(self, record: NodeRecord, kind: str) -> None:
         key = record.plan.key
-        tasks = self._environments[key].tasks("held_out", count=self.size.measured_tasks, seed=self._measuring_seed)
-        self._add(record, kind, await measure(self.system.url(key), ALIAS, self._environments[key], tasks))
+        tasks = self._environments[key].tasks(
+            "held_out", count=self.size.measured_tasks, seed=self._measuring_seed
+        )
+        self._add(
+            record,
+            kind,
+            await measure(
+                self.system.url(key), ALIAS, self._environments[key], tasks, self.world.asking
+            ),
+        )
 
     async def _measure_anchor(self, record: NodeRecord, model: str) -> None:
-        tasks = self._anchor.tasks("held_out", count=self.size.measured_tasks, seed=self._measuring_seed)
-        self._add(record, "anchor", await measure(self.system.url(record.plan.key), model, self._anchor, tasks))
+        tasks = self._anchor.tasks(
+            "held_out", count=self.size.measured_tasks, seed=self._measuring_seed
+        )
+        self._add(
+            record,
+            "anchor",
+            await measure(
+                self.system.url(record.plan.key), model, self._anchor, tasks, self.world.asking
+            ),
+        )
 
     @property
     def _measuring_seed(self) -> int:
-        """Apart from the seeds of the gate, so that what is reported is not what candidates were chosen by."""
+        """Another seed than the gate's: what is reported must not be what chose the candidates."""
         return 7_000_000 + self.seed
 
     def _add(self, record: NodeRecord, kind: str, measured: Measurement) -> None:
         record.count(measured)
-        record.points.append(Point(self.now_s(), kind, _label(measured), measured.passed, measured.total))
+        record.points.append(
+            Point(self.now_s(), kind, _label(measured), measured.passed, measured.total)
+        )
 
     # All of them.
 
@@ -216,13 +255,18 @@ class Story:
             await asyncio.sleep(POLL_S)
 
     async def _is_enough(self, record: NodeRecord, release: str) -> bool:
-        """Whether the record's cohort meets its targets on `release`; waits a little for the others' waves on it."""
+        """Whether the record's cohort meets its targets on `release`.
+
+        Waits a little for the others' waves on it.
+        """
         cohort = record.plan.cohort
         others = [other for other in self.records.values() if other.plan.cohort == cohort]
-        limit_s = self.now_s() + PEERS_LIMIT_S
+        limit_s = self.now_s() + self.world.peers_limit_s
         while self.now_s() < limit_s and not self._enough[cohort].is_set():
             points = {other.plan.key: other.last("wave") for other in others}
-            rates: dict[str, float] = {k: p.percent for k, p in points.items() if p and p.release == release}
+            rates: dict[str, float] = {
+                k: p.percent for k, p in points.items() if p and p.release == release
+            }
             if len(rates) == len(others):
                 self._decide(cohort, release, rates)
                 break
@@ -245,7 +289,7 @@ class Story:
             self._enough[cohort].set()
 
     def expects_update(self, record: NodeRecord) -> bool:
-        """Whether the node was taught enough on its release to be training, and its update is not here yet."""
+        """Whether the node was taught enough to be training, and its update is not here yet."""
         if not record.plan.learns or self.snapshot is None:
             return False
         node = self.snapshot.nodes.get(record.plan.name)
@@ -262,9 +306,17 @@ class Story:
         if self.snapshot is None:
             return ["central has not been seen"]
         counts = self.snapshot.update_counts(cohort)
-        records = {key: record for key, record in self.records.items() if cohort in (None, record.plan.cohort)}
-        moving = [f"{counts[state]} updates {state}" for state in ("waiting", "planned") if counts[state]]
-        moving += [f"node {key} trains" for key, record in records.items() if self.expects_update(record)]
+        records = {
+            key: record
+            for key, record in self.records.items()
+            if cohort in (None, record.plan.cohort)
+        }
+        moving = [
+            f"{counts[state]} updates {state}" for state in ("waiting", "planned") if counts[state]
+        ]
+        moving += [
+            f"node {key} trains" for key, record in records.items() if self.expects_update(record)
+        ]
         for key, record in records.items():
             head = self.snapshot.head(record.plan.cohort)
             if head is not None and record.serving != head.label:
@@ -272,7 +324,10 @@ class Story:
         return moving
 
     async def _settle(self) -> None:
-        """Wait until the system rests; what is still moving at the limit is said, and measured as it is."""
+        """Wait until the system rests.
+
+        At the limit, say what still moves and measure as it is.
+        """
         limit_s = self.now_s() + self.size.settle_limit_s
         rested = 0
         while rested < 4:
@@ -281,7 +336,9 @@ class Story:
             rested = 0 if moving else rested + 1
             if self.now_s() > limit_s:
                 self.outcome["still on its way"] = ", ".join(moving)
-                self._say(f"not at rest after {self.size.settle_limit_s:.0f} s: {', '.join(moving)}")
+                self._say(
+                    f"not at rest after {self.size.settle_limit_s:.0f} s: {', '.join(moving)}"
+                )
                 return
             await asyncio.sleep(POLL_S)
 
@@ -291,15 +348,31 @@ class Story:
             await self._measure_own(record, "after")
             for _, label in record.served[1:]:
                 await self._measure_anchor(record, f"{ALIAS}@{label}")
+            if record.plan is self.system.plans[-1]:
+                await self._measure_texts(record)
             record.state = "done"
 
         async with asyncio.TaskGroup() as group:
             for record in self.records.values():
                 group.create_task(one(record))
 
+    async def _measure_texts(self, record: NodeRecord) -> None:
+        """Each release that `record` served, oldest first."""
+        if self._texts is None:
+            return
+        documents = self._texts.documents(
+            "held_out", count=self.size.measured_tasks, seed=self._measuring_seed
+        )
+        for _, label in record.served:
+            measured = await measure_texts(
+                self.system.url(record.plan.key), f"{ALIAS}@{label}", documents, self.world.asking
+            )
+            record.count(measured)
+            self.text_logprob[label] = measured.mean
+
 
 async def serving_label(client: httpx.AsyncClient, url: str) -> str:
-    """Label of the release behind the alias, from GET /v1/models; empty while the node does not say."""
+    """Label of the release behind the alias, from GET /v1/models; empty without one."""
     try:
         models = (await client.get(f"{url}/v1/models")).json()["data"]
     except (httpx.HTTPError, ValueError, KeyError):
@@ -308,6 +381,12 @@ async def serving_label(client: httpx.AsyncClient, url: str) -> str:
         if model["id"] == ALIAS:
             return str(model.get("root") or "").partition("@")[2]
     return ""
+
+
+def _with_tasks(spec: EnvironmentSpec) -> Environment:
+    environment = load_environment(spec)
+    assert isinstance(environment, Environment)
+    return environment
 
 
 def _version(label: str) -> int:

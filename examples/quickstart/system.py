@@ -1,8 +1,9 @@
-"""The quickstart's system: one central and its edge nodes, started with the same commands and settings as anywhere.
+"""The quickstart's system: one central and its edge nodes, started with the usual commands.
 
-In: an empty directory, the base model, and which nodes. Out: running processes, their addresses, and the commands to
-look at them. Guarantees: everything listens on 127.0.0.1 on free ports; each node has a data directory of its own;
-`start` returns when central answers, `wait_ready` when a node serves.
+In: an empty directory, the base model, and which nodes. Out: running processes, their addresses,
+and the commands to look at them. Guarantees: everything listens on 127.0.0.1 on free ports; each
+node has a data directory of its own; `start` returns when central answers, `wait_ready` when a node
+serves.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import json
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from examples.quickstart import scale
 from examples.quickstart.environments import Node
 from examples.quickstart.operator_view import OperatorView
-from examples.quickstart.processes import Child, ChildFailed, ProcessTable, child_environment, free_ports
-from examples.quickstart.scale import Size
+from examples.quickstart.processes import (
+    Child,
+    ChildFailed,
+    ProcessTable,
+    child_environment,
+    free_ports,
+)
+from examples.quickstart.world import NodePlan, Size, World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = REPOSITORY / ".venv" / "bin"
@@ -31,43 +36,22 @@ CENTRAL_START_TIMEOUT_S = 60.0
 NODE_START_TIMEOUT_S = 420.0
 
 
-@dataclass(frozen=True)
-class NodePlan:
-    """One node of the story."""
-
-    key: Node
-    """A, B, C or D: its letter in the story and in reports."""
-    cohort: str
-    environment: str
-    """Name of its own environment."""
-    learns: bool = True
-
-    @property
-    def name(self) -> str:
-        return self.key.lower()
-
-
-NODES: Mapping[Node, NodePlan] = {
-    plan.key: plan
-    for plan in (
-        NodePlan("A", "shared", "acme-a"),
-        NodePlan("B", "shared", "acme-b"),
-        NodePlan("C", "shared", "acme-c", learns=False),
-        NodePlan("D", "zeta", "zeta-d"),
-    )
-}
-ANCHOR = "public"
-
-
 class System:
     """Central and its nodes as child processes."""
 
     def __init__(
-        self, root: Path, base: Path, size: Size, seed: int, overrides: Mapping[str, str] | None = None
+        self,
+        world: World,
+        root: Path,
+        base: Path,
+        size: Size,
+        seed: int,
+        overrides: Mapping[str, str] | None = None,
     ) -> None:
-        """`overrides`: further settings (CENTRAL_* or EDGE_*) for every process that understands them."""
+        """`overrides`: further CENTRAL_* or EDGE_* settings, for every process that has them."""
+        self.world = world
         self.root = root
-        self.plans = tuple(NODES[key] for key in size.nodes)
+        self.plans = tuple(world.nodes[key] for key in size.nodes)
         self.size = size
         self.seed = seed
         self._overrides = dict(overrides or {})
@@ -78,7 +62,10 @@ class System:
         self.ports = {plan.key: port for plan, port in zip(self.plans, ports, strict=True)}
         self.table = ProcessTable(root / "processes.json")
         self.central = Child(
-            "central", [str(BIN / "central"), "serve"], self.central_environment(), *self._log("central")
+            "central",
+            [str(BIN / "central"), "serve"],
+            self.central_environment(),
+            *self._log("central"),
         )
         self.nodes: dict[str, Child] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -88,7 +75,7 @@ class System:
         return f"http://127.0.0.1:{self.ports[key]}"
 
     def node_dir(self, key: Node) -> Path:
-        return self.root / "nodes" / NODES[key].name
+        return self.root / "nodes" / self.world.nodes[key].name
 
     def operator(self) -> OperatorView:
         return OperatorView(f"localhost:{self.central_port}", self.root / "central" / "pki")
@@ -101,12 +88,17 @@ class System:
         tokens = {}
         for cohort in sorted({plan.cohort for plan in self.plans}):
             uses = sum(plan.cohort == cohort for plan in self.plans)
-            answer = await self.central_cli("tokens", "create", "--cohort", cohort, "--uses", str(uses), "--json")
+            answer = await self.central_cli(
+                "tokens", "create", "--cohort", cohort, "--uses", str(uses), "--json"
+            )
             tokens[cohort] = answer["token"]
         for plan in self.plans:
             environment = self.node_environment(plan, tokens[plan.cohort])
             child = Child(
-                f"node-{plan.name}", [str(BIN / "edge-node"), "serve"], environment, *self._log(f"node-{plan.name}")
+                f"node-{plan.name}",
+                [str(BIN / "edge-node"), "serve"],
+                environment,
+                *self._log(f"node-{plan.name}"),
             )
             self.nodes[plan.key] = child
             self._tasks.append(asyncio.create_task(child.run(self.table), name=child.name))
@@ -125,7 +117,8 @@ class System:
                 await asyncio.sleep(0.5)
         child = self.nodes[key]
         raise ChildFailed(
-            f"{child.name} was not ready after {NODE_START_TIMEOUT_S:.0f} s. The end of {child.log}:\n{child.log_end()}"
+            f"{child.name} was not ready after {NODE_START_TIMEOUT_S:.0f} s. "
+            f"The end of {child.log}:\n{child.log_end()}"
         )
 
     def check(self) -> None:
@@ -165,25 +158,15 @@ class System:
             "CENTRAL_BASE__PATH": str(self._base),
             "CENTRAL_LISTEN__PORT": str(self.central_port),
             "CENTRAL_LISTEN__ENROLLMENT_PORT": str(self._enrollment_port),
-            **scale.CENTRAL,
+            **self.world.central,
             **{key: value for key, value in self._overrides.items() if key.startswith("CENTRAL_")},
         }
         return child_environment(settings, REPOSITORY)
 
     def node_environment(self, plan: NodePlan, join_token: str) -> dict[str, str]:
-        environments = [
-            {
-                "name": plan.environment,
-                "factory": "examples.quickstart.environments:CompanyApi",
-                "options": {"node": plan.key, "seed": self.seed},
-            },
-            {
-                "name": ANCHOR,
-                "factory": "examples.quickstart.environments:PublicTenants",
-                "options": {"seed": self.seed},
-                "anchor": True,
-            },
-        ]
+        environments = [self.world.own(plan, self.seed), self.world.anchor(self.seed)]
+        if self.world.texts is not None:
+            environments.append(self.world.texts)
         settings = {
             "EDGE_DATA_DIR": str(self.node_dir(plan.key)),
             "EDGE_NODE_NAME": plan.name,
@@ -193,10 +176,10 @@ class System:
             "EDGE_CENTRAL__JOIN_TOKEN": join_token,
             "EDGE_SERVING__PORT": str(self.ports[plan.key]),
             "EDGE_SERVING__ALIAS": ALIAS,
-            "EDGE_ENVIRONMENTS": json.dumps(environments),
+            "EDGE_ENVIRONMENTS": json.dumps([spec.model_dump() for spec in environments]),
             "EDGE_LEARNING__ENABLED": str(plan.learns).lower(),
             "EDGE_LEARNING__SEED": str(self.seed),
-            **scale.edge_settings(self.size, plan.cohort),
+            **self.world.edge(self.size, plan.cohort),
             **{key: value for key, value in self._overrides.items() if key.startswith("EDGE_")},
         }
         return child_environment(settings, REPOSITORY)
@@ -209,8 +192,10 @@ class System:
             for key, value in self.central.environment.items()
             if key in ("CENTRAL_DATA_DIR", "CENTRAL_LISTEN__PORT")
         )
-        prompt = scale.EXAMPLE_PROMPT
-        body = json.dumps({"model": ALIAS, "temperature": 0, "messages": [{"role": "user", "content": prompt}]})
+        prompt = self.world.example_prompt
+        body = json.dumps(
+            {"model": ALIAS, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+        )
         bin_dir = BIN.relative_to(REPOSITORY)
         nodes = "\n".join(
             f"  node {plan.key} ({plan.environment:7} cohort {plan.cohort}): {self.url(plan.key)}"
@@ -223,13 +208,15 @@ Ask node {first.key} with curl:
   curl -s {self.url(first.key)}/v1/chat/completions -H 'content-type: application/json' \\
     -d {shlex.quote(body)}
 Tell it what the answer should have been (ID is the answer's id):
-  curl -s {self.url(first.key)}/v1/feedback -H 'content-type: application/json' -d '{{"id": "ID", "correction": "..."}}'
+  curl -s {self.url(first.key)}/v1/feedback -H 'content-type: application/json' \\
+    -d '{{"id": "ID", "correction": "..."}}'
 
 The same with the openai client ({bin_dir}/python):
   from openai import OpenAI
   client = OpenAI(base_url="{self.url(first.key)}/v1", api_key="none")
   answer = client.chat.completions.create(
-      model="{ALIAS}", temperature=0, messages=[{{"role": "user", "content": {json.dumps(prompt)}}}])
+      model="{ALIAS}", temperature=0,
+      messages=[{{"role": "user", "content": {json.dumps(prompt)}}}])
   print(answer.model, answer.choices[0].message.content)
 
 Ask central what happened:
@@ -238,7 +225,7 @@ Ask central what happened:
   {bin_dir}/central releases list
   {bin_dir}/central updates
   {bin_dir}/central events
-Go back one release (requeue: its updates wait to be merged again; set-aside: they are kept, but not merged):
+Go back one release (requeue: its updates wait again; set-aside: they are kept, but not merged):
   {bin_dir}/central releases rollback --cohort {first.cohort} --updates set-aside
 
 Stop it: make stop"""
@@ -257,14 +244,23 @@ Stop it: make stop"""
             writer.close()
             return
         raise ChildFailed(
-            f"Central did not listen on port {port} after {CENTRAL_START_TIMEOUT_S:.0f} s:\n{self.central.log_end()}"
+            f"Central did not listen on port {port} after {CENTRAL_START_TIMEOUT_S:.0f} s:\n"
+            f"{self.central.log_end()}"
         )
 
 
 async def _run_json(command: Sequence[str], environment: Mapping[str, str]) -> Any:
     done = await asyncio.to_thread(
-        subprocess.run, command, env=dict(environment), cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        subprocess.run,
+        command,
+        env=dict(environment),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command[:4])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(
+            f"{' '.join(command[:4])} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+        )
     return json.loads(done.stdout)

@@ -1,8 +1,9 @@
 """The tokenizer of the tiny base model.
 
-In: training texts. Out: a byte-level BPE of 512 tokens (`train_tokenizer`), and a Hugging Face tokenizer directory
-with a chat template (`save_tokenizer`). Letters group, every digit and every space is a token of its own: a word has
-the same tokens everywhere, so copying is uniform. Decoding what was encoded gives the same text.
+In: training texts. Out: a byte-level BPE of 512 tokens (`train_tokenizer`), and a Hugging Face
+tokenizer directory with a chat template (`save_tokenizer`). Letters group, every digit and every
+space is a token of its own: a word has the same tokens everywhere, so copying is uniform. Decoding
+what was encoded gives the same text.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 ROLES = ("user", "assistant", "system", "tool")
 SPECIAL_TOKENS = (PAD, BEGIN, END, *(f"<|{role}|>" for role in ROLES))
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '</s>' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -46,7 +48,13 @@ def prompt_text(content: str) -> str:
     return f"<|user|>{content}{END}<|assistant|>"
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    template: str = CHAT_TEMPLATE,
+    positions: int = 256,
+) -> None:
     """Write the files that transformers and vLLM load; the chat template is part of them."""
     from transformers import PreTrainedTokenizerFast
 
@@ -57,7 +65,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         eos_token=END,
         additional_special_tokens=[f"<|{role}|>" for role in ROLES],
         clean_up_tokenization_spaces=False,
-        model_max_length=256,
+        model_max_length=positions,
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = template
     fast.save_pretrained(directory)

@@ -1,7 +1,8 @@
 """Execution of a call on a small database, and the comparison of what it did.
 
-In: a company's convention, a database of five records, the call as text. Out: the database afterwards, or a
-`CallError` whose kind says what was wrong. Standard library only; no answer, however broken, raises anything else.
+In: a company's convention, a database of five records, the call as text. Out: the database
+afterwards, or a `CallError` whose kind says what was wrong. Standard library only; no answer,
+however broken, raises anything else.
 """
 
 from __future__ import annotations
@@ -43,37 +44,54 @@ def new_database(draw: random.Random, request: Request, sites: Sequence[str]) ->
     while len(refs) < RECORDS:
         refs.add(draw_ref(draw))
     records = {
-        ref: {"status": "new", "site": draw.choice(sites), "priority": None, "quantity": 1} for ref in sorted(refs)
+        ref: {"status": "new", "site": draw.choice(sites), "priority": None, "quantity": 1}
+        for ref in sorted(refs)
     }
     return {request.service: records}
 
 
-def execute(house: House, services: Sequence[str], database: Mapping[str, Any], call: str) -> Database:
+def execute(
+    house: House, services: Sequence[str], database: Mapping[str, Any], call: str
+) -> Database:
     """The database after `call`; the given one is not changed."""
     arguments = parse_call(call)
     service = _required(house, arguments, "service", ErrorKind.UNKNOWN_SERVICE)
     if service not in services:
-        raise CallError(ErrorKind.UNKNOWN_SERVICE, f"{service!r}; expected one of {', '.join(services)}")
+        raise CallError(
+            ErrorKind.UNKNOWN_SERVICE, f"{service!r}; expected one of {', '.join(services)}"
+        )
     verb = _decode(house, arguments, "verb", ErrorKind.UNKNOWN_OPERATION)
     ref = _required(house, arguments, "ref", ErrorKind.UNKNOWN_RECORD)
     if ref not in database.get(service, {}):
         raise CallError(ErrorKind.UNKNOWN_RECORD, f"{service} has no record {ref!r}")
-    change: dict[str, Any] = {"status": verb, "site": _decode(house, arguments, "site", ErrorKind.UNKNOWN_SITE)}
+    change: dict[str, Any] = {
+        "status": verb,
+        "site": _decode(house, arguments, "site", ErrorKind.UNKNOWN_SITE),
+    }
     if house.keys["priority"] in arguments:
         change["priority"] = _decode(house, arguments, "priority", ErrorKind.BAD_ARGUMENT)
     quantity = arguments.pop(house.keys["quantity"], None)
     if quantity is not None:
         if type(quantity) is not int or quantity < 1:
-            raise CallError(ErrorKind.BAD_ARGUMENT, f"quantity {quantity!r}; expected a whole number above 0")
+            raise CallError(
+                ErrorKind.BAD_ARGUMENT, f"quantity {quantity!r}; expected a whole number above 0"
+            )
         change["quantity"] = quantity
     if arguments:
-        raise CallError(ErrorKind.BAD_ARGUMENT, f"{sorted(arguments)[0]!r} is not an argument of this API")
-    after = {name: {key: dict(fields) for key, fields in records.items()} for name, records in database.items()}
+        raise CallError(
+            ErrorKind.BAD_ARGUMENT, f"{sorted(arguments)[0]!r} is not an argument of this API"
+        )
+    after = {
+        name: {key: dict(fields) for key, fields in records.items()}
+        for name, records in database.items()
+    }
     after[service][ref].update(change)
     return after
 
 
-def check_call(house: House, services: Sequence[str], database: Mapping[str, Any], expected: str, call: str) -> None:
+def check_call(
+    house: House, services: Sequence[str], database: Mapping[str, Any], expected: str, call: str
+) -> None:
     """Raise CallError unless `call` leaves exactly the database that `expected` leaves."""
     wanted = execute(house, services, database, expected)
     found = execute(house, services, database, call)
@@ -90,9 +108,14 @@ def parse_call(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CallError(ErrorKind.BAD_JSON, f"the answer is not one JSON object ({error})") from error
+        raise CallError(
+            ErrorKind.BAD_JSON, f"the answer is not one JSON object ({error})"
+        ) from error
     if not isinstance(arguments, dict):
-        raise CallError(ErrorKind.BAD_JSON, f"the answer is a JSON {type(arguments).__name__}; expected an object")
+        raise CallError(
+            ErrorKind.BAD_JSON,
+            f"the answer is a JSON {type(arguments).__name__}; expected an object",
+        )
     return arguments
 
 

@@ -1,1 +1,1 @@
-"""Lorikeet under Flower's simulation: the node's ClientApp and central's ServerApp with virtual nodes; see README.md."""
+"""Lorikeet under Flower's simulation, with virtual nodes; see README.md."""

@@ -1,14 +1,15 @@
-"""The node's ClientApp with virtual nodes: each has a small experience store of its own, made when
-it is first asked.
+"""The node's ClientApp with virtual nodes, each with a small experience store of its own.
 
-A virtual node serves nothing, so the token ids of its prompts are rendered here.
+The store is made when the node is first asked. A virtual node serves nothing, so the token ids of
+its prompts are rendered here.
 """
 
 from __future__ import annotations
 
 from flwr.app import Context
 
-from edge_node.environments import load_environment
+from edge_node.environments import Environment
+from edge_node.environments.loader import load_environment
 from edge_node.experience import ExperienceStore
 from edge_node.experience.store import Feedback, Interaction
 from edge_node.federation.client_app import make_client_app
@@ -39,6 +40,7 @@ def remember(settings: EdgeSettings, examples: int, seed: int) -> None:
         if store.counts().examples >= examples:
             return
         environment = load_environment(settings.environments[0])
+        assert isinstance(environment, Environment), "the simulation's own has tasks"
         tasks = environment.tasks("train", count=examples, seed=seed)
         renderer = load_renderer(settings.base.path)
         interactions = [

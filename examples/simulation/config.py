@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from central.federation.planning import least_updates
+from central.cohort.planning import least_updates
 from central.settings import CentralSettings
 from edge_node.settings import EdgeSettings
 from examples.quickstart.model import build_base
@@ -20,7 +20,10 @@ from examples.quickstart.recipe import LEARNING
 SMALL = {"batch_own": 8, "batch_hard": 0, "batch_anchor": 8, "anchor_pool": 300}
 """What differs from the quickstart's recipe, so that 50 rounds of a node fit on a small machine."""
 ANCHOR_TOLERANCE_POINTS = 10.0
-"""The first mean of so many short rounds costs a few points of base skill, which the second brings back."""
+"""The first mean of so many short rounds costs a few points of base skill.
+
+The second mean brings them back.
+"""
 LETTERS = "ABC"
 """Virtual nodes take turns in these parts of acme's work (examples/quickstart/environments.py)."""
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "quickstart"
@@ -49,17 +52,24 @@ class SimulationConfig:
         """Raises ValueError naming the key."""
         values: dict[str, Any] = {}
         for name, kind in (
-            ("rounds", int), ("nodes-per-round", int), ("examples", int), ("steps", int), ("tasks", int), ("strategy", str),
-            ("strategy-options", json.loads), ("rank", int), ("server-step", float), ("seed", int), ("folder", Path),
+            ("rounds", int), ("nodes-per-round", int), ("examples", int), ("steps", int),
+            ("tasks", int), ("strategy", str),
+            ("strategy-options", json.loads), ("rank", int), ("server-step", float), ("seed", int),
+            ("folder", Path),
         ):  # fmt: skip
             try:
                 values[name.replace("-", "_")] = kind(run_config[name])
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"Run config {name!r} is {run_config.get(name)!r}: {error!r}.") from error
+                raise ValueError(
+                    f"Run config {name!r} is {run_config.get(name)!r}: {error!r}."
+                ) from error
         return cls(**{**values, "folder": values["folder"].absolute()})
 
     def central(self, run_id: int) -> CentralSettings:
-        """Central's settings; each run has a data directory of its own. One look of the gate, and no search after a rejection."""
+        """Central's settings; each run has a data directory of its own.
+
+        The gate takes one look, and no search follows a rejection.
+        """
         return CentralSettings(
             data_dir=self.folder / f"central-{run_id}",
             merge={
@@ -81,7 +91,9 @@ class SimulationConfig:
     def node(self, partition: int) -> EdgeSettings:
         """A virtual node's settings."""
         letter = LETTERS[partition % len(LETTERS)]
-        recipe = {key.removeprefix("EDGE_LEARNING__").lower(): value for key, value in LEARNING.items()}
+        recipe = {
+            key.removeprefix("EDGE_LEARNING__").lower(): value for key, value in LEARNING.items()
+        }
         return EdgeSettings(
             data_dir=self.folder / "nodes" / f"{self.seed}-{self.examples}" / str(partition),
             base={"path": build_base(CACHE)},
@@ -93,5 +105,11 @@ class SimulationConfig:
                 },
                 {"name": "public", "factory": f"{ENVIRONMENTS}:PublicTenants", "anchor": True},
             ],
-            learning={**recipe, **SMALL, "steps": self.steps, "seed": self.seed, "checkpoint_steps": 1000},
+            learning={
+                **recipe,
+                **SMALL,
+                "steps": self.steps,
+                "seed": self.seed,
+                "checkpoint_steps": 1000,
+            },
         )

@@ -1,8 +1,10 @@
 """`python -m examples.simulation.run`: the simulation with one command, on a SuperLink of its own.
 
-In: number of virtual nodes, run config. Out: what README.md says, in a folder; exit code 0 only when all rounds were done.
-Starts `flower-superlink` on free ports with its home in that folder, hands it `flwr run`, shows the lines of our ServerApp, and stops
-it. Nothing leaves the machine: Flower's and Ray's reports of use and the update check are off, and nothing is installed at run time.
+In: number of virtual nodes, run config. Out: what README.md says, in a folder; exit code 0 only
+when all rounds were done. Starts `flower-superlink` on free ports with its home in that folder,
+hands it `flwr run`, shows the lines of our ServerApp, and stops it. Nothing leaves the machine:
+Flower's and Ray's reports of use and the update check are off, and nothing is installed at run
+time.
 """
 
 from __future__ import annotations
@@ -50,11 +52,17 @@ QUIET = {
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if importlib.util.find_spec("ray") is None:
-        print(f"simulation: Ray is not installed; Flower's simulation runs on it. Next: {INSTALL}", file=sys.stderr)
+        print(
+            f"simulation: Ray is not installed; Flower's simulation runs on it. Next: {INSTALL}",
+            file=sys.stderr,
+        )
         return 2
     folder: Path = options.folder.absolute()
     if folder.exists() and not (folder / "flower").is_dir() and any(folder.iterdir()):
-        print(f"simulation: {folder} is not the folder of an earlier simulation; name another one.", file=sys.stderr)
+        print(
+            f"simulation: {folder} is not the folder of an earlier simulation; name another one.",
+            file=sys.stderr,
+        )
         return 2
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "flower").mkdir(parents=True)
@@ -74,39 +82,61 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     report = folder / "report.json"
     if status != 0 or not report.is_file():
-        print(f"simulation: it did not end as it should; see {folder}/flower/run.log", file=sys.stderr)
+        print(
+            f"simulation: it did not end as it should; see {folder}/flower/run.log", file=sys.stderr
+        )
         return 1
     figures = {"wall_s": round(time.monotonic() - begun, 1), "peak_memory_mb": peak_mb}
     report.write_text(json.dumps({**json.loads(report.read_text()), **figures}, indent=1))
-    print(f"{figures['wall_s']:.0f} s with Flower's start and stop, {peak_mb} MB at most over all processes")
+    print(
+        f"{figures['wall_s']:.0f} s with Flower's start and stop, "
+        f"{peak_mb} MB at most over all processes"
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m examples.simulation.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.simulation.run", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--nodes", type=int, default=50, help="virtual nodes (50)")
-    parser.add_argument("--folder", type=Path, default=REPOSITORY / "simulation-run", help="results (simulation-run)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=REPOSITORY / "simulation-run",
+        help="results (simulation-run)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="a key of [tool.flwr.app.config] in examples/simulation/pyproject.toml; may be repeated",
+        help="a key of [tool.flwr.app.config] in simulation/pyproject.toml; may be repeated",
     )  # fmt: skip
     return parser
 
 
 @contextmanager
 def _superlink(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A SuperLink in simulation mode, in a session of its own, ready when this yields; stopped with all that it started."""
+    """A SuperLink in simulation mode, in a session of its own, ready when this yields.
+
+    It is stopped with all that it started.
+    """
     port = _free_port()
     (folder / "flower" / "config.toml").write_text(
-        f'[superlink]\ndefault = "simulation"\n\n[superlink.simulation]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "simulation"\n\n'
+        f'[superlink.simulation]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     command = [
-        _program("flower-superlink"), "--insecure", "--simulation", "--control-api-address", f"127.0.0.1:{port}",
+        _program("flower-superlink"), "--insecure", "--simulation", "--control-api-address",
+        f"127.0.0.1:{port}",
         "--serverappio-api-address", "127.0.0.1:0",
     ]  # fmt: skip
     with (folder / "flower" / "superlink.log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=folder, env=_environment(folder), stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=folder,
+            env=_environment(folder),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         _wait_ready(process, port, folder)
@@ -121,27 +151,41 @@ def _wait_ready(process: subprocess.Popen[bytes], port: int, folder: Path) -> No
     try:
         while True:
             if process.poll() is not None:
-                raise OSError(f"flower-superlink ended with {process.returncode}; see {folder}/flower/superlink.log.")
+                raise OSError(
+                    f"flower-superlink ended with {process.returncode}; "
+                    f"see {folder}/flower/superlink.log."
+                )
             try:
                 grpc.channel_ready_future(channel).result(timeout=0.5)
                 return
             except grpc.FutureTimeoutError:
                 if time.monotonic() > until:
-                    raise TimeoutError(f"flower-superlink is not ready after {START_TIMEOUT_S} s.") from None
+                    raise TimeoutError(
+                        f"flower-superlink is not ready after {START_TIMEOUT_S} s."
+                    ) from None
     finally:
         channel.close()
 
 
 def _flwr_run(options: argparse.Namespace, folder: Path) -> int:
     config = " ".join([f"folder='{folder}'", *map(_as_toml, options.set)])
-    federation = f"num-supernodes={options.nodes} client-resources-num-cpus=1 init-args-num-cpus={os.cpu_count() or 1}"
+    federation = (
+        f"num-supernodes={options.nodes} client-resources-num-cpus=1 "
+        f"init-args-num-cpus={os.cpu_count() or 1}"
+    )
     command = [
-        _program("flwr"), "run", str(APP), "--stream", "--run-config", config, "--federation-config", federation
+        _program("flwr"), "run", str(APP), "--stream", "--run-config", config,
+        "--federation-config", federation
     ]  # fmt: skip
     with (
         (folder / "flower" / "run.log").open("w") as log,
         subprocess.Popen(
-            command, cwd=folder, env=_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=folder,
+            env=_environment(folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as process,
     ):
         assert process.stdout is not None
@@ -171,7 +215,13 @@ def _environment(folder: Path) -> dict[str, str]:
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Flower finds its own programs by name.
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(folder / "flower"), "PYTHONPATH": path, "PATH": programs}
+    return {
+        **os.environ,
+        **QUIET,
+        "FLWR_HOME": str(folder / "flower"),
+        "PYTHONPATH": path,
+        "PATH": programs,
+    }
 
 
 def _program(name: str) -> str:

@@ -1,6 +1,7 @@
-"""Central's ServerApp with Flower's virtual nodes: prints a line per round, writes results and a picture.
+"""Central's ServerApp with Flower's virtual nodes: prints a line per round, writes results.
 
-In: the run config and Flower's Grid. Out: `<folder>/report.json`, `<folder>/plot.png` and central's data directory.
+In: the run config and Flower's Grid. Out: `<folder>/report.json`, `<folder>/plot.png` and central's
+data directory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from central.federation.simulation import Round, simulate
+from central.cohort.simulation import Round, simulate
 from examples.quickstart.model import build_base
 from examples.simulation.config import CACHE, SimulationConfig
 from examples.simulation.plot import write_plot
@@ -28,12 +29,26 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the simulation of this run config."""
     config = SimulationConfig.read(context.run_config)
-    base = build_base(CACHE, lambda step, steps: _say(f"base model: {step}/{steps} steps") if step % 100 == 0 else None)
+    base = build_base(
+        CACHE,
+        lambda step, steps: _say(f"base model: {step}/{steps} steps") if step % 100 == 0 else None,
+    )
     settings = config.central(context.run_id)
     nodes = len(list(grid.get_node_ids()))
-    _say(f"{nodes} virtual nodes, {config.rounds} rounds, {config.strategy}; results in {config.folder}")
+    _say(
+        f"{nodes} virtual nodes, {config.rounds} rounds, {config.strategy}; "
+        f"results in {config.folder}"
+    )
     watcher = _Printer(config, nodes)
-    simulate(grid, context, settings, read_base_model(base).digest, config.rounds, config.nodes_per_round, watcher)
+    simulate(
+        grid,
+        context,
+        settings,
+        read_base_model(base).digest,
+        config.rounds,
+        config.nodes_per_round,
+        watcher,
+    )
     watcher.finish(settings.data_dir)
 
 
@@ -49,7 +64,10 @@ class _Printer:
     def on_progress(self, number: int, message_type: str, replied: int, asked: int) -> None:
         if replied == asked or replied % 10 == 0:
             done = "trained" if message_type == "train" else "judged"
-            _say(f"round {number}/{self._config.rounds}: {replied} of {asked} nodes {done}, {self._elapsed()} s")
+            _say(
+                f"round {number}/{self._config.rounds}: {replied} of {asked} nodes {done}, "
+                f"{self._elapsed()} s"
+            )
 
     def on_round(self, round: Round) -> None:
         if not self._rounds:
@@ -57,7 +75,8 @@ class _Printer:
         self._rounds.append(round)
         verdict = "accepted" if round.accepted else "rejected"
         _say(
-            f"round {round.number}/{self._config.rounds}: {_rates(round.after)}  {round.release} {verdict}, "
+            f"round {round.number}/{self._config.rounds}: {_rates(round.after)}  "
+            f"{round.release or 'no candidate'} {verdict}, "
             f"{round.trained} updates, {round.seconds:.0f} s"
         )
         if not round.accepted:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ from safetensors.numpy import save_file
 
 from central.fleet.presence import Presence
 from central.fleet.tokens import PREFIX
-from central.main import Rooms, Services, open_rooms
+from central.journal import EventKind, NewEvent
+from central.rooms import Rooms, open_rooms
+from central.server import Services
 from central.settings import CentralSettings
 from edge_node.identity import JoinToken
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, Start, UpdateManifest, sha256_hex, sign
-from protos.operator.v1 import operator_pb2, operator_pb2_grpc
+from protos.operators.v1 import operators_pb2, operators_pb2_grpc
 from protos.releases.v1 import releases_pb2_grpc
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
 from tests.unit.central import builders as make
@@ -40,6 +42,8 @@ from tests.unit.central import builders as make
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 DOWN_PROJ = "model.layers.0.mlp.down_proj"
 SHAPES = {Q_PROJ: (8, 8), DOWN_PROJ: (8, 16)}
+Run = Callable[..., tuple[int, str]]
+"""A command of central, run with a data directory, arguments and settings: see conftest.run."""
 
 
 def make_base(folder: Path, seed: int = 0) -> Path:
@@ -48,7 +52,8 @@ def make_base(folder: Path, seed: int = 0) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer.json").write_text(json.dumps({"seed": seed}))
     save_file(
-        {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, folder / "model.safetensors"
+        {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in SHAPES.items()},
+        folder / "model.safetensors",
     )
     return folder
 
@@ -99,7 +104,10 @@ class Node:
             "sequence": sequence,
             "base": genesis.base,
             "start": Start(
-                release=genesis.digest, payload=genesis.payload.digest_sha256, prefix_rank=0, dtype="float32"
+                release=genesis.digest,
+                payload=genesis.payload.digest_sha256,
+                prefix_rank=0,
+                dtype="float32",
             ),
             "rank": 2,
             "payload": Payload(digest_sha256=sha256_hex(data), size_bytes=len(data)),
@@ -119,11 +127,13 @@ class Node:
         stop: int | None = None,
         signature: bytes | None = None,
     ) -> updates_pb2.Receipt:
-        """Send payload[offset:stop] in small chunks; again when gRPC lost central's answer, as a node does."""
+        """Send payload[offset:stop] in chunks; again when gRPC lost the answer, as a node does."""
         data = (manifest or self.manifest(payload)).to_bytes()
 
         async def parts() -> AsyncIterator[updates_pb2.UploadRequest]:
-            header = updates_pb2.UploadHeader(manifest=data, signature=signature or sign(self.key, data), offset=offset)
+            header = updates_pb2.UploadHeader(
+                manifest=data, signature=signature or sign(self.key, data), offset=offset
+            )
             yield updates_pb2.UploadRequest(header=header)
             end = len(payload) if stop is None else stop
             for begin in range(offset, end, 300):
@@ -133,24 +143,26 @@ class Node:
             try:
                 return (await self.updates.Upload(parts(), timeout=20)).receipt
             except grpc.aio.AioRpcError as error:
-                # A chunk that is written while the refusal arrives fails with this, and the refusal is never seen.
+                # A chunk written while the refusal arrives fails with this and hides the refusal.
                 if error.details() != "Internal error from Core":
                     raise
 
     async def begin(
         self, payload: bytes, sequence: int = 1, stop: int | None = None
     ) -> grpc.aio.StreamUnaryCall[updates_pb2.UploadRequest, updates_pb2.UploadResponse]:
-        """An upload that sends payload[:stop] in one chunk, none when that is nothing, and then waits."""
+        """An upload that sends payload[:stop] in one chunk, or no chunk, and then waits."""
         data = self.manifest(payload, sequence).to_bytes()
         call = self.updates.Upload(timeout=20)
         header = updates_pb2.UploadHeader(manifest=data, signature=sign(self.key, data), offset=0)
-        await call.write(updates_pb2.UploadRequest(header=header))
+        await write(call, updates_pb2.UploadRequest(header=header))
         if chunk := payload[:stop]:
-            await call.write(updates_pb2.UploadRequest(chunk=chunk))
+            await write(call, updates_pb2.UploadRequest(chunk=chunk))
         return call
 
     async def query(self, update_id: str) -> updates_pb2.QueryUploadResponse:
-        return await self.updates.QueryUpload(updates_pb2.QueryUploadRequest(update_id=update_id), timeout=20)
+        return await self.updates.QueryUpload(
+            updates_pb2.QueryUploadRequest(update_id=update_id), timeout=20
+        )
 
 
 @dataclass
@@ -162,10 +174,12 @@ class Central:
     stack: AsyncExitStack
 
     @property
-    def operator(self) -> operator_pb2_grpc.OperatorServiceStub:
+    def operators(self) -> operators_pb2_grpc.OperatorServiceStub:
         folder = self.settings.data_dir / "pki"
-        return operator_pb2_grpc.OperatorServiceStub(
-            self.channel((folder / "operator.key").read_bytes(), (folder / "operator.pem").read_bytes())
+        return operators_pb2_grpc.OperatorServiceStub(
+            self.channel(
+                (folder / "operator.key").read_bytes(), (folder / "operator.pem").read_bytes()
+            )
         )
 
     def channel(
@@ -173,22 +187,30 @@ class Central:
     ) -> grpc.aio.Channel:
         """`port`: of a relay to central, if not central's own."""
         credentials = grpc.ssl_channel_credentials(self.rooms.pki.ca_pem, key, certificate)
-        channel = grpc.aio.secure_channel(f"localhost:{port or self.settings.listen.port}", credentials)
+        channel = grpc.aio.secure_channel(
+            f"localhost:{port or self.settings.listen.port}", credentials
+        )
         self.stack.push_async_callback(channel.close)
         return channel
 
     async def token(self, cohort: str = "shared", uses: int = 10) -> JoinToken:
-        request = operator_pb2.CreateTokenRequest(cohort=cohort, uses=uses, valid_s=3600)
-        text = (await self.operator.CreateToken(request, timeout=20)).token
+        request = operators_pb2.CreateTokenRequest(cohort=cohort, uses=uses, valid_s=3600)
+        text = (await self.operators.CreateToken(request, timeout=20)).token
         assert text.startswith(PREFIX)
         return JoinToken.parse(text)
 
     async def enroll(
-        self, name: str, token: JoinToken, key: ec.EllipticCurvePrivateKey | None = None, **changed: Any
+        self,
+        name: str,
+        token: JoinToken,
+        key: ec.EllipticCurvePrivateKey | None = None,
+        **changed: Any,
     ) -> Node:
         key = key or ec.generate_private_key(ec.SECP256R1())
         address = f"localhost:{self.settings.listen.enrollment_port}"
-        answer = await join(address, name, token, key, **{"base_digest": self.rooms.base.digest, **changed})
+        answer = await join(
+            address, name, token, key, **{"base_digest": self.rooms.base.digest, **changed}
+        )
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return Node(answer.node_id, key, answer, self.channel(pem, answer.certificate_pem))
 
@@ -196,7 +218,7 @@ class Central:
 async def join(
     address: str, name: str, token: JoinToken, key: ec.EllipticCurvePrivateKey, **fields: Any
 ) -> fleet_pb2.EnrollResponse:
-    """What a node of this name gets for its token; `fields` are those of the request that a test sets itself."""
+    """What a node of this name gets for its token; `fields` replace those of its request."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA256())
     made = {
@@ -205,7 +227,9 @@ async def join(
         "csr_pem": request.public_bytes(Encoding.PEM),
         "node_name": name,
     }
-    async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(token.ca_pem)) as channel:
+    async with grpc.aio.secure_channel(
+        address, grpc.ssl_channel_credentials(token.ca_pem)
+    ) as channel:
         stub = fleet_pb2_grpc.EnrollmentServiceStub(channel)
         return await stub.Enroll(fleet_pb2.EnrollRequest(**{**made, **fields}), timeout=20)
 
@@ -225,11 +249,16 @@ def make_settings(folder: Path, **groups: Mapping[str, Any]) -> CentralSettings:
 
 @asynccontextmanager
 async def running_central(
-    settings: CentralSettings, heartbeat_s: float = 10.0, failure: Callable[[str], str] = lambda cohort: ""
+    settings: CentralSettings,
+    heartbeat_s: float = 10.0,
+    failure: Callable[[str], str] = lambda cohort: "",
 ) -> AsyncIterator[Central]:
     with ExitStack() as stores:
         rooms = await asyncio.to_thread(open_rooms, settings, stores)
-        async with Services(rooms, settings, Presence(), heartbeat_s, failure), AsyncExitStack() as stack:
+        async with (
+            Services(rooms, settings, Presence(), heartbeat_s, failure),
+            AsyncExitStack() as stack,
+        ):
             yield Central(rooms, settings, stack)
 
 
@@ -241,6 +270,15 @@ async def limited_central(folder: Path) -> AsyncIterator[Central]:
         yield running
 
 
+async def write(
+    call: grpc.aio.StreamUnaryCall[updates_pb2.UploadRequest, updates_pb2.UploadResponse],
+    request: updates_pb2.UploadRequest,
+) -> None:
+    """Sends `request`, or nothing where central ended the call: awaiting the call says why."""
+    with suppress(asyncio.InvalidStateError):
+        await call.write(request)
+
+
 async def refusal(call: Any) -> tuple[grpc.StatusCode, str | None, str]:
     """Status, reason and text of a call that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -248,15 +286,31 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, str | None, str]:
     return caught.value.code(), reason(caught.value), caught.value.details() or ""
 
 
-async def make_candidate(central: Central, node: Node, payload: bytes, large: bool = False) -> tuple[str, bytes]:
-    """Id and payload of a candidate made of one uploaded update; `large`: of 8 MB, which no buffer takes at once."""
+async def make_candidate(
+    central: Central, node: Node, payload: bytes, large: bool = False
+) -> tuple[str, bytes]:
+    """Id and payload of a candidate from one uploaded update; `large`: 8 MB, more than a buffer."""
     await node.upload(payload)
     plan = make.make_plan(node.genesis, node.manifest(payload))
     await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
     merged = encode(LoraTensors({Q_PROJ: make_factors(9, 1 << 17 if large else 2).modules[Q_PROJ]}))
-    manifest = await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
-    assert manifest == await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, merged, 0.25)
+    manifest = await asyncio.to_thread(
+        central.rooms.registry.add_candidate, plan.digest, merged, 0.25
+    )
+    assert manifest == await asyncio.to_thread(
+        central.rooms.registry.add_candidate, plan.digest, merged, 0.25
+    )
     return manifest.digest, merged
+
+
+async def accept(central: Central, release_id: str) -> None:
+    """The release is accepted and stable, as after its gate."""
+    body = {"accepted": True, "text": "fine", "environments": {}, "high_water": {}}
+    await asyncio.to_thread(
+        central.rooms.journal.append,
+        NewEvent(EventKind.VERDICT, "shared", release_id, body),
+        NewEvent(EventKind.PROMOTED, "shared", release_id, {"channel": "stable", "by": "gate"}),
+    )
 
 
 def encode_factors(seed: int = 0, rank: int = 2) -> bytes:

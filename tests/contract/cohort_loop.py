@@ -1,4 +1,4 @@
-"""A central without its servers, for tests of the loop: real journal, blobs and registry; nodes that answer offers."""
+"""A central without servers for tests of the loop; its nodes answer offers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,32 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from central.federation import JournalGrid
-from central.federation import grid as grid_module
-from central.federation.screening import screen_of
-from central.federation.server_app import CohortLoop
+from central.blobs import DirectoryBlobs
+from central.cohort import offers
+from central.cohort.loop import CohortLoop
 from central.heads import Heads
-from central.journal import EvaluationRecord, Event, EventKind, Journal, NewEvent, ReleaseRecord, State
-from central.registry import DirectoryBlobs, Registry
+from central.journal import (
+    EvaluationRecord,
+    Event,
+    EventKind,
+    Journal,
+    NewEvent,
+    ReleaseRecord,
+    State,
+)
+from central.releases import Registry
 from central.settings import CentralSettings
+from protos.encoding import Encoding
 from protos.lora import LoraModule, LoraTensors, decode, encode
 from protos.manifest import Payload
-from tests.unit.central.builders import AT, BASE, admitted, make_update, node_enrolled, token_created
+from tests.unit.central.builders import (
+    AT,
+    BASE,
+    admitted,
+    make_update,
+    node_enrolled,
+    token_created,
+)
 
 OUT, IN = 12, 10
 NAMES = ("layers.0.q", "layers.0.v")
@@ -52,13 +67,23 @@ class Central:
     def join(self, cohort: str, *nodes: str) -> None:
         self.registry.ensure_cohort(cohort)
         self.journal.append(
-            token_created(cohort, f"token-{cohort}"), *(node_enrolled(n, cohort, f"token-{cohort}") for n in nodes)
+            token_created(cohort, f"token-{cohort}"),
+            *(node_enrolled(n, cohort, f"token-{cohort}") for n in nodes),
         )
 
-    def admit(self, node: str, tensors: LoraTensors, cohort: str = "shared", sequence: int = 1) -> str:
-        data = encode(tensors)
+    def admit(
+        self,
+        node: str,
+        tensors: LoraTensors,
+        cohort: str = "shared",
+        sequence: int = 1,
+        encoding: Encoding = "float32",
+    ) -> str:
+        data = encode(tensors, encoding)
         payload = Payload(digest_sha256=self.blobs.put(data), size_bytes=len(data))
-        update = make_update(self.head(cohort).manifest, node, sequence, payload=payload)
+        update = make_update(
+            self.head(cohort).manifest, node, sequence, payload=payload, encoding=encoding
+        )
         self.journal.append(admitted(update, cohort))
         return update.digest
 
@@ -67,10 +92,12 @@ class Central:
 def opened(root: Path, builds_on: Mapping[str, str] = MappingProxyType({})) -> Iterator[Central]:
     """A central's stores under `root`; loops over them notice soon that they must stop."""
     blobs = DirectoryBlobs(root / "blobs")
-    journal = Journal(f"sqlite:///{root}/journal.db", clock=lambda: AT, seals=Heads(root, blobs, KEY))
+    journal = Journal(
+        f"sqlite:///{root}/journal.db", clock=lambda: AT, seals=Heads(root, blobs, KEY)
+    )
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grid_module, "STOP_CHECK_S", 0.02)
+            patch.setattr(offers, "STOP_CHECK_S", 0.02)
             yield Central(journal, blobs, Registry(journal, blobs, KEY, BASE, builds_on))
     finally:
         journal.close()
@@ -83,12 +110,16 @@ def dense(tensors: LoraTensors, name: str) -> np.ndarray:
     return module.scale * (module.B.astype(np.float64) @ module.A.astype(np.float64))
 
 
-def make_increment(seed: int, rank: int = 3, scale: float = 2.0, names: tuple[str, ...] = NAMES) -> LoraTensors:
+def make_increment(
+    seed: int, rank: int = 3, scale: float = 2.0, names: tuple[str, ...] = NAMES
+) -> LoraTensors:
     rng = np.random.default_rng(seed)
     return LoraTensors(
         {
             n: LoraModule(
-                rng.standard_normal((rank, IN), np.float32), rng.standard_normal((OUT, rank), np.float32), scale
+                rng.standard_normal((rank, IN), np.float32),
+                rng.standard_normal((OUT, rank), np.float32),
+                scale,
             )
             for n in names
         }
@@ -100,6 +131,20 @@ def make_settings(quorum: int = 0, **merge: object) -> CentralSettings:
     return CentralSettings(merge={"min_updates": 2, "rank": 8, **merge}, gate=gate)  # type: ignore[arg-type]
 
 
+def make_loop(
+    central: Central,
+    settings: CentralSettings,
+    cohort: str = "shared",
+    clock: Callable[[], str] = lambda: AT,
+    is_connected: Callable[[str], bool] = lambda node: True,
+    stop: threading.Event | None = None,
+) -> CohortLoop:
+    """The cohort's loop on the grid of a running central."""
+    journal, stop = central.journal, stop or threading.Event()
+    grid = offers.JournalGrid(cohort, journal, stop, is_connected, clock)
+    return CohortLoop(cohort, journal, central.registry, central.blobs, settings, grid)
+
+
 def take_steps(
     central: Central,
     settings: CentralSettings,
@@ -109,17 +154,17 @@ def take_steps(
     is_connected: Callable[[str], bool] = lambda node: True,
 ) -> None:
     """The loop in this thread; `until` is asked before every step."""
-    screen = screen_of(settings.merge.policy(cohort), central.blobs)
-    grid = JournalGrid(cohort, central.journal, settings, threading.Event(), is_connected, clock, screen)
-    loop = CohortLoop(cohort, central.journal, central.registry, central.blobs, settings)
+    loop = make_loop(central, settings, cohort, clock, is_connected)
     for _ in range(10):
         if until():
             return
-        loop.step(grid)
+        loop.step()
     raise AssertionError("not reached after ten steps")
 
 
-def result(environment: str, both: int = 10, b: int = 0, c: int = 5, neither: int = 5) -> dict[str, object]:
+def result(
+    environment: str, both: int = 10, b: int = 0, c: int = 5, neither: int = 5
+) -> dict[str, object]:
     return {
         "environment": environment,
         "tasks_digest": "0" * 64,
@@ -135,14 +180,18 @@ Reply = tuple[list[dict[str, object]], str]
 """Results, or none and why."""
 
 
-def answering(journal: Journal, answer: Callable[[str], Reply | None]) -> AbstractContextManager[None]:
+def answering(
+    journal: Journal, answer: Callable[[str], Reply | None]
+) -> AbstractContextManager[None]:
     """Nodes that answer every evaluation offer with `answer(node_id)`; None stays silent."""
     return answering_offers(journal, lambda offer, node: answer(node))
 
 
 @contextmanager
-def answering_offers(journal: Journal, answer: Callable[[EvaluationRecord, str], Reply | None]) -> Iterator[None]:
-    """The same, by what is asked; once a candidate is decided, its offers are no longer answered."""
+def answering_offers(
+    journal: Journal, answer: Callable[[EvaluationRecord, str], Reply | None]
+) -> Iterator[None]:
+    """The same, by what is asked; offers of a decided candidate get no answer."""
     done = threading.Event()
 
     def pending(state: State) -> NewEvent | bool | None:
@@ -150,7 +199,9 @@ def answering_offers(journal: Journal, answer: Callable[[EvaluationRecord, str],
             for node in offer.nodes if state.releases[offer.candidate].state == "candidate" else ():
                 if node not in offer.reports and (reply := answer(offer, node)) is not None:
                     body = {"node_id": node, "results": reply[0], "abstain_reason": reply[1]}
-                    return NewEvent(EventKind.EVALUATION_REPORTED, offer.cohort, offer.offer_id, body)
+                    return NewEvent(
+                        EventKind.EVALUATION_REPORTED, offer.cohort, offer.offer_id, body
+                    )
         return done.is_set() or None
 
     def work() -> None:
@@ -180,7 +231,10 @@ class Crash:
 
 @contextmanager
 def crashing_at(central: Central, append_step: int | None) -> Iterator[Crash]:
-    """End the block as `kill -9` would at this thread's append `append_step // 2`: before it (even) or after it (odd)."""
+    """End the block as `kill -9` would: before (even) or after (odd) append `append_step // 2`.
+
+    Only appends of this thread count.
+    """
     append, loop_thread, count = central.journal.append, threading.current_thread(), 0
 
     def crashing(*events: NewEvent) -> list[Event]:

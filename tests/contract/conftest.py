@@ -1,4 +1,4 @@
-"""What several contract tests share: servers, started when the first one asks, and a central of their own with a node."""
+"""What contract tests share: servers, a central of their own with a node, its commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from tests.contract.central_harness import Central, Node, limited_central
+from central.cli import main
+from tests.contract.central_harness import Central, Node, Run, limited_central
 from tests.contract.postgres import binaries, running_postgres
 from tests.contract.s3 import S3, running_s3
 
@@ -17,7 +18,9 @@ from tests.contract.s3 import S3, running_s3
 def postgres_server() -> Iterator[sa.URL]:
     """A PostgreSQL; skips where there is none."""
     if binaries() is None:
-        pytest.skip("PostgreSQL is not on PATH: install Debian's postgresql, or put its bin folder on PATH")
+        pytest.skip(
+            "PostgreSQL is not on PATH: install Debian's postgresql, or put its bin folder on PATH"
+        )
     with running_postgres() as url:
         yield url
 
@@ -51,3 +54,19 @@ async def central(tmp_path: Path) -> AsyncIterator[Central]:
 async def node(central: Central) -> Node:
     """Enrolled in the shared cohort."""
     return await central.enroll("a", await central.token())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process: (exit code, what it printed)."""
+
+    def command(data_dir: Path, *arguments: str, **environment: str) -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            for key, value in {"CENTRAL_DATA_DIR": str(data_dir), **environment}.items():
+                patch.setenv(key, value)
+            with pytest.raises(SystemExit) as ended:
+                main(list(arguments))
+        out, err = capsys.readouterr()
+        return int(str(ended.value.code)), out + err
+
+    return command

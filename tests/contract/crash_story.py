@@ -1,10 +1,11 @@
-"""One story of a central that is killed at a fault point, restarted, and driven on: what its crash test compares.
+"""One story of a central that is killed at a fault point, restarted, and driven on to its end.
 
-In: a prepared data directory and a fault (or none). Out: what the journal and the blobs hold at the end. The driver does
-what nodes and an operator do: it repeats each step until central has answered, whatever dies meanwhile.
+In: a prepared data directory and a fault (or none). Out: the ending. The driver does what nodes
+and an operator do: it repeats each step until central has answered, whatever dies meanwhile.
 
-The story: two nodes upload, a merge passes the gate (version 1); two more updates start from it (version 2); the operator
-rolls back to version 1 and requeues; the same two updates are merged again (version 2 anew).
+The story: two nodes upload, a merge passes the gate (version 1); two more updates start from it
+(version 2); the operator rolls back to version 1 and requeues; the same two updates are merged
+again (version 2 anew).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -25,40 +25,35 @@ import grpc
 
 from central.faults import VARIABLE
 from central.fleet.pki import Pki
-from central.journal import EventKind, Journal, State
-from central.registry import DirectoryBlobs
+from central.journal import EventKind
 from central.settings import CentralSettings
 from protos.base import read_base_model
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import ReleaseManifest, Start, sha256_hex, verify
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
+from tests.contract.crash_ending import PAYLOADS, Ending, read_ending
 
 ROOT = Path(__file__).resolve().parents[2]
-PAYLOADS = [harness.encode_factors(seed) for seed in range(6)]
 LIMIT_S = 90.0
 
-
-@dataclass(frozen=True)
-class Ending:
-    """What must be the same with and without a kill."""
-
-    payloads: list[str]
-    """Digests of the payloads of every cohort's stable line, oldest first: bit-identical."""
-    server_states: list[str | None]
-    """Of the same releases."""
-    merged_in: list[tuple[int, str]]
-    """Version of the release that holds each update (0: none), in order of upload, and the update's state."""
-    admissions: int
-    verdicts: list[bool]
-    looks: list[int]
-    """Of every evaluation offer."""
-    rollbacks: int
-    leftovers: list[str]
-    """Unfinished uploads and temporary files."""
-    resent_bytes: int = field(compare=False)
-    """Bytes of payloads that nodes sent again after a kill."""
+CONTRIBUTIONS = (
+    "token_created",
+    "token_revoked",
+    "node_enrolled",
+    "node_revoked",
+    "node_quarantined",
+    "node_released",
+    "node_silent",
+    "update_superseded",
+    "update_set_aside",
+    "update_requeued",
+    "forget_ordered",
+    "forget_failed",
+    "release_served",
+)
+"""Kinds of events of what nodes and operators do besides merges; test_crash_contributions.py."""
 
 
 class Story:
@@ -67,7 +62,9 @@ class Story:
     policy: ClassVar[Mapping[str, str]] = {}
     """Further settings of central."""
 
-    def __init__(self, folder: Path, settings: CentralSettings, nodes: list[harness.Node], fault: str | None) -> None:
+    def __init__(
+        self, folder: Path, settings: CentralSettings, nodes: list[harness.Node], fault: str | None
+    ) -> None:
         self.kills = 0
         self._folder = folder
         self._settings = settings
@@ -96,7 +93,7 @@ class Story:
             if self._process is not None and self._process.returncode is None:
                 self._process.kill()
                 await self._process.wait()
-        return await asyncio.to_thread(self._ending)
+        return await asyncio.to_thread(read_ending, self._settings.data_dir, self._resent_bytes)
 
     def _node_work(self) -> list[Coroutine[Any, Any, None]]:
         """What nodes do by themselves; node b never evaluates."""
@@ -126,15 +123,28 @@ class Story:
             try:
                 return await step(self._central)
             except grpc.aio.AioRpcError as error:
-                passing = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+                passing = (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.CANCELLED,
+                    grpc.StatusCode.UNKNOWN,
+                )
                 if error.code() not in passing and harness.reason(error) != "WRONG_OFFSET":
                     raise
-                with suppress(TimeoutError):  # the process that died may not have been waited for yet
+                with suppress(
+                    TimeoutError
+                ):  # the process that died may not have been waited for yet
                     await asyncio.wait_for(self._process.wait(), 0.5)
 
-    async def _upload(self, number: int, start: ReleaseManifest, node: harness.Node | None = None) -> None:
+    async def _upload(
+        self, number: int, start: ReleaseManifest, node: harness.Node | None = None
+    ) -> None:
         node, payload = node or self._nodes[number % 2], PAYLOADS[number]
-        begin = Start(release=start.digest, payload=start.payload.digest_sha256, prefix_rank=0, dtype="float32")
+        begin = Start(
+            release=start.digest,
+            payload=start.payload.digest_sha256,
+            prefix_rank=0,
+            dtype="float32",
+        )
         manifest = node.manifest(payload, number + 1, start=begin)
         self._sent[number] = manifest.digest
         self._resent_bytes -= len(payload)
@@ -151,7 +161,10 @@ class Story:
         await self._again(step)
 
     async def _head_with(
-        self, wanted: Callable[[ReleaseManifest], bool], channel: str = "stable", node: harness.Node | None = None
+        self,
+        wanted: Callable[[ReleaseManifest], bool],
+        channel: str = "stable",
+        node: harness.Node | None = None,
     ) -> ReleaseManifest:
         async def step(central: harness.Central) -> ReleaseManifest | None:
             del central
@@ -173,28 +186,32 @@ class Story:
         async def step(central: harness.Central) -> None:
             if EventKind.ROLLED_BACK in await self._kinds(central):
                 return
-            request = operator_pb2.RollbackReleaseRequest(
+            request = operators_pb2.RollbackReleaseRequest(
                 cohort="shared",
                 release=target.digest,
-                updates=operator_pb2.ABANDONED_UPDATES_REQUEUE,
+                updates=operators_pb2.ABANDONED_UPDATES_REQUEUE,
                 channel=channel,
             )
-            await central.operator.RollbackRelease(request, timeout=10)
+            await central.operators.RollbackRelease(request, timeout=10)
 
         await self._again(step)
 
     async def _kinds(self, central: harness.Central) -> list[str]:
         """Of the journal's events, in order."""
-        answer = await central.operator.ListEvents(operator_pb2.ListEventsRequest(limit=1000), timeout=10)
+        answer = await central.operators.ListEvents(
+            operators_pb2.ListEventsRequest(limit=1000), timeout=10
+        )
         return [event.kind for event in answer.events]
 
     async def _evaluate(self, node: harness.Node) -> None:
-        """The node answers every evaluation offer: a few tasks more with the candidate, too few to be sure at the first look."""
+        """Reports a few more tasks passed with the candidate: too few for the first look."""
         while True:
             try:
                 async for event in node.fleet.Watch(fleet_pb2.WatchRequest()):
                     if event.WhichOneof("event") == "evaluation":
-                        first_task = next((suite.first_task for suite in event.evaluation.suites), 0)
+                        first_task = next(
+                            (suite.first_task for suite in event.evaluation.suites), 0
+                        )
                         result = releases_pb2.EnvironmentResult(
                             environment="e",
                             tasks_digest=sha256_hex(str(first_task).encode()),
@@ -214,7 +231,11 @@ class Story:
 
     async def _start(self, fault: str | None) -> None:
         settings = self._settings
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("CENTRAL_", VARIABLE))}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("CENTRAL_", VARIABLE))
+        }
         environment |= {
             "CENTRAL_DATA_DIR": str(settings.data_dir),
             "CENTRAL_BASE__PATH": str(settings.base.path),
@@ -236,7 +257,9 @@ class Story:
         line = await self._process.stdout.readline()
         if not line:  # a fault point on the way to readiness
             await self._process.wait()
-            assert self._process.returncode == -signal.SIGKILL, (self._folder / "central.log").read_text()[-2000:]
+            assert self._process.returncode == -signal.SIGKILL, (
+                self._folder / "central.log"
+            ).read_text()[-2000:]
             self.kills += 1
             await self._start(None)
             return
@@ -247,7 +270,11 @@ class Story:
             pki = Pki.load_or_create(self._settings.data_dir, [])
             base = read_base_model(self._settings.base.path or Path())
 
-        self._central = harness.Central(Seen(), self._settings, self._stack)  # type: ignore[arg-type]
+        self._central = harness.Central(
+            Seen(),  # type: ignore[arg-type]
+            self._settings,
+            self._stack,
+        )
 
     async def _stop(self) -> None:
         assert self._process is not None
@@ -255,56 +282,19 @@ class Story:
             self._process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(self._process.wait(), 30) in (0, -signal.SIGKILL)
 
-    def _ending(self) -> Ending:
-        data = self._settings.data_dir
-        journal = Journal(f"sqlite:///{data}/journal.db")
-        blobs = DirectoryBlobs(data / "blobs")
-        try:
-            journal.verify()
-            kinds = [event.kind for event in journal.events()]
-            looks = [e.body.get("look", 1) for e in journal.events() if e.kind is EventKind.EVALUATION_OFFERED]
-            verdicts = [bool(e.body["accepted"]) for e in journal.events() if e.kind is EventKind.VERDICT]
-            with journal.read() as state:
-                line = [release for cohort in state.cohorts() for release in _stable_line(state, cohort)]
-                for release in state.releases.values():
-                    blobs.read(release.manifest.payload.digest_sha256)
-                updates = sorted(state.updates.values(), key=lambda update: update.manifest.sequence)
-                for update in updates:
-                    assert blobs.read(update.manifest.payload.digest_sha256) == PAYLOADS[update.manifest.sequence - 1]
-                return Ending(
-                    payloads=[release.payload.digest_sha256 for release in line],
-                    server_states=[state.releases[release.digest].server_state for release in line],
-                    merged_in=[
-                        (state.releases[update.release_id].manifest.version if update.release_id else 0, update.state)
-                        for update in updates
-                    ],
-                    admissions=kinds.count(EventKind.UPDATE_ADMITTED),
-                    verdicts=verdicts,
-                    looks=looks,
-                    rollbacks=kinds.count(EventKind.ROLLED_BACK),
-                    leftovers=[p.name for pattern in ("*.part", "*.tmp") for p in data.rglob(pattern)],
-                    resent_bytes=self._resent_bytes,
-                )
-        finally:
-            journal.close()
-
-
-def _stable_line(state: State, cohort: str) -> list[ReleaseManifest]:
-    line: list[ReleaseManifest] = []
-    head = state.head(cohort)
-    while head is not None:
-        line.insert(0, head.manifest)
-        head = state.releases.get(head.manifest.parent or "")
-    return line
-
 
 async def prepare(
-    folder: Path, nodes: Mapping[str, str] = MappingProxyType({"a": "shared", "b": "shared"}), **groups: Any
+    folder: Path,
+    nodes: Mapping[str, str] = MappingProxyType({"a": "shared", "b": "shared"}),
+    **groups: Any,
 ) -> tuple[CentralSettings, list[harness.Node]]:
     """A central with enrolled nodes (cohort by name), not running; copied for every story."""
     settings = harness.make_settings(folder, **groups)
     async with harness.running_central(settings) as central:
-        enrolled = [await central.enroll(name, await central.token(cohort)) for name, cohort in nodes.items()]
+        enrolled = [
+            await central.enroll(name, await central.token(cohort))
+            for name, cohort in nodes.items()
+        ]
     return settings, enrolled
 
 
@@ -315,25 +305,29 @@ async def tell(
     strategy: str = "product-mean",
     kind: type[Story] = Story,
 ) -> tuple[Ending, int]:
-    """The ending of the story on a copy of the prepared central, and how often central was killed."""
+    """The story's end on a copy of the prepared central, and how often central was killed."""
     settings, nodes = prepared
     shutil.copytree(settings.data_dir, folder / "central")
     ports = harness.make_settings(folder).listen
     merge = settings.merge.model_copy(update={"strategy": strategy})
-    settings = settings.model_copy(update={"data_dir": folder / "central", "listen": ports, "merge": merge})
+    settings = settings.model_copy(
+        update={"data_dir": folder / "central", "listen": ports, "merge": merge}
+    )
     async with AsyncExitStack() as stack:
         own = [await _reconnect(node, settings, stack) for node in nodes]
         story = kind(folder, settings, own, fault)
         return await story.run(), story.kills
 
 
-async def _reconnect(node: harness.Node, settings: CentralSettings, stack: AsyncExitStack) -> harness.Node:
+async def _reconnect(
+    node: harness.Node, settings: CentralSettings, stack: AsyncExitStack
+) -> harness.Node:
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     pem = node.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     ca = (settings.data_dir / "pki" / "ca.pem").read_bytes()
     credentials = grpc.ssl_channel_credentials(ca, pem, node.answer.certificate_pem)
-    # A central that starts again within a second is what this is about: gRPC's own pause would be longer.
+    # Central starts again within a second; gRPC's own pause would be longer.
     options = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200))
     channel = grpc.aio.secure_channel(f"localhost:{settings.listen.port}", credentials, options)
     stack.push_async_callback(channel.close)

@@ -1,6 +1,7 @@
 """Raw TLS and HTTP/2 by hand: what a hostile client writes, and a node's library never would.
 
-In: an address, certificates. Out: sockets and frames (RFC 9113). Every flood has an end in bytes and in seconds.
+In: an address, certificates. Out: sockets and frames (RFC 9113). Every flood has an end in bytes
+and in seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 2, 3, 4, 6, 8, 9
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    9,
+)
 END_STREAM, END_HEADERS = 1, 4
 FILLED = 64 << 10
 """Frames are written so many bytes at a time."""
@@ -33,7 +43,7 @@ def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> b
 
 
 def literal(name: str, value: bytes) -> bytes:
-    """A header field in HPACK without indexing and without Huffman (RFC 7541, 6.2.2); value and name below 127 bytes, or any value."""
+    """HPACK without index and Huffman (RFC 7541, 6.2.2); `name` has at most 126 bytes."""
     return b"\0" + _string(name.encode()) + _string(value)
 
 
@@ -61,7 +71,9 @@ def request_headers(path: str, *more: tuple[str, bytes]) -> bytes:
     return b"".join(literal(name, value) for name, value in fields)
 
 
-def connect(port: int, tls: ssl.SSLContext, *, preface: bool = True, timeout_s: float = 5.0) -> ssl.SSLSocket:
+def connect(
+    port: int, tls: ssl.SSLContext, *, preface: bool = True, timeout_s: float = 5.0
+) -> ssl.SSLSocket:
     """A connection after its TLS handshake, and after HTTP/2's preface if wished."""
     raw = socket.create_connection(("127.0.0.1", port), timeout_s)
     try:
@@ -82,7 +94,10 @@ def flood(
     *,
     reads: bool = False,
 ) -> int:
-    """Write frames until central hangs up or an end is reached; returns the bytes that it took. `reads`: its answers are read and dropped."""
+    """Write frames until central hangs up or an end is reached; returns the bytes that it took.
+
+    `reads`: its answers are read and dropped.
+    """
     sent, piece, ends = 0, bytearray(), time.monotonic() + seconds
     with suppress(OSError):
         for one in frames:
@@ -114,7 +129,7 @@ def _drain(connection: ssl.SSLSocket) -> None:
 
 
 def hung_up(connection: ssl.SSLSocket, seconds: float) -> bool:
-    """Whether central ends the connection within so long; what it writes meanwhile is read and dropped."""
+    """Whether central ends the connection within so long; what it writes is dropped."""
     ends = time.monotonic() + seconds
     while (left := ends - time.monotonic()) > 0:
         connection.settimeout(left)

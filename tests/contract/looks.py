@@ -1,4 +1,4 @@
-"""Nodes that answer looks as they are told, and a candidate's way through them: what the tests of looks share."""
+"""Nodes that answer looks as they are told, and a candidate's way through them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ from datetime import datetime, timedelta
 from central.journal import EvaluationRecord
 from central.settings import CentralSettings
 from protos.manifest import sha256_hex
-from tests.contract.cohort_loop import Central, Reply, answering_offers, make_increment, make_settings, take_steps
+from tests.contract.cohort_loop import (
+    Central,
+    Reply,
+    answering_offers,
+    make_increment,
+    make_settings,
+    take_steps,
+)
 from tests.unit.central.builders import AT
 
 
 class Clock:
-    """Some seconds pass with every look at the clock; the journal stamps events with it, and nodes look up each time."""
+    """Some seconds pass with every look at the clock.
+
+    The journal stamps events with it, and nodes look up each time.
+    """
 
     STEP_S = 2
 
@@ -34,11 +44,18 @@ class Clock:
 
 def settings(max_tasks: int = 160, **gate: object) -> CentralSettings:
     made = make_settings(quorum=1, min_updates=1)
-    return made.model_copy(update={"gate": made.gate.model_copy(update={"max_tasks": max_tasks, **gate})})
+    return made.model_copy(
+        update={"gate": made.gate.model_copy(update={"max_tasks": max_tasks, **gate})}
+    )
 
 
-def measured(offer: EvaluationRecord, node: str, name: str, shares: tuple[int, int, int, int], of: int = 10) -> dict:
-    """As many tasks as asked; of every `of` tasks `shares` are (both, only reference, only candidate, neither)."""
+def measured(
+    offer: EvaluationRecord, node: str, name: str, shares: tuple[int, int, int, int], of: int = 10
+) -> dict:
+    """As many tasks as asked.
+
+    Of every `of` tasks `shares` are (both, only reference, only candidate, neither).
+    """
     suite = offer.suite(name)
     assert suite is not None
     scale = suite.tasks / of
@@ -54,11 +71,19 @@ def measured(offer: EvaluationRecord, node: str, name: str, shares: tuple[int, i
     }
 
 
-SAME, WORSE, BETTER, FEWER, MIXED = (8, 0, 0, 2), (5, 4, 0, 1), (1, 0, 8, 1), (7, 1, 1, 1), (4, 3, 3, 0)
+SAME, WORSE, BETTER, FEWER, MIXED = (
+    (8, 0, 0, 2),
+    (5, 4, 0, 1),
+    (1, 0, 8, 1),
+    (7, 1, 1, 1),
+    (4, 3, 3, 0),
+)
 """Surely the same; surely worse; surely better; neither for some time; neither for long."""
 
 
-def nodes_with(**environments: tuple[int, int, int, int]) -> Callable[[EvaluationRecord, str], Reply]:
+def nodes_with(
+    **environments: tuple[int, int, int, int],
+) -> Callable[[EvaluationRecord, str], Reply]:
     """Nodes a and b have "both", node a has "own-a"; c has nothing."""
     here = {"a-1": ("both", "own_a"), "b-2": ("both",), "c-3": ()}
 
@@ -99,3 +124,10 @@ def decide(
 def waiting(central: Central) -> bool:
     with central.journal.read() as state:
         return any(update.state in ("waiting", "planned") for update in state.updates.values())
+
+
+KINDS = ("only_reference_passed", "only_candidate_passed", "neither_passed")
+
+
+def shrunk(found: dict, total: int) -> dict:
+    return {**found, "both_passed": total - sum(found[kind] for kind in KINDS)}

@@ -1,10 +1,10 @@
-"""What tests of merge rules ask of a cohort's loop: the next release, its plan, and whether everything is rebuilt."""
+"""What tests of merge rules ask of a loop: the next release, its plan, a rebuild of all."""
 
 from __future__ import annotations
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from central.federation.verify import Finding, verify_releases
+from central.cohort.verify import Finding, verify_releases
 from central.journal import MergePlan, UpdateRecord
 from central.settings import CentralSettings
 from protos.manifest import ReleaseManifest
@@ -34,7 +34,9 @@ def record(central: Central, update_id: str) -> UpdateRecord:
 def verified(central: Central) -> list[Finding]:
     key = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     with central.journal.read() as state:
-        return list(verify_releases(state, list(state.releases.values()), central.blobs, key, deep=True))
+        return list(
+            verify_releases(state, list(state.releases.values()), central.blobs, key, deep=True)
+        )
 
 
 def all_identical(central: Central) -> bool:

@@ -1,7 +1,7 @@
-"""A real PostgreSQL for tests: Debian's `initdb` and `postgres`, on a Unix socket only, gone afterwards.
+"""A real PostgreSQL for tests: Debian's `initdb` and `postgres`, on a Unix socket, gone afterwards.
 
-In: a temporary directory. Out: a SQLAlchemy URL of an empty database. PostgreSQL refuses to run as root, so there it runs
-as `postgres` or `nobody`.
+In: a temporary directory. Out: a SQLAlchemy URL of an empty database. PostgreSQL refuses to run as
+root, so there it runs as `postgres` or `nobody`.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ def running_postgres() -> Iterator[sa.URL]:
     assert folder is not None
     account = _account()
     identity: dict[str, int] = {"user": account.pw_uid, "group": account.pw_gid} if account else {}
-    # Not pytest's folder: its parents are closed to other users, and a socket's path has at most 107 bytes.
+    # Not pytest's folder: other users cannot enter it, and a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="lorikeet-pg-") as place:
         if account:
             os.chown(place, account.pw_uid, account.pw_gid)
         data = Path(place) / "data"
         common = {"cwd": place, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **identity}
         subprocess.run(
-            [folder / "initdb", "-D", data, "-U", "lorikeet", "-A", "trust", "-E", "UTF8", "--no-sync"],
+            [
+                folder / "initdb", "-D", data, "-U", "lorikeet",
+                "-A", "trust", "-E", "UTF8", "--no-sync",
+            ],
             check=True, stdout=subprocess.DEVNULL, **common,  # type: ignore[call-overload]
         )  # fmt: skip
         with (Path(place) / "log").open("wb") as log:
@@ -69,11 +72,15 @@ def running_postgres() -> Iterator[sa.URL]:
                 stdout=log, stderr=log, **common,  # type: ignore[call-overload]
             )  # fmt: skip
         try:
-            url = sa.URL.create("postgresql+psycopg", "lorikeet", database="postgres", query={"host": place})
+            url = sa.URL.create(
+                "postgresql+psycopg", "lorikeet", database="postgres", query={"host": place}
+            )
             _wait(url, server, Path(place) / "log")
             yield url
         finally:
-            server.send_signal(signal.SIGQUIT)  # "immediate": waits for no client and writes nothing
+            server.send_signal(
+                signal.SIGQUIT
+            )  # "immediate": waits for no client and writes nothing
             try:
                 server.wait(10)
             except subprocess.TimeoutExpired:
@@ -90,6 +97,8 @@ def _wait(url: sa.URL, server: subprocess.Popen[bytes], log: Path) -> None:
                 break
         except sa.exc.OperationalError:
             if server.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"PostgreSQL did not start: {log.read_text()[-2000:]}") from None
+                raise AssertionError(
+                    f"PostgreSQL did not start: {log.read_text()[-2000:]}"
+                ) from None
             time.sleep(0.05)
     engine.dispose()

@@ -1,4 +1,4 @@
-"""One contract for blob stores: a directory, memory, S3's wire protocol, and an fsspec backend that writes in place."""
+"""One contract for blob stores: a directory, memory, S3, and an fsspec that writes in place."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from central.blobs import BlobLost, BlobStore, DirectoryBlobs, open_blobs
+from central.blobs.objects import PART_BYTES, ObjectBlobs
+from central.blobs.store import OWNER
 from central.errors import SettingsError, StorageError
-from central.registry import BlobLost, BlobStore, DirectoryBlobs, open_blobs
-from central.registry.blobs import OWNER
-from central.registry.objects import PART_BYTES, ObjectBlobs
 from central.settings import CentralSettings
 from protos.manifest import sha256_hex
 from tests.contract.s3 import BUCKET, S3
@@ -83,7 +83,9 @@ def test_a_blob_that_lost_its_end_is_replaced(store: BlobStore, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", [b"paylead", b"", b"other"])
-def test_a_damaged_blob_is_told_from_a_whole_one_and_replaced(store: BlobStore, tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_blob_is_told_from_a_whole_one_and_replaced(
+    store: BlobStore, tmp_path: Path, damage: bytes
+) -> None:
     digest = store.put(b"payload")
     assert store.holds(digest)
     for again in ("put", "put_file"):
@@ -92,13 +94,19 @@ def test_a_damaged_blob_is_told_from_a_whole_one_and_replaced(store: BlobStore, 
         with pytest.raises(BlobLost):
             store.read(digest)
         (tmp_path / again).write_bytes(b"payload")
-        assert store.put(b"payload") == digest if again == "put" else store.put_file(tmp_path / again, digest) is None
+        assert (
+            store.put(b"payload") == digest
+            if again == "put"
+            else store.put_file(tmp_path / again, digest) is None
+        )
         assert store.read(digest) == b"payload"
     store.delete(digest)
     assert not store.holds(digest)
 
 
-@pytest.mark.parametrize(("error", "is_lost"), [(PermissionError("403"), True), (TimeoutError("slow"), False)])
+@pytest.mark.parametrize(
+    ("error", "is_lost"), [(PermissionError("403"), True), (TimeoutError("slow"), False)]
+)
 def test_an_object_that_is_forbidden_is_lost_and_a_store_that_is_slow_is_away(
     error: OSError, is_lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +132,9 @@ def test_a_range_that_a_cut_blob_lacks_is_lost_and_not_away(store: BlobStore, le
         store.read_range(digest, 600, 1000)
 
 
-def test_a_range_that_the_disk_does_not_give_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_range_that_the_disk_does_not_give_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = DirectoryBlobs(tmp_path)
     digest = store.put(b"payload")
 
@@ -169,7 +179,9 @@ def test_another_client_sees_what_was_put_and_deleted(store: BlobStore, s3: S3) 
     assert digest not in store
 
 
-def test_a_write_that_fails_is_not_seen(store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_is_not_seen(
+    store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half a blob under its digest would be taken for the blob by the next `put`."""
     file = tmp_path / "upload"
     file.write_bytes(b"p" * (3 * PART_BYTES))
@@ -179,7 +191,7 @@ def test_a_write_that_fails_is_not_seen(store: BlobStore, tmp_path: Path, monkey
         if store._shown.startswith("s3"):
             owner, name = type(store._files), "_upload_file_part_concurrent"
     else:
-        import central.registry.directory as owner  # type: ignore[no-redef]
+        import central.blobs.directory as owner  # type: ignore[no-redef]
 
         name = "publish_link"
 
@@ -210,7 +222,8 @@ def test_many_threads_put_the_same_and_other_blobs(store: BlobStore) -> None:
     for thread in threads:
         thread.join(30)
     assert [store.read(digest) for digest in sorted(found)] == [
-        data for _, data in sorted((sha256_hex(b"%d" % number), b"%d" % number) for number in range(8))
+        data
+        for _, data in sorted((sha256_hex(b"%d" % number), b"%d" % number) for number in range(8))
     ]
 
 
@@ -229,7 +242,8 @@ def test_a_store_belongs_to_one_central(store: BlobStore) -> None:
     for _ in range(2):
         store.claim(ours)
     with pytest.raises(
-        StorageError, match=r"those of another central.*'aaaaaaaaaaaa'.*'bbbbbbbbbbbb'.*remove .*/owner;"
+        StorageError,
+        match=r"those of another central.*'aaaaaaaaaaaa'.*'bbbbbbbbbbbb'.*remove .*/owner;",
     ):
         store.claim(theirs)
     store.prepare()
@@ -241,7 +255,9 @@ def test_a_store_belongs_to_one_central(store: BlobStore) -> None:
         store.claim(ours)
 
 
-def test_of_two_that_claim_at_once_the_later_mark_stays(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_claim_at_once_the_later_mark_stays(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = store.write_note
 
     def overtaken(name: str, data: bytes) -> None:
@@ -259,7 +275,9 @@ def test_of_two_that_claim_at_once_the_later_mark_stays(store: BlobStore, monkey
 
 
 def settings(url: str | None, tmp_path: Path, **options: object) -> CentralSettings:
-    return CentralSettings.model_validate({"data_dir": tmp_path, "blobs": {"url": url, "options": options}})
+    return CentralSettings.model_validate(
+        {"data_dir": tmp_path, "blobs": {"url": url, "options": options}}
+    )
 
 
 @pytest.mark.parametrize("url", ["nowhere://x", "s3://", "simplecache::s3://x", "memory://"])
@@ -281,10 +299,15 @@ def test_a_path_is_a_directory_on_any_disk(tmp_path: Path) -> None:
 def test_a_store_that_does_not_answer_or_refuses_is_one_clear_error(s3: S3, tmp_path: Path) -> None:
     no_bucket = open_blobs(settings("s3://no-such-bucket/x", tmp_path, **s3.options))
     with pytest.raises(
-        StorageError, match=r"s3://no-such-bucket/x cannot be used: .*bucket does not exist.*CENTRAL_BLOBS__URL"
+        StorageError,
+        match=r"s3://no-such-bucket/x cannot be used: .*bucket does not exist.*CENTRAL_BLOBS__URL",
     ):
         no_bucket.prepare()
-    nobody = {**s3.options, "endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 0}}}
+    nobody = {
+        **s3.options,
+        "endpoint_url": "http://127.0.0.1:9",
+        "config_kwargs": {"retries": {"max_attempts": 0}},
+    }
     with pytest.raises(StorageError, match="cannot be used"):
         open_blobs(settings(f"s3://{BUCKET}/x", tmp_path, **nobody)).prepare()
     secret = open_blobs(settings("memory://user:secret@host/x", tmp_path))

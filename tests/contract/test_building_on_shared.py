@@ -1,4 +1,4 @@
-"""Cohorts that build on shared, through the real loop, journal, blobs and `releases verify`: composition and barrier."""
+"""Cohorts that build on shared, through the real loop: composition and barrier."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from central.cli import main
-from central.federation.planning import plan_merge
-from central.federation.server_state import ServerState
+from central.cohort.planning import plan_merge
+from central.cohort.strategies.moments import ServerState
 from central.journal import Event, EventKind, NewEvent, ReleaseRecord
 from central.settings import CentralSettings
 from protos.lora import decode
@@ -45,7 +45,9 @@ def central(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Central
         yield running
 
 
-def learn(central: Central, cohort: str, seed: int, settings: CentralSettings = SETTINGS) -> ReleaseRecord:
+def learn(
+    central: Central, cohort: str, seed: int, settings: CentralSettings = SETTINGS
+) -> ReleaseRecord:
     """One node's update on the cohort's head, merged."""
     before = central.head(cohort)
     node = {"shared": "s-1", "acme": "a-1", "beta": "b-1"}[cohort]
@@ -64,7 +66,11 @@ def compose(central: Central, cohort: str, settings: CentralSettings = SETTINGS)
 
 def merged(central: Central, cohort: str) -> set[int]:
     with central.journal.read() as state:
-        return {u.manifest.sequence for u in state.updates.values() if u.cohort == cohort and u.state == "merged"}
+        return {
+            u.manifest.sequence
+            for u in state.updates.values()
+            if u.cohort == cohort and u.state == "merged"
+        }
 
 
 def due(central: Central, cohort: str) -> bool:
@@ -94,7 +100,12 @@ def test_what_is_served_is_shared_and_the_own_chain_together(central: Central) -
     second_own = learn(central, "acme", 3)
     newer = learn(central, "shared", 4)
     last = compose(central, "acme")
-    assert [release.manifest.version for release in (first_own, composed, second_own, last)] == [1, 2, 3, 4]
+    assert [release.manifest.version for release in (first_own, composed, second_own, last)] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     assert composed.manifest.updates == last.manifest.updates == []
     for name in NAMES:
         one, two = (dense(make_increment(seed), name) for seed in (1, 3))
@@ -110,7 +121,9 @@ def test_what_is_served_is_shared_and_the_own_chain_together(central: Central) -
     assert last.manifest.truncation_error > 0, "rank 14 does not fit into 8"
 
 
-def test_a_rejected_composition_keeps_the_older_base_and_is_tried_again_when_the_chain_moves(central: Central) -> None:
+def test_a_rejected_composition_keeps_the_older_base_and_is_tried_again_when_the_chain_moves(
+    central: Central,
+) -> None:
     older = learn(central, "shared", 1)
     kept = compose(central, "acme")
     newer = learn(central, "shared", 2)
@@ -121,7 +134,9 @@ def test_a_rejected_composition_keeps_the_older_base_and_is_tried_again_when_the
     assert central.head("acme") == kept
     assert not due(central, "acme"), "the same two are not tried twice"
     moved = learn(central, "acme", 3)
-    assert base(moved) == older.release_id, "a merge keeps the base that this cohort could work with"
+    assert base(moved) == older.release_id, (
+        "a merge keeps the base that this cohort could work with"
+    )
     assert base(compose(central, "acme")) == newer.release_id
 
 
@@ -135,7 +150,9 @@ def base(release: ReleaseRecord) -> str:
     return release.manifest.composition.builds_on
 
 
-def test_after_a_rollback_of_its_base_the_release_stays_and_the_next_is_on_the_new_head(central: Central) -> None:
+def test_after_a_rollback_of_its_base_the_release_stays_and_the_next_is_on_the_new_head(
+    central: Central,
+) -> None:
     older = learn(central, "shared", 1)
     newer = learn(central, "shared", 2)
     served = compose(central, "acme")
@@ -145,16 +162,18 @@ def test_after_a_rollback_of_its_base_the_release_stays_and_the_next_is_on_the_n
     assert base(compose(central, "acme")) == older.release_id
 
 
-def test_a_composition_with_a_release_that_is_rolled_back_meanwhile_is_cancelled(central: Central) -> None:
+def test_a_composition_with_a_release_that_is_rolled_back_meanwhile_is_cancelled(
+    central: Central,
+) -> None:
     learn(central, "shared", 1)
     gated = make_settings(quorum=1, min_updates=1, rank=RANK)
     take_steps(central, gated, lambda: candidate(central, "acme"), "acme")
     central.registry.rollback("shared", None, "requeue", "ops")
     with central.journal.read() as state:
         assert not state.open_plans("acme")
-        assert [r.verdict.text for r in state.releases.values() if r.state == "rejected" and r.verdict] == [
-            "cancelled: the release that it builds on was rolled back"
-        ]
+        assert [
+            r.verdict.text for r in state.releases.values() if r.state == "rejected" and r.verdict
+        ] == ["cancelled: the release that it builds on was rolled back"]
 
 
 def candidate(central: Central, cohort: str) -> bool:
@@ -166,7 +185,9 @@ def test_what_shared_forgets_is_in_no_release_that_is_made_afterwards(central: C
     learn(central, "shared", 1)
     compose(central, "acme")
     with central.journal.read() as state:
-        updates = [update.update_id for update in state.updates.values() if update.cohort == "shared"]
+        updates = [
+            update.update_id for update in state.updates.values() if update.cohort == "shared"
+        ]
     body = {"node_id": "s-1", "updates": updates, "accept_loss": True, "by": "ops"}
     central.journal.append(NewEvent(EventKind.FORGET_ORDERED, "shared", "0" * 64, body))
     without = compose(central, "shared")
@@ -177,11 +198,17 @@ def test_what_shared_forgets_is_in_no_release_that_is_made_afterwards(central: C
     moved = learn(central, "acme", 2)
     assert base(moved) == without.release_id, "whatever the gate said of the composition"
     for name in NAMES:
-        np.testing.assert_allclose(central.product(moved, name), dense(make_increment(2), name), atol=1e-4)
+        np.testing.assert_allclose(
+            central.product(moved, name), dense(make_increment(2), name), atol=1e-4
+        )
 
 
-def test_a_composition_carries_a_strategys_state_on_and_hands_it_to_no_other_strategy(central: Central) -> None:
-    adam, yogi = (make_settings(min_updates=1, rank=RANK, strategy=name) for name in ("FedAdam", "FedYogi"))
+def test_a_composition_carries_a_strategys_state_on_and_hands_it_to_no_other_strategy(
+    central: Central,
+) -> None:
+    adam, yogi = (
+        make_settings(min_updates=1, rank=RANK, strategy=name) for name in ("FedAdam", "FedYogi")
+    )
 
     def merges(release: ReleaseRecord) -> int:
         return ServerState.from_bytes(central.blobs.read(release.server_state or "")).merges
@@ -221,8 +248,16 @@ def known(state: object, cohort: str) -> set[str]:
     learnt = [r for r in releases if r.manifest.updates]
     return {
         *(r.release_id for r in releases),
-        *(p for r in learnt for p in (r.manifest.payload.digest_sha256, r.manifest.own_payload.digest_sha256)),
-        *(i for u in updates for i in (u.update_id, u.manifest.node_id, u.manifest.payload.digest_sha256)),
+        *(
+            p
+            for r in learnt
+            for p in (r.manifest.payload.digest_sha256, r.manifest.own_payload.digest_sha256)
+        ),
+        *(
+            i
+            for u in updates
+            for i in (u.update_id, u.manifest.node_id, u.manifest.payload.digest_sha256)
+        ),
     }
 
 
@@ -267,11 +302,16 @@ def verify(*arguments: str) -> object:
     return caught.value.code
 
 
-def test_a_replayed_journal_says_the_same_and_the_cohort_stays_what_it_was(central: Central, tmp_path: Path) -> None:
+def test_a_replayed_journal_says_the_same_and_the_cohort_stays_what_it_was(
+    central: Central, tmp_path: Path
+) -> None:
     learn(central, "shared", 1)
     compose(central, "acme")
     central.journal.close()
-    with opened(tmp_path) as again, again.journal.read() as state:  # the setting is gone: the journal knows
+    with (
+        opened(tmp_path) as again,
+        again.journal.read() as state,
+    ):  # the setting is gone: the journal knows
         assert state.builds_on == {"acme": "shared", "beta": "shared"}
         assert base(again.head("acme")) == again.head().release_id
         assert again.registry.ensure_cohort("acme") == state.genesis("acme")

@@ -1,20 +1,31 @@
-"""The loop with releases that appear on canary: what waits, what it goes on from, and a canary that is taken back."""
+"""The loop with releases on canary: what waits, what comes next, a canary taken back."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import central.federation.grid as grid_module
-from central.registry.canary import record_report
+from central.releases.canary import record_report
 from central.settings import CentralSettings, ChannelSettings
-from tests.contract.cohort_loop import NAMES, Central, dense, make_increment, make_settings, opened, take_steps
+from tests.contract.cohort_loop import (
+    NAMES,
+    Central,
+    dense,
+    make_increment,
+    make_loop,
+    make_settings,
+    opened,
+    take_steps,
+)
 from tests.unit.central.builders import AT
 
-SETTINGS = make_settings().model_copy(update={"channels": ChannelSettings(first="canary", soak_s=60)})
+SETTINGS = make_settings().model_copy(
+    update={"channels": ChannelSettings(first="canary", soak_s=60)}
+)
 LATER = "2026-11-22T12:01:00.000000Z"
 """A minute after everything in the journal."""
 
@@ -40,7 +51,10 @@ def versions(central: Central) -> tuple[int, int | None]:
 
 
 def steps(
-    central: Central, until: tuple[int, int | None], clock: str = AT, settings: CentralSettings = SETTINGS
+    central: Central,
+    until: tuple[int, int | None],
+    clock: str = AT,
+    settings: CentralSettings = SETTINGS,
 ) -> None:
     take_steps(central, settings, lambda: versions(central) == until, clock=lambda: clock)
 
@@ -61,10 +75,15 @@ def test_a_release_soaks_then_is_stable_and_the_next_builds_on_it(central: Centr
         line = [release.manifest for release in state.lineage(state.channels["shared", "canary"])]
         assert [len(release.updates) for release in line] == [2, 2, 0]
         assert {update.state for update in state.updates.values()} == {"merged"}
-        assert [change.by for change in state.channel_changes["shared", "stable"]] == ["central", "central"]
+        assert [change.by for change in state.channel_changes["shared", "stable"]] == [
+            "central",
+            "central",
+        ]
     for name in NAMES:
         product = central.product(central.head(), name)
-        np.testing.assert_allclose(product, sum(dense(make_increment(s), name) for s in (10, 11)) / 2, atol=1e-4)
+        np.testing.assert_allclose(
+            product, sum(dense(make_increment(s), name) for s in (10, 11)) / 2, atol=1e-4
+        )
 
 
 def test_a_canary_that_is_taken_back_gives_its_updates_to_the_next_one(central: Central) -> None:
@@ -78,7 +97,9 @@ def test_a_canary_that_is_taken_back_gives_its_updates_to_the_next_one(central: 
     assert versions(central) == (1, None)
     for name in NAMES:
         product = central.product(central.head(), name)
-        np.testing.assert_allclose(product, sum(dense(make_increment(s), name) for s in (10, 11)) / 2, atol=1e-4)
+        np.testing.assert_allclose(
+            product, sum(dense(make_increment(s), name) for s in (10, 11)) / 2, atol=1e-4
+        )
 
 
 def test_a_canary_that_nobody_serves_waits_and_the_log_says_so_once(
@@ -87,11 +108,7 @@ def test_a_canary_that_nobody_serves_waits_and_the_log_says_so_once(
     admit(central, 1)
     steps(central, (0, 1))
     admit(central, 2)
-    grid = grid_module.JournalGrid(
-        "shared", central.journal, SETTINGS, _stopped_soon(), lambda node: True, lambda: LATER
-    )
-    offers = [grid._offer_training(8)]
-    assert not grid.pull_messages(offers)
+    make_loop(central, SETTINGS, clock=lambda: LATER, stop=_StopsAfter(3)).step()
     assert versions(central) == (0, 1)
     assert [record.message for record in caplog.records if "canary" in record.message] == [
         "canary waits, and the cohort's merges with it"
@@ -103,11 +120,7 @@ def _canary(central: Central) -> str:
         return state.channels["shared", "canary"]
 
 
-def _stopped_soon() -> _StopsAfter:
-    return _StopsAfter(3)
-
-
-class _StopsAfter(grid_module.threading.Event):
+class _StopsAfter(threading.Event):
     """Set after it was asked a few times."""
 
     def __init__(self, asked: int) -> None:

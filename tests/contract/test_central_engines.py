@@ -1,4 +1,4 @@
-"""The real `central serve` on PostgreSQL and S3: enrol, upload, merge, release, download; killed, it goes on; one writer."""
+"""The real `central serve` on PostgreSQL and S3: one release; killed, it goes on; one writer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from protos.lora import decode
 from protos.manifest import ReleaseManifest
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
+from tests.contract.central_process import outside, ready
 from tests.contract.s3 import BUCKET, S3
-from tests.contract.test_central_process import outside, ready
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,11 @@ class Engines:
     s3: S3
 
     def environment(self, settings: CentralSettings) -> dict[str, str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("CENTRAL_", "AWS_"))}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("CENTRAL_", "AWS_"))
+        }
         return clean | {
             "CENTRAL_DATA_DIR": str(settings.data_dir),
             "CENTRAL_BASE__PATH": str(settings.base.path),
@@ -58,7 +62,8 @@ async def process(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     running = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "central.cli", *arguments,
-        cwd=ROOT, env=engines.environment(settings), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT, env=engines.environment(settings),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
         yield running
@@ -89,12 +94,17 @@ async def test_a_release_on_postgresql_and_s3_survives_a_kill_and_has_one_writer
                     await asyncio.sleep(0.05)
 
             elsewhere = settings.model_copy(
-                update={"data_dir": tmp_path / "other", "listen": harness.make_settings(tmp_path).listen}
+                update={
+                    "data_dir": tmp_path / "other",
+                    "listen": harness.make_settings(tmp_path).listen,
+                }
             )
             async with process(engines, elsewhere, "serve") as second:
                 _, err = await asyncio.wait_for(second.communicate(), 60)
             assert second.returncode == 5
-            assert err.decode().startswith("central: Another central writes to this journal (postgresql+psycopg://")
+            assert err.decode().startswith(
+                "central: Another central writes to this journal (postgresql+psycopg://"
+            )
 
             first.kill()
             await first.wait()
@@ -127,11 +137,21 @@ async def test_a_release_on_postgresql_and_s3_survives_a_kill_and_has_one_writer
 
 
 def test_the_lock_of_postgresql_ends_with_its_holder(engines: Engines, tmp_path: Path) -> None:
-    urls = (engines.journal.render_as_string(hide_password=False), f"sqlite:///{tmp_path}/journal.db")
+    urls = (
+        engines.journal.render_as_string(hide_password=False),
+        f"sqlite:///{tmp_path}/journal.db",
+    )
     for url in urls:
-        with WriterLock(url), pytest.raises(StorageError, match="Another central writes"), WriterLock(url):
+        with (
+            WriterLock(url),
+            pytest.raises(StorageError, match="Another central writes"),
+            WriterLock(url),
+        ):
             pass
         with WriterLock(url):
             pass
-    with pytest.raises(StorageError, match="cannot be opened"), WriterLock("postgresql+psycopg://127.0.0.1:9/none"):
+    with (
+        pytest.raises(StorageError, match="cannot be opened"),
+        WriterLock("postgresql+psycopg://127.0.0.1:9/none"),
+    ):
         pass

@@ -1,4 +1,4 @@
-"""Canary and cohorts that build on shared on real grpc.aio servers: what nodes say, what operators see, who may read what."""
+"""Canary and cohorts that build on shared: what nodes say, operators see, and who may read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 from central.errors import SettingsError
 from central.journal import EventKind, NewEvent
-from central.main import open_rooms
+from central.rooms import open_rooms
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import encode
 from protos.manifest import ReleaseManifest
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 from tests.contract.central_harness import Central, Node, make_candidate, refusal
@@ -25,7 +25,9 @@ BUILDS_ON = {"builds_on": {"acme": "shared", "beta": "shared"}}
 
 async def test_a_canary_is_reported_shown_and_rolled_back(tmp_path: Path) -> None:
     channels = {"first": "canary", "soak_s": 3600}
-    async with harness.running_central(harness.make_settings(tmp_path, channels=channels)) as central:
+    async with harness.running_central(
+        harness.make_settings(tmp_path, channels=channels)
+    ) as central:
         token = await central.token()
         nodes = [await central.enroll(name, token) for name in ("a", "b")]
         release_id, _ = await make_candidate(central, nodes[0], harness.encode_factors())
@@ -39,35 +41,49 @@ async def test_a_canary_is_reported_shown_and_rolled_back(tmp_path: Path) -> Non
         assert "EDGE_RELEASES__CHANNEL=canary" in soak.waits_for
         for _ in range(2):  # the second time says nothing new
             await report(nodes[0], channel="canary", serving_release_id=release_id)
-            await report(nodes[1], channel="stable", serving_release_id=release_id, release_problem="x")
+            await report(
+                nodes[1], channel="stable", serving_release_id=release_id, release_problem="x"
+            )
         (soak,) = await soaks(central)
         assert (list(soak.serving), soak.promotes_at > soak.since) == ([nodes[0].node_id], True)
         await report(nodes[1], channel="canary", release_problem="refused " + 1000 * "x")
         (soak,) = await soaks(central)
         assert [len(problem) for problem in soak.troubled.values()] == [500]
         assert soak.promotes_at == ""
-        explained = await central.operator.ExplainRelease(
-            operator_pb2.ExplainReleaseRequest(release=release_id), timeout=20
+        explained = await central.operators.ExplainRelease(
+            operators_pb2.ExplainReleaseRequest(release=release_id), timeout=20
         )
         assert [told.condition for told in explained.canary_reports] == ["serving", "trouble"]
-        back = operator_pb2.RollbackReleaseRequest(
-            cohort="shared", channel="canary", updates=operator_pb2.ABANDONED_UPDATES_REQUEUE
+        back = operators_pb2.RollbackReleaseRequest(
+            cohort="shared", channel="canary", updates=operators_pb2.ABANDONED_UPDATES_REQUEUE
         )
-        done = await central.operator.RollbackRelease(back, timeout=20)
-        assert (done.release.release_id, list(done.abandoned_release_ids)) == (nodes[0].genesis.digest, [release_id])
-        assert (await refusal(central.operator.RollbackRelease(back, timeout=20)))[1] == "BAD_ARGUMENT"
+        done = await central.operators.RollbackRelease(back, timeout=20)
+        assert (done.release.release_id, list(done.abandoned_release_ids)) == (
+            nodes[0].genesis.digest,
+            [release_id],
+        )
+        assert (await refusal(central.operators.RollbackRelease(back, timeout=20)))[
+            1
+        ] == "BAD_ARGUMENT"
         assert await head(nodes[0], "canary") == nodes[0].genesis.digest
         await report(nodes[0], channel="canary", serving_release_id=release_id)  # it was on its way
         assert await soaks(central) == []
 
 
 async def test_every_cohort_reads_its_own_releases_only(tmp_path: Path) -> None:
-    async with harness.running_central(harness.make_settings(tmp_path, cohorts=BUILDS_ON)) as central:
+    async with harness.running_central(
+        harness.make_settings(tmp_path, cohorts=BUILDS_ON)
+    ) as central:
         names = {"s": "shared", "a": "acme", "b": "beta"}
-        nodes = {cohort: await central.enroll(name, await central.token(cohort)) for name, cohort in names.items()}
+        nodes = {
+            cohort: await central.enroll(name, await central.token(cohort))
+            for name, cohort in names.items()
+        }
         shared, _ = await make_candidate(central, nodes["shared"], harness.encode_factors(1))
         await accept(central, shared, "stable", "shared")
-        composed = {cohort: await compose(central, nodes[cohort], shared) for cohort in ("acme", "beta")}
+        composed = {
+            cohort: await compose(central, nodes[cohort], shared) for cohort in ("acme", "beta")
+        }
         visible = {"shared": {shared}, "acme": {composed["acme"]}, "beta": {composed["beta"]}}
         for cohort, node in nodes.items():
             for release_id in {shared, *composed.values()}:
@@ -75,16 +91,20 @@ async def test_every_cohort_reads_its_own_releases_only(tmp_path: Path) -> None:
                     await fetch(node, release_id)
                 else:
                     assert (await refusal(fetch(node, release_id)))[1] == "UNKNOWN_RELEASE"
-        manifest = ReleaseManifest.from_bytes((await fetch(nodes["acme"], composed["acme"])).release.manifest)
+        manifest = ReleaseManifest.from_bytes(
+            (await fetch(nodes["acme"], composed["acme"])).release.manifest
+        )
         assert manifest.composition is not None
         assert manifest.composition.builds_on == shared
-        told = await central.operator.ExplainRelease(
-            operator_pb2.ExplainReleaseRequest(release=composed["acme"]), timeout=20
+        told = await central.operators.ExplainRelease(
+            operators_pb2.ExplainReleaseRequest(release=composed["acme"]), timeout=20
         )
         assert told.builds_on_version.startswith("v1-")
         assert dict(told.updates_in_lineage) == {nodes["shared"].node_id: 1}
-        diff = operator_pb2.DiffReleasesRequest(release_a=nodes["acme"].genesis.digest, release_b=composed["acme"])
-        assert len((await central.operator.DiffReleases(diff, timeout=20)).added) == 1
+        diff = operators_pb2.DiffReleasesRequest(
+            release_a=nodes["acme"].genesis.digest, release_b=composed["acme"]
+        )
+        assert len((await central.operators.DiffReleases(diff, timeout=20)).added) == 1
 
 
 async def test_what_a_cohort_builds_on_cannot_be_changed_later(tmp_path: Path) -> None:
@@ -96,7 +116,9 @@ async def test_what_a_cohort_builds_on_cannot_be_changed_later(tmp_path: Path) -
         ({"acme": "none"}, "'acme' builds on none; it was made to build on shared"),
         ({"plain": "shared"}, "'plain' builds on shared; it was made to build on none"),
     ):
-        changed = settings.model_copy(update={"cohorts": settings.cohorts.model_copy(update={"builds_on": builds_on})})
+        changed = settings.model_copy(
+            update={"cohorts": settings.cohorts.model_copy(update={"builds_on": builds_on})}
+        )
         with pytest.raises(SettingsError, match=message), ExitStack() as stack:
             await asyncio.to_thread(open_rooms, changed, stack)
     forgotten = settings.model_copy(update={"cohorts": type(settings.cohorts)()})
@@ -120,7 +142,9 @@ async def compose(central: Central, node: Node, base: str) -> str:
     plan = make.make_plan(node.genesis).model_copy(update={"builds_on": base})
     await asyncio.to_thread(central.rooms.journal.append, make.planned(plan))
     payload, own = encode(harness.make_factors(5)), encode(harness.make_factors(6))
-    candidate = await asyncio.to_thread(central.rooms.registry.add_candidate, plan.digest, payload, 0.1, None, own, 0.0)
+    candidate = await asyncio.to_thread(
+        central.rooms.registry.add_candidate, plan.digest, payload, 0.1, None, own, 0.0
+    )
     return candidate.digest
 
 
@@ -133,7 +157,9 @@ async def fetch(node: Node, release_id: str) -> releases_pb2.GetReleaseResponse:
     request = releases_pb2.DownloadRequest(release_id=release_id)
     async for _ in node.releases.Download(request, timeout=20):
         pass
-    return await node.releases.GetRelease(releases_pb2.GetReleaseRequest(release_id=release_id), timeout=20)
+    return await node.releases.GetRelease(
+        releases_pb2.GetReleaseRequest(release_id=release_id), timeout=20
+    )
 
 
 async def report(node: Node, **fields: str) -> None:
@@ -141,6 +167,6 @@ async def report(node: Node, **fields: str) -> None:
     await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=20)
 
 
-async def soaks(central: Central) -> list[operator_pb2.Soak]:
-    listed = await central.operator.ListReleases(operator_pb2.ListReleasesRequest(), timeout=20)
+async def soaks(central: Central) -> list[operators_pb2.Soak]:
+    listed = await central.operators.ListReleases(operators_pb2.ListReleasesRequest(), timeout=20)
     return [release.soak for release in listed.releases if release.HasField("soak")]

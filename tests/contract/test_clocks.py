@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from central.errors import CentralUnreachable as OperatorUnreachable
 from central.fleet import pki
 from central.fleet.tokens import create_token
-from central.operator.client import OperatorClient
-from edge_node.doctor import expect_same_time
+from central.operators.client import OperatorClient
 from edge_node.errors import CentralUnreachable, SettingsError
 from edge_node.identity import clock_advice, request_enrollment
 from edge_node.settings import EdgeSettings
-from protos.operator.v1 import operator_pb2
+from edge_node.surroundings import expect_same_time
+from protos.operators.v1 import operators_pb2
 from protos.releases.v1 import releases_pb2
 from tests.contract.central_harness import Central, Node, make_settings, running_central
 
@@ -32,7 +32,9 @@ def central_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pki, "BACKDATE", -60 * DAY)
 
 
-async def test_enrolment_names_the_clock_and_not_the_address(tmp_path: Path, central_ahead: None) -> None:
+async def test_enrolment_names_the_clock_and_not_the_address(
+    tmp_path: Path, central_ahead: None
+) -> None:
     async with running_central(make_settings(tmp_path)) as central:
         rooms, port = central.rooms, central.settings.listen.enrollment_port
         rooms.registry.ensure_cohort("shared")
@@ -45,7 +47,8 @@ async def test_enrolment_names_the_clock_and_not_the_address(tmp_path: Path, cen
             }
         )
         with pytest.raises(
-            CentralUnreachable, match="Central's certificate is not valid now, and this node's clock"
+            CentralUnreachable,
+            match="Central's certificate is not valid now, and this node's clock",
         ) as e:
             await request_enrollment(settings, rooms.base.digest)
         assert "EDGE_CENTRAL__ENROLLMENT_ADDRESS" not in str(e.value)
@@ -56,10 +59,11 @@ async def test_the_operators_command_names_the_clock(tmp_path: Path, central_ahe
 
         def ask() -> None:
             with OperatorClient.connect(central.settings) as client:
-                client.ask(client.stub.ListNodes, operator_pb2.ListNodesRequest())
+                client.ask(client.stub.ListNodes, operators_pb2.ListNodesRequest())
 
         with pytest.raises(
-            OperatorUnreachable, match="Central's certificate is not valid now, and this machine's clock"
+            OperatorUnreachable,
+            match="Central's certificate is not valid now, and this machine's clock",
         ):
             await asyncio.to_thread(ask)
 
@@ -68,7 +72,9 @@ async def test_a_node_whose_certificate_central_does_not_take_hears_of_the_clock
     central: Central, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pki, "BACKDATE", -DAY)
-    certificate = central.rooms.pki.issue_node_certificate(node.node_id, "shared", node.key.public_key())
+    certificate = central.rooms.pki.issue_node_certificate(
+        node.node_id, "shared", node.key.public_key()
+    )
     pem = node.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     channel = central.channel(pem, certificate)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -79,7 +85,9 @@ async def test_a_node_whose_certificate_central_does_not_take_hears_of_the_clock
     assert f"valid from {now + DAY:%Y-%m-%d}" in text
     assert f"this node's clock says {now:%Y-%m-%d %H:%M} UTC" in text
     # By the node's own clock all is well, so it is central's.
-    assert "if central's clock says a time outside of that" in (clock_advice(details, certificate, now + 2 * DAY) or "")
+    assert "if central's clock says a time outside of that" in (
+        clock_advice(details, certificate, now + 2 * DAY) or ""
+    )
     assert clock_advice("Connection refused", node.answer.certificate_pem, now) is None
 
 
@@ -88,5 +96,8 @@ async def test_central_says_what_time_it_is(node: Node) -> None:
     now = datetime.now(UTC).timestamp()
     assert abs(answer.unix_time_s - now) < 10
     expect_same_time(answer.unix_time_s, now)
-    with pytest.raises(SettingsError, match=r"This node's clock says .* central's says .* Set the clock that is wrong"):
+    with pytest.raises(
+        SettingsError,
+        match=r"This node's clock says .* central's says .* Set the clock that is wrong",
+    ):
         expect_same_time(answer.unix_time_s, now + 86_400)

@@ -19,6 +19,7 @@ from edge_node.serving.control import ControlServer
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.serving.plugin import _without_middleware
+from edge_node.serving.session_port import SessionPort
 from tests.fakes.endpoint import Outside
 from tests.fakes.gateway import make_gateway, make_version
 
@@ -40,7 +41,10 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 async def socket(gateway: Gateway, path: Path) -> AsyncIterator[Path]:
     path.parent.mkdir()
     path.touch()  # left by a killed predecessor
-    server = ControlServer(gateway, path, LorikeetMiddleware(_without_middleware(guarded_vllm()), gateway))
+    app = _without_middleware(guarded_vllm())
+    server = ControlServer(
+        gateway, path, LorikeetMiddleware(app, gateway), SessionPort(gateway, app)
+    )
     await server.start()
     yield path
     await server.aclose()
@@ -103,7 +107,9 @@ async def test_only_this_user_may_steer(socket: Path) -> None:
     assert stat.S_IMODE(socket.stat().st_mode) & 0o077 == 0
 
 
-async def test_the_nodes_own_requests_pass_every_authentication(gateway: Gateway, socket: Path, tmp_path: Path) -> None:
+async def test_the_nodes_own_requests_pass_every_authentication(
+    gateway: Gateway, socket: Path, tmp_path: Path
+) -> None:
     client = ControlClient(socket)
     await client.load(V1, make_version(tmp_path, "v1"))
     await client.point(V1)
@@ -111,7 +117,11 @@ async def test_the_nodes_own_requests_pass_every_authentication(gateway: Gateway
         answer = await vllm.post(
             CHAT, json={"model": "lorikeet", "messages": []}, headers={"x-lorikeet-capture": "off"}
         )
-        assert (answer.status_code, answer.json()["model"], answer.headers["x-lorikeet-model"]) == (200, V1, V1)
+        assert (answer.status_code, answer.json()["model"], answer.headers["x-lorikeet-model"]) == (
+            200,
+            V1,
+            V1,
+        )
         assert (await vllm.post("/invocations", json={})).status_code == 404
 
 
@@ -134,7 +144,9 @@ async def test_a_server_that_hangs_is_said_in_time(tmp_path: Path) -> None:
         assert time.monotonic() - started < 1.5
 
 
-async def test_an_engine_that_makes_no_token_is_seen_in_the_state(gateway: Gateway, socket: Path) -> None:
+async def test_an_engine_that_makes_no_token_is_seen_in_the_state(
+    gateway: Gateway, socket: Path
+) -> None:
     waits = asyncio.Event()
 
     async def hang() -> None:

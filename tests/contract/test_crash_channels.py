@@ -1,8 +1,9 @@
-"""central is killed with SIGKILL while a canary soaks and while a cohort that builds on shared is composed, and goes on.
+"""SIGKILL for central while a canary soaks and while a cohort that builds on shared is composed.
 
-The story: two nodes upload, their release soaks on canary until central makes it stable; acme, which builds on shared, is composed
-with it and then learns something of its own. Two more updates become a canary that the operator rolls back before any node serves
-it; they wait, are merged again, soak, and are stable; acme is composed with that release too.
+The story: two nodes upload, their release soaks on canary until central makes it stable; acme,
+which builds on shared, is composed with it and then learns something of its own. Two more updates
+become a canary that the operator rolls back before any node serves it; they wait, are merged again,
+soak, and are stable; acme is composed with that release too.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, ClassVar
 import grpc
 import pytest
 
-from central.lineage import verify_on_disk
+from central.cli.verify import verify_on_disk
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import sha256_hex
 from protos.releases.v1 import releases_pb2
-from tests.contract.crash_story import Ending, Story, prepare, tell
+from tests.contract.crash_ending import Ending
+from tests.contract.crash_story import Story, prepare, tell
 
 QUICK = "journal.canary_reported.stored#1"
 EVERY = [
@@ -73,10 +75,16 @@ class ChannelStory(Story):
         node = self._nodes[0]
         while True:
             try:
-                answer = await node.releases.GetHead(releases_pb2.GetHeadRequest(channel="canary"), timeout=10)
+                answer = await node.releases.GetHead(
+                    releases_pb2.GetHeadRequest(channel="canary"), timeout=10
+                )
                 if self._serves:
-                    status = fleet_pb2.NodeStatus(channel="canary", serving_release_id=sha256_hex(answer.head.manifest))
-                    await node.fleet.ReportStatus(fleet_pb2.ReportStatusRequest(status=status), timeout=10)
+                    status = fleet_pb2.NodeStatus(
+                        channel="canary", serving_release_id=sha256_hex(answer.head.manifest)
+                    )
+                    await node.fleet.ReportStatus(
+                        fleet_pb2.ReportStatusRequest(status=status), timeout=10
+                    )
             except grpc.aio.AioRpcError:
                 pass  # central is being killed or started
             await asyncio.sleep(0.05)
@@ -100,7 +108,13 @@ async def check(folder: Path, tmp_path: Path, fault: str) -> None:
 
 def expect_whole(ending: Ending) -> None:
     """Nothing lost, nothing twice: version that holds each update, in order of upload."""
-    assert ending.merged_in == [(1, "merged"), (1, "merged"), (2, "merged"), (2, "merged"), (2, "merged")]
+    assert ending.merged_in == [
+        (1, "merged"),
+        (1, "merged"),
+        (2, "merged"),
+        (2, "merged"),
+        (2, "merged"),
+    ]
     assert (ending.admissions, ending.rollbacks, set(ending.verdicts)) == (5, 1, {True})
     # Two merges of shared and the one that was rolled back; acme: two compositions and a merge.
     assert len(ending.verdicts) == 6

@@ -1,8 +1,10 @@
-"""central is killed with SIGKILL at every step of an operator's orders on contributions, of enrolment and revocation, and goes on.
+"""SIGKILL for central at every step of orders on contributions, of enrolment and revocation.
 
-The story: two nodes upload and are released (version 1); b is asked to evaluate and hangs, so that it is silent from then on. An update of a is set aside and waits again; b is put in quarantine, sends
-two updates from one start that are kept aside, and is released: version 2. c enrols, uploads and is revoked. b's update in version
-1 is forgotten: version 3 is made without it. a says that it serves version 3.
+The story: two nodes upload and are released (version 1); b is asked to evaluate and hangs, so that
+it is silent from then on. An update of a is set aside and waits again; b is put in quarantine,
+sends two updates from one start that are kept aside, and is released: version 2. c enrols, uploads
+and is revoked. b's update in version 1 is forgotten: version 3 is made without it. a says that it
+serves version 3.
 """
 
 from __future__ import annotations
@@ -16,19 +18,24 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from central.faults import CONTRIBUTIONS
+from central.cli.verify import verify_on_disk
 from central.journal import EventKind, read_journal
-from central.lineage import verify_on_disk
 from protos.fleet.v1 import fleet_pb2
 from protos.manifest import ReleaseManifest
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from tests.contract import central_harness as harness
-from tests.contract.crash_story import PAYLOADS, Ending, Story, prepare, tell
+from tests.contract.crash_ending import PAYLOADS, Ending
+from tests.contract.crash_story import CONTRIBUTIONS, Story, prepare, tell
 
 QUICK = "journal.candidate_built.stored#3"  # the removal
 UNREACHED = "forget_failed"  # test_crash_forgetting.py
 EVERY = [
-    *(f"journal.{event}.{step}#1" for event in CONTRIBUTIONS if event != UNREACHED for step in ("applied", "stored")),
+    *(
+        f"journal.{event}.{step}#1"
+        for event in CONTRIBUTIONS
+        if event != UNREACHED
+        for step in ("applied", "stored")
+    ),
     "journal.update_set_aside.stored#2",  # in one append with the revocation
     "journal.merge_planned.applied#3",  # the removal, step by step
     "journal.merge_planned.stored#3",
@@ -70,17 +77,17 @@ class ContributionStory(Story):
         await self._order(
             EventKind.NODE_QUARANTINED,
             lambda c: c.QuarantineNode,
-            operator_pb2.QuarantineNodeRequest(node_id=b.node_id, reason="odd"),
+            operators_pb2.QuarantineNodeRequest(node_id=b.node_id, reason="odd"),
         )
         await self._upload(3, first, b)
         await self._upload(4, first, b)
-        requeue = operator_pb2.RequeueUpdatesRequest(updates=[self._id(2)])
+        requeue = operators_pb2.RequeueUpdatesRequest(updates=[self._id(2)])
         await self._order(EventKind.UPDATE_REQUEUED, lambda c: c.RequeueUpdates, requeue)
-        release = operator_pb2.ReleaseNodeRequest(node_id=b.node_id)
+        release = operators_pb2.ReleaseNodeRequest(node_id=b.node_id)
         await self._order(EventKind.NODE_RELEASED, lambda c: c.ReleaseNode, release)
         second = await self._head_with(lambda head: head.version == 2)
         await self._join_and_leave(second)
-        forget = operator_pb2.ForgetRequest(target=self._id(1))
+        forget = operators_pb2.ForgetRequest(target=self._id(1))
         await self._order(EventKind.FORGET_ORDERED, lambda c: c.Forget, forget)
         third = await self._head_with(lambda head: head.version == 3)
         await self._serve(third)
@@ -88,7 +95,7 @@ class ContributionStory(Story):
     async def _order(self, kind: EventKind, call: Callable[[Any], Any], request: Any) -> None:
         async def step(central: harness.Central) -> None:
             if kind not in await self._kinds(central):
-                await call(central.operator)(request, timeout=10)
+                await call(central.operators)(request, timeout=10)
 
         await self._again(step)
 
@@ -99,17 +106,21 @@ class ContributionStory(Story):
             return await central.enroll("c", await central.token(), key)
 
         c = await self._again(join)
-        request = operator_pb2.RevokeNodeRequest(node_id=c.node_id)
+        request = operators_pb2.RevokeNodeRequest(node_id=c.node_id)
 
         async def send(central: harness.Central) -> None:
-            mine = await central.enroll("c", await central.token(), key)  # a channel to the central that runs now
+            mine = await central.enroll(
+                "c", await central.token(), key
+            )  # a channel to the central that runs now
             await self._upload(5, start, mine)
 
         await self._again(send)
         await self._order(EventKind.NODE_REVOKED, lambda c: c.RevokeNode, request)
 
     async def _serve(self, release: ReleaseManifest) -> None:
-        status = fleet_pb2.ReportStatusRequest(status=fleet_pb2.NodeStatus(serving_release_id=release.digest))
+        status = fleet_pb2.ReportStatusRequest(
+            status=fleet_pb2.NodeStatus(serving_release_id=release.digest)
+        )
 
         async def step(central: harness.Central) -> bool:
             await self._nodes[0].fleet.ReportStatus(status, timeout=10)
@@ -117,8 +128,8 @@ class ContributionStory(Story):
 
         assert await self._again(step)
 
-    def _aside(self, number: int) -> operator_pb2.SetAsideUpdatesRequest:
-        return operator_pb2.SetAsideUpdatesRequest(updates=[self._id(number)], reason="odd")
+    def _aside(self, number: int) -> operators_pb2.SetAsideUpdatesRequest:
+        return operators_pb2.SetAsideUpdatesRequest(updates=[self._id(number)], reason="odd")
 
     def _id(self, number: int) -> str:
         return self._sent[number]
@@ -137,7 +148,9 @@ async def check(folder: Path, tmp_path: Path, fault: str) -> None:
     settings = prepared[0].model_copy(update={"data_dir": tmp_path / "central"})
     findings = await asyncio.to_thread(verify_on_disk, settings, "", "", True)
     assert {finding.outcome for finding in findings} == {"identical"}
-    kinds = await asyncio.to_thread(lambda: [event.kind for event in read_journal(settings.journal_url)])
+    kinds = await asyncio.to_thread(
+        lambda: [event.kind for event in read_journal(settings.journal_url)]
+    )
     assert kinds.count(EventKind.NODE_SILENT) == 1, "b held up one candidate, and no other"
 
 
@@ -156,7 +169,9 @@ def expect_whole(ending: Ending) -> None:
     assert len(ending.payloads) == 1 + 3
 
 
-async def test_a_central_killed_while_something_is_forgotten_goes_on(folder: Path, tmp_path: Path) -> None:
+async def test_a_central_killed_while_something_is_forgotten_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
     await check(folder, tmp_path, QUICK)
 
 

@@ -1,8 +1,9 @@
-"""central is killed with SIGKILL when an order to forget cannot be carried out, and ends as one that was not.
+"""SIGKILL for central when an order to forget cannot be carried out: it ends as without a kill.
 
-The story: two nodes upload and are released (version 1). While their next merge is evaluated, b's update in version 1 is ordered to be
-forgotten, and the payload of a's, which the replay reads, is lost. Version 2 is released, the removal cannot be made, the order ends.
-The payload is restored, it is ordered again: version 3 is made without it.
+The story: two nodes upload and are released (version 1). While their next merge is evaluated, b's
+update in version 1 is ordered to be forgotten, and the payload of a's, which the replay reads, is
+lost. Version 2 is released, the removal cannot be made, the order ends. The payload is restored, it
+is ordered again: version 3 is made without it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 
+from central.cli.verify import verify_on_disk
 from central.journal import EventKind
-from central.lineage import verify_on_disk
 from protos.manifest import sha256_hex
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from tests.contract import central_harness as harness
-from tests.contract.crash_story import PAYLOADS, Story, prepare, tell
+from tests.contract.crash_ending import PAYLOADS
+from tests.contract.crash_story import Story, prepare, tell
 
 FAULTS = ("journal.forget_failed.applied#1", "journal.forget_failed.stored#1")
 
@@ -65,8 +67,8 @@ class FailingRemovalStory(Story):
 
         async def step(central: harness.Central) -> None:
             if (await self._kinds(central)).count(EventKind.FORGET_ORDERED) < orders:
-                request = operator_pb2.ForgetRequest(target=self._sent[1])
-                await central.operator.Forget(request, timeout=10)
+                request = operators_pb2.ForgetRequest(target=self._sent[1])
+                await central.operators.Forget(request, timeout=10)
 
         await self._again(step)
 
@@ -76,7 +78,9 @@ class FailingRemovalStory(Story):
 
 
 @pytest.mark.slow
-async def test_a_killed_central_ends_an_order_that_cannot_be_carried_out_as_an_undisturbed_one(tmp_path: Path) -> None:
+async def test_a_killed_central_ends_an_order_that_cannot_be_carried_out_as_an_undisturbed_one(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "prepared").mkdir()
     prepared = await prepare(tmp_path / "prepared")
     whole, kills = await tell(prepared, tmp_path / "whole", None, kind=FailingRemovalStory)
@@ -85,7 +89,11 @@ async def test_a_killed_central_ends_an_order_that_cannot_be_carried_out_as_an_u
     assert (whole.verdicts, len(whole.payloads), whole.leftovers) == ([True] * 3, 1 + 3, [])
     for number, fault in enumerate(FAULTS):
         folder = tmp_path / f"killed-{number}"
-        assert (fault, *await tell(prepared, folder, fault, kind=FailingRemovalStory)) == (fault, whole, 1)
+        assert (fault, *await tell(prepared, folder, fault, kind=FailingRemovalStory)) == (
+            fault,
+            whole,
+            1,
+        )
         settings = prepared[0].model_copy(update={"data_dir": folder / "central"})
         findings = await asyncio.to_thread(verify_on_disk, settings, "", "", True)
         assert {finding.outcome for finding in findings} == {"identical"}

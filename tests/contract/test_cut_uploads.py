@@ -1,9 +1,10 @@
-"""A connection that was cut, and central does not know it yet: the node goes on from the last byte that came, at once."""
+"""A cut connection of which central knows nothing: the node goes on from the last byte."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -15,11 +16,18 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from central.intake.admission import Admission
-from central.intake.direct import WINDOW_BYTES
-from tests.contract.central_harness import Central, Node, encode_factors, make_settings, reason, running_central
+from central.intake.uploads import Upload
+from tests.contract.central_harness import (
+    Central,
+    Node,
+    encode_factors,
+    make_settings,
+    reason,
+    running_central,
+)
 
 CAME = 500
-"""Bytes of the payload that came before the cut: less than a window, so they are in memory only."""
+"""Bytes of the payload that came before the cut."""
 
 
 @pytest.fixture
@@ -34,7 +42,7 @@ async def node(central: Central) -> Node:
 
 
 class Relay:
-    """Passes bytes between a node and central until it is cut: then both sides hear nothing, not even an end."""
+    """Passes bytes between a node and central until it is cut; then both sides hear nothing."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -69,18 +77,20 @@ class Relay:
 
 
 @asynccontextmanager
-async def cut_upload(central: Central, node: Node, payload: bytes) -> AsyncIterator[grpc.aio.StreamUnaryCall]:
+async def cut_upload(
+    central: Central, node: Node, payload: bytes
+) -> AsyncIterator[grpc.aio.StreamUnaryCall]:
     """An upload that was cut off after `CAME` bytes, and neither side knows it."""
     relay = Relay(central.settings.listen.port)
     pem = node.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     async with relay.listening() as port:
         cut = replace(node, channel=central.channel(pem, node.answer.certificate_pem, port))
         call = await cut.begin(payload, 1, CAME)
-        part = central.rooms.partial.path(node.node_id, node.manifest(payload).digest)
+        part = central.rooms.uploads.path(node.node_id, node.manifest(payload).digest)
         async with asyncio.timeout(10):
             while not part.exists():
                 await asyncio.sleep(0.01)
-        await asyncio.sleep(0.3)  # the piece is in central's window
+        await asyncio.sleep(0.3)  # the piece is here
         relay.cut()
         yield call
         call.cancel()
@@ -88,7 +98,6 @@ async def cut_upload(central: Central, node: Node, payload: bytes) -> AsyncItera
 
 async def test_a_question_hears_of_every_byte_that_came(central: Central, node: Node) -> None:
     payload = encode_factors()
-    assert CAME < len(payload) < WINDOW_BYTES
     async with cut_upload(central, node, payload):
         assert (await node.query(node.manifest(payload).digest)).committed_bytes == CAME
         assert await node.upload(payload, offset=CAME)  # the first try, and no byte twice
@@ -126,7 +135,9 @@ async def test_the_older_stream_is_told_why(node: Node) -> None:
     older = await node.begin(payload, 1, CAME)
     await asyncio.sleep(0.3)
     assert (await node.query(node.manifest(payload).digest)).committed_bytes == CAME
-    with pytest.raises(grpc.aio.AioRpcError, match=f"of which {CAME} bytes are here; central closed") as caught:
+    with pytest.raises(
+        grpc.aio.AioRpcError, match=f"of which {CAME} bytes are here; central closed"
+    ) as caught:
         await older
     assert (caught.value.code(), reason(caught.value)) == (grpc.StatusCode.ABORTED, "TAKEN_OVER")
 
@@ -151,3 +162,27 @@ async def test_a_question_waits_for_an_upload_that_is_being_admitted(
     assert not question.done()
     go.set()
     assert (await question).receipt == await upload
+
+
+async def test_a_question_is_answered_while_a_silent_upload_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing, close = asyncio.Event(), Upload.close
+    loop = asyncio.get_running_loop()
+
+    def slow(upload: Upload) -> None:
+        loop.call_soon_threadsafe(closing.set)
+        time.sleep(0.5)  # the disk is busy
+        close(upload)
+
+    monkeypatch.setattr(Upload, "close", slow)
+    settings = make_settings(tmp_path, limits={"upload_idle_s": 1.0})
+    async with running_central(settings) as central:
+        node = await central.enroll("a", await central.token())
+        payload = encode_factors()
+        silent = await node.begin(payload, 1, CAME)
+        await asyncio.wait_for(closing.wait(), 10)
+        assert (await node.query(node.manifest(payload).digest)).committed_bytes == CAME
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await silent
+        assert reason(caught.value) == "SILENT_STREAM"

@@ -1,4 +1,4 @@
-"""Enrolment and identity on real grpc.aio servers with mutual TLS: who gets a certificate, and what it opens."""
+"""Enrolment with mutual TLS on real servers: who gets a certificate, and what it opens."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from central import main
+from central import server
 from central.fleet import identity, pki
 from central.fleet.identity import Authenticator
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import decode
 from protos.manifest import sha256_hex, verify
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from protos.releases.v1 import releases_pb2
 from protos.updates.v1 import updates_pb2
 from tests.contract import central_harness as harness
 from tests.contract.central_harness import Central, Node, refusal
 
 
-async def test_enrolment_gives_an_identity_and_the_first_release(central: Central, node: Node) -> None:
+async def test_enrolment_gives_an_identity_and_the_first_release(
+    central: Central, node: Node
+) -> None:
     assert node.node_id.startswith("a-")
     assert node.answer.cohort == "shared"
     verify(node.answer.release_key_pem, node.answer.genesis.manifest, node.answer.genesis.signature)
@@ -35,7 +37,9 @@ async def test_enrolment_gives_an_identity_and_the_first_release(central: Centra
     assert (node.genesis.version, node.genesis.base) == (0, central.rooms.base.digest)
 
 
-async def test_a_retried_enrolment_gets_the_same_node_even_when_the_token_is_used_up(central: Central) -> None:
+async def test_a_retried_enrolment_gets_the_same_node_even_when_the_token_is_used_up(
+    central: Central,
+) -> None:
     token = await central.token(uses=1)
     key = ec.generate_private_key(ec.SECP256R1())
     first = await central.enroll("a", token, key)
@@ -59,7 +63,9 @@ async def test_a_retried_enrolment_gets_the_same_node_even_when_the_token_is_use
         ({}, "NAME_TAKEN"),
     ],
 )
-async def test_enrolment_refuses(central: Central, node: Node, changed: dict[str, Any], expected: str) -> None:
+async def test_enrolment_refuses(
+    central: Central, node: Node, changed: dict[str, Any], expected: str
+) -> None:
     token = await central.token()
     _, why, _ = await refusal(central.enroll("a", token, **changed))
     assert why == expected
@@ -69,7 +75,9 @@ async def test_enrolment_refuses(central: Central, node: Node, changed: dict[str
 
 async def test_without_a_certificate_nothing_is_answered(central: Central) -> None:
     stub = harness.updates_pb2_grpc.UpdateServiceStub(central.channel())
-    code, _, _ = await refusal(stub.QueryUpload(updates_pb2.QueryUploadRequest(update_id="0" * 64), timeout=20))
+    code, _, _ = await refusal(
+        stub.QueryUpload(updates_pb2.QueryUploadRequest(update_id="0" * 64), timeout=20)
+    )
     assert code is grpc.StatusCode.UNAVAILABLE
 
 
@@ -108,17 +116,23 @@ async def test_a_certificate_that_is_not_the_nodes_own_is_refused(
 
 
 async def test_a_node_is_no_operator(node: Node) -> None:
-    stub = harness.operator_pb2_grpc.OperatorServiceStub(node.channel)
-    code, why, _ = await refusal(stub.ListNodes(operator_pb2.ListNodesRequest(), timeout=20))
+    stub = harness.operators_pb2_grpc.OperatorServiceStub(node.channel)
+    code, why, _ = await refusal(stub.ListNodes(operators_pb2.ListNodesRequest(), timeout=20))
     assert (code, why) == (grpc.StatusCode.PERMISSION_DENIED, "NOT_OPERATOR")
 
 
 @pytest.fixture
-async def clocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Central, list[datetime]]]:
+async def clocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Central, list[datetime]]]:
     """A central whose authenticator reads the clock that the test sets."""
     now = [datetime.now(UTC)]
-    monkeypatch.setattr(main, "Authenticator", lambda journal: Authenticator(journal, lambda: now[0]))
-    async with harness.running_central(harness.make_settings(tmp_path), heartbeat_s=0.05) as running:
+    monkeypatch.setattr(
+        server, "Authenticator", lambda journal: Authenticator(journal, lambda: now[0])
+    )
+    async with harness.running_central(
+        harness.make_settings(tmp_path), heartbeat_s=0.05
+    ) as running:
         yield running, now
 
 
@@ -141,8 +155,8 @@ async def test_an_open_connection_ends_with_its_certificate(
     node = await central.enroll("a", await central.token())
     payload = harness.encode_factors()
     release, _ = await harness.make_candidate(central, node, harness.encode_factors(5), large=True)
-    operator = central.operator
-    await operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20)
+    operator = central.operators
+    await operator.ListNodes(operators_pb2.ListNodesRequest(), timeout=20)
     watch = node.fleet.Watch(fleet_pb2.WatchRequest(), timeout=20)
     await watch.read()
     upload = await node.begin(payload, 2, stop=300)
@@ -157,7 +171,7 @@ async def test_an_open_connection_ends_with_its_certificate(
             pass
 
     async def goes_on() -> None:
-        await upload.write(updates_pb2.UploadRequest(chunk=payload[300:]))
+        await harness.write(upload, updates_pb2.UploadRequest(chunk=payload[300:]))
         await upload.done_writing()
         await upload
 
@@ -168,7 +182,9 @@ async def test_an_open_connection_ends_with_its_certificate(
     assert (await refusal(goes_on()))[:2] == expired
     assert (await refusal(node.query("0" * 64)))[:2] == expired
     assert (await refusal(node.upload(payload)))[:2] == expired
-    code, why, text = await refusal(operator.ListNodes(operator_pb2.ListNodesRequest(), timeout=20))
+    code, why, text = await refusal(
+        operator.ListNodes(operators_pb2.ListNodesRequest(), timeout=20)
+    )
     assert (code, why, "operator's certificate is made anew" in text) == (*expired, True)
 
 
@@ -182,11 +198,14 @@ async def test_a_revocation_ends_streams_that_are_open(
     going_on = hold_up(central, monkeypatch)
     download = node.releases.Download(releases_pb2.DownloadRequest(release_id=release), timeout=20)
     await download.read()
-    await central.operator.RevokeNode(operator_pb2.RevokeNodeRequest(node_id=node.node_id), timeout=20)
+    await central.operators.RevokeNode(
+        operators_pb2.RevokeNodeRequest(node_id=node.node_id), timeout=20
+    )
     going_on.set()
 
     async def goes_on() -> None:
-        await upload.write(updates_pb2.UploadRequest(chunk=payload[300:301]))  # it is not complete, and yet refused
+        # It is not complete, and yet refused.
+        await harness.write(upload, updates_pb2.UploadRequest(chunk=payload[300:301]))
         await upload
 
     async def rest() -> None:

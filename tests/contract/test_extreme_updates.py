@@ -1,4 +1,4 @@
-"""One update with an extreme that its product hides: refused at intake; one that is there all the same is blamed, and no other."""
+"""An update with an extreme that its product hides: refused at intake, else blamed alone."""
 
 from __future__ import annotations
 
@@ -12,26 +12,38 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
 
-from central.federation.blame import find_cause
-from central.federation.errors import StrategyFailed
-from central.federation.planning import PRODUCT_MEAN
-from central.federation.stock import usable_strategies
+from central.cohort.errors import StrategyFailed
+from central.cohort.planning import PRODUCT_MEAN
+from central.cohort.strategies.flower import usable_strategies
+from central.cohort.strategies.product_mean import find_cause
 from central.merging.bounds import MAX_FACTOR_NORM, MAX_SCALE
 from protos.lora import LoraModule, LoraTensors, decode, encode
 from tests.contract import central_harness as harness
-from tests.contract.cohort_loop import NAMES, Central, make_increment, make_settings, opened, take_steps
+from tests.contract.cohort_loop import (
+    NAMES,
+    Central,
+    make_increment,
+    make_settings,
+    opened,
+    take_steps,
+)
 
 NODES = tuple(f"{letter}-{number}" for number, letter in enumerate("abcdefgh"))
 OPTIONS: dict[str, dict[str, Any]] = {"MultiKrum": {"num_nodes_to_select": 2}}
 RULES: list[dict[str, Any]] = [
     {"strategy": PRODUCT_MEAN},
     *({"strategy": PRODUCT_MEAN, "filter": name} for name in ("clip", "near", "multi-krum")),
-    *({"strategy": name, "strategy_options": OPTIONS.get(name, {})} for name in usable_strategies()),
+    *(
+        {"strategy": name, "strategy_options": OPTIONS.get(name, {})}
+        for name in usable_strategies()
+    ),
     *({"strategy": name, "filter": "near"} for name in ("FedAvg", "FedAdam")),
 ]
 
 
-def changed(tensors: LoraTensors, a: float = 1.0, b: float = 1.0, scale: float | None = None) -> LoraTensors:
+def changed(
+    tensors: LoraTensors, a: float = 1.0, b: float = 1.0, scale: float | None = None
+) -> LoraTensors:
     """The factors times `a` and `b`; and another scale."""
     return LoraTensors(
         {
@@ -50,14 +62,20 @@ REFUSED: dict[str, tuple[dict[str, float], str]] = {
         {"a": 1e-40, "b": 1e-40, "scale": 1e70},
         "has scale 1e+70; expected at most 1",
     ),
-    "scale -1e70": ({"a": 1e-40, "b": 1e-40, "scale": -1e70}, "has scale -1e+70; expected at most 10000, of either"),
+    "scale -1e70": (
+        {"a": 1e-40, "b": 1e-40, "scale": -1e70},
+        "has scale -1e+70; expected at most 10000, of either",
+    ),
     "scale 1e300": ({"a": 1e-45, "b": 1e-45, "scale": 1e300}, "has scale 1e+300"),
     "scale 1e39 over a small B": ({"b": 1e-39, "scale": 1e39}, "has scale 1e+39"),
     "scale 2e4 over small factors": ({"a": 1e-3, "b": 1e-3, "scale": 2e4}, "has scale 20000"),
     "A 1e30, B 1e-30": ({"a": 1e30, "b": 1e-30, "scale": 1.0}, "has factor A of Frobenius norm"),
     "B 1e30, A 1e-30": ({"a": 1e-30, "b": 1e30, "scale": 1.0}, "has factor B of Frobenius norm"),
     "A 1e30, scale 1e-30": ({"a": 1e30, "scale": 1e-30}, "has factor A of Frobenius norm"),
-    "A and B 1e35, scale 1e-70": ({"a": 1e35, "b": 1e35, "scale": 1e-70}, "has factor A of Frobenius norm"),
+    "A and B 1e35, scale 1e-70": (
+        {"a": 1e35, "b": 1e35, "scale": 1e-70},
+        "has factor A of Frobenius norm",
+    ),
     "A 1e5, B 1e-5": ({"a": 1e5, "b": 1e-5, "scale": 1.0}, "expected at most 10000"),
     "an increment of 1e6": ({"a": 1e3, "b": 1e3, "scale": 1.0}, "has an increment of norm"),
     "zero": ({"b": 0.0}, "Every module has an increment of norm 1e-12 or less"),
@@ -68,7 +86,9 @@ REFUSED: dict[str, tuple[dict[str, float], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-async def test_an_extreme_is_refused_with_value_bound_and_next_step(tmp_path: Path, what: str) -> None:
+async def test_an_extreme_is_refused_with_value_bound_and_next_step(
+    tmp_path: Path, what: str
+) -> None:
     factors, text = REFUSED[what]
     async with harness.running_central(harness.make_settings(tmp_path)) as central:
         node = await central.enroll("a", await central.token())
@@ -79,7 +99,9 @@ async def test_an_extreme_is_refused_with_value_bound_and_next_step(tmp_path: Pa
         assert "learning rate" in said or "CENTRAL_LIMITS__MAX_NORM" in said
 
 
-async def test_one_module_that_learnt_nothing_and_signed_scales_are_no_fault(tmp_path: Path) -> None:
+async def test_one_module_that_learnt_nothing_and_signed_scales_are_no_fault(
+    tmp_path: Path,
+) -> None:
     async with harness.running_central(harness.make_settings(tmp_path)) as central:
         node = await central.enroll("a", await central.token())
         modules = dict(harness.make_factors().modules)
@@ -104,13 +126,18 @@ def state_of(central: Central, update_id: str) -> tuple[str, str]:
 HIDDEN = [name for name in REFUSED if "scale 1e" in name or name.startswith(("A ", "B "))]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(str(v) for v in rule.values() if isinstance(v, str)))
+@pytest.mark.parametrize(
+    "rule", RULES, ids=lambda rule: "-".join(str(v) for v in rule.values() if isinstance(v, str))
+)
 @pytest.mark.parametrize(
     "what",
     [
         *HIDDEN[:1],
         "zero",
-        *(pytest.param(what, marks=pytest.mark.slow) for what in (*HIDDEN[1:], "denormal", "no scale", "NaN")),
+        *(
+            pytest.param(what, marks=pytest.mark.slow)
+            for what in (*HIDDEN[1:], "denormal", "no scale", "NaN")
+        ),
     ],
 )
 def test_an_extreme_that_is_admitted_all_the_same_is_blamed_alone(
@@ -122,7 +149,9 @@ def test_an_extreme_that_is_admitted_all_the_same_is_blamed_alone(
         bad_tensors = changed(make_increment(9))
         bad_tensors.modules[NAMES[0]].A[0, 0] = np.nan
     else:
-        bad_tensors = changed(make_increment(9), **REFUSED[what][0]) if what in REFUSED else make_increment(9)
+        bad_tensors = (
+            changed(make_increment(9), **REFUSED[what][0]) if what in REFUSED else make_increment(9)
+        )
     data = encode(bad_tensors)
     if what == "no scale":
         data = data.replace(b"scales", b"scale_")
@@ -158,7 +187,9 @@ EDGES: list[dict[str, float]] = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(str(v) for v in rule.values() if isinstance(v, str)))
+@pytest.mark.parametrize(
+    "rule", RULES, ids=lambda rule: "-".join(str(v) for v in rule.values() if isinstance(v, str))
+)
 @pytest.mark.parametrize("edge", EDGES, ids=str)
 def test_what_is_within_the_bounds_breaks_no_strategy(
     central: Central, rule: dict[str, Any], edge: dict[str, float]
@@ -166,7 +197,9 @@ def test_what_is_within_the_bounds_breaks_no_strategy(
     for number, node in enumerate(NODES[:6]):
         central.admit(node, make_increment(number))
     central.admit(NODES[7], changed(make_increment(9), **edge))
-    take_steps(central, make_settings(min_updates=7, **rule), lambda: central.head().manifest.version == 1)
+    take_steps(
+        central, make_settings(min_updates=7, **rule), lambda: central.head().manifest.version == 1
+    )
     released = decode(central.blobs.read(central.head().manifest.payload.digest_sha256))
     assert released.modules
     assert all(np.isfinite(m.A).all() and np.isfinite(m.B).all() for m in released.modules.values())
@@ -205,7 +238,10 @@ def test_an_error_of_a_strategy_finds_the_update_that_causes_it(
     central: Central, position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picky = Picky(monkeypatch, lambda arrays: any(map(is_marked, arrays)))
-    ids = [central.admit(node, marked(n) if n == position else make_increment(n)) for n, node in enumerate(NODES[:5])]
+    ids = [
+        central.admit(node, marked(n) if n == position else make_increment(n))
+        for n, node in enumerate(NODES[:5])
+    ]
     settings = make_settings(min_updates=4, strategy="FedAvg")
     take_steps(central, settings, lambda: central.head().manifest.version == 1)
     expected = ["merged"] * 5
@@ -215,11 +251,23 @@ def test_an_error_of_a_strategy_finds_the_update_that_causes_it(
     assert picky.tries <= 2 + 1 + 2 * 3, "with the merge before and the one after"
 
 
-def test_several_that_fail_are_found_one_after_the_other(central: Central, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_that_fail_are_found_one_after_the_other(
+    central: Central, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Picky(monkeypatch, lambda arrays: any(map(is_marked, arrays)))
-    ids = [central.admit(node, marked(n) if n in (1, 4) else make_increment(n)) for n, node in enumerate(NODES[:6])]
-    take_steps(central, make_settings(min_updates=4, strategy="FedAvg"), lambda: central.head().manifest.version == 1)
-    assert [n for n, update in enumerate(ids) if state_of(central, update)[0] == "set_aside"] == [1, 4]
+    ids = [
+        central.admit(node, marked(n) if n in (1, 4) else make_increment(n))
+        for n, node in enumerate(NODES[:6])
+    ]
+    take_steps(
+        central,
+        make_settings(min_updates=4, strategy="FedAvg"),
+        lambda: central.head().manifest.version == 1,
+    )
+    assert [n for n, update in enumerate(ids) if state_of(central, update)[0] == "set_aside"] == [
+        1,
+        4,
+    ]
 
 
 @pytest.mark.parametrize("least", [2, 0])
@@ -228,9 +276,13 @@ def test_where_no_single_update_is_at_fault_none_is_set_aside(
 ) -> None:
     """Two that fail only together, in different halves; and a strategy that always fails."""
     Picky(monkeypatch, lambda arrays: sum(map(is_marked, arrays)) >= least)
-    ids = [central.admit(node, marked(n) if n in (0, 3) else make_increment(n)) for n, node in enumerate(NODES[:4])]
+    ids = [
+        central.admit(node, marked(n) if n in (0, 3) else make_increment(n))
+        for n, node in enumerate(NODES[:4])
+    ]
     with pytest.raises(
-        StrategyFailed, match=r"No single update causes it, so none is set aside. Change CENTRAL_MERGE__"
+        StrategyFailed,
+        match=r"No single update causes it, so none is set aside. Change CENTRAL_MERGE__",
     ):
         take_steps(central, make_settings(min_updates=4, strategy="FedAvg"), lambda: False)
     assert {state_of(central, update)[0] for update in ids} == {"planned"}

@@ -1,4 +1,4 @@
-"""Flower's ServerApp, Strategy and Grid on a real journal with real blobs: ours and stock FedAvg, crashes, cohorts."""
+"""Flower's ServerApp, Strategy and Grid on a real journal: ours and FedAvg, crashes, cohorts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
-from central.federation import JournalGrid, run_cohort
-from central.federation.errors import FederationError
-from central.federation.replies import flower_id
-from central.federation.server_app import CohortLoop
-from central.fleet.revocation import revoke_node
-from central.journal import Event, EventKind, NewEvent
+from central.cohort import run_cohort
+from central.cohort.errors import FederationError
+from central.cohort.offers import JournalGrid, flower_id
+from central.cohort.strategies.product_mean import ProductMean
+from central.journal import EventKind, NewEvent
 from central.settings import CentralSettings
 from protos.lora import LoraModule, LoraTensors
 from tests.contract.cohort_loop import (
@@ -27,12 +26,12 @@ from tests.contract.cohort_loop import (
     answering,
     dense,
     make_increment,
+    make_loop,
     make_settings,
     opened,
     result,
     take_steps,
 )
-from tests.unit.central.builders import AT
 
 
 class Crash(Exception):
@@ -48,7 +47,10 @@ def central(tmp_path: Path) -> Iterator[Central]:
 def test_product_mean_merges_in_product_space_release_after_release(central: Central) -> None:
     central.join("shared", "a-1", "b-2")
     increments = [make_increment(1), make_increment(2, rank=5, scale=0.5, names=NAMES[:1])]
-    ids = [central.admit(node, tensors) for node, tensors in zip(("a-1", "b-2"), increments, strict=True)]
+    ids = [
+        central.admit(node, tensors)
+        for node, tensors in zip(("a-1", "b-2"), increments, strict=True)
+    ]
     settings = make_settings(server_step=1.5, rank=10)
     take_steps(central, settings, lambda: central.head().manifest.version == 1)
     first = central.head()
@@ -61,7 +63,9 @@ def test_product_mean_merges_in_product_space_release_after_release(central: Cen
         central.admit(node, tensors, sequence=2)
     take_steps(central, settings, lambda: central.head().manifest.version == 2)
     for name in NAMES:
-        expected = central.product(first, name) + 0.75 * sum(dense(tensors, name) for tensors in more)
+        expected = central.product(first, name) + 0.75 * sum(
+            dense(tensors, name) for tensors in more
+        )
         np.testing.assert_allclose(central.product(central.head(), name), expected, atol=1e-4)
     with central.journal.read() as state:
         assert {update.state for update in state.updates.values()} == {"merged"}
@@ -87,13 +91,17 @@ def test_fedavg_averages_padded_factors_and_is_added_in_product_space(central: C
 
     for name in NAMES:
         (A1, B1), (A2, B2) = padded(wide, name), padded(narrow, name)
-        np.testing.assert_allclose(central.product(central.head(), name), (B1 + B2) / 2 @ (A1 + A2) / 2, atol=1e-4)
+        np.testing.assert_allclose(
+            central.product(central.head(), name), (B1 + B2) / 2 @ (A1 + A2) / 2, atol=1e-4
+        )
     before = central.product(central.head(), NAMES[0])
     third = make_increment(3, rank=2)
     central.admit("a-1", third, sequence=2)
     central.admit("b-2", third, sequence=2)
     take_steps(central, settings, lambda: central.head().manifest.version == 2)
-    np.testing.assert_allclose(central.product(central.head(), NAMES[0]), before + dense(third, NAMES[0]), atol=1e-4)
+    np.testing.assert_allclose(
+        central.product(central.head(), NAMES[0]), before + dense(third, NAMES[0]), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("strategy", ["product-mean", "FedAvg"])
@@ -117,13 +125,14 @@ def test_a_crash_at_any_append_leads_to_the_same_candidate(strategy: str, tmp_pa
             assert {update.state for update in state.updates.values()} == {"merged"}
             assert len(state.plans) == 1
             assert central.journal.verify() == state.sequence
-    # Four appends (offer, plan, candidate, evaluation offer) and the verdict, each with a crash before and after it.
+    # Four appends (offer, plan, candidate, evaluation offer) and the verdict, each with a crash
+    # before and after it.
     assert crashes == 10
     assert len(heads) == 1
 
 
 def _run_until_released(root: Path, settings: CentralSettings, crash_at: int | None) -> bool:
-    """True when it crashed: at append crash_at // 2 of the loop, before it (even) or after it (odd)."""
+    """True when it crashed at append crash_at // 2: before (even) or after it (odd)."""
     with opened(root) as central, answering(central.journal, lambda node: ([result("acme-a")], "")):
         append, loop_thread, count = central.journal.append, threading.current_thread(), 0
 
@@ -151,10 +160,9 @@ def test_a_plan_keeps_its_terms_when_settings_change(central: Central) -> None:
     central.join("shared", "a-1", "b-2")
     for number, node in enumerate(("a-1", "b-2")):
         central.admit(node, make_increment(number))
-    grid = JournalGrid("shared", central.journal, make_settings(), threading.Event(), clock=lambda: AT)
-    loop = CohortLoop("shared", central.journal, central.registry, central.blobs, make_settings())
-    loop._build = lambda *_: None  # type: ignore[method-assign]
-    loop.step(grid)
+    loop = make_loop(central, make_settings())
+    loop._builder.build = lambda *_: None  # type: ignore[method-assign]
+    loop.step()
     changed = make_settings(strategy="FedAvg", rank=1, server_step=9)
     take_steps(central, changed, lambda: central.head().manifest.version == 1)
     expected = sum(0.5 * dense(make_increment(number), NAMES[0]) for number in range(2))
@@ -186,130 +194,21 @@ def test_a_fall_is_rejected_and_its_updates_are_set_aside(central: Central) -> N
     central.join("shared", "a-1", "b-2")
     for number, node in enumerate(("a-1", "b-2")):
         central.admit(node, make_increment(number))
-    with answering(central.journal, lambda node: ([result("acme-a", both=2, b=14, c=0, neither=4)], "")):
+    with answering(
+        central.journal, lambda node: ([result("acme-a", both=2, b=14, c=0, neither=4)], "")
+    ):
         take_steps(central, make_settings(quorum=1), lambda: _states(central) == {"set_aside"})
     assert central.head().manifest.version == 0
     with central.journal.read() as state:
         assert all("acme-a fell" in update.reason for update in state.updates.values())
 
 
-def test_a_silent_node_holds_up_nothing_and_too_few_results_are_asked_again(central: Central) -> None:
-    central.join("shared", "a-1", "b-2")
-    for number, node in enumerate(("a-1", "b-2")):
-        central.admit(node, make_increment(number))
-    minute = 0
-
-    def clock() -> str:  # every look at the clock is a second later
-        nonlocal minute
-        minute += 1
-        return f"2026-11-22T{12 + minute // 3600:02}:{minute // 60 % 60:02}:{minute % 60:02}.000000Z"
-
-    def offers() -> list[Event]:
-        return [event for event in central.journal.events() if event.kind == EventKind.EVALUATION_OFFERED]
-
-    with answering(
-        central.journal, lambda node: ([result("acme-a")], "") if node == "a-1" and len(offers()) > 1 else None
-    ):
-        take_steps(central, make_settings(quorum=1), lambda: central.head().manifest.version == 1, clock=clock)
-    assert len(offers()) == 2
-    assert central.head().verdict.environments["acme-a"]["nodes"] == 1  # type: ignore[union-attr]
-
-
-def test_a_node_that_is_away_is_waited_for_only_the_grace(central: Central) -> None:
-    central.join("shared", "a-1", "b-2")
-    for number, node in enumerate(("a-1", "b-2")):
-        central.admit(node, make_increment(number))
-    second = 0
-
-    def clock() -> str:
-        nonlocal second
-        second += 1
-        return f"2026-11-22T12:{second // 60:02}:{second % 60:02}.000000Z"
-
-    settings = make_settings(quorum=1)
-    with answering(central.journal, lambda node: ([result("acme-a")], "") if node == "a-1" else None):
-        take_steps(
-            central,
-            settings.model_copy(update={"gate": settings.gate.model_copy(update={"deadline_s": 3000})}),
-            lambda: central.head().manifest.version == 1,
-            clock=clock,
-            is_connected=lambda node: node == "a-1",
-        )
-    assert 30 <= second < 300, "after the grace, long before the deadline"
-
-
-def test_a_revoked_node_is_not_waited_for(central: Central) -> None:
-    central.join("shared", "a-1", "b-2")
-    for number, node in enumerate(("a-1", "b-2")):
-        central.admit(node, make_increment(number))
-
-    def answer(node: str) -> tuple[list[dict[str, object]], str] | None:
-        return ([result("acme-a")], "") if node == "a-1" else None
-
-    unsubscribe = central.journal.add_listener(
-        lambda event: revoke.set() if event.kind == EventKind.EVALUATION_REPORTED else None
-    )
-    revoke = threading.Event()
-
-    def operator() -> None:
-        assert revoke.wait(20)
-        central.journal.append(NewEvent(EventKind.NODE_REVOKED, "shared", "b-2", {}))
-
-    thread = threading.Thread(target=operator)
-    thread.start()
-    with answering(central.journal, answer):
-        take_steps(central, make_settings(quorum=1), lambda: central.head().manifest.version == 1)
-    thread.join()
-    unsubscribe()
-    assert central.head().manifest.version == 1
-
-
-def test_a_node_revoked_during_evaluation_is_left_out_of_the_release(central: Central) -> None:
-    central.join("shared", "a-1", "b-2")
-    kept, _ = [central.admit(node, make_increment(number)) for number, node in enumerate(("a-1", "b-2"))]
-    settings = make_settings(quorum=1, min_updates=1)
-    asked: list[str] = []
-
-    def answer(node: str) -> tuple[list[dict[str, object]], str]:
-        asked.append(node)
-        if len(asked) == 1:
-            revoke_node(central.journal, "b-2", "operator")
-        return [result("acme-a")], ""
-
-    with answering(central.journal, answer):
-        take_steps(central, settings, lambda: central.head().manifest.version == 1)
-    assert central.head().manifest.updates == [kept]
-    with central.journal.read() as state:
-        assert sorted(update.state for update in state.updates.values()) == ["merged", "set_aside"]
-
-
-def test_a_rollback_during_evaluation_cancels_and_requeues(central: Central) -> None:
-    central.join("shared", "a-1", "b-2")
-    for sequence in (1, 2):
-        for number, node in enumerate(("a-1", "b-2")):
-            central.admit(node, make_increment(10 * sequence + number), sequence=sequence)
-        if sequence == 1:
-            take_steps(central, make_settings(), lambda: central.head().manifest.version == 1)
-    waiting = [update.update_id for update in _waiting(central)]
-
-    def roll_back_once(node: str) -> None:
-        if central.head().manifest.version == 1:
-            central.registry.rollback("shared", None, "requeue", "operator")
-
-    take_steps(central, make_settings(quorum=1), lambda: len(_candidates(central)) == 2)
-    with answering(central.journal, roll_back_once):
-        grid = JournalGrid("shared", central.journal, make_settings(quorum=1), threading.Event(), clock=lambda: AT)
-        CohortLoop("shared", central.journal, central.registry, central.blobs, make_settings(quorum=1)).step(grid)
-    assert central.head().manifest.version == 0
-    assert {update.update_id for update in _waiting(central)} >= set(waiting)
-    take_steps(central, make_settings(), lambda: central.head().manifest.version == 1)
-    assert len(central.head().manifest.updates) == 4
-
-
 def test_an_unusable_update_is_set_aside_and_the_others_go_on(central: Central) -> None:
     central.join("shared", "a-1", "b-2", "c-3")
     central.admit("a-1", make_increment(1))
-    odd = LoraTensors({NAMES[0]: LoraModule(np.ones((2, IN + 1), np.float32), np.ones((OUT, 2), np.float32))})
+    odd = LoraTensors(
+        {NAMES[0]: LoraModule(np.ones((2, IN + 1), np.float32), np.ones((OUT, 2), np.float32))}
+    )
     bad = central.admit("b-2", odd)
     central.admit("c-3", make_increment(2))
     take_steps(central, make_settings(), lambda: central.head().manifest.version == 1)
@@ -327,14 +226,18 @@ def test_cohorts_never_mix(central: Central) -> None:
     settings = make_settings(cohorts={"zeta": {"min_updates": 1}})
     stop = threading.Event()
     threads = [
-        threading.Thread(target=run_cohort, args=(c, central.journal, central.registry, central.blobs, settings, stop))
+        threading.Thread(
+            target=run_cohort,
+            args=(c, central.journal, central.registry, central.blobs, settings, stop),
+        )
         for c in ("shared", "zeta")
     ]
     for thread in threads:
         thread.start()
     try:
         done = central.journal.wait(
-            lambda state: all(state.head(c).manifest.version == 1 for c in ("shared", "zeta")), timeout_s=30
+            lambda state: all(state.head(c).manifest.version == 1 for c in ("shared", "zeta")),
+            timeout_s=30,
         )
     finally:
         stop.set()
@@ -345,25 +248,56 @@ def test_cohorts_never_mix(central: Central) -> None:
     assert central.head("shared").manifest.updates == shared
     assert central.head("zeta").manifest.updates == [zeta]
     np.testing.assert_allclose(
-        central.product(central.head("zeta"), NAMES[0]), dense(make_increment(9), NAMES[0]), atol=1e-4
+        central.product(central.head("zeta"), NAMES[0]),
+        dense(make_increment(9), NAMES[0]),
+        atol=1e-4,
     )
+
+
+def test_a_candidate_takes_one_strategy_and_its_verdict_none(
+    central: Central, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    central.join("shared", "a-1", "b-2")
+    for number, node in enumerate(("a-1", "b-2")):
+        central.admit(node, make_increment(number))
+    calls: list[str] = []
+
+    def noted(kind: type, name: str) -> None:
+        honest = getattr(kind, name)
+
+        def call(*args: object) -> object:
+            calls.append(name)
+            return honest(*args)
+
+        monkeypatch.setattr(kind, name, call)
+
+    noted(ProductMean, "__init__")
+    noted(JournalGrid, "pull_messages")
+    loop = make_loop(central, make_settings(quorum=1))
+    loop.step()
+    assert calls == ["__init__", "pull_messages"]
+    with answering(central.journal, lambda node: ([result("acme-a")], "")):
+        loop.step()
+    assert central.head().manifest.version == 1
+    assert calls == ["__init__", "pull_messages"], "what is judged is not merged again"
 
 
 def test_a_grid_sees_one_cohort(central: Central) -> None:
     central.join("shared", "a-1", "b-2")
     central.join("zeta", "d-4")
-    grids = {c: JournalGrid(c, central.journal, make_settings(), threading.Event()) for c in ("shared", "zeta")}
+    ids = [central.admit(node, make_increment(n)) for n, node in enumerate(("a-1", "b-2"))]
+    take_steps(central, make_settings(), lambda: central.head().manifest.version == 1)
+    grids = {c: JournalGrid(c, central.journal, threading.Event()) for c in ("shared", "zeta")}
     assert set(grids["shared"].get_node_ids()) == {flower_id("a-1"), flower_id("b-2")}
     assert set(grids["zeta"].get_node_ids()) == {flower_id("d-4")}
-    content = {"max_rank": 8}
-    message = grids["shared"].create_message(RecordDict({"config": ConfigRecord(content)}), "train", 0, "1")
-    (offer,) = grids["shared"].push_messages([message])
-    assert list(grids["shared"].push_messages([message])) == [offer]
+    plan = central.head().manifest.plan
+    asked = Message(RecordDict({"config": ConfigRecord({"plan": plan})}), 0, "train")
+    replies = list(grids["shared"].send_and_receive([asked]))
+    assert [reply.content["update"]["update_id"] for reply in replies] == ids
     with pytest.raises(FederationError, match="not one of cohort 'zeta'"):
-        grids["zeta"].pull_messages([offer])
-    with pytest.raises(FederationError, match="No Flower run"):
+        grids["zeta"].send_and_receive([asked])
+    with pytest.raises(FederationError, match=r"Grid\.run has no use"):
         _ = grids["zeta"].run
-    assert list(grids["shared"].send_and_receive([message], timeout=0)) == []
 
 
 def _states(central: Central) -> set[str]:
@@ -374,8 +308,3 @@ def _states(central: Central) -> set[str]:
 def _waiting(central: Central) -> list:
     with central.journal.read() as state:
         return state.waiting("shared")
-
-
-def _candidates(central: Central) -> list[str]:
-    with central.journal.read() as state:
-        return [plan.candidate for plan in state.plans.values() if plan.candidate]

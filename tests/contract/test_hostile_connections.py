@@ -1,4 +1,4 @@
-"""Clients that hold connections or flood them, on both ports: nodes are served all the same, and memory stays bounded."""
+"""Clients that hold connections or flood them: nodes are served, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from central.settings import CentralSettings
 from edge_node.identity import JoinToken
+from tests.contract import central_process as processes
 from tests.contract import hostile_http2 as hostile
-from tests.contract import test_central_process as processes
 from tests.contract.central_harness import Central, Node, make_settings, running_central
 
 LIMITS = {"connections": 6, "enrollment_connections": 4, "handshake_s": 1.0}
 NOTHING = "ab" * 32
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads memory from /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="reads memory from /proc"
+)
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ async def test_clients_that_never_greet_are_closed(central: Central, node: Node)
     newcomer = await central.enroll("b", await central.token())  # and connects only later
     with ExitStack() as held:
         port = central.settings.listen.port
-        await asyncio.to_thread(_hold, held, lambda: socket.create_connection(("127.0.0.1", port), 5), 20)
+        await asyncio.to_thread(
+            _hold, held, lambda: socket.create_connection(("127.0.0.1", port), 5), 20
+        )
         await node.query(NOTHING)
         async with asyncio.timeout(20):
             while not await _is_served(newcomer):
@@ -72,7 +76,9 @@ async def test_a_connection_has_so_many_calls_at_once(
         with _connect(central, node, tmp_path, port) as connection:
             head = _read(connection, 9)
             assert head[3] == hostile.SETTINGS
-            return dict(struct.iter_unpack(">HI", _read(connection, int.from_bytes(head[:3], "big"))))
+            return dict(
+                struct.iter_unpack(">HI", _read(connection, int.from_bytes(head[:3], "big")))
+            )
 
     max_concurrent_streams = 3
     assert (await asyncio.to_thread(read_settings))[max_concurrent_streams] == streams
@@ -97,12 +103,20 @@ def _headers() -> Iterator[bytes]:
 
 
 def _big_calls() -> Iterator[bytes]:
-    block = hostile.request_headers("/lorikeet.fleet.v1.EnrollmentService/Enroll", ("x", b"v" * 7000))
-    yield from (hostile.frame(hostile.HEADERS, hostile.END_HEADERS, stream, block) for stream in range(1, 1 << 31, 2))
+    block = hostile.request_headers(
+        "/lorikeet.fleet.v1.EnrollmentService/Enroll", ("x", b"v" * 7000)
+    )
+    yield from (
+        hostile.frame(hostile.HEADERS, hostile.END_HEADERS, stream, block)
+        for stream in range(1, 1 << 31, 2)
+    )
 
 
 def _pings() -> Iterator[bytes]:
-    yield from (hostile.frame(hostile.PING, payload=struct.pack(">Q", number)) for number in itertools.count())
+    yield from (
+        hostile.frame(hostile.PING, payload=struct.pack(">Q", number))
+        for number in itertools.count()
+    )
 
 
 def _settings() -> Iterator[bytes]:
@@ -120,7 +134,9 @@ def _calls_and_resets() -> Iterator[bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize("port", ["nodes", "enrolment"])
 @pytest.mark.parametrize("frames", [_headers, _big_calls, _calls_and_resets, _pings, _settings])
-async def test_a_flood_takes_little_memory(tmp_path: Path, port: str, frames: Callable[[], Iterator[bytes]]) -> None:
+async def test_a_flood_takes_little_memory(
+    tmp_path: Path, port: str, frames: Callable[[], Iterator[bytes]]
+) -> None:
     """Two connections for 8 s. Before there were limits: 1.4 GB for headers, 0.7 GB for calls."""
     async with _process(make_settings(tmp_path)) as (running, central):
         known = await central.enroll("a", await central.token())
@@ -143,7 +159,9 @@ async def test_a_flood_takes_little_memory(tmp_path: Path, port: str, frames: Ca
 
 
 @pytest.mark.slow
-async def test_1250_idle_clients_do_not_block_a_central_with_1024_open_files(tmp_path: Path) -> None:
+async def test_1250_idle_clients_do_not_block_a_central_with_1024_open_files(
+    tmp_path: Path,
+) -> None:
     settings = make_settings(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with _process(settings, files=1024) as (_, central):

@@ -1,4 +1,4 @@
-"""Isolation on a real journal with real merges: which update hurts, what becomes of the others, crashes, rollbacks."""
+"""Isolation with real merges: which update hurts, what becomes of the others, crashes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,15 @@ def central(tmp_path: Path) -> Iterator[Central]:
 
 def admit_all(central: Central, number: int = 5) -> list[str]:
     central.join("shared", *NODES[:number])
-    return [central.admit(node, make_increment(seed, rank=1)) for seed, node in enumerate(NODES[:number])]
+    return [
+        central.admit(node, make_increment(seed, rank=1))
+        for seed, node in enumerate(NODES[:number])
+    ]
 
 
-def measured(central: Central, hurts: Callable[[Collection[str]], bool]) -> Callable[[str], tuple[list, str]]:
+def measured(
+    central: Central, hurts: Callable[[Collection[str]], bool]
+) -> Callable[[str], tuple[list, str]]:
     """Node a measures: a candidate falls when the updates in its line hurt. The others abstain."""
 
     def answer(node: str) -> tuple[list, str]:
@@ -47,7 +52,9 @@ def measured(central: Central, hurts: Callable[[Collection[str]], bool]) -> Call
             return [], "busy"
         with central.journal.read() as state:
             candidate = next(r for r in state.releases.values() if r.state == "candidate")
-            held = {update for r in state.lineage(candidate.release_id) for update in r.manifest.updates}
+            held = {
+                update for r in state.lineage(candidate.release_id) for update in r.manifest.updates
+            }
         return [result("acme", both=2, b=14, c=0, neither=4) if hurts(held) else result("acme")], ""
 
     return answer
@@ -92,7 +99,9 @@ def merged(central: Central) -> list[str]:
 
 
 @pytest.mark.parametrize("culprit", range(5))
-def test_the_update_that_hurts_is_set_aside_and_the_others_are_released(central: Central, culprit: int) -> None:
+def test_the_update_that_hurts_is_set_aside_and_the_others_are_released(
+    central: Central, culprit: int
+) -> None:
     ids = admit_all(central)
     run(central, lambda held: ids[culprit] in held)
     assert merged(central) == sorted(set(ids) - {ids[culprit]})
@@ -100,7 +109,9 @@ def test_the_update_that_hurts_is_set_aside_and_the_others_are_released(central:
     assert record.state == "set_aside"
     assert record.reason.startswith("isolated: candidate v")
     assert "of this update alone was rejected: rejected: acme fell" in record.reason
-    expected = sum(0.2 * dense(make_increment(seed, rank=1), NAMES[0]) for seed in range(5) if seed != culprit)
+    expected = sum(
+        0.2 * dense(make_increment(seed, rank=1), NAMES[0]) for seed in range(5) if seed != culprit
+    )
     np.testing.assert_allclose(central.product(central.head(), NAMES[0]), expected, atol=1e-4)
     first, *tried = plans(central)
     assert first.isolates is None
@@ -115,7 +126,10 @@ def test_updates_that_hurt_only_together_cost_one_of_them(central: Central) -> N
     ids = admit_all(central)
     run(central, lambda held: {ids[1], ids[2]} <= set(held))
     assert len(merged(central)) == 4
-    assert [update for update in ids if updates(central)[update].state == "set_aside"] in ([ids[1]], [ids[2]])
+    assert [update for update in ids if updates(central)[update].state == "set_aside"] in (
+        [ids[1]],
+        [ids[2]],
+    )
 
 
 def test_when_all_hurt_the_search_ends_and_keeps_them_all(central: Central) -> None:
@@ -139,7 +153,11 @@ def test_the_number_of_tries_is_bounded(central: Central, tries: int, expected: 
 
 def test_a_part_is_as_strong_as_it_was_in_the_whole_with_any_strategy(central: Central) -> None:
     ids = admit_all(central, 3)
-    run(central, lambda held: ids[2] in held, make_settings(quorum=1, strategy="FedAvg", server_step=1.5))
+    run(
+        central,
+        lambda held: ids[2] in held,
+        make_settings(quorum=1, strategy="FedAvg", server_step=1.5),
+    )
     assert merged(central) == sorted(ids[:2])
     whole, *parts = [plan.plan for plan in plans(central)]
     for part in parts:
@@ -150,7 +168,9 @@ def test_a_part_is_as_strong_as_it_was_in_the_whole_with_any_strategy(central: C
 def test_new_updates_wait_until_the_search_is_over(central: Central) -> None:
     ids = admit_all(central)
     run(central, lambda held: ids[4] in held, until=lambda: len(plans(central)) == 2)
-    late = [central.admit(node, make_increment(20 + n), sequence=2) for n, node in enumerate(NODES[:2])]
+    late = [
+        central.admit(node, make_increment(20 + n), sequence=2) for n, node in enumerate(NODES[:2])
+    ]
     run(central, lambda held: ids[4] in held)
     *tried, last = plans(central)
     assert [update.update_id for update in last.plan.updates] == late
@@ -161,7 +181,11 @@ def test_new_updates_wait_until_the_search_is_over(central: Central) -> None:
 
 def test_suspects_that_are_revoked_or_superseded_are_left_out(central: Central) -> None:
     ids = admit_all(central)
-    run(central, bool, until=lambda: len(plans(central)) == 2 and plans(central)[1].candidate is not None)
+    run(
+        central,
+        bool,
+        until=lambda: len(plans(central)) == 2 and plans(central)[1].candidate is not None,
+    )
     revoke_node(central.journal, "d-4", "operator")
     newer = central.admit("e-5", make_increment(50), sequence=2)
     central.journal.append(NewEvent(EventKind.UPDATE_SUPERSEDED, "shared", ids[4], {"by": newer}))
@@ -206,7 +230,8 @@ def test_a_crash_at_any_append_ends_the_same(stride: int, tmp_path: Path) -> Non
         if not crashed:
             break
         point += stride
-    # Offer; the whole and four parts ({0, 1}, {0}, {1}, {2}) with plan, candidate, evaluation and verdict each.
+    # Offer; the whole and four parts ({0, 1}, {0}, {1}, {2}) with plan, candidate, evaluation and
+    # verdict each.
     assert crashes == -(-2 * (1 + 5 * 4) // stride)
     assert len(ends) == 1
 

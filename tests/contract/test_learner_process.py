@@ -29,7 +29,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trouble() -> Problem | None:
-    return next((problem for problem in Problems(EdgeSettings().data_dir).current() if problem.room == "learner"), None)
+    return next(
+        (
+            problem
+            for problem in Problems(EdgeSettings().data_dir).current()
+            if problem.room == "learner"
+        ),
+        None,
+    )
 
 
 async def until(seen: Callable[[], bool]) -> None:
@@ -86,11 +93,19 @@ class Failing(LearnerProcess):
     """Ends as the worker does that cannot read its active release; then runs on."""
 
     broken = True
-    line = "learner: The active release in active.json cannot be read. Restart the node's supervisor."
+    line = (
+        "learner: The active release in active.json cannot be read. Restart the node's supervisor."
+    )
 
     def command(self) -> list[str]:
-        words = f"print('a customer wrote this', file=sys.stderr); print({self.line!r}, file=sys.stderr)"
-        return [sys.executable, "-c", f"import sys; {words}; sys.exit(5)"] if self.broken else ["sleep", "600"]
+        words = "; ".join(
+            f"print({line!r}, file=sys.stderr)" for line in ("a customer wrote this", self.line)
+        )
+        return (
+            [sys.executable, "-c", f"import sys; {words}; sys.exit(5)"]
+            if self.broken
+            else ["sleep", "600"]
+        )
 
 
 async def test_a_learner_that_keeps_ending_is_a_problem_until_one_runs_on(
@@ -100,7 +115,9 @@ async def test_a_learner_that_keeps_ending_is_a_problem_until_one_runs_on(
     Problems(EdgeSettings().data_dir).report("learner", "Left by a former supervisor.", "")
     learner = Failing(EdgeSettings(), first_pause_s=0.01)
     running = asyncio.create_task(learner.run())
-    await until(lambda: "The active release in active.json cannot be read" in getattr(trouble(), "text", ""))
+    await until(
+        lambda: "The active release in active.json cannot be read" in getattr(trouble(), "text", "")
+    )
     problem = trouble()
     assert problem is not None
     assert "customer" not in problem.text

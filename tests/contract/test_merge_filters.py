@@ -1,4 +1,4 @@
-"""Robust filters through the loop: what is judged, what becomes of what is left out, and what a crash leaves."""
+"""Robust filters through the loop: what is judged, what is left out, what a crash leaves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from central.federation import screening
-from central.federation.planning import plan_merge
+from central.cli.release_texts import explanation
+from central.cohort import screening
+from central.cohort.planning import plan_merge
 from central.fleet.presence import NodePresence
 from central.fleet.revocation import revoke_node
 from central.journal import EventKind, NewEvent
 from central.merging import merge as product_merge
-from central.operator.lineage import explain_release
-from central.operator.texts import explanation
+from central.operators.forgetting import order_forget
+from central.operators.lineage import explain_release
 from protos.fleet.v1 import fleet_pb2
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import Payload, sha256_hex
@@ -41,7 +42,10 @@ def central(tmp_path: Path) -> Iterator[Central]:
 
 
 def fleet(central: Central, outliers: int = 1) -> tuple[list[str], list[LoraTensors]]:
-    """Six nodes that learnt mostly the same, and `outliers` that send ten times the opposite; all in factors of their own."""
+    """Six nodes that learnt mostly the same, and `outliers` that send ten times the opposite.
+
+    Each has factors of its own.
+    """
     shared, ids, updates = make_increment(100), [], []
     for number, letter in enumerate("abcdefgh"[: 6 + outliers]):
         rng, own = np.random.default_rng(number), make_increment(number, rank=1)
@@ -57,7 +61,9 @@ def fleet(central: Central, outliers: int = 1) -> tuple[list[str], list[LoraTens
     return ids, updates
 
 
-@pytest.mark.parametrize(("name", "words"), [("near", "median distance"), ("multi-krum", "Krum score")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("near", "median distance"), ("multi-krum", "Krum score")]
+)
 @pytest.mark.parametrize("strategy", ["product-mean", "FedMedian"])
 def test_what_a_filter_leaves_out_is_set_aside_with_its_score_and_can_come_back(
     central: Central, name: str, words: str, strategy: str
@@ -68,13 +74,18 @@ def test_what_a_filter_leaves_out_is_set_aside_with_its_score_and_can_come_back(
     plan = plan_of(central)
     assert release.updates == ids[:6]
     assert [(left.update_id, words in left.reason) for left in plan.left_out] == [(ids[6], True)]
-    assert (record(central, ids[6]).state, record(central, ids[6]).reason) == ("set_aside", plan.left_out[0].reason)
+    assert (record(central, ids[6]).state, record(central, ids[6]).reason) == (
+        "set_aside",
+        plan.left_out[0].reason,
+    )
     assert name in plan.filter
     assert {update.weight for update in plan.updates} == {1 / 6}
     if strategy == "product-mean":
         expected = sum(dense(update, NAMES[0]) for update in updates[:6]) / 6
         u, s, vt = np.linalg.svd(expected)
-        np.testing.assert_allclose(central.product(central.head(), NAMES[0]), (u[:, :8] * s[:8]) @ vt[:8], atol=1e-3)
+        np.testing.assert_allclose(
+            central.product(central.head(), NAMES[0]), (u[:, :8] * s[:8]) @ vt[:8], atol=1e-3
+        )
     assert all_identical(central)
     central.journal.append(NewEvent(EventKind.UPDATE_REQUEUED, "shared", ids[6], {}))
     merge(central, make_settings(strategy=strategy, min_updates=1))
@@ -85,7 +96,9 @@ def test_explain_shows_what_a_filter_decided(central: Central) -> None:
     ids, _ = fleet(central)
     merge(central, make_settings(filter="near", min_updates=7))
     with central.journal.read() as state:
-        answer = explain_release(state, central.head(), lambda node: NodePresence(False, "", fleet_pb2.NodeStatus()))
+        answer = explain_release(
+            state, central.head(), lambda node: NodePresence(False, "", fleet_pb2.NodeStatus())
+        )
     assert answer.filter == "near, threshold 3.5, of 7 updates"
     assert [(left.update_id, left.node_id) for left in answer.left_out] == [(ids[6], "g-0")]
     assert "left out of a merge on" in answer.left_out[0].reason
@@ -97,16 +110,26 @@ def test_explain_shows_what_a_filter_decided(central: Central) -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 2.0])
-def test_clip_bounds_every_increment_by_the_median_or_a_limit(central: Central, limit: float | None) -> None:
+def test_clip_bounds_every_increment_by_the_median_or_a_limit(
+    central: Central, limit: float | None
+) -> None:
     ids, updates = fleet(central)
-    release = merge(central, make_settings(filter="clip", filter_norm=limit, min_updates=7, rank=12))
+    release = merge(
+        central, make_settings(filter="clip", filter_norm=limit, min_updates=7, rank=12)
+    )
     norms = [np.sqrt(sum(np.sum(dense(update, name) ** 2) for name in NAMES)) for update in updates]
     bound = limit or np.median(norms)
     plan = plan_of(central)
     assert release.updates == ids
     for planned, norm in zip(plan.updates, norms, strict=True):
         assert planned.factor == pytest.approx(min(1.0, bound / norm), rel=1e-5)
-    expected = sum(min(1.0, bound / norm) * dense(u, NAMES[0]) for u, norm in zip(updates, norms, strict=True)) / 7
+    expected = (
+        sum(
+            min(1.0, bound / norm) * dense(u, NAMES[0])
+            for u, norm in zip(updates, norms, strict=True)
+        )
+        / 7
+    )
     np.testing.assert_allclose(central.product(central.head(), NAMES[0]), expected, atol=1e-3)
     assert f"norm {bound:.6g}" in plan.filter
     assert all_identical(central)
@@ -147,8 +170,38 @@ def test_a_draft_is_dropped_when_the_state_moves_on_while_it_is_filtered(
     assert {record(central, update).state for update in ids[6:]} == {"set_aside"}
 
 
+def test_an_order_to_forget_that_comes_while_a_draft_is_filtered_goes_first(
+    central: Central, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = central.admit("h-0", make_increment(50))
+    merge(central, make_settings(min_updates=1))
+    ids, _ = fleet(central)
+    real, seen = screening.product_gram, []
+
+    def slow(updates: object, **options: object) -> np.ndarray:
+        seen.append(len(updates))  # type: ignore[arg-type]
+        if len(seen) == 1:
+            order_forget(central.journal, central.blobs, first, accept_loss=False, by="tests")
+        return real(updates, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(screening, "product_gram", slow)
+    settings = make_settings(filter="near", min_updates=7)
+    take_steps(central, settings, lambda: central.head().manifest.version == 3)
+    assert seen == [7, 7]
+    with central.journal.read() as state:
+        plans = [planned.plan for planned in state.plans.values()][1:]
+    assert [(plan.removal is not None, len(plan.updates)) for plan in plans] == [
+        (True, 0),
+        (False, 6),
+    ]
+    assert record(central, first).state == "forgotten"
+    assert record(central, ids[0]).state == "merged"
+
+
 @pytest.mark.parametrize("after", [False, True])
-def test_a_crash_at_the_record_of_a_filtered_plan_ends_the_same(tmp_path: Path, after: bool) -> None:
+def test_a_crash_at_the_record_of_a_filtered_plan_ends_the_same(
+    tmp_path: Path, after: bool
+) -> None:
     settings, ends = make_settings(filter="near", min_updates=7), []
     for crash in (False, True):
         root = tmp_path / str(crash)
@@ -173,7 +226,9 @@ def test_a_crash_at_the_record_of_a_filtered_plan_ends_the_same(tmp_path: Path, 
                 merge(central, settings)
         with opened(root) as central:
             if central.head().manifest.version == 0:
-                take_steps(central, settings, lambda central=central: central.head().manifest.version == 1)
+                take_steps(
+                    central, settings, lambda central=central: central.head().manifest.version == 1
+                )
             states = [record(central, update).state for update in ids]
             places = [ids.index(left.update_id) for left in plan_of(central).left_out]
             ends.append((central.head().manifest.payload, states, places))
@@ -185,11 +240,16 @@ class Crash(Exception):
     """Stands for kill -9."""
 
 
-def test_a_payload_that_cannot_be_judged_is_set_aside_and_the_others_are_filtered(central: Central) -> None:
+def test_a_payload_that_cannot_be_judged_is_set_aside_and_the_others_are_filtered(
+    central: Central,
+) -> None:
     ids, _ = fleet(central)
     data = b"not a payload"
     update = make_update(
-        central.head().manifest, "h-0", 1, payload=Payload(digest_sha256=central.blobs.put(data), size_bytes=len(data))
+        central.head().manifest,
+        "h-0",
+        1,
+        payload=Payload(digest_sha256=central.blobs.put(data), size_bytes=len(data)),
     )
     central.journal.append(admitted(update, "shared"))
     release = merge(central, make_settings(filter="near", min_updates=7))

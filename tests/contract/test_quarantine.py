@@ -1,4 +1,4 @@
-"""Quarantine on a real journal with real merges: a node that is blamed again and again is kept aside, the others go on."""
+"""Quarantine with real merges: a node that is blamed again is kept aside, others go on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from central.fleet.quarantine import quarantine_node, release_node
 from central.fleet.revocation import revoke_node
 from central.journal import EventKind
 from central.settings import CentralSettings
-from tests.contract.cohort_loop import Central, answering, make_increment, make_settings, opened, result, take_steps
+from tests.contract.cohort_loop import (
+    Central,
+    answering,
+    make_increment,
+    make_settings,
+    opened,
+    result,
+    take_steps,
+)
 
 NODES = ("a-1", "b-2")
 
@@ -26,14 +34,19 @@ def central(tmp_path: Path) -> Iterator[Central]:
 
 def settings(isolated_updates: int = 2, window: int = 3) -> CentralSettings:
     policy = make_settings(quorum=1)
-    changed = policy.quarantine.model_copy(update={"isolated_updates": isolated_updates, "window": window})
+    changed = policy.quarantine.model_copy(
+        update={"isolated_updates": isolated_updates, "window": window}
+    )
     return policy.model_copy(update={"quarantine": changed})
 
 
-def one_round(central: Central, sequence: int, policy: CentralSettings, bad: str = "b-2") -> dict[str, str]:
-    """Both nodes send; node a measures that what `bad` sent hurts. The state of each update afterwards."""
+def one_round(
+    central: Central, sequence: int, policy: CentralSettings, bad: str = "b-2"
+) -> dict[str, str]:
+    """Both nodes send; a measures that `bad` hurts. The state of each update afterwards."""
     sent = {
-        node: central.admit(node, make_increment(10 * sequence + n), sequence=sequence) for n, node in enumerate(NODES)
+        node: central.admit(node, make_increment(10 * sequence + n), sequence=sequence)
+        for n, node in enumerate(NODES)
     }
     with central.journal.read() as state:
         kept = {update.update_id for update in state.waiting("shared")}
@@ -66,7 +79,9 @@ def quarantine(central: Central, node: str = "b-2") -> str:
         return state.nodes[node].quarantine
 
 
-def test_a_node_that_is_blamed_often_enough_is_kept_aside_until_it_is_released(central: Central) -> None:
+def test_a_node_that_is_blamed_often_enough_is_kept_aside_until_it_is_released(
+    central: Central,
+) -> None:
     assert one_round(central, 1, settings()) == {"a-1": "merged", "b-2": "set_aside"}
     assert quarantine(central) == "", "one veto is never final"
     assert one_round(central, 2, settings()) == {"a-1": "merged", "b-2": "set_aside"}
@@ -74,11 +89,18 @@ def test_a_node_that_is_blamed_often_enough_is_kept_aside_until_it_is_released(c
     assert quarantine(central, "a-1") == ""
     third = central.admit("b-2", make_increment(77), sequence=3)
     with central.journal.read() as state:
-        assert (state.updates[third].state, state.updates[third].reason) == ("quarantined", quarantine(central))
+        assert (state.updates[third].state, state.updates[third].reason) == (
+            "quarantined",
+            quarantine(central),
+        )
         events = central.journal.events()
-    verdicts = [e.sequence for e in events if e.kind is EventKind.VERDICT and not e.body["accepted"]]
+    verdicts = [
+        e.sequence for e in events if e.kind is EventKind.VERDICT and not e.body["accepted"]
+    ]
     (put,) = [e for e in events if e.kind is EventKind.NODE_QUARANTINED]
-    assert (put.sequence, put.body["by"]) == (verdicts[-1] + 1, "gate"), "in one append with the verdict"
+    assert (put.sequence, put.body["by"]) == (verdicts[-1] + 1, "gate"), (
+        "in one append with the verdict"
+    )
     assert [update.update_id for update in release_node(central.journal, "b-2", "tests")] == [third]
     with central.journal.read() as state:
         assert state.updates[third].state == "waiting"
@@ -117,4 +139,7 @@ def test_what_a_revoked_node_had_in_quarantine_never_waits_again(central: Centra
     with pytest.raises(Refused, match="is revoked; there is nothing to release"):
         release_node(central.journal, "b-2", "operator")
     with central.journal.read() as state:
-        assert (state.updates[kept].state, state.updates[kept].reason) == ("set_aside", "its node was revoked")
+        assert (state.updates[kept].state, state.updates[kept].reason) == (
+            "set_aside",
+            "its node was revoked",
+        )

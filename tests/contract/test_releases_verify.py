@@ -1,4 +1,4 @@
-"""`central releases verify` against a data directory that the loop wrote: identical, altered, missing, deep."""
+"""`central releases verify` on a loop's data directory: same, altered, missing, deep."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from central.blobs import DirectoryBlobs
 from central.cli import main
 from central.journal import Journal
-from central.registry import DirectoryBlobs
+from central.merging import ProductSum
 from protos.lora import LoraModule, LoraTensors, encode
-from tests.contract.cohort_loop import KEY, Central, make_increment, make_settings, opened, take_steps
+from tests.contract.cohort_loop import (
+    KEY,
+    Central,
+    make_increment,
+    make_settings,
+    opened,
+    take_steps,
+)
 
 
 @pytest.fixture
@@ -32,7 +40,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         for version, strategy in ((1, "product-mean"), (2, "FedAvg"), (3, "product-mean")):
             for number, node in enumerate(("a-1", "b-2")):
                 central.admit(node, make_increment(10 * version + number), sequence=version)
-            take_steps(central, make_settings(strategy=strategy), lambda v=version: head(central) == v)  # type: ignore[misc]
+            take_steps(
+                central, make_settings(strategy=strategy), lambda v=version: head(central) == v
+            )  # type: ignore[misc]
     return tmp_path
 
 
@@ -63,7 +73,9 @@ def releases(root: Path) -> list:
     return found
 
 
-def test_every_release_is_rebuilt_to_the_same_bytes(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_release_is_rebuilt_to_the_same_bytes(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     unfinished = data / "blobs" / "of-a-running-central.tmp"
     unfinished.write_bytes(b"half")
     before = sorted(data.rglob("*"))
@@ -79,7 +91,9 @@ def test_every_release_is_rebuilt_to_the_same_bytes(data: Path, capsys: pytest.C
     assert all(row["rebuilt"] == row["expected"] for row in rows)
     assert run("--cohort", "zeta") == 0
     assert capsys.readouterr().out.count("identical") == 1
-    assert sorted(path for path in data.rglob("*") if "journal.db-" not in path.name) == before, "it writes nothing"
+    assert sorted(path for path in data.rglob("*") if "journal.db-" not in path.name) == before, (
+        "it writes nothing"
+    )
 
 
 def test_deep_needs_the_updates_alone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +111,9 @@ def test_deep_needs_the_updates_alone(data: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("damage", ["flipped", "swapped", "gone"])
 @pytest.mark.parametrize("deep", [False, True])
-def test_what_would_be_served_is_read(data: Path, capsys: pytest.CaptureFixture[str], damage: str, deep: bool) -> None:
+def test_what_would_be_served_is_read(
+    data: Path, capsys: pytest.CaptureFixture[str], damage: str, deep: bool
+) -> None:
     head = releases(data)[-1]
     blobs = DirectoryBlobs(data / "blobs")
     file = blobs.path(head.manifest.payload.digest_sha256)
@@ -106,17 +122,24 @@ def test_what_would_be_served_is_read(data: Path, capsys: pytest.CaptureFixture[
         file.unlink()
     else:
         good = file.read_bytes()
-        file.write_bytes(other.read_bytes() if damage == "swapped" else good[:-1] + bytes([good[-1] ^ 1]))
+        file.write_bytes(
+            other.read_bytes() if damage == "swapped" else good[:-1] + bytes([good[-1] ^ 1])
+        )
     assert run(head.manifest.label, "--json", *(["--deep"] if deep else [])) == 1
     captured = capsys.readouterr()
     *before, last = json.loads(captured.out)
     assert [row["outcome"] for row in before] == ["identical"] * len(before)
     assert (last["outcome"], last["rebuilt"]) == ("damaged", last["expected"])
     assert head.manifest.payload.digest_sha256 in last["problem"]
-    assert f"releases are damaged or could not be rebuilt to the same bytes: {head.manifest.label}" in captured.err
+    assert (
+        f"releases are damaged or could not be rebuilt to the same bytes: {head.manifest.label}"
+        in captured.err
+    )
 
 
-def test_another_update_or_another_key_is_found(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_update_or_another_key_is_found(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     blobs = DirectoryBlobs(data / "blobs")
     first = releases(data)[1]
     journal = Journal(f"sqlite:///{data}/journal.db")
@@ -129,7 +152,8 @@ def test_another_update_or_another_key_is_found(data: Path, capsys: pytest.Captu
     captured = capsys.readouterr()
     assert "was altered" in captured.out
     assert (
-        f"1 of 1 releases are damaged or could not be rebuilt to the same bytes: {first.manifest.label}" in captured.err
+        "1 of 1 releases are damaged or could not be rebuilt to the same bytes: "
+        f"{first.manifest.label}" in captured.err
     )
     blobs.path(update).write_bytes(kept)
     assert run(first.manifest.label) == 0
@@ -142,12 +166,15 @@ def test_another_update_or_another_key_is_found(data: Path, capsys: pytest.Captu
 def test_a_merge_that_makes_other_bytes_is_found(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from central.federation.strategy import ProductMean
+    from central.cohort.strategies.product_mean import ProductMean
 
     honest = ProductMean._parent
-    monkeypatch.setattr(
-        ProductMean, "_parent", lambda self, terms: honest(self, type(terms)(**{**vars(terms), "rank": 1}))
-    )
+
+    def of_rank_one(self: ProductMean) -> ProductSum:
+        self._plan = self._plan.model_copy(update={"rank": 1})
+        return honest(self)
+
+    monkeypatch.setattr(ProductMean, "_parent", of_rank_one)
     assert run("--cohort", "shared", "--json") == 1
     rows = json.loads(capsys.readouterr().out)
     assert [row["outcome"] for row in rows] == ["identical", "differs", "differs", "differs"]
@@ -165,9 +192,12 @@ def test_what_is_not_there_is_one_line(data: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_environment_does_not_change_a_bit(tmp_path: Path) -> None:
-    """As large as it must be for two threads to round otherwise than one (`differs` where the merge is not bound to one).
+    """The merge is so large that two threads would round otherwise than one.
 
-    OPENBLAS_CORETYPE, where a machine sets it, is kept: it makes the processor another one (central/merging/README.md).
+    It says `differs` where the merge is not bound to one thread.
+
+    OPENBLAS_CORETYPE is kept where a machine sets it: it makes the processor another one
+    (docs/merging.md).
     """
     write_key(tmp_path, KEY)
     with opened(tmp_path) as central:
@@ -177,13 +207,19 @@ def test_the_environment_does_not_change_a_bit(tmp_path: Path) -> None:
         take_steps(central, make_settings(rank=64), lambda: head(central) == 1)
     for threads in ("1", "2"):
         threads_of_blas = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS")
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("CENTRAL_") and k not in threads_of_blas}
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("CENTRAL_") and k not in threads_of_blas
+        }
         done = subprocess.run(
             [sys.executable, "-m", "central.cli", "releases", "verify", "--json"],
             env=clean | {"CENTRAL_DATA_DIR": str(tmp_path), "OMP_NUM_THREADS": threads},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-        assert [row["outcome"] for row in json.loads(done.stdout)] == ["identical", "identical"], threads
+        assert [row["outcome"] for row in json.loads(done.stdout)] == ["identical", "identical"], (
+            threads
+        )
 
 
 def large_increment(seed: int) -> LoraTensors:
@@ -191,7 +227,9 @@ def large_increment(seed: int) -> LoraTensors:
     return LoraTensors(
         {
             name: LoraModule(
-                rng.standard_normal((128, 4096), np.float32), rng.standard_normal((512, 128), np.float32), 1.0
+                rng.standard_normal((128, 4096), np.float32),
+                rng.standard_normal((512, 128), np.float32),
+                1.0,
             )
             for name in ("layers.0.q", "layers.0.v")
         }

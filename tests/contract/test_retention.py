@@ -1,4 +1,4 @@
-"""Retention with a real central: the command, uploads beside it, verify afterwards, and SIGKILL at every step."""
+"""Retention with a real central: the command, uploads, verify, and SIGKILL at every step."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import grpc
 import pytest
 
 from central import faults
+from central.blobs import DirectoryBlobs
 from central.cli import main
-from central.federation.verify import verify_releases
+from central.cohort.verify import verify_releases
 from central.intake.admission import Admission
-from central.intake.partial import PartialUploads
-from central.intake.validation import check_manifest
+from central.intake.checks import check_manifest
+from central.intake.uploads import Uploads
 from central.journal import EventKind, NewEvent, verify_journal
 from central.journal.payloads import stored_blobs
-from central.registry import DirectoryBlobs
+from central.retention.collector import Collector
 from central.settings import CentralSettings, LimitSettings, RetentionSettings
-from central.storage.collector import Collector
 from protos.manifest import UpdateManifest
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from protos.releases.v1 import releases_pb2
 from tests.contract import central_harness as harness
 from tests.contract import cohort_loop as loop
-from tests.contract import test_forgetting as forgetting
+from tests.contract import forgetting
 from tests.contract.test_releases_verify import public_key, write_key
 from tests.unit.central import builders as make
 
@@ -54,7 +54,7 @@ async def superseded(node: harness.Node, count: int) -> list[UpdateManifest]:
 async def test_the_same_bytes_uploaded_beside_a_collection_are_never_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The blob is there when the upload ends, and is collected before the update is in the journal."""
+    """The blob is there when the upload ends; it is collected before the journal has it."""
     settings = harness.make_settings(tmp_path, retention=AT_ONCE)
     async with harness.running_central(settings) as central:
         token = await central.token()
@@ -81,17 +81,23 @@ async def test_the_same_bytes_uploaded_beside_a_collection_are_never_lost(
 
 
 async def test_whoever_reads_a_collected_release_is_told_why(tmp_path: Path) -> None:
-    async with harness.running_central(harness.make_settings(tmp_path, retention=AT_ONCE)) as central:
+    async with harness.running_central(
+        harness.make_settings(tmp_path, retention=AT_ONCE)
+    ) as central:
         node = await central.enroll("a", await central.token())
         release_id, _ = await harness.make_candidate(central, node, harness.encode_factors())
         with central.rooms.journal.read() as state:
             rejected = state.releases[release_id].manifest
-        await asyncio.to_thread(central.rooms.journal.append, make.decided(rejected, False, "fell in acme"))
+        await asyncio.to_thread(
+            central.rooms.journal.append, make.decided(rejected, False, "fell in acme")
+        )
         await asyncio.to_thread(central.rooms.collector.collect, "tests")
-        diff = operator_pb2.DiffReleasesRequest(release_a=node.genesis.digest, release_b=release_id)
+        diff = operators_pb2.DiffReleasesRequest(
+            release_a=node.genesis.digest, release_b=release_id
+        )
         download = releases_pb2.DownloadRequest(release_id=release_id)
         for call in (
-            central.operator.DiffReleases(diff, timeout=20),
+            central.operators.DiffReleases(diff, timeout=20),
             node.releases.Download(download, timeout=20).read(),
         ):
             status, reason, text = await harness.refusal(call)
@@ -100,7 +106,11 @@ async def test_whoever_reads_a_collected_release_is_told_why(tmp_path: Path) -> 
 
 
 def central(settings: CentralSettings, *arguments: str, fault: str = "") -> subprocess.Popen[bytes]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("CENTRAL_", faults.VARIABLE))}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("CENTRAL_", faults.VARIABLE))
+    }
     environment |= {
         "CENTRAL_DATA_DIR": str(settings.data_dir),
         "CENTRAL_BASE__PATH": str(settings.base.path),
@@ -158,7 +168,10 @@ def check(prepared: CentralSettings, folder: Path, fault: str) -> None:
         assert serving.stdout.readline().startswith(b"central is ready")
         code, text = ask(settings, "retention", "--apply")
         assert code == 0, text
-        assert ask(settings, "retention")[1] == "Would delete 0 payloads and 0 unfinished uploads, 0 bytes together.\n"
+        assert (
+            ask(settings, "retention")[1]
+            == "Would delete 0 payloads and 0 unfinished uploads, 0 bytes together.\n"
+        )
     finally:
         serving.kill()
         serving.communicate()
@@ -169,17 +182,26 @@ def check(prepared: CentralSettings, folder: Path, fault: str) -> None:
     assert state.collections == {}
     for digest in stored_blobs(state):
         blobs.read(digest)
-    assert [len(update.reason) > 0 for update in state.updates.values()] == [True, True, True, False]
+    assert [len(update.reason) > 0 for update in state.updates.values()] == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("fault", QUICK)
-def test_a_killed_collection_is_finished(prepared: CentralSettings, tmp_path: Path, fault: str) -> None:
+def test_a_killed_collection_is_finished(
+    prepared: CentralSettings, tmp_path: Path, fault: str
+) -> None:
     check(prepared, tmp_path, fault)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in EVERY if fault not in QUICK])
-def test_every_fault_point_of_a_collection(prepared: CentralSettings, tmp_path: Path, fault: str) -> None:
+def test_every_fault_point_of_a_collection(
+    prepared: CentralSettings, tmp_path: Path, fault: str
+) -> None:
     check(prepared, tmp_path, fault)
 
 
@@ -195,15 +217,25 @@ def test_verify_says_that_a_rejected_candidate_was_collected(
                 running.admit(node, loop.make_increment(10 * sequence + number), sequence=sequence)
             settings = loop.make_settings(quorum=sequence - 1)
             with loop.answering(running.journal, lambda node: ([bad], "")):
-                loop.take_steps(running, settings, lambda n=sequence: len(decided(running)) >= n)  # type: ignore[misc]
+                loop.take_steps(
+                    running,
+                    settings,
+                    lambda n=sequence: len(decided(running)) >= n,  # type: ignore[misc]
+                )
         assert decided(running) == ["accepted", "rejected"]
         with running.journal.read() as state:
             for update in list(state.updates.values()):
                 if update.state == "waiting":
                     body = {"reason": "a test"}
-                    running.journal.append(NewEvent(EventKind.UPDATE_SET_ASIDE, "shared", update.update_id, body))
-        uploads = PartialUploads(tmp_path / "uploads")
-        gone = Collector(running.journal, running.blobs, uploads, RetentionSettings(**AT_ONCE)).collect("tests").blobs
+                    running.journal.append(
+                        NewEvent(EventKind.UPDATE_SET_ASIDE, "shared", update.update_id, body)
+                    )
+        uploads = Uploads(tmp_path / "uploads")
+        gone = (
+            Collector(running.journal, running.blobs, uploads, RetentionSettings(**AT_ONCE))
+            .collect("tests")
+            .blobs
+        )
         assert len(gone) == 3, "a candidate and its two updates"
     write_key(tmp_path, loop.KEY)
     with pytest.raises(SystemExit) as ended:
@@ -211,14 +243,19 @@ def test_verify_says_that_a_rejected_candidate_was_collected(
     rows = json.loads(capsys.readouterr().out)
     assert [row["outcome"] for row in rows] == ["identical", "identical", "collected"]
     assert re.search(
-        r"payload \w{12} was collected on \d{4}-\d\d-\d\d \(update \w{12} of node a-1 is set aside", rows[2]["problem"]
+        r"payload \w{12} was collected on \d{4}-\d\d-\d\d \(update \w{12} of node a-1 is set aside",
+        rows[2]["problem"],
     )
     assert ended.value.code == 0, "only what is reachable must be rebuilt"
 
 
 def decided(running: loop.Central) -> list[str]:
     with running.journal.read() as state:
-        return [release.state for release in state.releases.values() if release.manifest.version and release.verdict]
+        return [
+            release.state
+            for release in state.releases.values()
+            if release.manifest.version and release.verdict
+        ]
 
 
 @pytest.mark.parametrize("strategy", ["product-mean", "FedAdam"])
@@ -229,17 +266,39 @@ def test_what_was_forgotten_goes(tmp_path: Path, strategy: str) -> None:
         order = forgetting.forget(running, "b-2")
         assert forgetting.run_until(running, order, strategy=strategy) == "done"
         forgetting.release(running, 4, ("a-1", "c-3"), strategy=strategy)
-        uploads = PartialUploads(tmp_path / "uploads")
-        Collector(running.journal, running.blobs, uploads, RetentionSettings(**AT_ONCE)).collect("tests")
+        uploads = Uploads(tmp_path / "uploads")
+        Collector(running.journal, running.blobs, uploads, RetentionSettings(**AT_ONCE)).collect(
+            "tests"
+        )
         with running.journal.read() as state:
-            gone = [state.updates[update].manifest.payload.digest_sha256 in state.collected for update in ids]
-            found = list(verify_releases(state, state.releases.values(), running.blobs, public_key(loop.KEY), False))
-            deep = list(verify_releases(state, [running.head()], running.blobs, public_key(loop.KEY), True))
-            withdrawn = [release for release in state.releases.values() if release.state == "withdrawn"]
-            held = [release.manifest.payload.digest_sha256 not in state.collected for release in withdrawn]
+            gone = [
+                state.updates[update].manifest.payload.digest_sha256 in state.collected
+                for update in ids
+            ]
+            found = list(
+                verify_releases(
+                    state, state.releases.values(), running.blobs, public_key(loop.KEY), False
+                )
+            )
+            deep = list(
+                verify_releases(state, [running.head()], running.blobs, public_key(loop.KEY), True)
+            )
+            withdrawn = [
+                release for release in state.releases.values() if release.state == "withdrawn"
+            ]
+            held = [
+                release.manifest.payload.digest_sha256 not in state.collected
+                for release in withdrawn
+            ]
             start = state.releases[withdrawn[0].release_id].manifest
             late = make.make_update(start, "a-1", 9, base=state.nodes["a-1"].base)
             check_manifest(state, state.nodes["a-1"], late, late.base, LimitSettings())
         assert (gone, held) == ([True, True], [False, False])
-        assert {finding.outcome for finding in found if finding.state == "accepted"} == {"identical"}
-        assert {finding.outcome for finding in found + deep} <= {"identical", "forgotten", "collected"}
+        assert {finding.outcome for finding in found if finding.state == "accepted"} == {
+            "identical"
+        }
+        assert {finding.outcome for finding in found + deep} <= {
+            "identical",
+            "forgotten",
+            "collected",
+        }

@@ -1,19 +1,17 @@
-"""A node that takes evaluations and gives no result: it holds up one candidate, and no other until it gives a result again."""
+"""A node that takes evaluations and gives no result holds up one candidate, not a second."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from central.federation import JournalGrid
+from central.cli.release_texts import explanation
 from central.fleet.presence import NodePresence
 from central.journal import EvaluationRecord, EventKind, Journal, JournalConflict, NewEvent
-from central.operator.lineage import explain_release
-from central.operator.texts import explanation
-from tests.contract.cohort_loop import Central, Reply, make_increment, opened, take_steps
+from central.operators.lineage import explain_release
+from tests.contract.cohort_loop import Central, Reply, make_increment, make_loop, opened, take_steps
 from tests.contract.looks import SAME, Clock, decide, measured, offers, settings
 
 Answer = Callable[[EvaluationRecord, str], Reply | None]
@@ -61,7 +59,9 @@ def after(
     return lambda offer: reply(offer) if clock.seconds >= begun + seconds else None
 
 
-def took(central: Central, clock: Clock, answer: Answer, sequence: int, **steps: object) -> tuple[int, str]:
+def took(
+    central: Central, clock: Clock, answer: Answer, sequence: int, **steps: object
+) -> tuple[int, str]:
     """Seconds that the candidate took, and its verdict's text."""
     begun = clock.seconds
     text = decide(central, answer, ONE_LOOK, sequence, clock=clock, **steps)
@@ -87,10 +87,13 @@ def test_a_node_that_hangs_costs_one_deadline_and_the_next_candidates_nothing(
         assert seconds < GRACE_S, "not even the grace of a node that is away"
         assert text.startswith("accepted: no environment fell.")
         assert text.endswith(" Nobody judged own_b: no result of b-2.")
-    assert [offer.nodes for offer in offers(central)] == [("a-1", "b-2", "c-3")] * 5, "it is asked all the same"
+    assert [offer.nodes for offer in offers(central)] == [("a-1", "b-2", "c-3")] * 5, (
+        "it is asked all the same"
+    )
     with central.journal.read() as state:
         told, before = (
-            explain_release(state, release, lambda node: NodePresence()) for release in (central.head(), first)
+            explain_release(state, release, lambda node: NodePresence())
+            for release in (central.head(), first)
         )
         since = state.nodes["b-2"].silent_since
         again = Journal(f"sqlite:///{tmp_path}/journal.db")
@@ -100,6 +103,22 @@ def test_a_node_that_hangs_costs_one_deadline_and_the_next_candidates_nothing(
     assert f"  b-2 does not count: no report, silent since {since}" in list(explanation(told))
     assert "  b-2 does not count: no report" in list(explanation(before)), "it was away then"
     assert [event.kind for event in central.journal.events()].count(EventKind.NODE_SILENT) == 1
+
+
+def test_an_environment_that_a_node_leaves_out_of_its_result_is_named(
+    central: Central, clock: Clock
+) -> None:
+    def both(offer: EvaluationRecord) -> Reply:
+        more = measured(offer, "b-2", "more_b", SAME)
+        return [*result(offer, "b-2")[0], more], ""
+
+    _, text = took(central, clock, answers(b=both), 1)
+    assert "more_b: 16 -> 16 of 20" in text
+    _, text = took(central, clock, answers(), 2)
+    assert text.startswith("accepted: no environment fell.")
+    assert text.endswith(" Nobody judged more_b: no result of b-2.")
+    _, text = took(central, clock, answers(b=both), 3)
+    assert "Nobody judged" not in text
 
 
 def test_its_result_counts_when_it_comes_in_time_and_then_it_is_waited_for_again(
@@ -114,7 +133,9 @@ def test_its_result_counts_when_it_comes_in_time_and_then_it_is_waited_for_again
     assert took(central, clock, answers(b=hung), 3)[0] >= DEADLINE_S
 
 
-def test_a_result_after_the_verdict_does_not_count_but_is_waited_for_next_time(central: Central, clock: Clock) -> None:
+def test_a_result_after_the_verdict_does_not_count_but_is_waited_for_next_time(
+    central: Central, clock: Clock
+) -> None:
     for sequence in (1, 2):
         took(central, clock, answers(b=hung), sequence)
     verdict = central.head().verdict
@@ -136,25 +157,33 @@ def test_a_result_after_the_deadline_is_no_reason_to_wait(central: Central, cloc
     assert silent(central) == ["b-2"]
 
 
-def test_an_abstention_at_the_end_of_a_nodes_patience_is_as_good_as_silence(central: Central, clock: Clock) -> None:
+def test_an_abstention_at_the_end_of_a_nodes_patience_is_as_good_as_silence(
+    central: Central, clock: Clock
+) -> None:
     gives_up = after(clock, DEADLINE_S - 100, lambda offer: ([], "TimeoutError"))
     assert took(central, clock, answers(b=gives_up), 1)[0] < DEADLINE_S
     assert silent(central) == ["b-2"], "not c, which said at once that it has nothing"
     gives_up = after(clock, DEADLINE_S - 100, lambda offer: ([], "TimeoutError"))
     assert took(central, clock, answers(b=gives_up), 2)[0] < GRACE_S
     abstained = {"node_id": "b-2", "results": [], "abstain_reason": "busy"}
-    central.journal.append(NewEvent(EventKind.EVALUATION_REPORTED, "shared", offers(central)[-1].offer_id, abstained))
+    central.journal.append(
+        NewEvent(EventKind.EVALUATION_REPORTED, "shared", offers(central)[-1].offer_id, abstained)
+    )
     assert silent(central) == ["b-2"], "only a result shows that it evaluates again"
 
 
-def test_who_is_hardly_slower_than_the_others_held_up_nobody(central: Central, clock: Clock) -> None:
+def test_who_is_hardly_slower_than_the_others_held_up_nobody(
+    central: Central, clock: Clock
+) -> None:
     slow = after(clock, 200, lambda offer: result(offer, "a-1"))
     gives_up = after(clock, DEADLINE_S - 100, lambda offer: ([], "TimeoutError"))
     took(central, clock, answers(a=slow, b=gives_up), 1)
     assert silent(central) == []
 
 
-def test_when_only_silent_nodes_are_left_they_are_waited_for(central: Central, clock: Clock) -> None:
+def test_when_only_silent_nodes_are_left_they_are_waited_for(
+    central: Central, clock: Clock
+) -> None:
     took(central, clock, answers(b=hung), 1)
     back = after(clock, DEADLINE_S + 100, lambda offer: result(offer, "b-2"))
     restarting = answers(a=lambda offer: ([], "vLLM is restarting"), b=back)
@@ -185,8 +214,7 @@ def test_a_node_that_is_away_or_was_asked_by_a_central_that_was_away_is_not_sile
     clock.seconds -= DEADLINE_S
     central.journal.append(NewEvent(EventKind.EVALUATION_OFFERED, "shared", "before", body))
     clock.seconds += DEADLINE_S // 2  # it is back in the middle of the look
-    grid = JournalGrid("shared", central.journal, ONE_LOOK, threading.Event(), clock=clock)
-    list(grid.pull_messages(["before"]))
+    make_loop(central, ONE_LOOK, clock=clock).step()
     assert silent(central) == []
 
 
@@ -195,11 +223,17 @@ def candidates(central: Central) -> list[str]:
         return [plan.candidate for plan in state.open_plans("shared") if plan.candidate]
 
 
-def test_only_who_was_asked_and_gave_no_result_can_be_silent(central: Central, clock: Clock) -> None:
+def test_only_who_was_asked_and_gave_no_result_can_be_silent(
+    central: Central, clock: Clock
+) -> None:
     took(central, clock, answers(b=lambda offer: ([], "no environment")), 1)
     (offer,) = offers(central)
     central.join("zeta", "d-4")
-    for node, problem in (("a-1", "gave a result"), ("d-4", "is of cohort"), ("nobody", "not known")):
+    for node, problem in (
+        ("a-1", "gave a result"),
+        ("d-4", "is of cohort"),
+        ("nobody", "not known"),
+    ):
         with pytest.raises(JournalConflict, match=problem):
             central.journal.append(told_silent(node, offer))
     central.journal.append(told_silent("b-2", offer))

@@ -1,4 +1,4 @@
-"""Uploads and watches that a node may have open at real servers: a faulty site holds neither slots nor memory for ever."""
+"""Streams that a node may have open: a faulty site holds no slots or memory for ever."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from typing import Any
 import grpc
 import pytest
 
+from central.blobs.directory import DirectoryBlobs
 from central.errors import Reason, Refused
 from central.fleet.streams import OpenStreams
-from central.intake import service, turns
+from central.intake import service
 from central.intake.admission import Admission
-from central.intake.direct import Windows
-from central.intake.partial import Incoming, PartialUploads
-from central.registry.directory import DirectoryBlobs
+from central.intake.uploads import Upload, Uploads
 from protos.fleet.v1 import fleet_pb2
 from protos.updates.v1 import updates_pb2
 from tests.contract.central_harness import (
@@ -34,8 +33,10 @@ from tests.contract.central_harness import (
 )
 
 LIMITS = {"node_uploads": 2, "node_watches": 2, "upload_idle_s": 1.0}
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="sees open files through /proc")
-close = Incoming.close
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir(), reason="sees open files through /proc"
+)
+close = Upload.close
 
 
 @pytest.fixture
@@ -59,12 +60,16 @@ async def test_an_upload_without_a_header_ends_too(node: Node) -> None:
     assert (await refusal(call))[1] == "SILENT_STREAM"
 
 
-async def test_a_node_may_have_so_many_uploads_open_and_holds_up_no_other(central: Central, node: Node) -> None:
+async def test_a_node_may_have_so_many_uploads_open_and_holds_up_no_other(
+    central: Central, node: Node
+) -> None:
     other = await central.enroll("b", await central.token())
     payload = encode_factors()
     silent = [await node.begin(encode_factors(seed), seed, 500) for seed in (1, 2)]
     ids = [node.manifest(encode_factors(seed), seed).digest for seed in (1, 2)]
-    while not all(central.rooms.partial.path(node.node_id, update_id).exists() for update_id in ids):
+    while not all(
+        central.rooms.uploads.path(node.node_id, update_id).exists() for update_id in ids
+    ):
         await asyncio.sleep(0.01)
     code, why, text = await refusal(node.upload(payload))
     assert (code, why) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
@@ -75,26 +80,22 @@ async def test_a_node_may_have_so_many_uploads_open_and_holds_up_no_other(centra
     assert await node.upload(payload)
 
 
-async def test_uploads_that_stop_within_a_window_hold_up_nobody(
+async def test_silent_uploads_hold_up_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "COUNT", 2)
-    monkeypatch.setattr(turns, "LIMIT_S", 0.2)
-    async with running_central(make_settings(tmp_path, limits=LIMITS | {"upload_idle_s": 10.0})) as central:
+    monkeypatch.setattr(service, "THREADS", 1)
+    async with running_central(
+        make_settings(tmp_path, limits=LIMITS | {"upload_idle_s": 10.0})
+    ) as central:
         token = await central.token(uses=2)
         slow, other = await central.enroll("a", token), await central.enroll("b", token)
         silent = [await slow.begin(encode_factors(seed), seed, 500) for seed in (1, 2)]
-        await until(
-            lambda: all(
-                central.rooms.partial.path(slow.node_id, slow.manifest(encode_factors(seed), seed).digest).exists()
-                for seed in (1, 2)
-            )
-        )
+        await until(lambda: len(held_files(central)) == len(silent))
         payloads = [encode_factors(seed) for seed in (3, 4, 5)]
-        for sequence, payload in enumerate(payloads, start=1):  # more than there are turns
+        for sequence, payload in enumerate(payloads, start=1):
             assert await other.upload(payload, other.manifest(payload, sequence))
         assert not any(call.done() for call in silent)
-        for seed, call in enumerate(silent, start=1):  # they go on where they stopped, also without a turn
+        for seed, call in enumerate(silent, start=1):  # they go on where they stopped
             await call.write(updates_pb2.UploadRequest(chunk=encode_factors(seed)[500:]))
             await call.done_writing()
             assert (await call).receipt.body
@@ -114,49 +115,34 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event.set()
 
 
-@needs_proc
-async def test_a_slow_store_makes_no_window_more(
+async def test_a_slow_store_holds_uploads_up_and_refuses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stay: threading.Event
 ) -> None:
-    """Uploads that wait for central keep their turns, and those whose window is written need none."""
     monkeypatch.setattr(service, "THREADS", 2)
-    monkeypatch.setattr(turns, "COUNT", 3)
-    monkeypatch.setattr(turns, "LIMIT_S", 0.05)
-    held, peak = 0, 0
-    borrow, give_back = Windows.borrow, Windows.give_back
-
-    def count(change: int) -> None:
-        nonlocal held, peak
-        with lock:
-            held, peak = held + change, max(peak, held + change)
-
-    lock = threading.Lock()
-    monkeypatch.setattr(Windows, "borrow", lambda self: count(1) or borrow(self))
-    monkeypatch.setattr(Windows, "give_back", lambda self, window: count(-1) or give_back(self, window))
     async with running_central(make_settings(tmp_path, limits={"node_uploads": 20})) as central:
         node = await central.enroll("a", await central.token())
         payloads = [encode_factors(seed) for seed in range(10)]
-        uploads = [await node.begin(payload, sequence, 0) for sequence, payload in enumerate(payloads, start=1)]
-        await until(lambda: len(held_files(central)) == len(uploads))
-        for upload, payload in zip(uploads, payloads, strict=True):
-            await upload.write(updates_pb2.UploadRequest(chunk=payload))
+        uploads = [
+            await node.begin(payload, sequence)
+            for sequence, payload in enumerate(payloads, start=1)
+        ]
+        for upload in uploads:
             await upload.done_writing()
         await asyncio.sleep(0.5)
-        assert held == 3  # two more are kept, and have none
+        assert not any(upload.done() for upload in uploads)
         stay.set()
         assert all([(await upload).receipt.body for upload in uploads])
-        assert (held, peak <= 5) == (0, True)
 
 
 async def test_a_node_may_ask_so_many_questions_at_once(node: Node) -> None:
-    asking, committed = threading.Event(), PartialUploads.committed
+    asking, committed = threading.Event(), Uploads.committed
 
     def slow(*arguments: Any) -> int:
         asking.wait(10)
         return committed(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PartialUploads, "committed", slow)
+        patch.setattr(Uploads, "committed", slow)
         first = [asyncio.create_task(node.query("ab" * 32)) for _ in range(2)]
         await asyncio.sleep(0.2)
         code, why, text = await refusal(node.query("ab" * 32))
@@ -202,14 +188,14 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def leave(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set, a thread that has opened an unfinished upload stays there."""
-    event, open_file = threading.Event(), PartialUploads.open
+    event, open_file = threading.Event(), Uploads.open
 
-    def slow(*arguments: Any) -> Incoming:
+    def slow(*arguments: Any) -> Upload:
         incoming = open_file(*arguments)
         event.wait(10)
         return incoming
 
-    monkeypatch.setattr(PartialUploads, "open", slow)
+    monkeypatch.setattr(Uploads, "open", slow)
     yield event
     event.set()
 
@@ -233,13 +219,17 @@ async def test_a_refused_call_that_ends_while_all_threads_are_busy_gives_its_fil
 ) -> None:
     monkeypatch.setattr(service, "THREADS", 1)
     refusing: list[str] = []
-    monkeypatch.setattr(Incoming, "close", property(lambda self: refusing.append("") or partial(close, self)))
+    monkeypatch.setattr(
+        Upload, "close", property(lambda self: refusing.append("") or partial(close, self))
+    )
     async with running_central(make_settings(tmp_path)) as central:
         node = await central.enroll("a", await central.token())
         payload = encode_factors()
         leave.set()
         call = await node.begin(payload, 1, 500)
-        await until(lambda: central.rooms.partial.path(node.node_id, node.manifest(payload).digest).exists())
+        await until(
+            lambda: central.rooms.uploads.path(node.node_id, node.manifest(payload).digest).exists()
+        )
         leave.clear()
         other = await node.begin(payload, 2, 500)
         await until(lambda: len(held_files(central)) == 2)
@@ -255,7 +245,11 @@ async def test_a_refused_call_that_ends_while_all_threads_are_busy_gives_its_fil
 
 @pytest.mark.parametrize("step", ["begin", "_keep"])
 async def test_the_error_of_a_call_that_hung_up_is_no_news(
-    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ended: list[str], step: str
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ended: list[str],
+    step: str,
 ) -> None:
     reached, go = threading.Event(), threading.Event()
 

@@ -32,27 +32,37 @@ def test_every_other_name_of_vllm_may_be_used(parser: argparse.ArgumentParser) -
 def test_an_argument_is_refused_under_each_of_its_names(parser: argparse.ArgumentParser) -> None:
     for name in set(REFUSED) - {"--"}:
         others = parser._option_string_actions[name].option_strings
-        assert [other for other in others if other not in REFUSED and not other.startswith("--no-")] == []
+        assert [
+            other for other in others if other not in REFUSED and not other.startswith("--no-")
+        ] == []
 
 
-def test_an_abbreviation_that_vllm_takes_for_a_refused_name_is_refused(parser: argparse.ArgumentParser) -> None:
+def test_an_abbreviation_that_vllm_takes_for_a_refused_name_is_refused(
+    parser: argparse.ArgumentParser,
+) -> None:
     for name in set(REFUSED) - {"--"}:
         for length in range(2 + name.startswith("--"), len(name)):
-            with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):  # ambiguous
+            with (
+                contextlib.redirect_stderr(io.StringIO()),
+                contextlib.suppress(SystemExit),
+            ):  # ambiguous
                 found = parser._parse_optional(name[:length])
                 if found is not None and found[0] is parser._option_string_actions[name]:
                     assert mistakes([name[:length]]), name[:length]
 
 
-def test_our_middleware_is_outside_an_operators_and_outside_authentication(parser: Any) -> None:
+def test_our_middleware_is_outside_an_operators_and_access_outside_of_all(parser: Any) -> None:
     from fastapi import FastAPI
     from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 
     from edge_node.serving.command import MIDDLEWARE
 
-    arguments = ["--middleware", "tests.fakes.endpoint.Outside", "--api-key", "k", "--middleware", MIDDLEWARE]
+    arguments = [
+        part
+        for name in ("tests.fakes.endpoint.Outside", *MIDDLEWARE)
+        for part in ("--middleware", name)
+    ]
     app = FastAPI()
     init_entrypoints_middleware(parser.parse_args(arguments), app, ("generate",))
     names = [str(getattr(entry.cls, "__name__", "")) for entry in app.user_middleware]
-    assert names[:2] == ["LorikeetMiddleware", "Outside"]
-    assert "AuthenticationMiddleware" in names
+    assert names[:3] == ["AccessMiddleware", "LorikeetMiddleware", "Outside"]

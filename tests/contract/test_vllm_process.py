@@ -1,4 +1,4 @@
-"""VllmProcess and its problem, with a stand-in for vLLM: a real child that serves, ends and hangs as it is told."""
+"""VllmProcess and its problem, with a stand-in for vLLM that serves, ends and hangs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ import signal
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
 port, mode = int(sys.argv[1]), open(sys.argv[2]).read()
 if mode != "good":
-    print("(APIServer pid=7) WARNING 11-26 19:12:43 [x.py:1] Found ulimit of 9: errors like `OSError: [Errno 24] Too many`")
+    print("(APIServer pid=7) WARNING 11-26 19:12:43 [x.py:1] Found ulimit of 9: "
+          "errors like `OSError: [Errno 24] Too many`")
     exec(mode)
 async def state(request):
-    return web.json_response(dict(alias="a", base="b", target=None, loaded={}, in_flight={}, captured=0, lost=0, skipped=0,
-                                  draining=False, not_ready=None, problems=[]))
+    return web.json_response(dict(
+        alias="a", base="b", target=None, loaded={}, in_flight={}, captured=0, lost=0, skipped=0,
+        draining=False, not_ready=None, problems=[]))
 async def probe(request):
     return web.json_response(dict(alive=True))
 async def health(request):
@@ -39,7 +41,8 @@ async def health(request):
 async def main():
     import asyncio
     app = web.Application()
-    app.add_routes([web.get("/state", state), web.post("/probe", probe), web.post("/drain", probe), web.get("/health", health)])
+    app.add_routes([web.get("/state", state), web.get("/health", health)])
+    app.add_routes([web.post("/probe", probe), web.post("/drain", probe)])
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -48,16 +51,26 @@ async def main():
 import asyncio
 asyncio.run(main())
 """
+TRACEBACK = 'Traceback (most recent call last):\n  File "x/engine.py", line 7, in step\n'
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeSettings:
     settings = EdgeSettings.model_validate(
-        {"data_dir": tmp_path, "base": {"path": tmp_path}, "serving": {"port": free_port(), "startup_timeout_s": 20}}
+        {
+            "data_dir": tmp_path,
+            "base": {"path": tmp_path},
+            "serving": {"port": free_port(), "startup_timeout_s": 20},
+        }
     )
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "mode").write_text("good")
-    command = [sys.executable, str(tmp_path / "stand_in.py"), str(settings.serving.port), str(tmp_path / "mode")]
+    command = [
+        sys.executable,
+        str(tmp_path / "stand_in.py"),
+        str(settings.serving.port),
+        str(tmp_path / "mode"),
+    ]
     monkeypatch.setattr("edge_node.serving.process.serving_command", lambda *_, **__: command)
     monkeypatch.setattr("edge_node.serving.process.calm_s", lambda ran_s: 0.3)
     return settings
@@ -65,7 +78,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeSettings:
 
 @asynccontextmanager
 async def running(settings: EdgeSettings) -> AsyncIterator[tuple[VllmProcess, asyncio.Task[None]]]:
-    with tempfile.TemporaryDirectory() as directory:  # short: tmp_path may be longer than a socket path
+    with (
+        tempfile.TemporaryDirectory() as directory
+    ):  # short: tmp_path may be longer than a socket path
         base = BaseModelInfo(settings.data_dir, "ab" * 32, {})
         vllm = VllmProcess(settings, base, Path(directory) / "s", probe_period_s=0.05)
         task = asyncio.create_task(vllm.run())
@@ -77,7 +92,10 @@ async def running(settings: EdgeSettings) -> AsyncIterator[tuple[VllmProcess, as
 
 
 def trouble(settings: EdgeSettings) -> Problem | None:
-    return next((problem for problem in Problems(settings.data_dir).current() if problem.room == "serving"), None)
+    return next(
+        (problem for problem in Problems(settings.data_dir).current() if problem.room == "serving"),
+        None,
+    )
 
 
 async def until(seen: Callable[[], bool]) -> None:
@@ -92,7 +110,7 @@ async def test_a_vllm_that_is_killed_is_a_problem_until_another_one_has_served_f
     async with running(settings) as (vllm, _):
         await vllm.wait_ready()
         assert trouble(settings) is None
-        said = 'Traceback (most recent call last):\n  File "x/engine.py", line 7, in step\nValueError: an hour ago\n'
+        said = f"{TRACEBACK}ValueError: an hour ago\n"
         (settings.data_dir / "logs" / "vllm.log").write_text(said)
         assert vllm.pid is not None
         os.kill(vllm.pid, signal.SIGKILL)
@@ -109,7 +127,7 @@ async def test_what_a_vllm_that_served_died_of_quotes_nobody(settings: EdgeSetti
     async with running(settings) as (vllm, _):
         await vllm.wait_ready()
         log = settings.data_dir / "logs" / "vllm.log"
-        said = 'Traceback (most recent call last):\n  File "x/engine.py", line 7, in step\nValueError: bad prompt: secret\n'
+        said = f"{TRACEBACK}ValueError: bad prompt: secret\n"
         log.write_text(said)
         assert vllm.pid is not None
         os.kill(vllm.pid, signal.SIGUSR1)
@@ -120,11 +138,16 @@ async def test_what_a_vllm_that_served_died_of_quotes_nobody(settings: EdgeSetti
         assert "secret" not in problem.text
 
 
-async def test_a_vllm_that_does_not_start_says_why_and_a_later_node_that_does_is_well(settings: EdgeSettings) -> None:
+async def test_a_vllm_that_does_not_start_says_why_and_a_later_node_that_does_is_well(
+    settings: EdgeSettings,
+) -> None:
     mode = settings.data_dir / "mode"
     mode.write_text("raise MemoryError('no room for the cache')")
     async with running(settings) as (_, task):
-        with pytest.raises(ServingError, match=r"exited with code 1. Its log says: MemoryError: no room for the cache"):
+        with pytest.raises(
+            ServingError,
+            match=r"exited with code 1. Its log says: MemoryError: no room for the cache",
+        ):
             await task
     problem = trouble(settings)
     assert problem is not None

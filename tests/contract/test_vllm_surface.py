@@ -1,4 +1,4 @@
-"""The private surface of vLLM that serving relies on exists in the installed vLLM; no engine is started."""
+"""The private surface of vLLM that serving needs exists in this vLLM; no engine starts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from vllm.model_executor.models import registry
 
 from edge_node.base_model import check_base
 from edge_node.errors import ServingError, SettingsError
-from edge_node.serving import internals, launch
-from edge_node.serving.command import serving_command
+from edge_node.serving import internals
+from edge_node.serving.command import MIDDLEWARE, serving_command
 from edge_node.settings import BaseModelSettings, EdgeSettings
+from lorikeet import parent
 from protos.base import WITHOUT_LORA, BaseModelInfo
 from protos.families import FAMILIES
 from tests.fakes.base_models import make
@@ -41,11 +42,18 @@ def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_changed_surface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = {"vllm.lora.request": {"LoRARequest": ("lora_weights",), "Gone": ()}, "vllm.absent": {"x": ()}}
+    changed = {
+        "vllm.lora.request": {"LoRARequest": ("lora_weights",), "Gone": ()},
+        "vllm.absent": {"x": ()},
+    }
     monkeypatch.setattr(internals, "SURFACE", changed)
     with pytest.raises(ServingError) as raised:
         internals.check_contract()
-    for part in ("no parameter lora_weights", "vllm.lora.request.Gone is missing", "vllm.absent cannot be imported"):
+    for part in (
+        "no parameter lora_weights",
+        "vllm.lora.request.Gone is missing",
+        "vllm.absent cannot be imported",
+    ):
         assert part in str(raised.value)
 
 
@@ -68,8 +76,12 @@ def test_vllm_understands_our_command_line(tmp_path: Path) -> None:
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
     validate_parsed_serve_args(arguments)
     assert arguments.served_model_name == ["base@abababab"]
-    assert arguments.middleware == ["edge_node.serving.middleware.LorikeetMiddleware"]
-    assert (arguments.api_server_count, arguments.enforce_eager, arguments.max_cpu_loras) == (1, True, 32)
+    assert arguments.middleware == list(MIDDLEWARE)
+    assert (arguments.api_server_count, arguments.enforce_eager, arguments.max_cpu_loras) == (
+        1,
+        True,
+        32,
+    )
 
 
 def test_the_table_of_models_without_lora_is_vllms() -> None:
@@ -79,11 +91,15 @@ def test_the_table_of_models_without_lora_is_vllms() -> None:
     for file in [*models.glob("*.py"), *models.parents[1].joinpath("models").rglob("*.py")]:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef):
-                names = {ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases}
+                names = {
+                    ast.unparse(base).partition("[")[0].rpartition(".")[2] for base in node.bases
+                }
                 bases.setdefault(node.name, set()).update(names)
 
     def has_lora(name: str) -> bool:
-        return name == "SupportsLoRA" or any(has_lora(base) for base in bases.get(name, set()) - {name})
+        return name == "SupportsLoRA" or any(
+            has_lora(base) for base in bases.get(name, set()) - {name}
+        )
 
     table = registry._TEXT_GENERATION_MODELS
     assert {name for name, (_, model) in table.items() if not has_lora(model)} == WITHOUT_LORA
@@ -94,20 +110,28 @@ def test_a_node_asks_vllm_about_a_base(tmp_path: Path) -> None:
     """Both sides of edge_node/base_check.py, on a base that vLLM has no class for."""
     base = make(tmp_path / "base", architectures=["NovelForCausalLM"], model_type="novel")
     settings = EdgeSettings(data_dir=tmp_path, base=BaseModelSettings(path=base))
-    with pytest.raises(SettingsError, match=r"does not work here: transformers cannot load it: .*novel"):
+    with pytest.raises(
+        SettingsError, match=r"does not work here: transformers cannot load it: .*novel"
+    ):
         check_base(settings)
 
 
 def test_vllm_names_the_adapter_of_a_request_and_404s_unknown_models() -> None:
-    """What the alias rests on: `lora_requests` decides who is served, and its name goes into the answer."""
+    """The alias rests on this: `lora_requests` decides who is served and named in the answer."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.lora.request import LoRARequest
 
-    source = inspect.getsource(BaseServing._check_model) + inspect.getsource(BaseServing._maybe_get_adapters)
+    source = inspect.getsource(BaseServing._check_model) + inspect.getsource(
+        BaseServing._maybe_get_adapters
+    )
     assert source.count("self.models.lora_requests") >= 3
-    assert OpenAIServingModels.model_name(None, LoRARequest("lorikeet@v1", 1, "/v1")) == "lorikeet@v1"  # type: ignore[arg-type]
-    assert LoRARequest("a", 1, "/a") == LoRARequest("a", 2, "/b"), "equality is by name: one name, one version"
+    assert (
+        OpenAIServingModels.model_name(None, LoRARequest("lorikeet@v1", 1, "/v1")) == "lorikeet@v1"
+    )  # type: ignore[arg-type]
+    assert LoRARequest("a", 1, "/a") == LoRARequest("a", 2, "/b"), (
+        "equality is by name: one name, one version"
+    )
 
 
 async def test_the_engine_wrapper_calls_vllm_as_it_is() -> None:
@@ -122,11 +146,15 @@ async def test_the_engine_wrapper_calls_vllm_as_it_is() -> None:
         return True
 
     models = SimpleNamespace(lora_requests={}, model_config=SimpleNamespace(max_model_len=8))
-    client = SimpleNamespace(add_lora=add_lora, remove_lora=remove_lora, errored=False, generate=None)
+    client = SimpleNamespace(
+        add_lora=add_lora, remove_lora=remove_lora, errored=False, generate=None
+    )
     arguments: Any = SimpleNamespace(served_model_name=["base@abababab"], model="/nowhere")
     renderer = SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(eos_token_id=2))
     online = SimpleNamespace(renderer=renderer, model_config=models.model_config)
-    engine = internals.Engine(client, SimpleNamespace(openai_serving_models=models, online_renderer=online), arguments)
+    engine = internals.Engine(
+        client, SimpleNamespace(openai_serving_models=models, online_renderer=online), arguments
+    )
     assert engine.chat_format.renderer == "SimpleNamespace", "one that the learner does not know"
     await engine.load("lorikeet@v1", Path("/v1"))
     await engine.load("lorikeet@v2", Path("/v2"))
@@ -137,14 +165,15 @@ async def test_the_engine_wrapper_calls_vllm_as_it_is() -> None:
 
 
 def test_a_launched_command_dies_with_its_parent() -> None:
-    parent = (
+    program = (
         "import os, subprocess, sys\n"
-        f"child = subprocess.Popen([sys.executable, '-S', '-E', {launch.__file__!r}, str(os.getpid()), sys.executable, '-c',\n"
+        f"launch = [sys.executable, '-S', '-E', {parent.__file__!r}, str(os.getpid())]\n"
+        "child = subprocess.Popen([*launch, sys.executable, '-c',\n"
         "    'print(\"up\", flush=True); import time; time.sleep(60)'])\n"
         "print(child.pid, flush=True)\n"
         "import time; time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = {process.stdout.readline().strip(), process.stdout.readline().strip()}
     assert "up" in lines
@@ -156,6 +185,8 @@ def test_a_launched_command_dies_with_its_parent() -> None:
 
 def test_a_launched_command_without_its_parent_does_not_start() -> None:
     done = subprocess.run(
-        [sys.executable, launch.__file__, str(os.getppid()), "/bin/echo", "up"], capture_output=True, check=False
+        [sys.executable, parent.__file__, str(os.getppid()), "/bin/echo", "up"],
+        capture_output=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (1, b"")

@@ -1,4 +1,4 @@
-"""A node that starts before central: it waits and says so, a refusal ends it, and so does a signal."""
+"""A node that starts before central waits and says so; a refusal or a signal ends it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edge_node.errors import EnrollmentError
 from edge_node.heartbeat import check_alive
 from edge_node.problems import Problems
 from edge_node.settings import BaseModelSettings, CentralSettings, EdgeSettings
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from tests.contract.central_harness import make_settings, running_central
 from tests.fakes import base_models
 
@@ -37,7 +37,9 @@ class Story:
     token: str
 
     def said(self) -> str:
-        return " ".join(f"{problem.room}: {problem.text}" for problem in Problems(self.node.data_dir).current())
+        return " ".join(
+            f"{problem.room}: {problem.text}" for problem in Problems(self.node.data_dir).current()
+        )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,14 +58,16 @@ async def story(tmp_path: Path) -> Story:
     base_models.make(tmp_path / "base")  # of a known family: vLLM is not asked about it
     settings = make_settings(tmp_path)
     async with running_central(settings) as central:
-        request = operator_pb2.CreateTokenRequest(cohort="shared", uses=1, valid_s=3600)
-        token = (await central.operator.CreateToken(request, timeout=20)).token
+        request = operators_pb2.CreateTokenRequest(cohort="shared", uses=1, valid_s=3600)
+        token = (await central.operators.CreateToken(request, timeout=20)).token
     assert token.startswith(PREFIX)
     address = f"localhost:{settings.listen.enrollment_port}"
     node = EdgeSettings(
         data_dir=tmp_path / "node",
         base=BaseModelSettings(path=settings.base.path),
-        central=CentralSettings.model_validate({"enrollment_address": address, "join_token": token}),
+        central=CentralSettings.model_validate(
+            {"enrollment_address": address, "join_token": token}
+        ),
     )
     return Story(settings, node, token)
 
@@ -74,7 +78,9 @@ async def until(seen: object, timeout_s: float = 30) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_node_waits_for_central_and_says_so(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_node_waits_for_central_and_says_so(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(main, "ENROL_PAUSE_FIRST_S", 0.05)
     monkeypatch.setattr(main, "ENROL_PAUSE_LAST_S", 0.2)
     waiting = asyncio.create_task(main.enroll_when_central_answers(story.node))
@@ -102,7 +108,9 @@ async def test_a_waiting_node_is_alive_and_ends_with_a_signal(story: Story) -> N
     async with edge_node(story, "serve") as process:
         await until(lambda: "enrolment" in story.said())
         assert check_alive(story.node.data_dir) < 30
-        with pytest.raises(EnrollmentError, match=r"waits to be enrolled since .*Connection refused"):
+        with pytest.raises(
+            EnrollmentError, match=r"waits to be enrolled since .*Connection refused"
+        ):
             await node_status(story.node)
         process.send_signal(signal.SIGTERM)
         _, errors = await asyncio.wait_for(process.communicate(), 20)
@@ -112,7 +120,10 @@ async def test_a_waiting_node_is_alive_and_ends_with_a_signal(story: Story) -> N
 
 async def test_enroll_itself_does_not_wait(story: Story) -> None:
     unknown = "central.invalid:9444"
-    for address, expected in ((story.node.central.enrollment_address, "Connection refused"), (unknown, unknown)):
+    for address, expected in (
+        (story.node.central.enrollment_address, "Connection refused"),
+        (unknown, unknown),
+    ):
         environment = story.environment | {"EDGE_CENTRAL__ENROLLMENT_ADDRESS": address}
         async with edge_node(story, "enroll", environment=environment) as process:
             _, errors = await asyncio.wait_for(process.communicate(), 60)
@@ -125,7 +136,8 @@ async def edge_node(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "edge_node.cli", command,
-        cwd=ROOT, env=environment or story.environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT, env=environment or story.environment,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
         yield process

@@ -1,4 +1,4 @@
-"""Why a program cannot reach central is said in gRPC's own words, and no proxy leads to the own host."""
+"""gRPC's own words say why central is away; no proxy leads to the own host."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from central.errors import CentralUnreachable
-from central.operator.client import OperatorClient
+from central.operators.client import OperatorClient
 from central.settings import CentralSettings
 from edge_node.identity import open_channel
-from protos.operator.v1 import operator_pb2
+from protos.operators.v1 import operators_pb2
 from tests.contract.central_harness import make_settings, running_central
 
 DAY = timedelta(days=1)
@@ -37,9 +37,9 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-def list_nodes(settings: CentralSettings, timeout_s: float = 10) -> operator_pb2.ListNodesResponse:
+def list_nodes(settings: CentralSettings, timeout_s: float = 10) -> operators_pb2.ListNodesResponse:
     with OperatorClient.connect(settings) as client:
-        return client.ask(client.stub.ListNodes, operator_pb2.ListNodesRequest(), timeout_s)
+        return client.ask(client.stub.ListNodes, operators_pb2.ListNodesRequest(), timeout_s)
 
 
 async def why(settings: CentralSettings, timeout_s: float = 10) -> str:
@@ -104,14 +104,17 @@ def own_address() -> str:
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "127.0.0.1", "127.9.9.9", "[::1]", socket.gethostname().upper(), own_address()]
+    "host",
+    ["localhost", "127.0.0.1", "127.9.9.9", "[::1]", socket.gethostname().upper(), own_address()],
 )
 async def test_a_node_needs_no_proxy_to_its_own_host(host: str, dead_proxy: None) -> None:
     text = await failure(f"{host}:1")
     assert "127.0.0.1:9" not in text
 
 
-async def test_a_node_uses_the_data_centres_proxy_to_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_node_uses_the_data_centres_proxy_to_another_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[bytes] = []
 
     async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -147,18 +150,24 @@ async def tls_server(settings: CentralSettings, starts: timedelta) -> AsyncItera
 
 
 def certificates(folder: Path, starts: timedelta) -> tuple[bytes, bytes, bytes]:
-    """Writes a CA with an operator's key; PEM of the CA, of a key and of a server's certificate that holds from `starts`."""
+    """Writes a CA with an operator's key; PEM of the CA, a key, a certificate from `starts`."""
     folder.mkdir(parents=True)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
     now = datetime.now(UTC)
 
     def certificate(subject: x509.Name, starts: timedelta, ca: bool) -> bytes:
-        names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(IPv4Address("127.0.0.1"))])
-        builder = x509.CertificateBuilder(name, subject, key.public_key(), x509.random_serial_number())
+        names = x509.SubjectAlternativeName(
+            [x509.DNSName("localhost"), x509.IPAddress(IPv4Address("127.0.0.1"))]
+        )
+        builder = x509.CertificateBuilder(
+            name, subject, key.public_key(), x509.random_serial_number()
+        )
         builder = builder.not_valid_before(now + starts).not_valid_after(now + starts + 9 * DAY)
         builder = builder.add_extension(names, critical=False)
-        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        builder = builder.add_extension(
+            x509.BasicConstraints(ca=ca, path_length=None), critical=True
+        )
         return builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
 
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -36,7 +36,10 @@ def shard(path: Path) -> Path:
     """The same model in two files with an index."""
     tensors = layers()
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:9],
+        "model-00002-of-00002.safetensors": names[9:],
+    }
     for file, held in parts.items():
         save_file({name: tensors[name] for name in held}, path / file)
     (path / "model.safetensors").unlink()

@@ -17,7 +17,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Trims contents, puts tools into the first user message, writes one tool call as a JSON object, ends with <|eot_id|>.
+# Trims contents, puts tools into the first user message, writes one tool call as a JSON object,
+# ends with <|eot_id|>.
 LLAMA3 = """\
 {{- bos_token }}
 {%- if messages[0].role == 'system' %}
@@ -40,7 +41,8 @@ LLAMA3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
-# A tools section, tool calls with decoded arguments, tool answers as user turns, thinking that can be switched off.
+# A tools section, tool calls with decoded arguments, tool answers as user turns, thinking that can
+# be switched off.
 QWEN3 = """\
 {%- if tools %}
 {{- '<|im_start|>system\n' }}
@@ -73,7 +75,8 @@ QWEN3 = """\
 {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
 {%- endif %}"""
 
-# Reads content as parts, knows no system role, calls the assistant `model`, and refuses two turns of one side.
+# Reads content as parts, knows no system role, calls the assistant `model`, and refuses two turns
+# of one side.
 PARTS = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -85,7 +88,8 @@ PARTS = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 
-# Ends a turn with <|end|>, and a conversation with the tokenizer's eos after it; knows the role `developer`.
+# Ends a turn with <|end|>, and a conversation with the tokenizer's eos after it; knows the role
+# `developer`.
 PHI3 = """\
 {%- for message in messages %}
 {%- set role = 'system' if message.role == 'developer' else message.role %}
@@ -105,8 +109,10 @@ STYLES: dict[str, tuple[str, str]] = {
 EOS = {"quickstart": "</s>", "phi3": "<|endoftext|>"}
 """The tokenizer's eos; `<|end_of_text|>` for the others."""
 SPECIALS = [
-    "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<|end_of_text|>", "<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>",
+    "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>",
+    "<|end_of_text|>", "<|endoftext|>", "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>",
+    "<|assistant|>",
     "<|system|>", "<|tool|>",
 ]  # fmt: skip
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -120,7 +126,9 @@ def make_base(target: Path, style: str) -> Path:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     template, end_of_turn = STYLES[style]
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     tokenizer = Tokenizer(models.BPE(letters, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -134,9 +142,11 @@ def make_base(target: Path, style: str) -> Path:
     fast.save_pretrained(target)
     stops = sorted(set(fast.convert_tokens_to_ids([end_of_turn, eos])))
     config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(fast), hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
         intermediate_size=64, max_position_embeddings=POSITIONS, bos_token_id=fast.bos_token_id,
-        eos_token_id=stops[0], pad_token_id=fast.pad_token_id, architectures=["LlamaForCausalLM"], dtype="float32",
+        eos_token_id=stops[0], pad_token_id=fast.pad_token_id, architectures=["LlamaForCausalLM"],
+        dtype="float32",
     )  # fmt: skip
     config.save_pretrained(target)
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))

@@ -15,7 +15,9 @@ def at(url: str) -> Callable[[int], AbstractAsyncContextManager[httpx.AsyncClien
     @asynccontextmanager
     async def requests(connections: int) -> AsyncIterator[httpx.AsyncClient]:
         limits = httpx.Limits(max_connections=connections)
-        async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            base_url=url, timeout=None, limits=limits, trust_env=False
+        ) as client:
             yield client
 
     return requests

@@ -1,6 +1,7 @@
 """A tiny random model of each family of base models, with the word-level tokenizer of `tiny_model`.
 
-In: a family's name and a directory. Out: a Hugging Face model directory of about a megabyte. Nothing is downloaded.
+In: a family's name and a directory. Out: a Hugging Face model directory of about a megabyte.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from safetensors.numpy import load_file, save_file
 from tests.fakes.tiny_model import SPECIALS, WORDS, write_tokenizer
 
 TEXT: dict[str, Any] = {
-    "vocab_size": len(SPECIALS) + len(WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 512,
-    "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dtype": "float32",
+    "vocab_size": len(SPECIALS) + len(WORDS), "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "dtype": "float32",
 }  # fmt: skip
 VISION = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
 
@@ -45,24 +50,33 @@ WORKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Model type -> what its config has besides TEXT."""
 NEWLY_CHECKED: dict[str, dict[str, Any]] = {"glm4": {}}
-"""Families that a node asks vLLM and PEFT about: the modules that both know are trained (here not the fused gate_up_proj)."""
+"""Families that a node asks vLLM and PEFT about.
+
+The modules that both know are trained (here not the fused gate_up_proj).
+"""
 REFUSED_BY_VLLM: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
-        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
         "layer_types": ["linear_attention", "full_attention"], "says": "Qwen3_5ForCausalLM",
     },
 }  # fmt: skip
 """Text models that this vLLM does not serve, and what the message must say."""
 REFUSED: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "says": "mixture of experts"},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+                  "says": "mixture of experts"},
     "mixtral": {"num_local_experts": 4, "says": "mixture of experts"},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "says": "transposed"},
     "bloom": {"n_layer": 2, "n_head": 2, "says": "BloomForCausalLM without LoRA"},
     "stablelm": {"says": "StableLmForCausalLM without LoRA"},
 }  # fmt: skip
-"""Text models that central refuses already, by config and headers, and what the message must say."""
+"""Text models that central refuses already, by config and headers, and what the message must say.
+"""
 WRAPPED: dict[str, dict[str, Any]] = {
-    "gemma3": {"text_config": {"model_type": "gemma3_text", "query_pre_attn_scalar": 32}, "mm_tokens_per_image": 4},
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", "query_pre_attn_scalar": 32},
+        "mm_tokens_per_image": 4,
+    },
     "mistral3": {"text_config": {"model_type": "mistral"}},
     "llava": {"text_config": {"model_type": "llama"}},
 }
@@ -81,12 +95,15 @@ def build_family(family: str, target: Path, seed: int = 0) -> Path:
         own = dict(WRAPPED[family])
         text = TEXT | own.pop("text_config")
         vision = VISION | {"model_type": _TOWERS[family]}
-        config = AutoConfig.for_model(family, text_config=text, vision_config=vision, image_token_index=5, **own)
+        config = AutoConfig.for_model(
+            family, text_config=text, vision_config=vision, image_token_index=5, **own
+        )
         model = AutoModelForImageTextToText.from_config(config)
     else:
         options = TEXT | (WORKS | NEWLY_CHECKED | REFUSED_BY_VLLM | REFUSED)[family]
         config = AutoConfig.for_model(
-            family, **{key: value for key, value in options.items() if value is not None and key != "says"}
+            family,
+            **{key: value for key, value in options.items() if value is not None and key != "says"},
         )
         model = AutoModelForCausalLM.from_config(config)
     model.to(torch.float32).save_pretrained(target, safe_serialization=True)
@@ -94,15 +111,26 @@ def build_family(family: str, target: Path, seed: int = 0) -> Path:
 
 
 def shard_beside_mistrals_own_format(base: Path) -> None:
-    """Two files and an index instead of one, with what Mistral's repositories hold beside them, of other weights."""
+    """Two files and an index instead of one file.
+
+    Mistral's repositories hold other files of weights beside them.
+    """
     tensors = load_file(base / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    parts = {
+        "model-00001-of-00002.safetensors": names[:9],
+        "model-00002-of-00002.safetensors": names[9:],
+    }
     for file, held in parts.items():
         save_file({name: tensors[name] for name in held}, base / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, held in parts.items() for name in held}}
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, held in parts.items() for name in held},
+    }
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (base / "model.safetensors").unlink()
-    save_file({name: array * 0 for name, array in tensors.items()}, base / "consolidated.safetensors")
+    save_file(
+        {name: array * 0 for name, array in tensors.items()}, base / "consolidated.safetensors"
+    )
     for name in ("params.json", "tekken.json"):
         (base / name).write_text("{}")

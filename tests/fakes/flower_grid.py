@@ -1,4 +1,4 @@
-"""A Flower Grid in this process: every node runs the same ClientApp, one message after the other."""
+"""A Flower Grid in this process: each node runs the same ClientApp, one message after another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from flwr.serverapp import Grid
 
 
 class InProcessGrid(Grid):  # type: ignore[misc]
-    """`nodes` virtual nodes with arbitrary ids, as Flower's simulation gives them; `broken` ones reply with an error."""
+    """`nodes` virtual nodes with arbitrary ids, as in Flower's simulation.
+
+    `broken` ones reply with an error.
+    """
 
     def __init__(self, app: ClientApp, nodes: int, broken: frozenset[int] = frozenset()) -> None:
         self._app = app
@@ -45,7 +48,9 @@ class InProcessGrid(Grid):  # type: ignore[misc]
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for number, message in enumerate(messages):
-            message.metadata.__dict__["_message_id"] = f"{number}"  # Flower's own grid does the same
+            message.metadata.__dict__["_message_id"] = (
+                f"{number}"  # Flower's own grid does the same
+            )
             self._replies.append(self._answer(message))
             ids.append(f"{number}")
         return ids
@@ -55,7 +60,9 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         came, self._replies = self._replies[:2], self._replies[2:]
         return came
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         raise NotImplementedError
 
     def _answer(self, message: Message) -> Message:

@@ -1,4 +1,4 @@
-"""A Gateway over an engine that only remembers what it was told, for tests of everything around vLLM."""
+"""A Gateway over an engine that only remembers what it was told: all but vLLM."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def make_gateway(data_dir: Path) -> Gateway:
     base = data_dir / "base"
     base.mkdir(parents=True, exist_ok=True)
     save_file({f"{MODULE}.weight": np.zeros((6, 4), np.float32)}, base / "model.safetensors")
-    return Gateway(EdgeSettings(data_dir=data_dir, base=BaseModelSettings(path=base)), RecordingEngine())
+    return Gateway(
+        EdgeSettings(data_dir=data_dir, base=BaseModelSettings(path=base)), RecordingEngine()
+    )
 
 
 def make_version(root: Path, label: str, *, module: str = MODULE, columns: int = 4) -> Path:

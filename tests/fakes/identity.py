@@ -8,10 +8,16 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from cryptography.x509.oid import NameOID
 
-from edge_node.identity import Identity, keep_identity, write_durably
+from edge_node.disk import write_file
+from edge_node.identity import Identity, keep_identity
 
 NODE_ID = "node-a-0badcafe"
 
@@ -29,6 +35,6 @@ def make_identity(data_dir: Path, base: str = "b" * 64) -> Identity:
     release_key = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     identity = Identity(NODE_ID, "shared", base, key, pem, pem, release_key)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    write_durably(data_dir / "identity" / "node.key", private, mode=0o600)
+    write_file(data_dir / "identity" / "node.key", private, mode=0o600)
     keep_identity(data_dir, identity)
     return identity

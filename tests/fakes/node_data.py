@@ -1,7 +1,7 @@
-"""A node's data directory as enrolment, the release watcher and capture leave it, without central and without vLLM.
+"""A node's data directory as enrolment, the watcher and capture leave it, without central or vLLM.
 
-In: a directory. Out: settings for it, with an identity, an active release and experience. Keys are real, so signatures
-are too.
+In: a directory. Out: settings for it, with an identity, an active release and experience. Keys are
+real, so signatures are too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANCHOR = {"name": "words", "factory": "tests.fakes.word_environment:NextWord", "
 
 
 def make_node(data_dir: Path, **learning: Any) -> EdgeSettings:
-    """An enrolled node on the tiny model with a NextWord anchor; `learning` overrides those settings."""
+    """An enrolled node on the tiny model with a NextWord anchor; `learning` overrides settings."""
     base = tiny_model()
     make_identity(data_dir, read_base_model(base).digest)
     defaults: dict[str, Any] = {
@@ -50,7 +50,13 @@ def as_environment(settings: EdgeSettings) -> dict[str, str]:
     document: Mapping[str, Any] = settings.model_dump(mode="json")
     variables = {"EDGE_DATA_DIR": document["data_dir"], "EDGE_BASE__PATH": document["base"]["path"]}
     variables["EDGE_ENVIRONMENTS"] = json.dumps(document["environments"])
-    return variables | {f"EDGE_LEARNING__{key.upper()}": str(value) for key, value in document["learning"].items()}
+    return variables | {
+        f"EDGE_LEARNING__{key.upper()}": json.dumps(value)
+        if isinstance(value, list | dict)
+        else str(value)
+        for key, value in document["learning"].items()
+        if value is not None
+    }
 
 
 def activate(settings: EdgeSettings, tensors: LoraTensors, version: int) -> ReleaseManifest:
@@ -79,7 +85,10 @@ def meet(settings: EdgeSettings, label: str, count: int, *, first: int = 0) -> N
     """`count` wrong answers by that version, each corrected."""
     store = ExperienceStore(settings.data_dir / "experience.db")
     for number in range(first, first + count):
-        question, right = f"w{number} w{number + 1} w{number + 2}", f"w{200 + number % 20} w{number + 3}"
+        question, right = (
+            f"w{number} w{number + 1} w{number + 2}",
+            f"w{200 + number % 20} w{number + 3}",
+        )
         interaction = Interaction(
             id=f"chat-{number}",
             created_at="2026-11-22T00:00:00Z",
@@ -92,6 +101,8 @@ def meet(settings: EdgeSettings, label: str, count: int, *, first: int = 0) -> N
             answer_ids=answer_ids("w0"),
         )
         store.add_interactions([interaction])
-        feedback = Feedback(interaction.id, score=0.0, correction=right, correction_ids=answer_ids(right))
+        feedback = Feedback(
+            interaction.id, score=0.0, correction=right, correction_ids=answer_ids(right)
+        )
         store.add_feedback(feedback, max_tokens=POSITIONS)
     store.close()

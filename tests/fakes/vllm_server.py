@@ -38,14 +38,20 @@ class CountingEngine:
         self.errored, self.dead_error, self.is_running = False, None, True
         self.answer: list[int] = [70, 71, 72]
         self.stop: tuple[str, int | str | None] = ("stop", None)
+        self.asked: list[Any] = []
+        """The sampling parameters of each generation."""
         self.closed = 0
         """Generations that ended, by themselves or because the client went away."""
 
-    async def generate(self, prompt: Any, sampling_params: Any, request_id: str, **_: Any) -> AsyncIterator[Any]:
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **_: Any
+    ) -> AsyncIterator[Any]:
+        from vllm.logprobs import Logprob
         from vllm.outputs import CompletionOutput, RequestOutput
         from vllm.sampling_params import RequestOutputKind
 
         ids = prompt["prompt_token_ids"]
+        self.asked.append(sampling_params)
         streamed = sampling_params.output_kind == RequestOutputKind.DELTA
         answer = self.answer[: sampling_params.max_tokens]
         steps = [[token] for token in answer] if streamed else [answer]
@@ -56,17 +62,22 @@ class CountingEngine:
                 choices = [
                     CompletionOutput(
                         index=index,
-                        text=tokenizer.decode(step, skip_special_tokens=sampling_params.skip_special_tokens),
+                        text=tokenizer.decode(
+                            step, skip_special_tokens=sampling_params.skip_special_tokens
+                        ),
                         token_ids=[token + index for token in step],
-                        cumulative_logprob=None,
-                        logprobs=None,
+                        cumulative_logprob=None if sampling_params.logprobs is None else -1.0,
+                        logprobs=None
+                        if sampling_params.logprobs is None
+                        else [{token + index: Logprob(-token / 64 - index)} for token in step],
                         finish_reason=self.stop[0] if last else None,
                         stop_reason=self.stop[1] if last else None,
                     )
                     for index in range(sampling_params.n)
                 ]
                 yield RequestOutput(
-                    request_id=request_id, prompt=None, prompt_token_ids=ids, prompt_logprobs=None, outputs=choices,
+                    request_id=request_id, prompt=None, prompt_token_ids=ids, prompt_logprobs=None,
+                    outputs=choices,
                     finished=last, num_cached_tokens=0,
                 )  # fmt: skip
         finally:
@@ -74,6 +85,9 @@ class CountingEngine:
 
     async def add_lora(self, request: Any) -> bool:
         return True
+
+    async def check_health(self) -> None:
+        return None
 
     def check_admission(self, *_: Any) -> None:
         return None
@@ -88,7 +102,7 @@ class Server:
 
 @asynccontextmanager
 async def api_server(base: Path, data_dir: Path, *extra_args: str) -> AsyncIterator[Server]:
-    """`data_dir` is short enough for a socket path. Environment variables are put back at the end."""
+    """`data_dir` is short enough for a socket path. The environment is put back at the end."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
@@ -122,9 +136,12 @@ async def api_server(base: Path, data_dir: Path, *extra_args: str) -> AsyncItera
         gateway.aliases.add(VERSION, data_dir)
         gateway.point(VERSION)
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://node", timeout=60) as http:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://node", timeout=60
+        ) as http:
             yield Server(http, engine, gateway)
         await app.state.lorikeet_control.aclose()
+        gateway.keys.close()
         gateway.recorder.close()
         gateway.store.close()
     finally:

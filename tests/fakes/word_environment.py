@@ -1,4 +1,4 @@
-"""The smallest environment: a word goes in, the next word is expected. An ordinary plug-in, used by the tests."""
+"""The smallest environment: a word goes in, the next word is expected. An ordinary plug-in."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ class NextWord:
     def __init__(self, first: int = 0, last: int = 100) -> None:
         self._words = {"train": range(first, last, 2), "held_out": range(first + 1, last, 2)}
 
-    def tasks(self, split: Literal["train", "held_out"], *, count: int, seed: int) -> Sequence[Task]:
+    def tasks(
+        self, split: Literal["train", "held_out"], *, count: int, seed: int
+    ) -> Sequence[Task]:
         words = self._words[split]
         numbers = random.Random(f"{split}/{seed}").sample(words, len(words))[:count]
         return [
-            Task(id=f"{split}/{number}", messages=[{"role": "user", "content": f"w{number}"}], data={"number": number})
+            Task(
+                id=f"{split}/{number}",
+                messages=[{"role": "user", "content": f"w{number}"}],
+                data={"number": number},
+            )
             for number in numbers
         ]
 

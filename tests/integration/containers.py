@@ -1,7 +1,8 @@
 """Builds our images and runs them as the charts do, without a container daemon or a registry.
 
-In: a Dockerfile of deploy/images. Out: an image in podman's store; containers with the charts' security context, in a
-network of their own that has loopback only. Needs root, buildah, podman, runc and mmdebstrap (Debian packages).
+In: a Dockerfile of deploy/images. Out: an image in podman's store; containers with the charts'
+security context, in a network of their own that has loopback only. Needs root, buildah, podman,
+runc and mmdebstrap (Debian packages).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "docker.io/library/python:3.11.13-slim-bookworm"
-"""The name in our Dockerfiles. Debian's own Python 3.11 stands in for it: no registry can be reached here."""
+"""The base image of our Dockerfiles; Debian's own Python 3.11 stands in for it here."""
 TOOLS = ("buildah", "podman", "runc", "mmdebstrap")
 CONTAINERS_CONF = """
 [containers]
@@ -45,9 +46,17 @@ class Engine:
         """Standard output of `command`; raises AssertionError with its errors."""
         environment = os.environ | {"CONTAINERS_CONF": str(self.folder / "containers.conf")}
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            cwd=ROOT,
         )
-        assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+        assert not check or done.returncode == 0, (
+            f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+        )
         return done.stdout.strip()
 
     def prepare(self) -> None:
@@ -60,26 +69,32 @@ class Engine:
             self._make_base()
 
     def build(self, image: str, source: Path) -> str:
-        """Builds deploy/images/`image`.Dockerfile from the checkout `source`; returns the image's name."""
+        """Builds deploy/images/`image`.Dockerfile from `source`; returns the image's name."""
         name = f"localhost/lorikeet-test/{image}:test"
         mounts = [f"{self.folder / 'pip.conf'}:/etc/pip.conf:ro"]
         mounts += [f"{path}:{path}:ro" for path in self._local_paths()]
         self.run(
             "buildah", "build", "--layers", "--network", "host", "--isolation", "chroot",
             *(part for mount in mounts for part in ("-v", mount)),
-            "-f", str(source / "deploy" / "images" / f"{image}.Dockerfile"), "-t", name, str(source),
-            timeout_s=1500,
+            "-f", str(source / "deploy" / "images" / f"{image}.Dockerfile"),
+            "-t", name, str(source), timeout_s=1500,
         )  # fmt: skip
         return name
 
     def layers(self, image: str) -> list[str]:
         """Digests of the image's layers, the lowest first."""
-        return self.run("podman", "inspect", image, "--format", "{{range .RootFS.Layers}}{{.}} {{end}}").split()
+        return self.run(
+            "podman", "inspect", image, "--format", "{{range .RootFS.Layers}}{{.}} {{end}}"
+        ).split()
 
     def start(
-        self, image: str, environment: Mapping[str, str], volumes: Mapping[Path, str], command: Sequence[str] = ()
+        self,
+        image: str,
+        environment: Mapping[str, str],
+        volumes: Mapping[Path, str],
+        command: Sequence[str] = (),
     ) -> str:
-        """A container locked down as the charts say; volumes: host directory -> mount. Returns its id."""
+        """A container locked down as in the charts; volumes: host directory -> mount. Its id."""
         return self.run(
             "podman", "run", "--detach", "--network", "none", "--read-only", "--cap-drop", "all",
             "--security-opt", "no-new-privileges", "--tmpfs", "/tmp:rw,exec,mode=1777",
@@ -99,7 +114,9 @@ class Engine:
         return running == "true", int(code)
 
     def logs(self, container: str) -> str:
-        done = subprocess.run(["podman", "logs", container], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["podman", "logs", container], capture_output=True, text=True, check=False
+        )
         return done.stdout + done.stderr
 
     def remove(self, container: str) -> None:
@@ -107,13 +124,13 @@ class Engine:
 
     def _make_base(self) -> None:
         sources = [str(path) for path in Path("/etc/apt/sources.list.d").glob("debian.sources")]
-        packages = "python3,python3-venv,python3-pip,python3-dev,python-is-python3,ca-certificates,netbase,tzdata"
+        python = "python3,python3-venv,python3-pip,python3-dev,python-is-python3"
         archive = self.folder / "base.tar"
         self.run(
             "mmdebstrap",
             "--mode=root",
             "--variant=minbase",
-            f"--include={packages}",
+            f"--include={python},ca-certificates,netbase,tzdata",
             "bookworm",
             str(archive),
             *sources,
@@ -122,7 +139,7 @@ class Engine:
         archive.unlink()
 
     def _pip_settings(self) -> str:
-        """pip's own settings of this machine, so that the build finds what the tests' environment was made from."""
+        """pip's settings of this machine: the build finds the packages that the tests use."""
         lines = self.run("python3", "-m", "pip", "config", "list").splitlines()
         wanted = {}
         for line in lines:

@@ -1,4 +1,4 @@
-"""Starts the real programs for integration tests: `central serve`, `edge-node serve`, and the command lines beside them.
+"""Starts the real programs for integration tests: `central serve`, `edge-node serve`, commands.
 
 In: a temporary directory. Out: running processes on free loopback ports, stopped by pid at the end.
 """
@@ -32,7 +32,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: str, seen: Callable[[], T | None], timeout_s: float, logs: Path | None = None) -> T:
+def wait_for(
+    what: str, seen: Callable[[], T | None], timeout_s: float, logs: Path | None = None
+) -> T:
     """The first value of `seen` that is neither None nor False; fails with the end of the logs."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -41,7 +43,9 @@ def wait_for(what: str, seen: Callable[[], T | None], timeout_s: float, logs: Pa
             return value
         time.sleep(0.1)
     ends = "".join(
-        f"\n--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in sorted(logs.rglob("*.log")) if logs
+        f"\n--- {log.name}\n{log.read_text(errors='replace')[-3000:]}"
+        for log in sorted(logs.rglob("*.log"))
+        if logs
     )
     raise AssertionError(f"{what} did not happen within {timeout_s} s.{ends}")
 
@@ -57,7 +61,11 @@ class Program:
 
     @property
     def environment(self) -> dict[str, str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("EDGE_", "CENTRAL_"))}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("EDGE_", "CENTRAL_"))
+        }
         return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(self.settings)
 
     def start(self, *arguments: str) -> None:
@@ -98,7 +106,9 @@ class Program:
             timeout=60,
             check=False,
         )
-        assert done.returncode == code, f"{arguments} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        assert done.returncode == code, (
+            f"{arguments} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        )
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout + (done.stderr if code else "")
 
@@ -124,7 +134,7 @@ def is_ready(url: str) -> bool:
 
 
 class Client(threading.Thread):
-    """Asks the same question on and on; remembers which versions answered, every text of each, and every failure."""
+    """Asks one question on and on; keeps each version's texts, and every failure."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -138,9 +148,14 @@ class Client(threading.Thread):
         while not self.done.wait(0.05):
             try:
                 answer = self.client.chat.completions.create(
-                    model="lorikeet", messages=[{"role": "user", "content": "w3"}], max_tokens=4, temperature=0
+                    model="lorikeet",
+                    messages=[{"role": "user", "content": "w3"}],
+                    max_tokens=4,
+                    temperature=0,
                 )
                 self.models.append(answer.model)
-                self.texts.setdefault(answer.model, set()).add(answer.choices[0].message.content or "")
+                self.texts.setdefault(answer.model, set()).add(
+                    answer.choices[0].message.content or ""
+                )
             except Exception as error:
                 self.failures.append(repr(error))

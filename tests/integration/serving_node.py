@@ -1,6 +1,7 @@
-"""A node's vLLM on CPU without the rest of the node: the tiny model, and adapters that change its answers.
+"""A node's vLLM on CPU without the rest of the node: the tiny model and its adapters.
 
-In: adapters by seed and rank. Out: the running server with the alias on the first adapter; stopped at the end.
+In: adapters by seed and rank. Out: the running server with the alias on the first adapter; stopped
+at the end.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class ServingNode:
     versions: list[str]
     log: Path
 
+    def directory(self, version: str) -> Path:
+        """The PEFT directory of a loaded adapter."""
+        return self.log.parents[1] / "releases" / "versions" / version
+
     async def text(self, prompt: str, model: str) -> str:
         """The greedy completion of 12 tokens."""
         body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0}
@@ -63,11 +68,15 @@ async def serving_node(
             versions = [f"lorikeet@v{seed}-{seed:08d}" for seed in ranks]
             for (seed, rank), version in zip(ranks.items(), versions, strict=True):
                 adapter = tiny_adapter(seed, rank=rank)
-                await control.load(version, write_peft(adapter, data_dir / "releases" / "versions" / version))
+                await control.load(
+                    version, write_peft(adapter, data_dir / "releases" / "versions" / version)
+                )
             await control.point(versions[0])
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
                 base = (await control.state()).base
-                yield ServingNode(vllm, control, http, base, versions, data_dir / "logs" / "vllm.log")
+                yield ServingNode(
+                    vllm, control, http, base, versions, data_dir / "logs" / "vllm.log"
+                )
         finally:
             await vllm.aclose()
             await running

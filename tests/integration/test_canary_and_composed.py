@@ -1,7 +1,7 @@
-"""Real vLLM nodes of a cohort that builds on shared: one on canary, one on stable with the first pairs of each release only.
+"""Real vLLM nodes of a cohort that builds on shared: one on canary, one with short prefixes.
 
-What a node serves is compared with a dense float64 oracle that knows only the base and the increments that were uploaded: neither
-the merge nor the node's own files enter it.
+What a node serves is compared with a dense float64 oracle that knows only the base and the
+increments that were uploaded: neither the merge nor the node's own files enter it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,29 @@ import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from openai import OpenAI
 
 from edge_node.identity import JoinToken
 from protos.base import read_base_model
 from protos.lora import LoraTensors, encode
 from protos.manifest import sha256_hex
 from tests.contract.central_harness import Node, join
-from tests.fakes.tiny_model import SPECIALS, WORDS, tiny_adapter, tiny_model
+from tests.fakes.tiny_model import tiny_adapter, tiny_model
+from tests.integration.composed_oracle import (
+    Dense,
+    Oracle,
+    dense,
+    distance,
+    first_pairs,
+    served,
+    url_of,
+)
 from tests.integration.harness import Client, Program, free_port, is_ready, running, wait_for
 
-Dense = Mapping[str, npt.NDArray[np.float64]]
-
 RANK, MAX_RANK, UPDATE_RANK = 16, 4, 10
-"""Of a release, of what the stable node serves of it, and of an update: two updates together do not fit into a release."""
-PROMPTS = [[len(SPECIALS) + (31 * number + step) % len(WORDS) for step in range(6)] for number in range(8)]
-TOP_TOKENS = 20
+"""Ranks of a release, of the stable node's prefix of it, and of an update.
+
+Two updates together do not fit into a release.
+"""
 SOAK_S = 3
 TOLERANCE = 1e-4
 """Nats, mean of |served - oracle| over the most likely tokens of all prompts."""
@@ -83,11 +90,16 @@ def nodes(central: Program, tmp_path: Path) -> Iterator[dict[str, Program]]:
                     "EDGE_DATA_DIR": str(tmp_path / channel),
                     "EDGE_NODE_NAME": channel,
                     "EDGE_BASE__PATH": str(tiny_model()),
-                    "EDGE_CENTRAL__ADDRESS": f"localhost:{central.settings['CENTRAL_LISTEN__PORT']}",
-                    "EDGE_CENTRAL__ENROLLMENT_ADDRESS": f"localhost:{central.settings['CENTRAL_LISTEN__ENROLLMENT_PORT']}",
+                    "EDGE_CENTRAL__ADDRESS": (
+                        f"localhost:{central.settings['CENTRAL_LISTEN__PORT']}"
+                    ),
+                    "EDGE_CENTRAL__ENROLLMENT_ADDRESS": (
+                        f"localhost:{central.settings['CENTRAL_LISTEN__ENROLLMENT_PORT']}"
+                    ),
                     "EDGE_CENTRAL__JOIN_TOKEN": make_token(central, "acme"),
                     "EDGE_SERVING__PORT": str(free_port()),
-                    "EDGE_SERVING__DTYPE": "float32",  # auto would halve it, and the tolerance with it
+                    # auto would halve it, and the tolerance with it
+                    "EDGE_SERVING__DTYPE": "float32",
                     "EDGE_LEARNING__ENABLED": "false",
                     **settings,
                 },
@@ -97,50 +109,6 @@ def nodes(central: Program, tmp_path: Path) -> Iterator[dict[str, Program]]:
         for channel, program in programs.items():
             wait_for(f"a ready {channel} node", partial(is_ready, url_of(program)), 400, tmp_path)
         yield programs
-
-
-class Oracle:
-    """Log-probabilities of the next token by transformers in float64."""
-
-    def __init__(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float64)
-        self._base = {name: value.clone() for name, value in self._model.state_dict().items()}
-
-    def next_token(self, product: Dense) -> npt.NDArray[np.float64]:
-        """Nats, [prompt, token], of the base with `product` added."""
-        import torch
-
-        changed = {f"{name}.weight": torch.from_numpy(value) for name, value in product.items()}
-        weights = {name: value + changed.pop(name, 0) for name, value in self._base.items()}
-        assert not changed, "a module that the model has not"
-        self._model.load_state_dict(weights)
-        with torch.no_grad():
-            logits = self._model(torch.tensor(PROMPTS)).logits[:, -1]
-        return np.asarray(torch.log_softmax(logits, -1))
-
-
-def dense(*updates: LoraTensors) -> Dense:
-    """Sum of the increments."""
-    return {
-        name: np.sum([u.modules[name].scale * u.modules[name].B.astype(float) @ u.modules[name].A for u in updates], 0)
-        for name in updates[0].modules
-    }
-
-
-def first_pairs(product: Dense, rank: int) -> Dense:
-    """The best approximation of this rank, module by module."""
-    kept = {}
-    for name, value in product.items():
-        u, s, vt = np.linalg.svd(value, full_matrices=False)
-        kept[name] = (u[:, :rank] * s[:rank]) @ vt[:rank]
-    return kept
-
-
-def url_of(node: Program) -> str:
-    return f"http://127.0.0.1:{node.settings['EDGE_SERVING__PORT']}"
 
 
 def make_token(central: Program, cohort: str) -> str:
@@ -159,7 +127,9 @@ def upload(central: Program, cohort: str, update: LoraTensors) -> str:
         site_name = f"site-{sha256_hex(payload)[:8]}"  # one name, one key
         key = ec.generate_private_key(ec.SECP256R1())
         address = f"localhost:{central.settings['CENTRAL_LISTEN__ENROLLMENT_PORT']}"
-        answer = await join(address, site_name, token, key, base_digest=read_base_model(tiny_model()).digest)
+        answer = await join(
+            address, site_name, token, key, base_digest=read_base_model(tiny_model()).digest
+        )
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         credentials = grpc.ssl_channel_credentials(token.ca_pem, pem, answer.certificate_pem)
         address = f"localhost:{central.settings['CENTRAL_LISTEN__PORT']}"
@@ -179,35 +149,12 @@ def head(central: Program, cohort: str, channel: str) -> dict[str, Any]:
     return dict(row)
 
 
-def served(node: Program) -> tuple[str, list[dict[int, float]]]:
-    """The one version that answered, and what it gave the likeliest next tokens of every prompt."""
-    client = OpenAI(base_url=f"{url_of(node)}/v1", api_key="none", max_retries=0)
-    answers = [
-        client.completions.create(
-            model="lorikeet",
-            prompt=prompt,
-            max_tokens=1,
-            temperature=0,
-            logprobs=TOP_TOKENS,
-            extra_body={"return_tokens_as_token_ids": True},
-        )
-        for prompt in PROMPTS
-    ]
-    (version,) = {answer.model for answer in answers}
-    found = [answer.choices[0].logprobs.top_logprobs[0] for answer in answers]  # type: ignore[union-attr,index]
-    return version, [{int(token.removeprefix("token_id:")): value for token, value in top.items()} for top in found]
-
-
-def distance(found: list[dict[int, float]], oracle: npt.NDArray[np.float64]) -> float:
-    """Mean of |found - oracle| in nats."""
-    return float(
-        np.mean([abs(value - oracle[n, token]) for n, top in enumerate(found) for token, value in top.items()])
-    )
-
-
 @dataclass
 class Story:
-    """The parts, and what came of them so far. Releases are rows of `central releases list`, for acme."""
+    """The parts, and what came of them so far.
+
+    Releases are rows of `central releases list`, for acme.
+    """
 
     central: Program
     nodes: dict[str, Program]
@@ -231,7 +178,9 @@ class Story:
         assert away.pop(what) < TOLERANCE, f"{what} is not what is served"
         assert min(away.values()) > APART, "two candidates for what is served cannot be told apart"
 
-    def upload(self, cohort: str, update: LoraTensors, before: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def upload(
+        self, cohort: str, update: LoraTensors, before: dict[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
         """An update's id, and the release on acme's canary that follows `before` because of it."""
         update_id = upload(self.central, cohort, update)
         return update_id, self.next_canary(before)
@@ -251,8 +200,12 @@ def test_canary_and_first_pairs_of_composed_releases(
 ) -> None:
     clients = {channel: Client(url_of(node)) for channel, node in nodes.items()}
     genesis = head(central, "acme", "stable")
-    mistake, shared, own = (tiny_adapter(seed, rank=UPDATE_RANK, strength=0.3) for seed in (1, 2, 3))
-    story = Story(central, nodes, clients, what_may_be_served(mistake, shared, own), tmp_path, genesis)
+    mistake, shared, own = (
+        tiny_adapter(seed, rank=UPDATE_RANK, strength=0.3) for seed in (1, 2, 3)
+    )
+    story = Story(
+        central, nodes, clients, what_may_be_served(mistake, shared, own), tmp_path, genesis
+    )
     for client in clients.values():
         client.start()
     for channel in nodes:
@@ -262,7 +215,9 @@ def test_canary_and_first_pairs_of_composed_releases(
     update_id, composed = both_together_go_to_stable_and_back(story, own, first)
     again = a_served_canary_becomes_stable_by_itself(story, update_id, first)
     central.run("releases", "verify")
-    no_answer_failed_or_mixed_versions(clients["canary"], [genesis, bad, genesis, first, composed, first, again])
+    no_answer_failed_or_mixed_versions(
+        clients["canary"], [genesis, bad, genesis, first, composed, first, again]
+    )
     no_answer_failed_or_mixed_versions(clients["stable"], [genesis, first, composed, first, again])
     assert clients["canary"].texts[name(again)] == clients["canary"].texts[name(composed)]
     a_node_that_gets_room_serves_whole_releases(story, again)
@@ -291,7 +246,9 @@ def what_may_be_served(
 def a_mistake_stays_on_canary_and_goes_back(story: Story, mistake: LoraTensors) -> dict[str, Any]:
     _, bad = story.upload("acme", mistake, story.genesis)
     story.check("canary", bad, "mistake")
-    story.central.run("releases", "rollback", "--cohort", "acme", "--channel", "canary", "--updates", "set-aside")
+    story.central.run(
+        "releases", "rollback", "--cohort", "acme", "--channel", "canary", "--updates", "set-aside"
+    )
     story.check("canary", story.genesis, "base")
     story.check("stable", story.genesis, "base")
     return bad
@@ -311,7 +268,10 @@ def both_together_go_to_stable_and_back(
     story: Story, own: LoraTensors, first: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     update_id, composed = story.upload("acme", own, first)
-    assert (composed["builds_on_id"], composed["parent_id"]) == (first["builds_on_id"], first["release_id"])
+    assert (composed["builds_on_id"], composed["parent_id"]) == (
+        first["builds_on_id"],
+        first["release_id"],
+    )
     assert list(composed["update_weights"]) == [update_id]
     story.check("canary", composed, "composed")
     story.check("stable", first, "first pairs of shared")
@@ -324,25 +284,45 @@ def both_together_go_to_stable_and_back(
     return update_id, composed
 
 
-def a_served_canary_becomes_stable_by_itself(story: Story, update_id: str, first: dict[str, Any]) -> dict[str, Any]:
-    """Central is away meanwhile and comes back with another policy; what the real node reports then decides."""
+def a_served_canary_becomes_stable_by_itself(
+    story: Story, update_id: str, first: dict[str, Any]
+) -> dict[str, Any]:
+    """Central is away meanwhile and comes back with another policy.
+
+    What the real node reports then decides.
+    """
     central = story.central
     assert central.stop() == 0
     channels = {"acme": {"first": "canary", "soak_s": SOAK_S}}
     central.settings = {**central.settings, "CENTRAL_CHANNELS__COHORTS": json.dumps(channels)}
     central.start("serve")
-    wait_for("central again", lambda: central.log.read_text().count("central is ready") == 2, 60, story.logs)
+    wait_for(
+        "central again",
+        lambda: central.log.read_text().count("central is ready") == 2,
+        60,
+        story.logs,
+    )
     central.run("updates", "requeue", update_id)
     again = story.next_canary(first)
     story.check("canary", again, "composed")
     story.check("stable", again, "first pairs of composed")
-    events = [e for e in central.json("events") if (e["kind"], e["subject"]) == ("promoted", again["release_id"])]
-    assert [(e["body"]["channel"], e["body"]["by"]) for e in events] == [("canary", "gate"), ("stable", "central")]
+    events = [
+        e
+        for e in central.json("events")
+        if (e["kind"], e["subject"]) == ("promoted", again["release_id"])
+    ]
+    assert [(e["body"]["channel"], e["body"]["by"]) for e in events] == [
+        ("canary", "gate"),
+        ("stable", "central"),
+    ]
     return again
 
 
 def no_answer_failed_or_mixed_versions(client: Client, releases: list[dict[str, Any]]) -> None:
-    """The client met exactly these releases, one after the other, and every text of one was the same and no other's."""
+    """The client met exactly these releases, one after the other.
+
+    Every text of one release was the same, and no other release gave it.
+    """
     client.done.set()
     client.join(10)
     assert client.failures == []

@@ -19,7 +19,14 @@ NODES = 50
 @pytest.mark.timeout(1500)
 def test_fifty_virtual_nodes_train_merge_and_judge(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="`make test-slow` installs it")
-    keys = ("rounds=2", "steps=4", "examples=20", "tasks=2", "strategy=FedAdam", 'strategy-options={"eta": 0.01}')
+    keys = (
+        "rounds=2",
+        "steps=4",
+        "examples=20",
+        "tasks=2",
+        "strategy=FedAdam",
+        'strategy-options={"eta": 0.01}',
+    )
     command = [
         sys.executable,
         "-m",
@@ -31,7 +38,9 @@ def test_fifty_virtual_nodes_train_merge_and_judge(tmp_path: Path) -> None:
     ]
     for key in keys:
         command += ["--set", key]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1400, check=False)
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1400, check=False
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["nodes"] == NODES

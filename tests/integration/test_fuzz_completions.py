@@ -1,7 +1,7 @@
-"""Requests made from vLLM's own schema, a few at a time, against a real engine on CPU: none of them may end it.
+"""Requests made from vLLM's own schema, a few at a time, against a real engine on CPU.
 
-In: the JSON schema of both completion routes. Out: nothing but the oracle: the vLLM that was started still answers. What
-a request is answered is not judged, only that it is answered.
+In: the JSON schema of both completion routes, and values that no schema allows. Out: two oracles.
+The vLLM that was started still makes tokens, and no request is answered with a 5xx.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ NUMBERS = [
     1e308,
     -1e308,
     5e-324,
+    2**70,
+    -(2**70),
     float("nan"),
+    float("-inf"),
     float("inf"),
 ]
 TEXTS = [
@@ -64,7 +67,14 @@ TEXTS = [
     "0.0",
     "json_object",
     "left",
+    "\\p{Greek}",
+    'start: "a"',
+    "²",
+    "[[[[",
 ]
+DEEP: Any = []
+for _ in range(150):
+    DEEP = [DEEP]
 MAX_TOKENS = "max_tokens", "max_completion_tokens"
 SMALL = {"max_tokens": 3}
 JSON = {"content-type": "application/json"}
@@ -75,16 +85,27 @@ def schemas() -> dict[str, dict[str, Any]]:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-    return {COMPLETIONS: CompletionRequest.model_json_schema(), CHAT: ChatCompletionRequest.model_json_schema()}
+    return {
+        COMPLETIONS: CompletionRequest.model_json_schema(),
+        CHAT: ChatCompletionRequest.model_json_schema(),
+    }
 
 
 def anything() -> st.SearchStrategy[Any]:
     leaf = st.one_of(st.none(), st.booleans(), st.sampled_from(NUMBERS), st.sampled_from(TEXTS))
-    return st.one_of(leaf, st.lists(leaf, max_size=3), st.dictionaries(st.sampled_from(TEXTS), leaf, max_size=2))
+    return st.one_of(
+        leaf,
+        st.lists(leaf, max_size=3),
+        st.dictionaries(st.sampled_from(TEXTS), leaf, max_size=2),
+        st.just(DEEP),
+        st.sampled_from([["w1"] * 10_000, [5] * 10_000]),
+    )
 
 
-def values(schema: dict[str, Any], definitions: dict[str, Any], depth: int = 4) -> st.SearchStrategy[Any]:
-    """Values of a JSON schema; the bounds of numbers are not kept, because what is outside is a request too."""
+def values(
+    schema: dict[str, Any], definitions: dict[str, Any], depth: int = 4
+) -> st.SearchStrategy[Any]:
+    """Values of a JSON schema; numbers outside of its bounds too, because clients send them."""
     if depth == 0:
         return anything()
     if "$ref" in schema:
@@ -114,13 +135,17 @@ def values(schema: dict[str, Any], definitions: dict[str, Any], depth: int = 4) 
     return anything()
 
 
-def objects(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
+def objects(
+    schema: dict[str, Any], definitions: dict[str, Any], depth: int
+) -> st.SearchStrategy[Any]:
     properties = schema.get("properties", {})
     if not properties:
         inner = schema.get("additionalProperties")
         keys = st.sampled_from([*TEXTS, *map(str, (0, 1, 246, 247))])
         return st.dictionaries(
-            keys, values(inner, definitions, depth) if isinstance(inner, dict) else anything(), max_size=2
+            keys,
+            values(inner, definitions, depth) if isinstance(inner, dict) else anything(),
+            max_size=2,
         )
     fields = {name: values(each, definitions, depth) for name, each in properties.items()}
     required = {name: fields[name] for name in schema.get("required", ())}
@@ -130,24 +155,36 @@ def objects(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> 
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    """A request that would be answered, with one to four fields that are drawn: two thirds of them as the schema says."""
+    """A good request with one to four drawn fields: two thirds as the schema says."""
     path = draw(st.sampled_from([COMPLETIONS, CHAT]))
     schema = SCHEMAS[path]
     if path == CHAT:
         body: dict[str, Any] = {"messages": [{"role": "user", "content": "w1 w2"}]}
     else:
-        body = {"prompt": draw(st.sampled_from(["w1 w2 w3", ["w1 w2", "w3"], [5, 6, 7], [[8, 9], [10]]]))}
+        body = {
+            "prompt": draw(
+                st.sampled_from(["w1 w2 w3", ["w1 w2", "w3"], [5, 6, 7], [[8, 9], [10]]])
+            )
+        }
     names = st.lists(
-        st.sampled_from(sorted(set(schema["properties"]) - {"model", "request_id", "user"})), min_size=1, max_size=4
+        st.sampled_from(sorted(set(schema["properties"]) - {"model", "request_id", "user"})),
+        min_size=1,
+        max_size=4,
     )
     for name in draw(names):
         as_it_says = draw(st.sampled_from([True, True, False]))
-        body[name] = draw(values(schema["properties"][name], schema["$defs"]) if as_it_says else anything())
+        body[name] = draw(
+            values(schema["properties"][name], schema["$defs"]) if as_it_says else anything()
+        )
     # How long an answer is and how many there are is load, not a kind of request.
     if body.get("n") not in (None, 1, 2, 3):
         body["n"] = draw(st.sampled_from([0, -1, "2", 2.0, True, 2**63]))
-    small = {name: body[name] for name in MAX_TOKENS if body.get(name) in (0, 1, 2, 3, -1, "1", 2**64)}
-    return path, {name: value for name, value in body.items() if name not in MAX_TOKENS} | (small or SMALL)
+    small = {
+        name: body[name] for name in MAX_TOKENS if body.get(name) in (0, 1, 2, 3, -1, "1", 2**64)
+    }
+    return path, {name: value for name, value in body.items() if name not in MAX_TOKENS} | (
+        small or SMALL
+    )
 
 
 SCHEMAS = schemas()
@@ -159,34 +196,51 @@ async def test_no_request_ends_the_engine() -> None:
         loop = asyncio.get_running_loop()
         seen: dict[int, int] = {}
         ended: list[str] = []
+        failed: list[str] = []
 
         @settings(
-            max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],
-            suppress_health_check=list(HealthCheck),
+            max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+            phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(st.lists(st.tuples(requests(), st.integers(0, 4)), min_size=2, max_size=5))
         def fuzz(batch: list[tuple[tuple[str, dict[str, Any]], int]]) -> None:
-            # Not an assertion: hypothesis would try others on the dead engine and report one of them.
-            if not ended and not asyncio.run_coroutine_threadsafe(send(node, batch, seen), loop).result(120):
+            # Not an assertion: hypothesis would go on with a dead engine and report another batch.
+            if not ended and not asyncio.run_coroutine_threadsafe(
+                send(node, batch, seen, failed), loop
+            ).result(120):
                 ended.append(json.dumps([request for request, _ in batch]))
 
         await asyncio.to_thread(fuzz)
         assert ended == [], "the engine ended after these requests"
         print("answers by status:", dict(sorted(seen.items())))
-        assert seen.get(200, 0) > EXAMPLES // 4, "most requests must reach the engine for this test to mean anything"
+        assert failed == [], "these requests were answered with a 5xx"
+        assert seen.get(200, 0) > EXAMPLES // 4, (
+            "most requests must reach the engine for this test to mean anything"
+        )
 
 
-async def send(node: ServingNode, batch: list[tuple[tuple[str, dict[str, Any]], int]], seen: dict[int, int]) -> bool:
+async def send(
+    node: ServingNode,
+    batch: list[tuple[tuple[str, dict[str, Any]], int]],
+    seen: dict[int, int],
+    failed: list[str],
+) -> bool:
     """All at once, so that they share steps; True when the same engine makes a token after them."""
     models = [node.base, *node.versions]
     posts = [
-        node.http.post(path, content=json.dumps(body | {"model": models[number]}), headers=JSON)  # escapes, and NaN
+        node.http.post(
+            path, content=json.dumps(body | {"model": models[number]}), headers=JSON
+        )  # escapes, and NaN
         for (path, body), number in batch
     ]
-    for answer in await asyncio.gather(*posts, return_exceptions=True):
+    answers = await asyncio.gather(*posts, return_exceptions=True)
+    for ((path, body), _), answer in zip(batch, answers, strict=True):
         if isinstance(answer, httpx.Response):
             seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
-    # Over the control socket: after a 500 uvicorn closes the connection, which says nothing of the engine.
+            if answer.status_code >= 500:
+                failed.append(f"{path} {json.dumps(body)[:300]}: {answer.text[:300]}")
+    # Over the control socket: after a 500 uvicorn closes the connection, which says nothing of the
+    # engine.
     return await node.control.probe(60) and node.vllm.generation == 1
 
 

@@ -1,79 +1,14 @@
-"""The main job on real parts, once around: enrol, serve, feedback, round, upload, merge, gate, release, hot load, rollback."""
+"""The main job on real parts, once around: from enrolment to hot load and rollback."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 from openai import OpenAI
 
-from tests.fakes.tiny_model import tiny_model
 from tests.fakes.word_environment import NextWord
-from tests.integration.harness import Client, Program, free_port, is_ready, running, wait_for
-
-ENVIRONMENTS = [
-    {"name": "words", "factory": "tests.fakes.word_environment:NextWord"},
-    {
-        "name": "anchor",
-        "factory": "tests.fakes.word_environment:NextWord",
-        "options": {"first": 100, "last": 200},
-        "anchor": True,
-    },
-]
-
-
-@pytest.fixture
-def central(tmp_path: Path) -> Iterator[Program]:
-    port, enrollment_port = free_port(), free_port()
-    program = Program(
-        "central.cli",
-        {
-            "CENTRAL_DATA_DIR": str(tmp_path / "central"),
-            "CENTRAL_BASE__PATH": str(tiny_model()),
-            "CENTRAL_LISTEN__PORT": str(port),
-            "CENTRAL_LISTEN__ENROLLMENT_PORT": str(enrollment_port),
-            "CENTRAL_MERGE__MIN_UPDATES": "1",
-            "CENTRAL_MERGE__RANK": "16",
-            "CENTRAL_GATE__TASKS": "8",
-            "CENTRAL_GATE__MAX_TASKS": "16",
-        },
-        tmp_path / "central.log",
-    )
-    with running(program, "serve"):
-        wait_for("central", lambda: "central is ready" in program.log.read_text(), 60, tmp_path)
-        yield program
-
-
-@pytest.fixture
-def node(central: Program, tmp_path: Path) -> Iterator[Program]:
-    token = central.json("tokens", "create", "--cohort", "shared")["token"]
-    program = Program(
-        "edge_node.cli",
-        {
-            "EDGE_DATA_DIR": str(tmp_path / "node"),
-            "EDGE_NODE_NAME": "n1",
-            "EDGE_BASE__PATH": str(tiny_model()),
-            "EDGE_CENTRAL__ADDRESS": f"localhost:{central.settings['CENTRAL_LISTEN__PORT']}",
-            "EDGE_CENTRAL__ENROLLMENT_ADDRESS": f"localhost:{central.settings['CENTRAL_LISTEN__ENROLLMENT_PORT']}",
-            "EDGE_CENTRAL__JOIN_TOKEN": token,
-            "EDGE_SERVING__PORT": str(free_port()),
-            "EDGE_SERVING__MAX_LORA_RANK": "32",
-            "EDGE_ENVIRONMENTS": json.dumps(ENVIRONMENTS),
-            "EDGE_LEARNING__MIN_EXAMPLES": "16",
-            "EDGE_LEARNING__STEPS": "6",
-            "EDGE_LEARNING__BATCH_OWN": "4",
-            "EDGE_LEARNING__BATCH_ANCHOR": "2",
-            "EDGE_LEARNING__ANCHOR_POOL": "20",
-            "EDGE_LEARNING__CHECKPOINT_STEPS": "2",
-            "EDGE_OUTBOX__APPROVAL": "manual",
-        },
-        tmp_path / "node.log",
-    )
-    with running(program, "serve"):
-        yield program
+from tests.integration.harness import Client, Program, is_ready, wait_for
 
 
 def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
@@ -96,14 +31,16 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
         answer = openai.chat.completions.create(
             model="lorikeet",
             messages=[
-                {"role": "user", "content": [{"type": "text", "text": message["content"]}]} for message in task.messages
+                {"role": "user", "content": [{"type": "text", "text": message["content"]}]}
+                for message in task.messages
             ],
             max_tokens=4,
             temperature=0,
         )
         outcome = environment.verify(task, answer.choices[0].message.content or "")
         reply = httpx.post(
-            f"{url}/v1/feedback", json={"id": answer.id, "score": outcome.score, "correction": outcome.correction}
+            f"{url}/v1/feedback",
+            json={"id": answer.id, "score": outcome.score, "correction": outcome.correction},
         )
         assert (reply.status_code, reply.json()["usable"]) == (200, True), reply.text
     status = node.json("status")
@@ -111,7 +48,10 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
 
     # A round, held for a human, then approved.
     held = wait_for(
-        "a held update", lambda: [e for e in node.json("outbox", "list") if e["state"] == "held"] or None, 120, tmp_path
+        "a held update",
+        lambda: [e for e in node.json("outbox", "list") if e["state"] == "held"] or None,
+        120,
+        tmp_path,
     )
     assert central.json("updates") == []
     client = Client(url)
@@ -122,7 +62,12 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
     released = wait_for(
         "a second release",
         lambda: next(
-            (r for r in central.json("releases", "list") if "stable" in r["channels"] and r["parent_id"]), None
+            (
+                r
+                for r in central.json("releases", "list")
+                if "stable" in r["channels"] and r["parent_id"]
+            ),
+            None,
         ),
         120,
         tmp_path,
@@ -137,7 +82,9 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
     # Eight tasks decide nothing, so there was a second look at eight others.
     looks = [{r["first_task"] for r in e["results"]} for e in released["evaluations"]]
     assert looks == [{0}, {8}]
-    assert [u["state"].lower().removeprefix("update_state_") for u in central.json("updates")] == ["merged"]
+    assert [u["state"].lower().removeprefix("update_state_") for u in central.json("updates")] == [
+        "merged"
+    ]
 
     # Back to where it was; the update waits again or is set aside, as the operator says.
     central.run("releases", "rollback", "--cohort", "shared", "--updates", "set-aside")

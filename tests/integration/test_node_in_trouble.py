@@ -1,6 +1,4 @@
-"""A real node in trouble: what `edge-node status` and `central nodes` say, and that it ends when the trouble does."""
-
-# ruff: noqa: F811 (pytest fixtures of another module)
+"""A real node in trouble: what both status commands say while it lasts and after it."""
 
 from __future__ import annotations
 
@@ -18,7 +16,6 @@ import pytest
 
 from edge_node.surroundings import LOW_DISK_BYTES
 from tests.integration.harness import ROOT, Program, is_ready, wait_for
-from tests.integration.test_main_job import central, node  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +23,9 @@ pytestmark = pytest.mark.slow
 def status(node: Program) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit code, and the problems by room."""
     command = [sys.executable, "-m", node.module, "status", "--json"]
-    done = subprocess.run(command, env=node.environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=node.environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     document: dict[str, Any] = json.loads(done.stdout)
     return done.returncode, {problem["room"]: problem for problem in document["problems"]}
 
@@ -45,7 +44,8 @@ def test_trouble_is_said_while_it_lasts(central: Program, node: Program, tmp_pat
     wait_for("a ready node", lambda: is_ready(url), 180, tmp_path)
     wait_for("no problem", lambda: status(node) == (0, {}), 60, tmp_path)
     assert re.search(
-        r"INFO edge_node\S+: Adapter loaded release=lorikeet@v0-", (tmp_path / "node/logs/vllm.log").read_text()
+        r"INFO edge_node\S+: Adapter loaded release=lorikeet@v0-",
+        (tmp_path / "node/logs/vllm.log").read_text(),
     )
 
     # The learner is killed: the node says so, and central hears it.
@@ -67,7 +67,12 @@ def test_trouble_is_said_while_it_lasts(central: Program, node: Program, tmp_pat
 
     # Central is gone, and comes back.
     central.kill()
-    wait_for("central's absence", lambda: status(node)[0] == 7 and "central" in status(node)[1], 60, tmp_path)
+    wait_for(
+        "central's absence",
+        lambda: status(node)[0] == 7 and "central" in status(node)[1],
+        60,
+        tmp_path,
+    )
     assert node.run("status", "--live")
     central.start("serve")
     wait_for("its return", lambda: status(node) == (0, {}), 60, tmp_path)
@@ -75,6 +80,8 @@ def test_trouble_is_said_while_it_lasts(central: Program, node: Program, tmp_pat
     # vLLM is killed: not ready first, then ready and still to be watched, then well.
     [vllm] = children(node, "vllm")
     os.kill(vllm, signal.SIGKILL)
-    wait_for("vLLM's end", lambda: status(node)[0] == 1 and "serving" in status(node)[1], 30, tmp_path)
+    wait_for(
+        "vLLM's end", lambda: status(node)[0] == 1 and "serving" in status(node)[1], 30, tmp_path
+    )
     wait_for("another vLLM", lambda: status(node)[0] == 7, 120, tmp_path)
     wait_for("vLLM to be well", lambda: status(node) == (0, {}), 300, tmp_path)

@@ -23,7 +23,9 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize(("module", "command"), [("edge_node.cli", "serve"), ("central.cli", "serve")])
+@pytest.mark.parametrize(
+    ("module", "command"), [("edge_node.cli", "serve"), ("central.cli", "serve")]
+)
 def test_help_is_light(module: str, command: str) -> None:
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(module=module)],
@@ -36,5 +38,7 @@ def test_help_is_light(module: str, command: str) -> None:
     assert answer.returncode == 0, answer.stderr
     text, _, modules = answer.stdout.partition("\n@@")
     assert command in text
-    assert "argparse" in modules.split()
-    assert HEAVY.isdisjoint(modules.split()), f"{module} --help imports {sorted(HEAVY & set(modules.split()))}"
+    assert "typer" in modules.split()
+    assert HEAVY.isdisjoint(modules.split()), (
+        f"{module} --help imports {sorted(HEAVY & set(modules.split()))}"
+    )

@@ -1,4 +1,4 @@
-"""What "on disk" means: every database syncs each commit, and every rename is followed by a sync of its directory."""
+"""What is on disk: every database syncs each commit, and every rename syncs its directory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from central import durable
+from central import disk as central_disk
 from central.journal.table import open_database
-from edge_node import identity
+from edge_node import disk as node_disk
 from edge_node.experience import ExperienceStore
 from edge_node.learning.records import RoundStore
 from edge_node.outbox import Outbox
@@ -27,7 +27,7 @@ def sqlite_connections(tmp_path: Path) -> Iterator[tuple[str, Any]]:
     yield "edge_node/experience", ExperienceStore(tmp_path / "experience.db")._db
     with Outbox(tmp_path / "outbox", "auto")._transaction() as connection:
         yield "edge_node/outbox", connection
-    with RoundStore(tmp_path / "learning")._transaction() as connection:
+    with RoundStore(tmp_path / "learning").transaction() as connection:
         yield "edge_node/learning", connection
 
 
@@ -42,12 +42,12 @@ def test_every_database_syncs_each_commit(tmp_path: Path) -> None:
 
 
 def write_by_central(folder: Path) -> Path:
-    durable.write_file(folder / "file", b"data")
+    central_disk.write_file(folder / "file", b"data")
     return folder / "file"
 
 
 def write_by_node(folder: Path) -> Path:
-    identity.write_durably(folder / "file", b"data")
+    node_disk.write_file(folder / "file", b"data")
     return folder / "file"
 
 
@@ -65,7 +65,9 @@ def test_a_file_is_synced_then_renamed_then_its_directory_is_synced(
     real_fsync, real_replace = os.fsync, Path.replace
 
     def fsync(descriptor: int) -> None:
-        steps.append("sync directory" if Path(f"/proc/self/fd/{descriptor}").is_dir() else "sync file")
+        steps.append(
+            "sync directory" if Path(f"/proc/self/fd/{descriptor}").is_dir() else "sync file"
+        )
         real_fsync(descriptor)
 
     def replace(self: Path, target: Path) -> Path:

@@ -1,8 +1,9 @@
 """Brings a journal's database to today's schema, with alembic's revisions.
 
-In: an engine and today's tables. Out: a database with those tables, which names its revision (table `alembic_version`).
-Guarantees: a new database gets today's tables at once; one made before there were revisions is adopted as the first; one
-made by newer software is refused and left as it is. A kill in between is repaired by the next start.
+In: an engine and today's tables. Out: a database with those tables, which names its revision (table
+`alembic_version`).
+Guarantees: a new database gets today's tables at once. One made by newer software is refused and
+left as it is. A kill in between is repaired by the next start.
 """
 
 from __future__ import annotations
@@ -17,25 +18,30 @@ from central.errors import StorageError
 if TYPE_CHECKING:  # imported only by a database that needs it
     from alembic.config import Config
 
-FIRST = "0001"
-"""The schema before there were revisions."""
-HEAD = "0002"
+HEAD = "0001"
 """Today's schema."""
 _VERSION = sa.Table(
-    "alembic_version", sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True, nullable=False)
+    "alembic_version",
+    sa.MetaData(),
+    sa.Column("version_num", sa.String(32), primary_key=True, nullable=False),
 )
 
 
 def upgrade_schema(engine: sa.Engine, tables: sa.MetaData) -> None:
-    """Raises StorageError for a schema of newer software, SQLAlchemyError when the database refuses."""
+    """Raises StorageError for a schema of other software, SQLAlchemyError from the database."""
     with engine.begin() as connection:
         present = set(sa.inspect(connection).get_table_names())
         is_new = not present & set(tables.tables)
         _VERSION.create(connection, checkfirst=True)
         revision = connection.execute(sa.select(_VERSION.c.version_num)).scalar()
         if revision is None:
-            # Before the tables: a database with tables and without a revision is one from before there were revisions.
-            revision = HEAD if is_new else FIRST
+            if not is_new:
+                raise StorageError(
+                    "The journal's database has a table of events and no schema revision. Expected "
+                    "a journal of Lorikeet, or an empty database: restore a backup, or set "
+                    "CENTRAL_JOURNAL__URL to another database."
+                )
+            revision = HEAD
             connection.execute(sa.insert(_VERSION).values(version_num=revision))
     if is_new:
         tables.create_all(engine)
@@ -51,8 +57,9 @@ def _migrate(engine: sa.Engine, revision: str) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if revision not in known:
         raise StorageError(
-            f"The journal's database has schema revision {revision!r}; this central knows {', '.join(sorted(known))}. "
-            "It was written by newer software: start that one, or restore an older backup."
+            f"The journal's database has schema revision {revision!r}; this central knows "
+            f"{', '.join(sorted(known))}. It was written by newer software: start that one, or "
+            "restore an older backup."
         )
     with engine.begin() as connection:
         config.attributes["connection"] = connection

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.releases.v1 import releases_pb2 as protos_dot_releases_dot_v1_dot_releases__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/fleet/v1/fleet.proto\x12\x11lorikeet.fleet.v1\x1a!protos/releases/v1/releases.proto\"p\n\rEnrollRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x11\n\tnode_name\x18\x05 \x01(\t\"\xc3\x01\n\x0e\x45nrollResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\x0c\x12\x17\n\x0frelease_key_pem\x18\x05 \x01(\x0c\x12\x35\n\x07genesis\x18\x06 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x17\n\x0fgenesis_payload\x18\x07 \x01(\x0c\"G\n\x07Problem\x12\x0c\n\x04room\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\tnext_step\x18\x03 \x01(\t\x12\r\n\x05since\x18\x04 \x01(\t\"\x9e\x03\n\nNodeStatus\x12\x1a\n\x12serving_release_id\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x16\n\x0eoutbox_waiting\x18\x03 \x01(\r\x12\x13\n\x0boutbox_held\x18\x04 \x01(\r\x12\x13\n\x0b\x65xperiences\x18\x05 \x01(\x04\x12\x14\n\x0c\x65nvironments\x18\x06 \x03(\t\x12,\n\x08problems\x18\x07 \x03(\x0b\x32\x1a.lorikeet.fleet.v1.Problem\x12\x0f\n\x07\x63hannel\x18\x08 \x01(\t\x12\x17\n\x0frelease_problem\x18\t \x01(\t\x12\x18\n\x10max_release_rank\x18\n \x01(\r\x12T\n\x14unusable_experiences\x18\x0b \x03(\x0b\x32\x36.lorikeet.fleet.v1.NodeStatus.UnusableExperiencesEntry\x1a:\n\x18UnusableExperiencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"=\n\x0cWatchRequest\x12-\n\x06status\x18\x01 \x01(\x0b\x32\x1d.lorikeet.fleet.v1.NodeStatus\"0\n\nTrainOffer\x12\x10\n\x08offer_id\x18\x01 \x01(\t\x12\x10\n\x08max_rank\x18\x02 \x01(\r\"`\n\x10\x45nvironmentSuite\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\x14\n\x0creference_id\x18\x02 \x01(\t\x12\x12\n\nfirst_task\x18\x03 \x01(\r\x12\r\n\x05tasks\x18\x04 \x01(\r\"\xe3\x02\n\x0f\x45valuationOffer\x12\x10\n\x08offer_id\x18\x01 \x01(\t\x12\x37\n\tcandidate\x18\x02 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x37\n\treference\x18\x03 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\r\n\x05tasks\x18\x04 \x01(\r\x12\x12\n\ndeadline_s\x18\x05 \x01(\r\x12\x38\n\nreferences\x18\x06 \x03(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x33\n\x06suites\x18\x07 \x03(\x0b\x32#.lorikeet.fleet.v1.EnvironmentSuite\x12\x13\n\x0bonly_suites\x18\x08 \x01(\x08\x12\x10\n\x08\x61ttempts\x18\t \x01(\r\x12\x13\n\x0btemperature\x18\n \x01(\x01\"R\n\x0b\x43hannelHead\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x32\n\x04head\x18\x02 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\"\x0b\n\tHeartbeat\"\"\n\x0cNodeStanding\x12\x12\n\nquarantine\x18\x01 \x01(\t\"\x9a\x02\n\rWatchResponse\x12.\n\x04head\x18\x01 \x01(\x0b\x32\x1e.lorikeet.fleet.v1.ChannelHeadH\x00\x12.\n\x05train\x18\x02 \x01(\x0b\x32\x1d.lorikeet.fleet.v1.TrainOfferH\x00\x12\x38\n\nevaluation\x18\x03 \x01(\x0b\x32\".lorikeet.fleet.v1.EvaluationOfferH\x00\x12\x31\n\theartbeat\x18\x04 \x01(\x0b\x32\x1c.lorikeet.fleet.v1.HeartbeatH\x00\x12\x33\n\x08standing\x18\x05 \x01(\x0b\x32\x1f.lorikeet.fleet.v1.NodeStandingH\x00\x42\x07\n\x05\x65vent\"D\n\x13ReportStatusRequest\x12-\n\x06status\x18\x01 \x01(\x0b\x32\x1d.lorikeet.fleet.v1.NodeStatus\"\x16\n\x14ReportStatusResponse2b\n\x11\x45nrollmentService\x12M\n\x06\x45nroll\x12 .lorikeet.fleet.v1.EnrollRequest\x1a!.lorikeet.fleet.v1.EnrollResponse2\xbd\x01\n\x0c\x46leetService\x12L\n\x05Watch\x12\x1f.lorikeet.fleet.v1.WatchRequest\x1a .lorikeet.fleet.v1.WatchResponse0\x01\x12_\n\x0cReportStatus\x12&.lorikeet.fleet.v1.ReportStatusRequest\x1a\'.lorikeet.fleet.v1.ReportStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/fleet/v1/fleet.proto\x12\x11lorikeet.fleet.v1\x1a!protos/releases/v1/releases.proto\"p\n\rEnrollRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x14\n\x0ctoken_secret\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x11\n\tnode_name\x18\x05 \x01(\t\"\xc3\x01\n\x0e\x45nrollResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ohort\x18\x02 \x01(\t\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\x0c\x12\x17\n\x0frelease_key_pem\x18\x05 \x01(\x0c\x12\x35\n\x07genesis\x18\x06 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x17\n\x0fgenesis_payload\x18\x07 \x01(\x0c\"G\n\x07Problem\x12\x0c\n\x04room\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\tnext_step\x18\x03 \x01(\t\x12\r\n\x05since\x18\x04 \x01(\t\"\x9e\x03\n\nNodeStatus\x12\x1a\n\x12serving_release_id\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x16\n\x0eoutbox_waiting\x18\x03 \x01(\r\x12\x13\n\x0boutbox_held\x18\x04 \x01(\r\x12\x13\n\x0b\x65xperiences\x18\x05 \x01(\x04\x12\x14\n\x0c\x65nvironments\x18\x06 \x03(\t\x12,\n\x08problems\x18\x07 \x03(\x0b\x32\x1a.lorikeet.fleet.v1.Problem\x12\x0f\n\x07\x63hannel\x18\x08 \x01(\t\x12\x17\n\x0frelease_problem\x18\t \x01(\t\x12\x18\n\x10max_release_rank\x18\n \x01(\r\x12T\n\x14unusable_experiences\x18\x0b \x03(\x0b\x32\x36.lorikeet.fleet.v1.NodeStatus.UnusableExperiencesEntry\x1a:\n\x18UnusableExperiencesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"=\n\x0cWatchRequest\x12-\n\x06status\x18\x01 \x01(\x0b\x32\x1d.lorikeet.fleet.v1.NodeStatus\"C\n\nTrainOffer\x12\x10\n\x08offer_id\x18\x01 \x01(\t\x12\x10\n\x08max_rank\x18\x02 \x01(\r\x12\x11\n\tencodings\x18\x03 \x03(\t\"`\n\x10\x45nvironmentSuite\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\x14\n\x0creference_id\x18\x02 \x01(\t\x12\x12\n\nfirst_task\x18\x03 \x01(\r\x12\r\n\x05tasks\x18\x04 \x01(\r\"\xe3\x02\n\x0f\x45valuationOffer\x12\x10\n\x08offer_id\x18\x01 \x01(\t\x12\x37\n\tcandidate\x18\x02 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x37\n\treference\x18\x03 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\r\n\x05tasks\x18\x04 \x01(\r\x12\x12\n\ndeadline_s\x18\x05 \x01(\r\x12\x38\n\nreferences\x18\x06 \x03(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x33\n\x06suites\x18\x07 \x03(\x0b\x32#.lorikeet.fleet.v1.EnvironmentSuite\x12\x13\n\x0bonly_suites\x18\x08 \x01(\x08\x12\x10\n\x08\x61ttempts\x18\t \x01(\r\x12\x13\n\x0btemperature\x18\n \x01(\x01\"R\n\x0b\x43hannelHead\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x32\n\x04head\x18\x02 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\"\x0b\n\tHeartbeat\"\"\n\x0cNodeStanding\x12\x12\n\nquarantine\x18\x01 \x01(\t\"\x9a\x02\n\rWatchResponse\x12.\n\x04head\x18\x01 \x01(\x0b\x32\x1e.lorikeet.fleet.v1.ChannelHeadH\x00\x12.\n\x05train\x18\x02 \x01(\x0b\x32\x1d.lorikeet.fleet.v1.TrainOfferH\x00\x12\x38\n\nevaluation\x18\x03 \x01(\x0b\x32\".lorikeet.fleet.v1.EvaluationOfferH\x00\x12\x31\n\theartbeat\x18\x04 \x01(\x0b\x32\x1c.lorikeet.fleet.v1.HeartbeatH\x00\x12\x33\n\x08standing\x18\x05 \x01(\x0b\x32\x1f.lorikeet.fleet.v1.NodeStandingH\x00\x42\x07\n\x05\x65vent\"D\n\x13ReportStatusRequest\x12-\n\x06status\x18\x01 \x01(\x0b\x32\x1d.lorikeet.fleet.v1.NodeStatus\"\x16\n\x14ReportStatusResponse2b\n\x11\x45nrollmentService\x12M\n\x06\x45nroll\x12 .lorikeet.fleet.v1.EnrollRequest\x1a!.lorikeet.fleet.v1.EnrollResponse2\xbd\x01\n\x0c\x46leetService\x12L\n\x05Watch\x12\x1f.lorikeet.fleet.v1.WatchRequest\x1a .lorikeet.fleet.v1.WatchResponse0\x01\x12_\n\x0cReportStatus\x12&.lorikeet.fleet.v1.ReportStatusRequest\x1a\'.lorikeet.fleet.v1.ReportStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,25 +47,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_start=887
   _globals['_WATCHREQUEST']._serialized_end=948
   _globals['_TRAINOFFER']._serialized_start=950
-  _globals['_TRAINOFFER']._serialized_end=998
-  _globals['_ENVIRONMENTSUITE']._serialized_start=1000
-  _globals['_ENVIRONMENTSUITE']._serialized_end=1096
-  _globals['_EVALUATIONOFFER']._serialized_start=1099
-  _globals['_EVALUATIONOFFER']._serialized_end=1454
-  _globals['_CHANNELHEAD']._serialized_start=1456
-  _globals['_CHANNELHEAD']._serialized_end=1538
-  _globals['_HEARTBEAT']._serialized_start=1540
-  _globals['_HEARTBEAT']._serialized_end=1551
-  _globals['_NODESTANDING']._serialized_start=1553
-  _globals['_NODESTANDING']._serialized_end=1587
-  _globals['_WATCHRESPONSE']._serialized_start=1590
-  _globals['_WATCHRESPONSE']._serialized_end=1872
-  _globals['_REPORTSTATUSREQUEST']._serialized_start=1874
-  _globals['_REPORTSTATUSREQUEST']._serialized_end=1942
-  _globals['_REPORTSTATUSRESPONSE']._serialized_start=1944
-  _globals['_REPORTSTATUSRESPONSE']._serialized_end=1966
-  _globals['_ENROLLMENTSERVICE']._serialized_start=1968
-  _globals['_ENROLLMENTSERVICE']._serialized_end=2066
-  _globals['_FLEETSERVICE']._serialized_start=2069
-  _globals['_FLEETSERVICE']._serialized_end=2258
+  _globals['_TRAINOFFER']._serialized_end=1017
+  _globals['_ENVIRONMENTSUITE']._serialized_start=1019
+  _globals['_ENVIRONMENTSUITE']._serialized_end=1115
+  _globals['_EVALUATIONOFFER']._serialized_start=1118
+  _globals['_EVALUATIONOFFER']._serialized_end=1473
+  _globals['_CHANNELHEAD']._serialized_start=1475
+  _globals['_CHANNELHEAD']._serialized_end=1557
+  _globals['_HEARTBEAT']._serialized_start=1559
+  _globals['_HEARTBEAT']._serialized_end=1570
+  _globals['_NODESTANDING']._serialized_start=1572
+  _globals['_NODESTANDING']._serialized_end=1606
+  _globals['_WATCHRESPONSE']._serialized_start=1609
+  _globals['_WATCHRESPONSE']._serialized_end=1891
+  _globals['_REPORTSTATUSREQUEST']._serialized_start=1893
+  _globals['_REPORTSTATUSREQUEST']._serialized_end=1961
+  _globals['_REPORTSTATUSRESPONSE']._serialized_start=1963
+  _globals['_REPORTSTATUSRESPONSE']._serialized_end=1985
+  _globals['_ENROLLMENTSERVICE']._serialized_start=1987
+  _globals['_ENROLLMENTSERVICE']._serialized_end=2085
+  _globals['_FLEETSERVICE']._serialized_start=2088
+  _globals['_FLEETSERVICE']._serialized_end=2277
 # @@protoc_insertion_point(module_scope)

@@ -91,12 +91,14 @@ class WatchRequest(_message.Message):
     def __init__(self, status: _Optional[_Union[NodeStatus, _Mapping]] = ...) -> None: ...
 
 class TrainOffer(_message.Message):
-    __slots__ = ("offer_id", "max_rank")
+    __slots__ = ("offer_id", "max_rank", "encodings")
     OFFER_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     offer_id: str
     max_rank: int
-    def __init__(self, offer_id: _Optional[str] = ..., max_rank: _Optional[int] = ...) -> None: ...
+    encodings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, offer_id: _Optional[str] = ..., max_rank: _Optional[int] = ..., encodings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EnvironmentSuite(_message.Message):
     __slots__ = ("environment", "reference_id", "first_task", "tasks")

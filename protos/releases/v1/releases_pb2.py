@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/releases/v1/releases.proto\x12\x14lorikeet.releases.v1\"5\n\x0eSignedManifest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"{\n\x0ePairedOutcomes\x12\x13\n\x0b\x62oth_passed\x18\x01 \x01(\r\x12\x1d\n\x15only_reference_passed\x18\x02 \x01(\r\x12\x1d\n\x15only_candidate_passed\x18\x03 \x01(\r\x12\x16\n\x0eneither_passed\x18\x04 \x01(\r\"\xcb\x02\n\x11\x45nvironmentResult\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\x14\n\x0ctasks_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x61nchor\x18\x03 \x01(\x08\x12\x13\n\x0b\x62oth_passed\x18\x04 \x01(\r\x12\x1d\n\x15only_reference_passed\x18\x05 \x01(\r\x12\x1d\n\x15only_candidate_passed\x18\x06 \x01(\r\x12\x16\n\x0eneither_passed\x18\x07 \x01(\r\x12\x14\n\x0creference_id\x18\x08 \x01(\t\x12\x17\n\x0f\x66\x61llback_reason\x18\t \x01(\t\x12\x12\n\nfirst_task\x18\n \x01(\r\x12\x10\n\x08\x61ttempts\x18\x0b \x01(\r\x12;\n\revery_attempt\x18\x0c \x01(\x0b\x32$.lorikeet.releases.v1.PairedOutcomes\"!\n\x0eGetHeadRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\"Z\n\x0fGetHeadResponse\x12\x32\n\x04head\x18\x01 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x13\n\x0bunix_time_s\x18\x02 \x01(\x03\"\'\n\x11GetReleaseRequest\x12\x12\n\nrelease_id\x18\x01 \x01(\t\"K\n\x12GetReleaseResponse\x12\x35\n\x07release\x18\x01 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\"5\n\x0f\x44ownloadRequest\x12\x12\n\nrelease_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"!\n\x10\x44ownloadResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"}\n\x17ReportEvaluationRequest\x12\x10\n\x08offer_id\x18\x01 \x01(\t\x12\x38\n\x07results\x18\x02 \x03(\x0b\x32\'.lorikeet.releases.v1.EnvironmentResult\x12\x16\n\x0e\x61\x62stain_reason\x18\x03 \x01(\t\"\x1a\n\x18ReportEvaluationResponse2\x99\x03\n\x0eReleaseService\x12V\n\x07GetHead\x12$.lorikeet.releases.v1.GetHeadRequest\x1a%.lorikeet.releases.v1.GetHeadResponse\x12_\n\nGetRelease\x12\'.lorikeet.releases.v1.GetReleaseRequest\x1a(.lorikeet.releases.v1.GetReleaseResponse\x12[\n\x08\x44ownload\x12%.lorikeet.releases.v1.DownloadRequest\x1a&.lorikeet.releases.v1.DownloadResponse0\x01\x12q\n\x10ReportEvaluation\x12-.lorikeet.releases.v1.ReportEvaluationRequest\x1a..lorikeet.releases.v1.ReportEvaluationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/releases/v1/releases.proto\x12\x14lorikeet.releases.v1\"5\n\x0eSignedManifest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"{\n\x0ePairedOutcomes\x12\x13\n\x0b\x62oth_passed\x18\x01 \x01(\r\x12\x1d\n\x15only_reference_passed\x18\x02 \x01(\r\x12\x1d\n\x15only_candidate_passed\x18\x03 \x01(\r\x12\x16\n\x0eneither_passed\x18\x04 \x01(\r\"\x9c\x01\n\x10PairedLikelihood\x12\x11\n\tdocuments\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12\x16\n\x0ereference_mean\x18\x03 \x01(\x01\x12\x16\n\x0e\x63\x61ndidate_mean\x18\x04 \x01(\x01\x12\x16\n\x0e\x64ifference_sum\x18\x05 \x01(\x01\x12\x1d\n\x15\x64ifference_square_sum\x18\x06 \x01(\x01\"\x87\x03\n\x11\x45nvironmentResult\x12\x13\n\x0b\x65nvironment\x18\x01 \x01(\t\x12\x14\n\x0ctasks_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x61nchor\x18\x03 \x01(\x08\x12\x13\n\x0b\x62oth_passed\x18\x04 \x01(\r\x12\x1d\n\x15only_reference_passed\x18\x05 \x01(\r\x12\x1d\n\x15only_candidate_passed\x18\x06 \x01(\r\x12\x16\n\x0eneither_passed\x18\x07 \x01(\r\x12\x14\n\x0creference_id\x18\x08 \x01(\t\x12\x17\n\x0f\x66\x61llback_reason\x18\t \x01(\t\x12\x12\n\nfirst_task\x18\n \x01(\r\x12\x10\n\x08\x61ttempts\x18\x0b \x01(\r\x12;\n\revery_attempt\x18\x0c \x01(\x0b\x32$.lorikeet.releases.v1.PairedOutcomes\x12:\n\nlikelihood\x18\r \x01(\x0b\x32&.lorikeet.releases.v1.PairedLikelihood\"!\n\x0eGetHeadRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\"Z\n\x0fGetHeadResponse\x12\x32\n\x04head\x18\x01 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\x12\x13\n\x0bunix_time_s\x18\x02 \x01(\x03\"\'\n\x11GetReleaseRequest\x12\x12\n\nrelease_id\x18\x01 \x01(\t\"K\n\x12GetReleaseResponse\x12\x35\n\x07release\x18\x01 \x01(\x0b\x32$.lorikeet.releases.v1.SignedManifest\"5\n\x0f\x44ownloadRequest\x12\x12\n\nrelease_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"!\n\x10\x44ownloadResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"}\n\x17ReportEvaluationRequest\x12\x10\n\x08offer_id\x18\x01 \x01(\t\x12\x38\n\x07results\x18\x02 \x03(\x0b\x32\'.lorikeet.releases.v1.EnvironmentResult\x12\x16\n\x0e\x61\x62stain_reason\x18\x03 \x01(\t\"\x1a\n\x18ReportEvaluationResponse2\x99\x03\n\x0eReleaseService\x12V\n\x07GetHead\x12$.lorikeet.releases.v1.GetHeadRequest\x1a%.lorikeet.releases.v1.GetHeadResponse\x12_\n\nGetRelease\x12\'.lorikeet.releases.v1.GetReleaseRequest\x1a(.lorikeet.releases.v1.GetReleaseResponse\x12[\n\x08\x44ownload\x12%.lorikeet.releases.v1.DownloadRequest\x1a&.lorikeet.releases.v1.DownloadResponse0\x01\x12q\n\x10ReportEvaluation\x12-.lorikeet.releases.v1.ReportEvaluationRequest\x1a..lorikeet.releases.v1.ReportEvaluationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,24 +35,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNEDMANIFEST']._serialized_end=112
   _globals['_PAIREDOUTCOMES']._serialized_start=114
   _globals['_PAIREDOUTCOMES']._serialized_end=237
-  _globals['_ENVIRONMENTRESULT']._serialized_start=240
-  _globals['_ENVIRONMENTRESULT']._serialized_end=571
-  _globals['_GETHEADREQUEST']._serialized_start=573
-  _globals['_GETHEADREQUEST']._serialized_end=606
-  _globals['_GETHEADRESPONSE']._serialized_start=608
-  _globals['_GETHEADRESPONSE']._serialized_end=698
-  _globals['_GETRELEASEREQUEST']._serialized_start=700
-  _globals['_GETRELEASEREQUEST']._serialized_end=739
-  _globals['_GETRELEASERESPONSE']._serialized_start=741
-  _globals['_GETRELEASERESPONSE']._serialized_end=816
-  _globals['_DOWNLOADREQUEST']._serialized_start=818
-  _globals['_DOWNLOADREQUEST']._serialized_end=871
-  _globals['_DOWNLOADRESPONSE']._serialized_start=873
-  _globals['_DOWNLOADRESPONSE']._serialized_end=906
-  _globals['_REPORTEVALUATIONREQUEST']._serialized_start=908
-  _globals['_REPORTEVALUATIONREQUEST']._serialized_end=1033
-  _globals['_REPORTEVALUATIONRESPONSE']._serialized_start=1035
-  _globals['_REPORTEVALUATIONRESPONSE']._serialized_end=1061
-  _globals['_RELEASESERVICE']._serialized_start=1064
-  _globals['_RELEASESERVICE']._serialized_end=1473
+  _globals['_PAIREDLIKELIHOOD']._serialized_start=240
+  _globals['_PAIREDLIKELIHOOD']._serialized_end=396
+  _globals['_ENVIRONMENTRESULT']._serialized_start=399
+  _globals['_ENVIRONMENTRESULT']._serialized_end=790
+  _globals['_GETHEADREQUEST']._serialized_start=792
+  _globals['_GETHEADREQUEST']._serialized_end=825
+  _globals['_GETHEADRESPONSE']._serialized_start=827
+  _globals['_GETHEADRESPONSE']._serialized_end=917
+  _globals['_GETRELEASEREQUEST']._serialized_start=919
+  _globals['_GETRELEASEREQUEST']._serialized_end=958
+  _globals['_GETRELEASERESPONSE']._serialized_start=960
+  _globals['_GETRELEASERESPONSE']._serialized_end=1035
+  _globals['_DOWNLOADREQUEST']._serialized_start=1037
+  _globals['_DOWNLOADREQUEST']._serialized_end=1090
+  _globals['_DOWNLOADRESPONSE']._serialized_start=1092
+  _globals['_DOWNLOADRESPONSE']._serialized_end=1125
+  _globals['_REPORTEVALUATIONREQUEST']._serialized_start=1127
+  _globals['_REPORTEVALUATIONREQUEST']._serialized_end=1252
+  _globals['_REPORTEVALUATIONRESPONSE']._serialized_start=1254
+  _globals['_REPORTEVALUATIONRESPONSE']._serialized_end=1280
+  _globals['_RELEASESERVICE']._serialized_start=1283
+  _globals['_RELEASESERVICE']._serialized_end=1692
 # @@protoc_insertion_point(module_scope)

@@ -26,8 +26,24 @@ class PairedOutcomes(_message.Message):
     neither_passed: int
     def __init__(self, both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ...) -> None: ...
 
+class PairedLikelihood(_message.Message):
+    __slots__ = ("documents", "tokens", "reference_mean", "candidate_mean", "difference_sum", "difference_square_sum")
+    DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_MEAN_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_MEAN_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_SUM_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_SQUARE_SUM_FIELD_NUMBER: _ClassVar[int]
+    documents: int
+    tokens: int
+    reference_mean: float
+    candidate_mean: float
+    difference_sum: float
+    difference_square_sum: float
+    def __init__(self, documents: _Optional[int] = ..., tokens: _Optional[int] = ..., reference_mean: _Optional[float] = ..., candidate_mean: _Optional[float] = ..., difference_sum: _Optional[float] = ..., difference_square_sum: _Optional[float] = ...) -> None: ...
+
 class EnvironmentResult(_message.Message):
-    __slots__ = ("environment", "tasks_digest", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed", "reference_id", "fallback_reason", "first_task", "attempts", "every_attempt")
+    __slots__ = ("environment", "tasks_digest", "anchor", "both_passed", "only_reference_passed", "only_candidate_passed", "neither_passed", "reference_id", "fallback_reason", "first_task", "attempts", "every_attempt", "likelihood")
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     TASKS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +56,7 @@ class EnvironmentResult(_message.Message):
     FIRST_TASK_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     EVERY_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    LIKELIHOOD_FIELD_NUMBER: _ClassVar[int]
     environment: str
     tasks_digest: str
     anchor: bool
@@ -52,7 +69,8 @@ class EnvironmentResult(_message.Message):
     first_task: int
     attempts: int
     every_attempt: PairedOutcomes
-    def __init__(self, environment: _Optional[str] = ..., tasks_digest: _Optional[str] = ..., anchor: _Optional[bool] = ..., both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ..., reference_id: _Optional[str] = ..., fallback_reason: _Optional[str] = ..., first_task: _Optional[int] = ..., attempts: _Optional[int] = ..., every_attempt: _Optional[_Union[PairedOutcomes, _Mapping]] = ...) -> None: ...
+    likelihood: PairedLikelihood
+    def __init__(self, environment: _Optional[str] = ..., tasks_digest: _Optional[str] = ..., anchor: _Optional[bool] = ..., both_passed: _Optional[int] = ..., only_reference_passed: _Optional[int] = ..., only_candidate_passed: _Optional[int] = ..., neither_passed: _Optional[int] = ..., reference_id: _Optional[str] = ..., fallback_reason: _Optional[str] = ..., first_task: _Optional[int] = ..., attempts: _Optional[int] = ..., every_attempt: _Optional[_Union[PairedOutcomes, _Mapping]] = ..., likelihood: _Optional[_Union[PairedLikelihood, _Mapping]] = ...) -> None: ...
 
 class GetHeadRequest(_message.Message):
     __slots__ = ("channel",)

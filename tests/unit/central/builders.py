@@ -40,7 +40,10 @@ def make_update(
         "sequence": sequence,
         "base": BASE,
         "start": Start(
-            release=start.digest, payload=start.payload.digest_sha256, prefix_rank=start.rank, dtype="float32"
+            release=start.digest,
+            payload=start.payload.digest_sha256,
+            prefix_rank=start.rank,
+            dtype="float32",
         ),
         "rank": 4,
         "payload": Payload(digest_sha256=digest_of(f"update {node_id} {sequence}"), size_bytes=100),
@@ -53,15 +56,23 @@ def make_update(
 
 
 def cohort_created(genesis: ReleaseManifest) -> NewEvent:
-    return NewEvent(EventKind.COHORT_CREATED, genesis.cohort, genesis.digest, _signed(genesis.to_bytes()))
+    return NewEvent(
+        EventKind.COHORT_CREATED, genesis.cohort, genesis.digest, _signed(genesis.to_bytes())
+    )
 
 
 def token_created(cohort: str = "shared", token_id: str = "token", uses: int = 10) -> NewEvent:
-    body = {"secret_sha256": digest_of("secret"), "uses": uses, "expires_at": "2999-01-01T00:00:00Z"}
+    body = {
+        "secret_sha256": digest_of("secret"),
+        "uses": uses,
+        "expires_at": "2999-01-01T00:00:00Z",
+    }
     return NewEvent(EventKind.TOKEN_CREATED, cohort, token_id, body)
 
 
-def node_enrolled(node_id: str = "a-00000000", cohort: str = "shared", token_id: str = "token") -> NewEvent:
+def node_enrolled(
+    node_id: str = "a-00000000", cohort: str = "shared", token_id: str = "token"
+) -> NewEvent:
     body = {
         "name": node_id.rsplit("-", 1)[0],
         "token_id": token_id,
@@ -83,7 +94,11 @@ def make_plan(parent: ReleaseManifest, *updates: UpdateManifest) -> MergePlan:
         version=parent.version + 1,
         base=BASE,
         updates=[
-            PlannedUpdate(update_id=update.digest, payload=update.payload.digest_sha256, weight=1 / len(updates))
+            PlannedUpdate(
+                update_id=update.digest,
+                payload=update.payload.digest_sha256,
+                weight=1 / len(updates),
+            )
             for update in updates
         ],
         strategy="product-mean",
@@ -97,7 +112,9 @@ def make_plan(parent: ReleaseManifest, *updates: UpdateManifest) -> MergePlan:
 
 
 def planned(plan: MergePlan) -> NewEvent:
-    return NewEvent(EventKind.MERGE_PLANNED, plan.cohort, plan.digest, {"plan": plan.to_bytes().decode()})
+    return NewEvent(
+        EventKind.MERGE_PLANNED, plan.cohort, plan.digest, {"plan": plan.to_bytes().decode()}
+    )
 
 
 def make_candidate(plan: MergePlan) -> ReleaseManifest:
@@ -122,10 +139,14 @@ def decided(candidate: ReleaseManifest, accepted: bool, text: str = "as measured
 
 
 def promoted(release: ReleaseManifest, channel: str = "stable") -> NewEvent:
-    return NewEvent(EventKind.PROMOTED, release.cohort, release.digest, {"channel": channel, "by": "tests"})
+    return NewEvent(
+        EventKind.PROMOTED, release.cohort, release.digest, {"channel": channel, "by": "tests"}
+    )
 
 
-def rolled_back(target: ReleaseManifest, *abandoned: ReleaseManifest, updates: str = "requeue") -> NewEvent:
+def rolled_back(
+    target: ReleaseManifest, *abandoned: ReleaseManifest, updates: str = "requeue"
+) -> NewEvent:
     body = {
         "from_release": abandoned[-1].digest,
         "abandoned": [release.digest for release in abandoned],
@@ -135,7 +156,9 @@ def rolled_back(target: ReleaseManifest, *abandoned: ReleaseManifest, updates: s
     return NewEvent(EventKind.ROLLED_BACK, target.cohort, target.digest, body)
 
 
-def start_cohort(journal: Journal, cohort: str = "shared", nodes: tuple[str, ...] = ("a-00000000",)) -> ReleaseManifest:
+def start_cohort(
+    journal: Journal, cohort: str = "shared", nodes: tuple[str, ...] = ("a-00000000",)
+) -> ReleaseManifest:
     """A cohort with its version 0, a token and enrolled nodes."""
     genesis = make_release(cohort)
     token_id = f"token-{cohort}"

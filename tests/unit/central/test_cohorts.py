@@ -33,7 +33,10 @@ def test_every_cohort_has_one_loop_that_comes_back_after_a_failure(tmp_path: Pat
     make.start_cohort(journal, "zeta", ("d-00000000",))
     assert running.acquire(timeout=10)
     assert running.acquire(timeout=10)
-    assert sorted(text.partition(" (at 20")[0] for text in failures) == ["RuntimeError('odd')", "disk full"]
+    assert sorted(text.partition(" (at 20")[0] for text in failures) == [
+        "RuntimeError('odd')",
+        "disk full",
+    ]
     assert all(text.endswith("Z, tried again after 0.001 s)") for text in failures)
     update = make.make_update(genesis)
     journal.append(make.admitted(update))
@@ -45,7 +48,9 @@ def test_every_cohort_has_one_loop_that_comes_back_after_a_failure(tmp_path: Pat
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("cohort-")]
 
 
-def test_a_loop_that_fails_again_says_since_when_until_it_has_nothing_left_to_do(tmp_path: Path) -> None:
+def test_a_loop_that_fails_again_says_since_when_until_it_has_nothing_left_to_do(
+    tmp_path: Path,
+) -> None:
     journal = Journal(f"sqlite:///{tmp_path}/journal.db")
     make.start_cohort(journal)
     times = iter(f"2026-11-22T12:00:0{second}.000000Z" for second in range(9))
@@ -72,6 +77,7 @@ def test_a_loop_that_fails_again_says_since_when_until_it_has_nothing_left_to_do
     assert said == [
         "",
         "a blob is lost (at 2026-11-22T12:00:00Z, tried again after 0.001 s)",
-        "a blob is lost (since 2026-11-22T12:00:00Z, last at 2026-11-22T12:00:01Z, tried again after 0.002 s)",
+        "a blob is lost (since 2026-11-22T12:00:00Z, last at 2026-11-22T12:00:01Z, tried again "
+        "after 0.002 s)",
         "",
     ]

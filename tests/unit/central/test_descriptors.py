@@ -40,7 +40,9 @@ def test_the_soft_limit_is_raised_and_a_low_hard_one_is_said(
     assert (vars(record)["open_files"], vars(record)["wanted"]) == (1024, 4096)
 
 
-def test_nothing_is_said_when_all_fit(caplog: pytest.LogCaptureFixture, few_files: list[tuple[int, int]]) -> None:
+def test_nothing_is_said_when_all_fit(
+    caplog: pytest.LogCaptureFixture, few_files: list[tuple[int, int]]
+) -> None:
     with caplog.at_level(logging.WARNING, descriptors.__name__):
         assert allowed_connections(LimitSettings(connections=300)) == 300
     assert not caplog.records

@@ -20,14 +20,22 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "model": {"existingClaim": "base-model"},
         "joinToken": {"secretName": "join-token"},
         "settings": {
-            "central": {"address": "central.lorikeet:9443", "enrollment_address": "central.lorikeet:9444"},
+            "central": {
+                "address": "central.lorikeet:9443",
+                "enrollment_address": "central.lorikeet:9444",
+            },
             "environments": [{"name": "desk", "factory": "acme.desk:Desk", "options": {"seed": 3}}],
         },
     },
 }
 """The least that a user has to say."""
 
-VARIANTS = [("central", None), ("edge-node", None), ("edge-node", "values-cpu.yaml"), ("edge-node", "values-gpu.yaml")]
+VARIANTS = [
+    ("central", None),
+    ("edge-node", None),
+    ("edge-node", "values-cpu.yaml"),
+    ("edge-node", "values-gpu.yaml"),
+]
 """Chart and value file of everything we ship."""
 
 
@@ -40,7 +48,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def render(chart: str, value_file: str | None = None, overrides: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def render(
+    chart: str, value_file: str | None = None, overrides: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """The objects of one release named `demo` in namespace `lorikeet`."""
     values = yaml.safe_load((CHARTS / chart / value_file).read_text()) if value_file else {}
     values = merge(merge(values, REQUIRED[chart]), overrides or {})

@@ -1,4 +1,4 @@
-"""The charts: rendered by Helm itself, validated strictly, and read back by the settings they are made for."""
+"""The charts: rendered by Helm, validated strictly, and read back by the settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from pydantic import BaseModel
 
 import central.settings
 import edge_node.settings
-from tests.unit.deploy.charts import CHARTS, REQUIRED, ROOT, VARIANTS, container, merge, render, stateful_set
+from tests.unit.deploy.charts import (
+    CHARTS,
+    REQUIRED,
+    ROOT,
+    VARIANTS,
+    container,
+    merge,
+    render,
+    stateful_set,
+)
 
 SETTINGS = {"central": central.settings, "edge-node": edge_node.settings}
 MODEL: dict[str, type[BaseModel]] = {
@@ -28,12 +37,20 @@ MODEL: dict[str, type[BaseModel]] = {
 }
 SET_BY_CHART = {
     "central": {"data_dir", "base.path", "listen.host", "journal.url"},
-    "edge-node": {"data_dir", "base.path", "serving.host", "central.join_token"},
+    "edge-node": {
+        "data_dir",
+        "base.path",
+        "serving.host",
+        "serving.keys_file",
+        "central.join_token",
+    },
 }
 KUBERNETES = ("1.29", "1.33")
 
 
-def load_rendered(chart: str, objects: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Any:
+def load_rendered(
+    chart: str, objects: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """The settings that the container would start with; Secret references get a stand-in."""
     for name in list(os.environ):
         if name.startswith(SETTINGS[chart].PREFIX):
@@ -58,7 +75,12 @@ def setting_names(model: type[BaseModel]) -> set[str]:
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_every_object_is_valid_kubernetes(chart: str, value_file: str | None, version: str) -> None:
     objects = render(chart, value_file)
-    assert sorted(item["kind"] for item in objects) == ["Service", "Service", "ServiceAccount", "StatefulSet"]
+    assert sorted(item["kind"] for item in objects) == [
+        "Service",
+        "Service",
+        "ServiceAccount",
+        "StatefulSet",
+    ]
     for item in objects:
         kubernetes_validate.validate(item, version, strict=True)
 
@@ -103,7 +125,9 @@ def test_nested_values_arrive_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("chart", ["central", "edge-node"])
-def test_default_values_are_the_defaults_of_the_settings(chart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_values_are_the_defaults_of_the_settings(
+    chart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = SET_BY_CHART[chart] | {"node_name", "environments", "listen.names"}
     chosen |= {"central.address", "central.enrollment_address"}
     rendered = load_rendered(chart, render(chart), monkeypatch)
@@ -112,20 +136,28 @@ def test_default_values_are_the_defaults_of_the_settings(chart: str, monkeypatch
     default = MODEL[chart]()
     for name in setting_names(MODEL[chart]) - chosen:
         group, _, field = name.partition(".")
-        assert getattr(getattr(rendered, group), field) == getattr(getattr(default, group), field), name
+        assert getattr(getattr(rendered, group), field) == getattr(
+            getattr(default, group), field
+        ), name
 
 
 @pytest.mark.parametrize("chart", ["central", "edge-node"])
 def test_values_and_schema_know_every_setting(chart: str) -> None:
     expected = setting_names(MODEL[chart]) - SET_BY_CHART[chart]
-    schema = json.loads((CHARTS / chart / "values.schema.json").read_text())["properties"]["settings"]
+    schema = json.loads((CHARTS / chart / "values.schema.json").read_text())["properties"][
+        "settings"
+    ]
     values = yaml.safe_load((CHARTS / chart / "values.yaml").read_text())["settings"]
     groups = {name for name, part in schema["properties"].items() if "properties" in part}
     flat = {name for name in schema["properties"] if name not in groups}
     in_schema = flat | {f"{g}.{n}" for g in groups for n in schema["properties"][g]["properties"]}
     in_values = (values.keys() - groups) | {f"{g}.{n}" for g in groups for n in values[g]}
-    assert in_schema == expected, "values.schema.json and settings.py differ: add or remove the setting in the chart"
-    assert in_values == expected, "values.yaml and settings.py differ: add or remove the setting in the chart"
+    assert in_schema == expected, (
+        "values.schema.json and settings.py differ: add or remove the setting in the chart"
+    )
+    assert in_values == expected, (
+        "values.yaml and settings.py differ: add or remove the setting in the chart"
+    )
 
 
 @pytest.mark.parametrize("chart", ["central", "edge-node"])
@@ -151,6 +183,9 @@ def test_the_schema_closes_every_object_of_ours(chart: str) -> None:
         ("edge-node", {"settings": {"serving": {"max_lora_rank": 7}}}),
         ("edge-node", {"settings": {"outbox": {"approval": "maybe"}}}),
         ("edge-node", {"joinToken": {"token": "lkt1.secret"}}),
+        ("edge-node", {"accessKeys": {"keys": "lk-secret"}}),
+        ("edge-node", {"settings": {"serving": {"access": "closed"}}}),
+        ("edge-node", {"settings": {"serving": {"limits": {"choices": 0}}}}),
         ("edge-node", {"extraEnv": [{"name": "EDGE_SERVING__PORT", "value": "1"}]}),
     ],
 )
@@ -167,18 +202,25 @@ def test_the_schema_refuses_a_mistake(chart: str, bad: dict[str, Any]) -> None:
 )
 def test_a_missing_required_value_is_named(chart: str, missing: str) -> None:
     values = {key: value for key, value in REQUIRED[chart].items() if key != missing}
-    with Chart.load(CHARTS / chart) as loaded, pytest.raises(HelmError, match=f"{missing}.* is empty"):
+    with (
+        Chart.load(CHARTS / chart) as loaded,
+        pytest.raises(HelmError, match=f"{missing}.* is empty"),
+    ):
         loaded.render(values, name="demo")
 
 
 @pytest.mark.parametrize(("chart", "value_file"), VARIANTS)
-def test_command_line_and_ports(chart: str, value_file: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_and_ports(
+    chart: str, value_file: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objects = render(chart, value_file)
     main = container(objects)
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert main["args"] == [chart, "serve"]
     assert chart in scripts
-    assert "command" not in main, "it would replace the image's entry point, which passes signals on"
+    assert "command" not in main, (
+        "it would replace the image's entry point, which passes signals on"
+    )
     settings = load_rendered(chart, objects, monkeypatch)
     listening = settings.listen if chart == "central" else settings.serving
     expected = {listening.port} | ({listening.enrollment_port} if chart == "central" else set())
@@ -191,9 +233,15 @@ def test_command_line_and_ports(chart: str, value_file: str | None, monkeypatch:
 
 @pytest.mark.parametrize(
     ("module", "command", "option"),
-    [("edge_node.cli", "serve", None), ("edge_node.cli", "status", "--live"), ("central.cli", "serve", None)],
+    [
+        ("edge_node.cli", "serve", None),
+        ("edge_node.cli", "status", "--live"),
+        ("central.cli", "serve", None),
+    ],
 )
-def test_the_command_lines_are_known_to_the_programs(module: str, command: str, option: str | None) -> None:
+def test_the_command_lines_are_known_to_the_programs(
+    module: str, command: str, option: str | None
+) -> None:
     answer = subprocess.run(
         [sys.executable, "-m", module, command, "--help"],
         cwd=ROOT,
@@ -236,19 +284,30 @@ def test_secrets_come_by_reference_only() -> None:
         for item in container(objects)["env"]
         if "valueFrom" in item
     }
-    assert references == {"EDGE_CENTRAL__JOIN_TOKEN": "join-token", "CENTRAL_JOURNAL__URL": "journal"}
+    assert references == {
+        "EDGE_CENTRAL__JOIN_TOKEN": "join-token",
+        "CENTRAL_JOURNAL__URL": "journal",
+    }
 
 
 def test_the_blob_stores_credentials_come_from_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = {
         "blobStore": {"credentialsSecret": "bucket"},
-        "settings": {"blobs": {"url": "s3://lorikeet/central", "options": {"endpoint_url": "https://s3.example.org"}}},
+        "settings": {
+            "blobs": {
+                "url": "s3://lorikeet/central",
+                "options": {"endpoint_url": "https://s3.example.org"},
+            }
+        },
     }
     objects = render("central", overrides=overrides)
     kubernetes_validate.validate(stateful_set(objects), KUBERNETES[-1], strict=True)
     assert container(objects)["envFrom"] == [{"secretRef": {"name": "bucket"}}]
     blobs = load_rendered("central", objects, monkeypatch).blobs
-    assert (blobs.url, blobs.options) == ("s3://lorikeet/central", {"endpoint_url": "https://s3.example.org"})
+    assert (blobs.url, blobs.options) == (
+        "s3://lorikeet/central",
+        {"endpoint_url": "https://s3.example.org"},
+    )
     assert "envFrom" not in container(render("central"))
 
 
@@ -258,14 +317,43 @@ def test_a_backup_has_a_volume_of_its_own() -> None:
     kubernetes_validate.validate(stateful_set(objects), KUBERNETES[-1], strict=True)
     mounts = {mount["name"]: mount for mount in container(objects)["volumeMounts"]}
     assert mounts["backup"] == {"name": "backup", "mountPath": "/backup", "subPath": "acme"}
-    volumes = {volume["name"]: volume for volume in stateful_set(objects)["spec"]["template"]["spec"]["volumes"]}
+    volumes = {
+        volume["name"]: volume
+        for volume in stateful_set(objects)["spec"]["template"]["spec"]["volumes"]
+    }
     assert volumes["backup"]["persistentVolumeClaim"] == {"claimName": "central-backup"}
     assert "backup" not in {mount["name"] for mount in container(render("central"))["volumeMounts"]}
 
 
 @pytest.mark.parametrize(("chart", "value_file"), VARIANTS)
 def test_no_value_of_ours_replaces_the_nodes_own_sizing(chart: str, value_file: str | None) -> None:
-    assert "VLLM_CPU_KVCACHE_SPACE" not in {item["name"] for item in container(render(chart, value_file))["env"]}
+    assert "VLLM_CPU_KVCACHE_SPACE" not in {
+        item["name"] for item in container(render(chart, value_file))["env"]
+    }
+
+
+def test_a_pod_asks_for_keys_which_may_come_from_a_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = load_rendered("edge-node", render("edge-node"), monkeypatch)
+    assert (settings.serving.access, settings.serving.is_on_loopback) == ("auto", False)
+    assert settings.serving.keys_file is None
+    overrides = {
+        "accessKeys": {"secretName": "acme-keys", "key": "acme.json"},
+        "settings": {"serving": {"limits": {"requests_per_minute": 60}}},
+    }
+    objects = render("edge-node", overrides=overrides)
+    settings = load_rendered("edge-node", objects, monkeypatch)
+    assert settings.serving.limits.requests_per_minute == 60
+    (mount,) = [m for m in container(objects)["volumeMounts"] if m["name"] == "access-keys"]
+    assert "subPath" not in mount, "Kubernetes would never update it"
+    assert mount["readOnly"] is True
+    assert str(settings.serving.keys_file) == f"{mount['mountPath']}/acme.json"
+    volumes = stateful_set(objects)["spec"]["template"]["spec"]["volumes"]
+    (volume,) = [v for v in volumes if v["name"] == "access-keys"]
+    assert volume["secret"] == {"secretName": "acme-keys", "defaultMode": 0o440}
+    for item in objects:
+        kubernetes_validate.validate(item, KUBERNETES[-1], strict=True)
 
 
 @pytest.mark.parametrize("value_file", ["values-cpu.yaml", "values-gpu.yaml"])
@@ -277,7 +365,9 @@ def test_edge_probes_follow_the_supervisor_and_vllm(value_file: str) -> None:
     assert main["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "http"}
     grace = stateful_set(objects)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     pre_stop = int(main["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert grace >= pre_stop + 20 + 30, "preStop, vLLM's 20 s drain, and 30 s for the learner and the stores"
+    assert grace >= pre_stop + 20 + 30, (
+        "preStop, vLLM's 20 s drain, and 30 s for the learner and the stores"
+    )
 
 
 def test_gpu_values_ask_for_one_gpu() -> None:
@@ -287,4 +377,7 @@ def test_gpu_values_ask_for_one_gpu() -> None:
     assert pod["nodeSelector"]
     assert pod["tolerations"]
     assert pod["runtimeClassName"] == "nvidia"
-    assert "nvidia.com/gpu" not in container(render("edge-node", "values-cpu.yaml"))["resources"]["limits"]
+    assert (
+        "nvidia.com/gpu"
+        not in container(render("edge-node", "values-cpu.yaml"))["resources"]["limits"]
+    )

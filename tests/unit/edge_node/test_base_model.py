@@ -1,4 +1,4 @@
-"""The node's base: unknown families are asked about once; the answer chooses the modules, also version 0's."""
+"""An unknown family of base is asked about once; the answer chooses version 0's modules too."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_an_unknown_family_is_asked_about_once(tmp_path: Path, asked: list[str])
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"modules": 3}', '{"modules": ["other"]}'])
-def test_a_damaged_answer_is_asked_for_again(tmp_path: Path, asked: list[str], content: str) -> None:
+def test_a_damaged_answer_is_asked_for_again(
+    tmp_path: Path, asked: list[str], content: str
+) -> None:
     settings = settings_of(tmp_path, architectures=["NovelForCausalLM"])
     check_base(settings)
     (settings.data_dir / base_model.ANSWER_FILE).write_text(content)
@@ -87,12 +89,19 @@ def settings_of_other(tmp_path: Path) -> EdgeSettings:
 
 @pytest.mark.parametrize(
     ("answer", "said"),
-    [('{"problem": "vLLM serves NovelForCausalLM without LoRA"}', "vLLM serves NovelForCausalLM without LoRA"),
-     ('{"modules": []}', "does not work here"),
-     ("", "Segmentation fault"),
-     ("[]", "failed")],
-)  # fmt: skip
-def test_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, said: str) -> None:
+    [
+        (
+            '{"problem": "vLLM serves NovelForCausalLM without LoRA"}',
+            "vLLM serves NovelForCausalLM without LoRA",
+        ),
+        ('{"modules": []}', "does not work here"),
+        ("", "Segmentation fault"),
+        ("[]", "failed"),
+    ],
+)
+def test_the_reason_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, said: str
+) -> None:
     def run(command: list[str], **_: Any) -> Any:
         return subprocess.CompletedProcess(command, 0, answer, "noise\nSegmentation fault")
 
@@ -102,15 +111,20 @@ def test_the_reason_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ans
         check_base(settings)
     assert "EDGE_BASE__PATH" in str(raised.value)
     assert not (settings.data_dir / base_model.ANSWER_FILE).exists()
-    with pytest.raises(SettingsError, match=said):  # asked again, as the operator may have mended it
+    with pytest.raises(
+        SettingsError, match=said
+    ):  # asked again, as the operator may have mended it
         check_base(settings)
 
 
-def test_what_central_refuses_a_node_refuses_in_the_same_words(tmp_path: Path, asked: list[str]) -> None:
+def test_what_central_refuses_a_node_refuses_in_the_same_words(
+    tmp_path: Path, asked: list[str]
+) -> None:
     settings = settings_of(tmp_path, num_experts=8)
     for read in (read_base, check_base):
         with pytest.raises(
-            SettingsError, match=r"EDGE_BASE__PATH: Base model .* a mixture of experts \(num_experts is 8\)"
+            SettingsError,
+            match=r"EDGE_BASE__PATH: Base model .* a mixture of experts \(num_experts is 8\)",
         ):
             read(settings)
     assert asked == []

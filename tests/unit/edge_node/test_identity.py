@@ -1,4 +1,4 @@
-"""Identity: the join token is understood or refused in words, files are whole, the key is the owner's only."""
+"""Identity: a bad join token is refused in words, files are whole, only the owner reads the key."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from edge_node.disk import write_file
 from edge_node.errors import EnrollmentError, StorageError
-from edge_node.identity import Identity, JoinToken, _own_key, write_durably
+from edge_node.identity import Identity, JoinToken, _own_key
 from tests.fakes.identity import make_identity
 
 
+def token(document: bytes) -> str:
+    return "lkt1." + base64.urlsafe_b64encode(document).decode()
+
+
 @pytest.mark.parametrize(
-    "text", ["", "lkt1.", "lkt1.####", "hello", "lkt1." + base64.urlsafe_b64encode(b"{}").decode()]
+    "text",
+    ["", "lkt1.", "lkt1.####", "hello", token(b"{}"), token(b"[" * 200_000)],
+    ids=["empty", "prefix", "not base64", "word", "no fields", "nested too deeply"],
 )
 def test_unreadable_tokens_are_refused(text: str) -> None:
     with pytest.raises(EnrollmentError, match="central tokens create"):
@@ -22,7 +29,9 @@ def test_unreadable_tokens_are_refused(text: str) -> None:
 
 
 def test_a_token_with_another_thing_than_a_certificate_is_refused() -> None:
-    body = base64.urlsafe_b64encode(json.dumps({"id": "a", "secret": "b", "ca": "no pem"}).encode()).decode()
+    body = base64.urlsafe_b64encode(
+        json.dumps({"id": "a", "secret": "b", "ca": "no pem"}).encode()
+    ).decode()
     with pytest.raises(EnrollmentError):
         JoinToken.parse("lkt1." + body)
 
@@ -41,12 +50,12 @@ def test_the_key_is_made_once_and_private(tmp_path: Path) -> None:
 def test_writing_where_it_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="EDGE_DATA_DIR"):
-        write_durably(tmp_path / "file" / "x", b"1")
+        write_file(tmp_path / "file" / "x", b"1")
 
 
 def test_a_replaced_file_is_whole(tmp_path: Path) -> None:
-    write_durably(tmp_path / "x", b"one")
-    write_durably(tmp_path / "x", b"two")
+    write_file(tmp_path / "x", b"one")
+    write_file(tmp_path / "x", b"two")
     assert (tmp_path / "x").read_bytes() == b"two"
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
@@ -71,5 +80,5 @@ def test_a_damaged_identity_is_named(tmp_path: Path, file: str, content: str) ->
 
 def test_a_damaged_key_is_named_before_central_is_asked(tmp_path: Path) -> None:
     (tmp_path / "node.key").write_text("garbage")
-    with pytest.raises(StorageError, match="cannot be read"):
+    with pytest.raises(StorageError, match=r"cannot be read.*node\.key holds no private key"):
         _own_key(tmp_path)

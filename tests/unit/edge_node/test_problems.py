@@ -67,7 +67,7 @@ def test_a_damaged_file_is_no_problem(tmp_path: Path) -> None:
 
 
 def test_what_the_disk_did_not_take_is_known_to_the_whole_process(tmp_path: Path) -> None:
-    """Any room may make its own Problems: what one of them could not write, another one shows and clears."""
+    """What one Problems of the process could not write, another one shows and clears."""
     (tmp_path / "problems").write_text("a file where the folder should be")
     Problems(tmp_path).report("serving", "It does not start.", "Free the port.")
     assert [problem.room for problem in Problems(tmp_path).current()] == ["serving"]

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from edge_node.certificate import NEAR_END
+from edge_node.identity import clock_advice
 from edge_node.problems import Problems
-from edge_node.surroundings import LOW_DISK_BYTES, NEAR_END, look_around, surroundings
-from tests.fakes.identity import LIFETIME, NODE_ID, make_identity
+from edge_node.surroundings import LOW_DISK_BYTES, look_around, surroundings
+from tests.fakes.identity import LIFETIME, make_identity
 
 DAY = timedelta(days=1)
 
@@ -22,9 +24,17 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before_end", "text"), [(NEAR_END + DAY, None), (DAY, f"certificate of {NODE_ID} ends on"), (-DAY, "ended on")]
+    ("before_end", "text"),
+    [
+        (NEAR_END + DAY, None),
+        (DAY, "This node's certificate ends on"),
+        (-DAY, "is valid from"),
+        (LIFETIME + 3 * DAY, "is valid from"),
+    ],
 )
-def test_a_certificate_near_its_end_or_ended(tmp_path: Path, before_end: timedelta, text: str | None) -> None:
+def test_a_certificate_that_is_near_its_end_or_not_valid(
+    tmp_path: Path, before_end: timedelta, text: str | None
+) -> None:
     identity = make_identity(tmp_path)
     now = datetime.now(UTC) + LIFETIME - before_end
     wrong = dict(surroundings(tmp_path, identity, now))["certificate"]
@@ -32,9 +42,13 @@ def test_a_certificate_near_its_end_or_ended(tmp_path: Path, before_end: timedel
     if wrong is not None:
         assert str(text) in wrong[0]
         assert "central tokens create" in wrong[1]
+        if "is valid from" in wrong[0]:  # `doctor` says the same
+            assert clock_advice("", identity.certificate_pem, now) == " ".join(wrong)
 
 
-def test_a_disk_that_is_nearly_full_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_nearly_full_or_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     identity = make_identity(tmp_path)
     gone = dict(surroundings(tmp_path / "absent", identity))["disk"]
     assert gone is not None
@@ -47,10 +61,12 @@ def test_a_disk_that_is_nearly_full_or_gone(tmp_path: Path, monkeypatch: pytest.
     assert "5 MiB free" in wrong[0]
 
 
-async def test_both_are_looked_at_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_both_are_looked_at_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     identity, problems = make_identity(tmp_path), Problems(tmp_path)
     monkeypatch.setattr("edge_node.surroundings.PERIOD_S", 0.01)
-    monkeypatch.setattr("edge_node.surroundings.NEAR_END", timedelta(0))
+    monkeypatch.setattr("edge_node.certificate.NEAR_END", timedelta(0))
     free(monkeypatch, 0)
     looking = asyncio.create_task(look_around(tmp_path, identity))
     async with asyncio.timeout(5):

@@ -10,25 +10,42 @@ from edge_node import vllm_arguments
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--uds", "/run/x"], "--uds is not possible: set EDGE_SERVING__HOST and EDGE_SERVING__PORT"),
+        (
+            ["--uds", "/run/x"],
+            "--uds is not possible: set EDGE_SERVING__HOST and EDGE_SERVING__PORT",
+        ),
         (["--port=9000"], "--port is not possible: set EDGE_SERVING__PORT"),
-        (["--served_model_name", "x"], "--served-model-name is not possible: set EDGE_SERVING__ALIAS"),
+        (
+            ["--served_model_name", "x"],
+            "--served-model-name is not possible: set EDGE_SERVING__ALIAS",
+        ),
         (["--serv", "x"], "--serv is not possible: set EDGE_SERVING__ALIAS"),
         (["--no_enable_lora"], "releases are LoRA adapters"),
         (["--hf-overrides.rope_theta", "1"], "--hf-overrides is not possible"),
         (["--seed", "1", "-asc", "2"], "-asc is not possible"),
         (["-n2"], "-n2 is not possible"),
         (["-asc=2"], "-asc is not possible"),
-        (["--load-format", "dummy"], "--load-format is not possible: the learner reads the base from its files"),
+        (
+            ["--load-format", "dummy"],
+            "--load-format is not possible: the learner reads the base from its files",
+        ),
         (["--config-format=mistral"], "--config-format is not possible"),
         (["--tokenizer_mode", "mistral"], "--tokenizer-mode is not possible"),
         (["--config", "x.yaml"], "write its arguments into EDGE_SERVING__EXTRA_ARGS itself"),
+        (
+            ["--api-key", "sk-1", "sk-2"],
+            "--api-key is not possible: make keys with `edge-node keys",
+        ),
+        (["--api_key=sk-1"], "--api-key is not possible: make keys with `edge-node keys"),
         (["--enable-log-requests"], "it writes prompts or answers into logs/vllm.log"),
         (["--enable_log_outputs"], "it writes prompts or answers into logs/vllm.log"),
         (["some/model"], "the first item is no argument"),
         (["--seed 1"], "--seed is in one item with its value"),
         (["--api-key sk-1"], "--api-key is in one item with its value"),
-        (["--lora-modules", '{"name": "a", "path": "b"}'], "the node loads central's releases itself"),
+        (
+            ["--lora-modules", '{"name": "a", "path": "b"}'],
+            "the node loads central's releases itself",
+        ),
     ],
 )
 def test_what_the_node_cannot_work_with_is_refused(arguments: list[str], expected: str) -> None:
@@ -41,8 +58,7 @@ def test_what_the_node_cannot_work_with_is_refused(arguments: list[str], expecte
     "arguments",
     [
         [],
-        ["--api-key", "a", "--api-key=b", "c"],
-        ["--api-key", "a", "b"],
+        ["--allowed-origins", "a", "--allowed-origins=b", "c"],
         ["--ssl-keyfile", "k", "--ssl_certfile=c"],
         ["--middleware", "my.Own"],
         ["-tp", "2", "-dp", "2", "-O3"],

@@ -56,15 +56,25 @@ def make_node(root: Path) -> ExperienceStore:
 
 def test_what_a_node_lost_is_found(tmp_path: Path) -> None:
     feedback_id = make_node(tmp_path).add_feedback(Feedback("i1", score=1.0), max_tokens=9).id
-    assert _experience_finding(tmp_path, "a", Acknowledged(answers=["i1"], feedback=[feedback_id])).holds
-    assert not _experience_finding(tmp_path, "a", Acknowledged(answers=["i1", "i2"], feedback=[feedback_id])).holds
-    assert not _experience_finding(tmp_path, "a", Acknowledged(answers=["i1"], feedback=["f9"])).holds
-    unexpected = Acknowledged(answers=["i1"], feedback=[feedback_id], unexpected=["/v1/feedback 404"])
+    assert _experience_finding(
+        tmp_path, "a", Acknowledged(answers=["i1"], feedback=[feedback_id])
+    ).holds
+    assert not _experience_finding(
+        tmp_path, "a", Acknowledged(answers=["i1", "i2"], feedback=[feedback_id])
+    ).holds
+    assert not _experience_finding(
+        tmp_path, "a", Acknowledged(answers=["i1"], feedback=["f9"])
+    ).holds
+    unexpected = Acknowledged(
+        answers=["i1"], feedback=[feedback_id], unexpected=["/v1/feedback 404"]
+    )
     assert not _experience_finding(tmp_path, "a", unexpected).holds
 
 
 def test_updates_that_no_node_made_are_found(tmp_path: Path) -> None:
     make_node(tmp_path)
-    holds = {f.promise: f.holds for f in _outbox_findings(tmp_path, {"a": None}, Counter({"u1": 1}))}
+    holds = {
+        f.promise: f.holds for f in _outbox_findings(tmp_path, {"a": None}, Counter({"u1": 1}))
+    }
     assert holds["no update in the journal that no node made"] is False
     assert holds["every update with a receipt is in the journal exactly once"] is False

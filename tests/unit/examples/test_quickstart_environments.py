@@ -11,7 +11,7 @@ import pytest
 
 from edge_node.environments import Environment, Task
 from examples.quickstart import house
-from examples.quickstart.environments import CompanyApi, PublicTenants
+from examples.quickstart.environments import CompanyApi, Node, PublicTenants
 from examples.quickstart.verifier import ErrorKind
 
 ALL = [CompanyApi("A"), CompanyApi("B"), CompanyApi("C"), CompanyApi("D"), PublicTenants()]
@@ -23,7 +23,12 @@ def texts(tasks: Any) -> set[str]:
 
 def words(environment: CompanyApi, slot: str) -> set[str]:
     """Words that occur as whole words of the slot in 600 tasks."""
-    names = {"verb": house.VERBS, "site": house.SITES, "priority": house.PRIORITIES, "service": house.SERVICES}[slot]
+    names = {
+        "verb": house.VERBS,
+        "site": house.SITES,
+        "priority": house.PRIORITIES,
+        "service": house.SERVICES,
+    }[slot]
     seen = " ".join(texts(environment.tasks("train", count=600, seed=1)))
     for mark in "[]/:,()":
         seen = seen.replace(mark, " ")
@@ -87,7 +92,9 @@ class TestVerifierNamesTheMistake:
         task = self.complete_task()
         call = json.loads(self.environment.reference_answer(task))
         call.update(changes)
-        outcome = self.environment.verify(task, json.dumps({k: v for k, v in call.items() if v is not None}))
+        outcome = self.environment.verify(
+            task, json.dumps({k: v for k, v in call.items() if v is not None})
+        )
         assert not outcome.passed
         return outcome.reason
 
@@ -137,7 +144,9 @@ class TestVerifierNamesTheMistake:
     def test_key_order_and_spaces_do_not_matter(self) -> None:
         task = self.complete_task()
         call = json.loads(self.environment.reference_answer(task))
-        assert self.environment.verify(task, json.dumps(dict(reversed(call.items())), indent=1)).passed
+        assert self.environment.verify(
+            task, json.dumps(dict(reversed(call.items())), indent=1)
+        ).passed
 
 
 class TestWhoKnowsWhat:
@@ -152,7 +161,8 @@ class TestWhoKnowsWhat:
         assert len(set.union(*services)) == 11
 
     def test_a_b_c_share_one_code_book(self) -> None:
-        books = [CompanyApi(node)._houses["acme"] for node in ("A", "B", "C")]  # type: ignore[arg-type]
+        nodes: tuple[Node, ...] = ("A", "B", "C")
+        books = [CompanyApi(node)._houses["acme"] for node in nodes]
         assert books[0] == books[1] == books[2]
 
     @pytest.mark.parametrize("seed", range(5))
@@ -174,14 +184,15 @@ class TestWhoKnowsWhat:
         assert PublicTenants(0)._houses == PublicTenants(1)._houses
 
     def test_unknown_node_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="Unknown node 'E'; expected one of A, B, C, D"):
-            CompanyApi("E")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="Unknown node 'F'; expected one of A, B, C, D, E"):
+            CompanyApi("F")  # type: ignore[arg-type]
 
 
 def test_environments_import_no_machine_learning() -> None:
     code = (
         "import sys, examples.quickstart.environments, examples.quickstart.model;"
-        "print([name for name in ('torch', 'transformers', 'numpy', 'vllm') if name in sys.modules])"
+        "heavy = ('torch', 'transformers', 'numpy', 'vllm')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

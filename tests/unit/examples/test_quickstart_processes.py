@@ -10,7 +10,14 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from examples.quickstart import processes
-from examples.quickstart.processes import Child, ChildFailed, ProcessTable, child_environment, free_ports, stop_recorded
+from examples.quickstart.processes import (
+    Child,
+    ChildFailed,
+    ProcessTable,
+    child_environment,
+    free_ports,
+    stop_recorded,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +71,10 @@ async def test_a_stopped_child_stays_stopped(tmp_path: Path) -> None:
 
 def test_what_an_earlier_run_left_is_stopped_and_a_stranger_is_not(tmp_path: Path) -> None:
     path = tmp_path / "processes.json"
-    sleepers = [subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    sleepers = [
+        subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        for _ in range(2)
+    ]
     try:
         started = [psutil.Process(sleeper.pid).create_time() for sleeper in sleepers]
         rows = [
@@ -91,10 +101,16 @@ def test_ports_are_distinct() -> None:
     assert len(set(free_ports(20))) == 20
 
 
-def test_settings_of_another_node_do_not_leak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_settings_of_another_node_do_not_leak(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("EDGE_SERVING__PORT", "1")
     monkeypatch.setenv("central_data_dir", "x")
     environment = child_environment({"EDGE_NODE_NAME": "a"}, tmp_path)
-    settings = {key: value for key, value in environment.items() if key.upper().startswith(("EDGE_", "CENTRAL_"))}
+    settings = {
+        key: value
+        for key, value in environment.items()
+        if key.upper().startswith(("EDGE_", "CENTRAL_"))
+    }
     assert settings == {"EDGE_NODE_NAME": "a"}
     assert environment["PYTHONPATH"] == str(tmp_path)

@@ -11,8 +11,9 @@ import pytest
 from examples.quickstart.operator_view import Release, Snapshot, Update
 from examples.quickstart.plot import write_plot
 from examples.quickstart.report import check_bars
-from examples.quickstart.scale import SIZES, StopAt
-from protos.operator.v1 import operator_pb2
+from examples.quickstart.tiny import QUICKSTART, SIZES
+from examples.quickstart.world import StopAt
+from protos.operators.v1 import operators_pb2
 
 
 def make_report() -> dict[str, Any]:
@@ -21,19 +22,55 @@ def make_report() -> dict[str, Any]:
             "cohort": cohort,
             "environment": f"work-{key}",
             "learns": key != "C",
-            "served": [{"at_s": 10.0, "release": "v0-00000000"}, {"at_s": 50.0, "release": "v1-11111111"}],
+            "served": [
+                {"at_s": 10.0, "release": "v0-00000000"},
+                {"at_s": 50.0, "release": "v1-11111111"},
+            ],
             "points": [
-                {"at_s": 12.0, "kind": "before", "release": "v0-00000000", "passed": 0, "total": 100},
-                {"at_s": 14.0, "kind": "anchor", "release": "v0-00000000", "passed": 98, "total": 100},
-                {"at_s": 60.0, "kind": "wave", "release": "v1-11111111", "passed": 95, "total": 100},
-                {"at_s": 70.0, "kind": "after", "release": "v1-11111111", "passed": 95, "total": 100},
-                {"at_s": 75.0, "kind": "anchor", "release": "v1-11111111", "passed": 94, "total": 100},
+                {
+                    "at_s": 12.0,
+                    "kind": "before",
+                    "release": "v0-00000000",
+                    "passed": 0,
+                    "total": 100,
+                },
+                {
+                    "at_s": 14.0,
+                    "kind": "anchor",
+                    "release": "v0-00000000",
+                    "passed": 98,
+                    "total": 100,
+                },
+                {
+                    "at_s": 60.0,
+                    "kind": "wave",
+                    "release": "v1-11111111",
+                    "passed": 95,
+                    "total": 100,
+                },
+                {
+                    "at_s": 70.0,
+                    "kind": "after",
+                    "release": "v1-11111111",
+                    "passed": 95,
+                    "total": 100,
+                },
+                {
+                    "at_s": 75.0,
+                    "kind": "anchor",
+                    "release": "v1-11111111",
+                    "passed": 94,
+                    "total": 100,
+                },
             ],
         }
         for key, cohort in (("A", "shared"), ("B", "shared"), ("C", "shared"), ("D", "zeta"))
     }
     return {
-        "success": {"before": dict.fromkeys("ABCD", 0.0), "after": {"A": 88.0, "B": 92.0, "C": 60.0, "D": 90.0}},
+        "success": {
+            "before": dict.fromkeys("ABCD", 0.0),
+            "after": {"A": 88.0, "B": 92.0, "C": 60.0, "D": 90.0},
+        },
         "anchor": {when: dict.fromkeys("ABCD", 85.0) for when in ("before", "after", "lowest")},
         "releases": 2,
         "updates": {
@@ -51,7 +88,12 @@ def make_report() -> dict[str, Any]:
         "cross_cohort_updates_merged": 0,
         "seed": 0,
         "seconds": {},
-        "detail": {"nodes": nodes},
+        "detail": {
+            "nodes": nodes,
+            "title": "Lorikeet quickstart",
+            "lowest_anchor": 85,
+            "text_logprob": {},
+        },
     }
 
 
@@ -65,7 +107,7 @@ def put(*path: str, value: float) -> Callable[[dict[str, Any]], None]:
 
 
 def test_a_run_that_just_meets_every_bar_passes() -> None:
-    assert [bar.text for bar in check_bars(make_report()) if not bar.holds] == []
+    assert [bar.text for bar in check_bars(make_report(), QUICKSTART) if not bar.holds] == []
 
 
 @pytest.mark.parametrize(
@@ -85,13 +127,15 @@ def test_a_run_that_just_meets_every_bar_passes() -> None:
 def test_each_bar_can_fail_alone(change: Callable[[dict[str, Any]], None]) -> None:
     report = copy.deepcopy(make_report())
     change(report)
-    assert sum(not bar.holds for bar in check_bars(report)) == 1
+    assert sum(not bar.holds for bar in check_bars(report, QUICKSTART)) == 1
 
 
 def test_nothing_admitted_is_no_success() -> None:
     report = make_report()
     report["updates"] = dict.fromkeys(report["updates"], 0)
-    assert [bar.text for bar in check_bars(report) if not bar.holds] == ["every admitted update is accounted for"]
+    assert [bar.text for bar in check_bars(report, QUICKSTART) if not bar.holds] == [
+        "every admitted update is accounted for"
+    ]
 
 
 def test_plot_is_a_picture(tmp_path: Path) -> None:
@@ -123,16 +167,23 @@ def make_release(label: str, cohort: str, state: str, updates: tuple[str, ...]) 
 
 def make_snapshot(*releases: Release) -> Snapshot:
     nodes = {
-        name: operator_pb2.Node(node_id=f"{name}-1", name=name, cohort=cohort)
+        name: operators_pb2.Node(node_id=f"{name}-1", name=name, cohort=cohort)
         for name, cohort in (("a", "shared"), ("d", "zeta"))
     }
-    updates = (make_update("u1", "a-1", "shared", "merged"), make_update("u2", "d-1", "zeta", "waiting"))
+    updates = (
+        make_update("u1", "a-1", "shared", "merged"),
+        make_update("u2", "d-1", "zeta", "waiting"),
+    )
     return Snapshot(nodes, updates, releases)
 
 
 def test_counts_of_updates() -> None:
     counts = make_snapshot().update_counts()
-    assert {state: count for state, count in counts.items() if count} == {"waiting": 1, "merged": 1, "admitted": 2}
+    assert {state: count for state, count in counts.items() if count} == {
+        "waiting": 1,
+        "merged": 1,
+        "admitted": 2,
+    }
     assert {"planned", "superseded", "set_aside", "quarantined", "forgotten"} <= counts.keys()
     assert make_snapshot().update_counts("zeta")["admitted"] == 1
 
@@ -155,7 +206,9 @@ def test_only_accepted_merges_count_as_releases() -> None:
 
 @pytest.mark.parametrize(("learning_s", "enough"), [(10, False), (99, False), (101, True)])
 def test_less_is_enough_once_patience_is_over(learning_s: float, enough: bool) -> None:
-    size = replace(SIZES["full"], stop_at=StopAt(95, 70, 94), stop_late_at=StopAt(92, 66, 92), patience_s=100)
+    size = replace(
+        SIZES["full"], stop_at=StopAt(95, 70, 94), stop_late_at=StopAt(92, 66, 92), patience_s=100
+    )
     rates = {"A": 86.0, "B": 99.0, "C": 87.0}
     assert size.is_enough(rates, learning_s) is enough
     assert not SIZES["small"].is_enough(rates, learning_s), "a small run has no targets"

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
 import pytest
 
-from examples.quickstart import scale
 from examples.quickstart.operator_view import Release, Snapshot, Update
 from examples.quickstart.story import Point, Story, serving_label
-from examples.quickstart.system import NODES, System
-from protos.operator.v1 import operator_pb2
+from examples.quickstart.system import System
+from examples.quickstart.tiny import NODES, QUICKSTART, SIZES
+from protos.operators.v1 import operators_pb2
 
 
 @dataclass
@@ -34,13 +34,26 @@ class Scene:
     def central(self, head: str, *updates: tuple[str, str, str]) -> None:
         """`updates`: node name, label of the start, state."""
         self.story.snapshot = Snapshot(
-            nodes={name: operator_pb2.Node(node_id=f"{name}-1", name=name, cohort="shared") for name in "abc"},
+            nodes={
+                name: operators_pb2.Node(node_id=f"{name}-1", name=name, cohort="shared")
+                for name in "abc"
+            },
             updates=tuple(
                 Update(f"u{n}", f"{name}-1", "shared", n, state, f"id-{start}", "", "")
                 for n, (name, start, state) in enumerate(updates)
             ),
             releases=tuple(
-                Release(f"id-{v}", v, "shared", "accepted", ("stable",) if v == head else (), v, (), 0.0, "")
+                Release(
+                    f"id-{v}",
+                    v,
+                    "shared",
+                    "accepted",
+                    ("stable",) if v == head else (),
+                    v,
+                    (),
+                    0.0,
+                    "",
+                )
                 for v in ("v0-a", "v1-b")
             ),
         )
@@ -49,8 +62,9 @@ class Scene:
 @pytest.fixture
 def scene() -> Scene:
     said: list[str] = []
-    size = scale.SIZES["full"]
-    system = SimpleNamespace(plans=[NODES[key] for key in ("A", "B", "C")], size=size, seed=0)
+    size = SIZES["full"]
+    plans = [NODES[key] for key in ("A", "B", "C")]
+    system = SimpleNamespace(world=QUICKSTART, plans=plans, size=size, seed=0)
     return Scene(Story(cast(System, system), 0.0, said.append), said)
 
 
@@ -87,7 +101,9 @@ def test_what_is_on_its_way(scene: Scene) -> None:
     assert scene.story.on_its_way() == []
 
 
-def test_a_wave_is_due_on_each_release_and_after_a_standstill(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wave_is_due_on_each_release_and_after_a_standstill(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = Clock()
     monkeypatch.setattr(scene.story, "now_s", lambda: clock.now_s)
     record = scene.story.records["A"]
@@ -105,27 +121,31 @@ def test_a_wave_is_due_on_each_release_and_after_a_standstill(scene: Scene, monk
 
 
 @pytest.mark.parametrize(("passed", "enough"), [(97, True), (80, False)])
-async def test_a_cohort_is_judged_by_its_waves_on_one_release(scene: Scene, passed: int, enough: bool) -> None:
+async def test_a_cohort_is_judged_by_its_waves_on_one_release(
+    scene: Scene, passed: int, enough: bool
+) -> None:
     for key in ("A", "B", "C"):
         scene.wave(key, "v1-b", passed=passed)
     assert await scene.story._is_enough(scene.story.records["A"], "v1-b") is enough
     assert list(scene.story.outcome) == (["shared"] if enough else [])
 
 
-async def test_a_cohort_is_not_judged_by_waves_on_different_releases(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("examples.quickstart.story.PEERS_LIMIT_S", 0.0)
+async def test_a_cohort_is_not_judged_by_waves_on_different_releases(scene: Scene) -> None:
+    scene.story.world = replace(QUICKSTART, peers_limit_s=0.0)
     scene.wave("A", "v1-b", passed=100)
     scene.wave("B", "v1-b", passed=100)
     scene.wave("C", "v0-a", passed=100)
     assert not await scene.story._is_enough(scene.story.records["A"], "v1-b")
 
 
+BASE = {"id": "base@1", "root": "base@1"}
+ALIAS = {"id": "lorikeet", "root": "lorikeet@v1-b"}
+
+
 @pytest.mark.parametrize(
     ("answer", "label"),
     [
-        (httpx.Response(200, json={"data": [{"id": "base@1", "root": "base@1"}, {"id": "lorikeet", "root": "lorikeet@v1-b"}]}), "v1-b"),
+        (httpx.Response(200, json={"data": [BASE, ALIAS]}), "v1-b"),
         (httpx.Response(200, json={"data": []}), ""),
         (httpx.Response(503, text="draining"), ""),
     ],

@@ -1,4 +1,4 @@
-"""The traffic driver, against a node that answers inside the test: what it sends, and what it counts."""
+"""What the traffic driver sends and counts, against a node inside the test."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 
+from edge_node.environments import Document
 from examples.quickstart.environments import CompanyApi
-from examples.quickstart.traffic import is_exact, measure, send_wave
+from examples.quickstart.traffic import is_exact, measure, measure_texts, send_wave
 
 URL = "http://node.test"
 ENVIRONMENT = CompanyApi("A")
@@ -20,7 +22,9 @@ BY_TEXT = {task.messages[0]["content"]: task for task in TASKS}
 class Node:
     """Answers rightly unless `is_wrong` says so; keeps what it was sent."""
 
-    def __init__(self, is_wrong: Callable[[int], bool] = lambda n: False, model: str = "lorikeet@v3-7f3a9c01") -> None:
+    def __init__(
+        self, is_wrong: Callable[[int], bool] = lambda n: False, model: str = "lorikeet@v3-7f3a9c01"
+    ) -> None:
         self.is_wrong = is_wrong
         self.model = model
         self.asked: list[dict[str, Any]] = []
@@ -43,7 +47,12 @@ class Node:
         right = ENVIRONMENT.reference_answer(BY_TEXT[body["messages"][0]["content"]])
         message = {"role": "assistant", "content": "{}" if self.is_wrong(number) else right}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
-        completion = {"id": f"chatcmpl-{number}", "object": "chat.completion", "created": 0, "model": self.model}
+        completion = {
+            "id": f"chatcmpl-{number}",
+            "object": "chat.completion",
+            "created": 0,
+            "model": self.model,
+        }
         return httpx.Response(200, json=completion | {"choices": [choice]})
 
 
@@ -52,7 +61,10 @@ async def test_wave_posts_a_score_and_a_correction_where_the_answer_failed() -> 
     wave = await send_wave(URL, "lorikeet", ENVIRONMENT, TASKS, transport=node.transport())
     assert (wave.passed, wave.corrected, wave.total, wave.failed, wave.inexact) == (15, 5, 40, 0, 0)
     assert wave.models == {"lorikeet@v3-7f3a9c01": 20}
-    prompts = {f"chatcmpl-{number}": body["messages"][0]["content"] for number, body in enumerate(node.asked)}
+    prompts = {
+        f"chatcmpl-{number}": body["messages"][0]["content"]
+        for number, body in enumerate(node.asked)
+    }
     assert {feedback["id"] for feedback in node.feedback} == set(prompts)
     for feedback in node.feedback:
         failed = int(feedback["id"].removeprefix("chatcmpl-")) % 4 == 0
@@ -70,8 +82,15 @@ async def test_requests_are_greedy_and_use_the_alias() -> None:
 
 async def test_measure_counts_and_posts_nothing() -> None:
     node = Node(is_wrong=lambda number: number < 5)
-    measured = await measure(URL, "lorikeet@v3-7f3a9c01", ENVIRONMENT, TASKS, transport=node.transport())
-    assert (measured.passed, measured.total, measured.inexact, measured.success) == (15, 20, 0, 75.0)
+    measured = await measure(
+        URL, "lorikeet@v3-7f3a9c01", ENVIRONMENT, TASKS, transport=node.transport()
+    )
+    assert (measured.passed, measured.total, measured.inexact, measured.success) == (
+        15,
+        20,
+        0,
+        75.0,
+    )
     assert node.feedback == []
 
 
@@ -88,15 +107,45 @@ async def test_refused_feedback_counts_as_failed() -> None:
     node.status["/v1/feedback"] = 404
     wave = await send_wave(URL, "lorikeet", ENVIRONMENT, TASKS, transport=node.transport())
     assert (wave.total, wave.failed, wave.corrected) == (40, 20, 0)
-    assert wave.errors[0].startswith("feedback 404")
+    assert wave.errors[0].startswith("/v1/feedback 404")
+
+
+async def test_texts_are_measured_token_by_token() -> None:
+    """vLLM gives no value for a prompt's first token."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        assert (body["model"], body["prompt_logprobs"]) == ("lorikeet@v3-7f3a9c01", 0)
+        if body["prompt"] == "three":
+            return httpx.Response(503, json={})
+        entries = [None, *({"7": {"logprob": value}} for value in (-1.0, -4.0))]
+        entries += [{"7": {"logprob": -1.0}}] if body["prompt"] == "two" else []
+        choice = {"index": 0, "text": "", "prompt_logprobs": entries}
+        return httpx.Response(200, json={"model": body["model"], "choices": [choice]})
+
+    texts = [Document(text, text) for text in ("one", "two", "three")]
+    measured = await measure_texts(
+        URL, "lorikeet@v3-7f3a9c01", texts, transport=httpx.MockTransport(respond)
+    )
+    assert (measured.total, measured.failed, measured.inexact) == (3, 1, 0)
+    assert (measured.tokens, measured.mean) == (5, pytest.approx(-2.2))
 
 
 async def test_answers_without_an_exact_version_are_counted() -> None:
-    wave = await send_wave(URL, "lorikeet", ENVIRONMENT, TASKS, transport=Node(model="lorikeet").transport())
+    wave = await send_wave(
+        URL, "lorikeet", ENVIRONMENT, TASKS, transport=Node(model="lorikeet").transport()
+    )
     assert wave.inexact == 20
 
 
 def test_exact_names() -> None:
     assert is_exact("lorikeet@v0-00ff00ff", "lorikeet")
-    for name in ("lorikeet", "lorikeet@v1", "other@v1-00ff00ff", "lorikeet@v1-00FF00FF", "lorikeet@v1-00ff00ff0", ""):
+    for name in (
+        "lorikeet",
+        "lorikeet@v1",
+        "other@v1-00ff00ff",
+        "lorikeet@v1-00FF00FF",
+        "lorikeet@v1-00ff00ff0",
+        "",
+    ):
         assert not is_exact(name, "lorikeet")

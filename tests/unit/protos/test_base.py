@@ -27,13 +27,19 @@ def make_model(path: Path, fill: float = 0.0) -> Path:
     path.mkdir()
     (path / "config.json").write_text("{}")
     (path / "tokenizer.json").write_text("{}")
-    save_file({name: np.full(shape, fill, np.float32) for name, shape in WEIGHTS.items()}, path / "model.safetensors")
+    save_file(
+        {name: np.full(shape, fill, np.float32) for name, shape in WEIGHTS.items()},
+        path / "model.safetensors",
+    )
     return path
 
 
 def test_shapes_of_the_linear_modules(tmp_path: Path) -> None:
     info = read_base_model(make_model(tmp_path / "base"))
-    assert info.module_shapes == {"model.layers.0.self_attn.q_proj": (4, 4), "model.layers.0.mlp.up_proj": (8, 4)}
+    assert info.module_shapes == {
+        "model.layers.0.self_attn.q_proj": (4, 4),
+        "model.layers.0.mlp.up_proj": (8, 4),
+    }
     assert info.path == tmp_path / "base"
 
 
@@ -50,7 +56,9 @@ def test_a_copy_elsewhere_has_the_same_digest(tmp_path: Path) -> None:
     assert read_base_model(first).digest == read_base_model(second).digest
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "quantization_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "quantization_config.json"]
+)
 def test_every_identity_file_changes_the_digest(tmp_path: Path, name: str) -> None:
     path = make_model(tmp_path / "base")
     before = read_base_model(path).digest
@@ -59,14 +67,18 @@ def test_every_identity_file_changes_the_digest(tmp_path: Path, name: str) -> No
 
 
 def test_one_weight_changes_the_digest(tmp_path: Path) -> None:
-    digests = {read_base_model(make_model(tmp_path / str(fill), fill)).digest for fill in (0.0, 1e-30)}
+    digests = {
+        read_base_model(make_model(tmp_path / str(fill), fill)).digest for fill in (0.0, 1e-30)
+    }
     assert len(digests) == 2
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="does not exist"):
         read_base_model(tmp_path / "nowhere")
-    with pytest.raises(BaseModelError, match=r"config.json, tokenizer.json, \*.safetensors not found"):
+    with pytest.raises(
+        BaseModelError, match=r"config.json, tokenizer.json, \*.safetensors not found"
+    ):
         read_base_model(tmp_path)
 
 

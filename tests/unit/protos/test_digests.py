@@ -54,9 +54,13 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, weights: Path, read: lis
     assert (tmp_path / "memory.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_that_was_just_written_is_read_again(tmp_path: Path, weights: Path, read: list[int]) -> None:
+def test_a_file_that_was_just_written_is_read_again(
+    tmp_path: Path, weights: Path, read: list[int]
+) -> None:
     for _ in range(2):
-        digest_of(weights, tmp_path / "memory.json", time.time)  # another write may leave the same times
+        digest_of(
+            weights, tmp_path / "memory.json", time.time
+        )  # another write may leave the same times
     assert len(read) == 2
 
 
@@ -92,7 +96,8 @@ WRONG = "0" * 64
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '"x"', "[" * 5000, '{"PATH": 3}', '{"PATH": [1, 2]}', '{"PATH": [[], null]}', '{"PATH": [[1], []]}'],
+    ["", "{", "[]", "null", '"x"', "[" * 5000, '{"PATH": 3}', '{"PATH": [1, 2]}',
+                                     '{"PATH": [[], null]}', '{"PATH": [[1], []]}'],
 )  # fmt: skip
 def test_a_damaged_memory_costs_only_time(tmp_path: Path, weights: Path, content: str) -> None:
     memory = tmp_path / "memory.json"

@@ -63,17 +63,27 @@ def test_a_good_proto_is_clean(tmp_path: Path) -> None:
         ("bird_id", "birdId", "field LayEggRequest.birdId; expected lower_snake_case"),
         ("NestService", "Nest", "service Nest; expected PascalCase ending in Service"),
         ("rpc LayEgg(", "rpc PutEgg(", "expected lorikeet.nest.v1.PutEggRequest"),
-        ("returns (LayEggResponse)", "returns (LayEggRequest)", "expected lorikeet.nest.v1.LayEggResponse"),
+        (
+            "returns (LayEggResponse)",
+            "returns (LayEggRequest)",
+            "expected lorikeet.nest.v1.LayEggResponse",
+        ),
         ("// Required. Who", "// Required who", "expected `Required.`"),
         ("// Required. Who lays it.", "// Who lays it", "has no full stop"),
         ("// For birds.\n", "", "service NestService has no comment"),
-        ("message LayEggResponse {", "message egg {}\n\nmessage LayEggResponse {", "message egg; expected PascalCase"),
+        (
+            "message LayEggResponse {",
+            "message egg {}\n\nmessage LayEggResponse {",
+            "message egg; expected PascalCase",
+        ),
     ],
 )
 def test_every_rule_can_fail(tmp_path: Path, old: str, new: str, problem: str) -> None:
     text = GOOD.replace(old, new)
     if "proto2" in new:
-        text = text.replace("  string", "  optional string").replace("  EggState state", "  optional EggState state")
+        text = text.replace("  string", "  optional string").replace(
+            "  EggState state", "  optional EggState state"
+        )
     assert any(problem in line for line in lint(tmp_path, text))
 
 

@@ -20,7 +20,11 @@ GENESIS = "f61917f28a2a858a488c2cd6d1e235e0d425fc512a5d560c06e700c0b9d87ad2"
 
 def make_tensors() -> LoraTensors:
     """Two modules of different rank, one section; every value is exact in float32."""
-    q = LoraModule(np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(8, dtype=np.float32).reshape(4, 2), 2.0)
+    q = LoraModule(
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.arange(8, dtype=np.float32).reshape(4, 2),
+        2.0,
+    )
     up = LoraModule(np.full((1, 4), 0.5, np.float32), np.full((3, 1), -0.25, np.float32), 1.5)
     return LoraTensors(
         {"model.layers.0.self_attn.q_proj": q, "model.layers.0.mlp.up_proj": up},
@@ -31,11 +35,17 @@ def make_tensors() -> LoraTensors:
 def make_file(tensors: dict[str, tuple[str, list[int], bytes]], document: Any) -> bytes:
     """A safetensors file from its parts, valid or not: name -> dtype, shape, content."""
     header: dict[str, Any] = {
-        "__metadata__": {"lorikeet": document if isinstance(document, str) else json.dumps(document)}
+        "__metadata__": {
+            "lorikeet": document if isinstance(document, str) else json.dumps(document)
+        }
     }
     body = b""
     for name, (dtype, shape, content) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(content)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [len(body), len(body) + len(content)],
+        }
         body += content
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
@@ -47,7 +57,9 @@ def assert_equal(left: LoraTensors, right: LoraTensors) -> None:
         assert module.scale == right.modules[name].scale
         np.testing.assert_array_equal(module.A, right.modules[name].A)
         np.testing.assert_array_equal(module.B, right.modules[name].B)
-    assert {s: set(keys) for s, keys in left.sections.items()} == {s: set(keys) for s, keys in right.sections.items()}
+    assert {s: set(keys) for s, keys in left.sections.items()} == {
+        s: set(keys) for s, keys in right.sections.items()
+    }
     for section, keys in left.sections.items():
         for key, array in keys.items():
             other = right.sections[section][key]
@@ -63,10 +75,13 @@ def test_golden_bytes() -> None:
 def test_the_order_of_the_input_does_not_matter() -> None:
     tensors = make_tensors()
     reversed_ = LoraTensors(
-        dict(reversed(tensors.modules.items())), {"statistics": dict(reversed(tensors.sections["statistics"].items()))}
+        dict(reversed(tensors.modules.items())),
+        {"statistics": dict(reversed(tensors.sections["statistics"].items()))},
     )
     assert encode(reversed_) == encode(tensors)
-    transposed = LoraTensors({"m": LoraModule(np.ones((3, 2), np.float32).T, np.ones((4, 2), np.float32))})
+    transposed = LoraTensors(
+        {"m": LoraModule(np.ones((3, 2), np.float32).T, np.ones((4, 2), np.float32))}
+    )
     assert encode(transposed) == encode(
         LoraTensors({"m": LoraModule(np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))})
     )
@@ -76,7 +91,8 @@ def test_layout_is_safetensors_with_one_metadata_entry() -> None:
     data = encode(make_tensors())
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header.pop("__metadata__") == {
-        "lorikeet": '{"format":1,"scales":{"model.layers.0.mlp.up_proj":1.5,"model.layers.0.self_attn.q_proj":2.0}}'
+        "lorikeet": '{"format":1,"scales":{"model.layers.0.mlp.up_proj":1.5,'
+        '"model.layers.0.self_attn.q_proj":2.0}}'
     }
     assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
         "lora/model.layers.0.mlp.up_proj/A": ("F32", [1, 4]),
@@ -106,16 +122,22 @@ def modules(draw: st.DrawFn) -> LoraModule:
     rng = np.random.default_rng(seed)
     scale = draw(st.floats(allow_nan=False, allow_infinity=False))
     return LoraModule(
-        rng.normal(size=(rank, in_)).astype(np.float32), rng.normal(size=(out, rank)).astype(np.float32), scale
+        rng.normal(size=(rank, in_)).astype(np.float32),
+        rng.normal(size=(out, rank)).astype(np.float32),
+        scale,
     )
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     st.dictionaries(names, modules(), max_size=3),
-    st.dictionaries(names, st.dictionaries(names, st.just(np.arange(3)), min_size=1, max_size=2), max_size=2),
+    st.dictionaries(
+        names, st.dictionaries(names, st.just(np.arange(3)), min_size=1, max_size=2), max_size=2
+    ),
 )
-def test_any_tensors_come_back_exactly(named: dict[str, LoraModule], sections: dict[str, dict[str, Any]]) -> None:
+def test_any_tensors_come_back_exactly(
+    named: dict[str, LoraModule], sections: dict[str, dict[str, Any]]
+) -> None:
     tensors = LoraTensors(named, sections)
     assert_equal(decode(encode(tensors)), tensors)
 
@@ -127,12 +149,18 @@ def ones(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        (LoraTensors({"m": LoraModule(ones(2, 3).astype(np.float16), ones(4, 2))}), "dtypes A float16"),  # type: ignore[arg-type]
+        (
+            LoraTensors({"m": LoraModule(ones(2, 3).astype(np.float16), ones(4, 2))}),
+            "dtypes A float16",
+        ),  # type: ignore[arg-type]
         (LoraTensors({"m": LoraModule(ones(2, 3), ones(4, 3))}), r"shapes A \(2, 3\), B \(4, 3\)"),
         (LoraTensors({"m": LoraModule(ones(2), ones(4, 2))}), "expected .rank, in."),
         (LoraTensors({"m": LoraModule(ones(0, 3), ones(4, 0))}), "expected .rank, in."),
         (LoraTensors({"m": LoraModule(ones(2, 0), ones(4, 2))}), "expected .rank, in."),
-        (LoraTensors({"m": LoraModule(ones(2, 3), ones(4, 2), float("nan"))}), "scale nan; expected a finite number"),
+        (
+            LoraTensors({"m": LoraModule(ones(2, 3), ones(4, 2), float("nan"))}),
+            "scale nan; expected a finite number",
+        ),
         (LoraTensors({"": LoraModule(ones(2, 3), ones(4, 2))}), "empty name"),
         (LoraTensors({}, {"statistics": {"a/b": ones(1)}}), "no '/' in the key"),
         (LoraTensors({}, {"": {"a": ones(1)}}), "non-empty names"),
@@ -161,9 +189,18 @@ NONE: dict[str, Any] = {"format": 1, "scales": {}}
         (make_file({}, {"format": 2, "scales": {}}), "format 2; this software reads format 1"),
         (make_file({}, {"format": 1}), "no readable header"),
         (make_file({}, '{"format":1,"scales":{"m":' + "9" * 5000 + "}}"), "no readable header"),
-        (make_file({"lora/m/A": A, "lora/m/B": B}, {"format": 1, "scales": {"m": "1"}}), "not a number"),
-        (make_file({"lora/m/A": A, "lora/m/B": B}, {"format": 1, "scales": {"m": True}}), "not a number"),
-        (make_file({"lora/m/A": A, "lora/m/B": B}, '{"format":1,"scales":{"m":Infinity}}'), "expected a finite number"),
+        (
+            make_file({"lora/m/A": A, "lora/m/B": B}, {"format": 1, "scales": {"m": "1"}}),
+            "not a number",
+        ),
+        (
+            make_file({"lora/m/A": A, "lora/m/B": B}, {"format": 1, "scales": {"m": True}}),
+            "not a number",
+        ),
+        (
+            make_file({"lora/m/A": A, "lora/m/B": B}, '{"format":1,"scales":{"m":Infinity}}'),
+            "expected a finite number",
+        ),
         (make_file({"lora/m/A": A, "lora/m/B": B}, NONE), "scale None; expected A, B and a scale"),
         (make_file({"lora/m/A": A}, ONE), r"\['A'\] and scale 1.0; expected A, B and a scale"),
         (make_file({}, ONE), r"Scales without factors: \['m'\]"),
@@ -171,10 +208,22 @@ NONE: dict[str, Any] = {"format": 1, "scales": {}}
         (make_file({"lora/m/C": A}, NONE), "Unknown tensor 'lora/m/C'"),
         (make_file({"weights": A}, NONE), "Unknown tensor 'weights'"),
         (make_file({"section/a": A}, NONE), "Unknown tensor 'section/a'"),
-        (make_file({"lora/m/A": ("F64", [1, 1], bytes(8)), "lora/m/B": B}, ONE), "dtypes A float64"),
-        (make_file({"lora/m/A": ("BF16", [1, 1], bytes(2)), "lora/m/B": B}, ONE), "not a readable safetensors file"),
-        (make_file({"lora/m/A": ("F32", [2, 1], bytes(4)), "lora/m/B": B}, ONE), "not a readable safetensors file"),
-        (make_file({"lora/m/A": ("F32", [2, 1], bytes(8)), "lora/m/B": B}, ONE), "expected .rank, in."),
+        (
+            make_file({"lora/m/A": ("F64", [1, 1], bytes(8)), "lora/m/B": B}, ONE),
+            "dtypes A float64",
+        ),
+        (
+            make_file({"lora/m/A": ("F8_E4M3", [1, 1], bytes(1)), "lora/m/B": B}, ONE),
+            "not a readable safetensors file",
+        ),
+        (
+            make_file({"lora/m/A": ("F32", [2, 1], bytes(4)), "lora/m/B": B}, ONE),
+            "not a readable safetensors file",
+        ),
+        (
+            make_file({"lora/m/A": ("F32", [2, 1], bytes(8)), "lora/m/B": B}, ONE),
+            "expected .rank, in.",
+        ),
         (make_file({"lora/m/A": ("F32", [1, 0], b""), "lora/m/B": B}, ONE), "expected .rank, in."),
     ],
 )
@@ -223,7 +272,8 @@ def test_flipped_bits_never_raise_anything_else(flips: list[tuple[int, int]]) ->
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["format", "scales", "m"]), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["format", "scales", "m"]), inner, max_size=3)
     ),
     max_leaves=6,
 )
@@ -232,7 +282,11 @@ json_values = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(json_values, json_values)
 def test_any_json_in_the_header_never_raises_anything_else(document: Any, scales: Any) -> None:
-    for value in (document, {"format": 1, "scales": scales}, {"format": document, "scales": {"m": scales}}):
+    for value in (
+        document,
+        {"format": 1, "scales": scales},
+        {"format": document, "scales": {"m": scales}},
+    ):
         decode_or_refuse(make_file({"lora/m/A": A, "lora/m/B": B}, value))
     text = json.dumps({"__metadata__": document, "x": scales}).encode()
     decode_or_refuse(struct.pack("<Q", len(text)) + text)

@@ -128,10 +128,22 @@ def altered(change: Any) -> bytes:
         (altered(lambda f: f.update(sequence="3")), "not in canonical form"),
         (altered(lambda f: f["metrics"].update(loss=1)), "not in canonical form"),
         (altered(lambda f: f.pop("supersedes")), "not in canonical form"),
-        (make_update().to_bytes().replace(b'"loss":0.25', b'"loss":0.250'), "not in canonical form"),
-        (make_update().to_bytes().replace(b'"loss":0.25', b'"loss":NaN'), "value without a canonical form"),
-        (make_update().to_bytes().replace(b'"loss":0.25', b'"loss":1e999'), "value without a canonical form"),
-        (make_update().to_bytes().replace(b'"rank":8', b'"rank":9,"rank":8'), "not in canonical form"),
+        (
+            make_update().to_bytes().replace(b'"loss":0.25', b'"loss":0.250'),
+            "not in canonical form",
+        ),
+        (
+            make_update().to_bytes().replace(b'"loss":0.25', b'"loss":NaN'),
+            "value without a canonical form",
+        ),
+        (
+            make_update().to_bytes().replace(b'"loss":0.25', b'"loss":1e999'),
+            "value without a canonical form",
+        ),
+        (
+            make_update().to_bytes().replace(b'"rank":8', b'"rank":9,"rank":8'),
+            "not in canonical form",
+        ),
         (make_update().to_bytes() + b"\n", "not in canonical form"),
         (json.dumps(json.loads(make_update().to_bytes())).encode(), "not in canonical form"),
     ],
@@ -177,8 +189,14 @@ def test_signatures_fit_one_key_and_one_text() -> None:
     [
         (b"", "not readable PEM"),
         (b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "not readable PEM"),
-        (make_pem(ed25519.Ed25519PrivateKey.generate().public_key()), "expected an ECDSA P-256 key"),
-        (make_pem(ec.generate_private_key(ec.SECP384R1()).public_key()), "expected an ECDSA P-256 key"),
+        (
+            make_pem(ed25519.Ed25519PrivateKey.generate().public_key()),
+            "expected an ECDSA P-256 key",
+        ),
+        (
+            make_pem(ec.generate_private_key(ec.SECP384R1()).public_key()),
+            "expected an ECDSA P-256 key",
+        ),
     ],
 )
 def test_another_kind_of_key_is_refused(pem: bytes, said: str) -> None:

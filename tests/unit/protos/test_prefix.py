@@ -15,7 +15,9 @@ from tests.unit.central.merging.lora_factors import NAMES, best_of_rank, dense, 
 
 def make_release(seed: int, rank: int = 12) -> LoraTensors:
     updates = [(make_update(seed + i, 1 + i), 0.3) for i in range(5)]
-    return merge(make_update(seed + 9, 2, NAMES[:2], 1.0), updates, rank=rank, server_step=1.0, seed=0).tensors
+    return merge(
+        make_update(seed + 9, 2, NAMES[:2], 1.0), updates, rank=rank, server_step=1.0, seed=0
+    ).tensors
 
 
 @settings(max_examples=15, deadline=None)
@@ -36,7 +38,9 @@ def test_a_prefix_is_the_best_of_its_rank_and_says_what_it_leaves_out(seed, rank
 
 def test_prefixes_are_nested_to_the_byte():
     release = make_release(3)
-    assert encode(prefix(prefix(release, 8).tensors, 4).tensors) == encode(prefix(release, 4).tensors)
+    assert encode(prefix(prefix(release, 8).tensors, 4).tensors) == encode(
+        prefix(release, 4).tensors
+    )
     assert encode(prefix(release, 12).tensors) == encode(release)
     assert prefix(release, 12).error == 0.0
     assert prefix(LoraTensors(), 4).error == 0.0

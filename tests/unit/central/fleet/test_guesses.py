@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from central.fleet.guesses import ADDRESSES, ASK_S, FREE, FREE_OF_ALL, LONGEST_S, RATE, Guesses, address_of
+from central.fleet.guesses import (
+    ADDRESSES,
+    ASK_S,
+    FREE,
+    FREE_OF_ALL,
+    LONGEST_S,
+    RATE,
+    Guesses,
+    address_of,
+)
 
 
 class Clock:
@@ -22,7 +31,11 @@ def make_guesses() -> tuple[Guesses, Clock]:
 
 def test_the_first_refusals_come_at_once_and_further_ones_a_second_apart() -> None:
     guesses, clock = make_guesses()
-    assert [guesses.pause_s("ipv4:10.0.0.1:5") for _ in range(FREE + 3)] == [0.0] * FREE + [1.0, 2.0, 3.0]
+    assert [guesses.pause_s("ipv4:10.0.0.1:5") for _ in range(FREE + 3)] == [0.0] * FREE + [
+        1.0,
+        2.0,
+        3.0,
+    ]
     assert guesses.pause_s("ipv4:10.0.0.2:5") == 0.0, "another address"
     clock.now += 60
     assert guesses.pause_s("ipv4:10.0.0.1:6") == 0.0, "it has been quiet"
@@ -64,7 +77,10 @@ def test_many_addresses_share_one_pace_and_little_memory() -> None:
     for _ in range(100):  # ten seconds
         for _ in range(200):
             number += 1
-            at_once += guesses.pause_s(f"ipv4:10.{number >> 16}.{number >> 8 & 255}.{number & 255}:5") == 0.0
+            at_once += (
+                guesses.pause_s(f"ipv4:10.{number >> 16}.{number >> 8 & 255}.{number & 255}:5")
+                == 0.0
+            )
         clock.now += 0.1
     assert at_once <= FREE_OF_ALL + 1
     assert len(guesses._due) <= ADDRESSES + 1

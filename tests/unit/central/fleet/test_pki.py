@@ -22,8 +22,15 @@ from tests.unit.central import builders as make
 def test_the_second_start_finds_the_same_keys(tmp_path: Path) -> None:
     first = Pki.load_or_create(tmp_path, ["central.example"])
     again = Pki.load_or_create(tmp_path, ["central.example"])
-    assert (again.ca_pem, again.server_certificate_pem) == (first.ca_pem, first.server_certificate_pem)
-    assert again.release_key_pem == first.release_key_pem == (tmp_path / "pki" / "release.pub.pem").read_bytes()
+    assert (again.ca_pem, again.server_certificate_pem) == (
+        first.ca_pem,
+        first.server_certificate_pem,
+    )
+    assert (
+        again.release_key_pem
+        == first.release_key_pem
+        == (tmp_path / "pki" / "release.pub.pem").read_bytes()
+    )
     for path in (tmp_path / "pki").glob("*.key"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -36,7 +43,8 @@ def test_a_half_made_directory_is_completed(tmp_path: Path) -> None:
     again = Pki.load_or_create(tmp_path, [])
     assert again.ca_pem == first.ca_pem
     assert {path.name for path in (tmp_path / "pki").iterdir()} == {
-        "ca.key", "ca.pem", "server.key", "server.pem", "release.key", "release.pub.pem", "operator.key", "operator.pem",
+        "ca.key", "ca.pem", "server.key", "server.pem", "release.key", "release.pub.pem",
+        "operator.key", "operator.pem",
     }  # fmt: skip
 
 
@@ -47,7 +55,10 @@ def test_new_names_make_a_new_server_certificate(tmp_path: Path) -> None:
     certificate = x509.load_pem_x509_certificate(again.server_certificate_pem)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["localhost", "central.example"]
-    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "10.1.2.3"]
+    assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == [
+        "127.0.0.1",
+        "10.1.2.3",
+    ]
     certificate.verify_directly_issued_by(again.ca_certificate)
 
 
@@ -56,7 +67,9 @@ def test_certificates_name_node_cohort_and_operator(tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     pem = pki.issue_node_certificate("a-00000000", "zeta", key)
     end = x509.load_pem_x509_certificate(pem).not_valid_after_utc
-    assert parse_certificate(pem) == Peer("node", "a-00000000", "zeta", public_pem(key).decode(), end)
+    assert parse_certificate(pem) == Peer(
+        "node", "a-00000000", "zeta", public_pem(key).decode(), end
+    )
     operator = parse_certificate((tmp_path / "pki" / "operator.pem").read_bytes())
     assert (operator.kind, operator.name) == ("operator", "operator")
     with pytest.raises(ValueError, match="not enough values"):
@@ -102,13 +115,20 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, now: datetime) -> None:
     monkeypatch.setattr("central.fleet.pki.wall_time", lambda: now)
 
 
-def test_a_clock_that_was_a_day_ahead_leaves_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_was_a_day_ahead_leaves_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_clock(monkeypatch, NOW + timedelta(days=1))
     ahead = Pki.load_or_create(tmp_path, [])
-    node = ahead.issue_node_certificate("a-00000000", "shared", ec.generate_private_key(ec.SECP256R1()).public_key())
+    node = ahead.issue_node_certificate(
+        "a-00000000", "shared", ec.generate_private_key(ec.SECP256R1()).public_key()
+    )
     set_clock(monkeypatch, NOW)
     corrected = Pki.load_or_create(tmp_path, [])
-    assert (corrected.ca_pem, corrected.server_certificate_pem) == (ahead.ca_pem, ahead.server_certificate_pem)
+    assert (corrected.ca_pem, corrected.server_certificate_pem) == (
+        ahead.ca_pem,
+        ahead.server_certificate_pem,
+    )
     operator = (tmp_path / "pki" / "operator.pem").read_bytes()
     for pem in (ahead.ca_pem, ahead.server_certificate_pem, node, operator):
         certificate = x509.load_pem_x509_certificate(pem)
@@ -138,7 +158,24 @@ def test_a_ca_that_nobody_can_trust_now_is_refused_with_both_times(
     Pki.load_or_create(tmp_path, [])
     set_clock(monkeypatch, NOW)
     with pytest.raises(
-        StorageError, match=r"clock says 2026-11-26 12:00: no node would trust central\. Set the clock"
+        StorageError,
+        match=r"clock says 2026-11-26 12:00: no node would trust central\. Set the clock",
     ) as e:
         Pki.load_or_create(tmp_path, [])
     assert f"{NOW + made - timedelta(days=30):%Y-%m-%d %H:%M}" in str(e.value)
+
+
+def test_a_key_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pki.load_or_create(tmp_path, [])
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "release.key":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(StorageError, match=r"release\.key cannot be used: Permission denied"):
+        Pki.load_or_create(tmp_path, [])

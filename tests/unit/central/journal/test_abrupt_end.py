@@ -25,7 +25,9 @@ os._exit(1)
 
 def test_a_journal_is_whole_after_an_abrupt_end(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/journal.db"
-    ended = subprocess.run([sys.executable, "-c", SCRIPT, url], cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, url], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (ended.returncode, ended.stdout.split()) == (1, ["1", "2", "3", "4", "5"]), ended.stderr
     journal = Journal(url)
     assert journal.verify() == 8

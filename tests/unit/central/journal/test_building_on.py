@@ -1,4 +1,6 @@
-"""What the state accepts of cohorts that build on another, and of canaries: every event that does not fit changes nothing."""
+"""What the state accepts of cohorts that build on another, and of canaries: every event that does
+not fit changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def composing(parent: ReleaseManifest, base: ReleaseManifest | None) -> MergePla
 
 def composed(plan: MergePlan, base: ReleaseManifest) -> ReleaseManifest:
     candidate = make.make_candidate(plan)
-    composition = Composition(builds_on=base.digest, own=candidate.payload, own_truncation_error=0.0)
+    composition = Composition(
+        builds_on=base.digest, own=candidate.payload, own_truncation_error=0.0
+    )
     return candidate.model_copy(update={"composition": composition})
 
 
@@ -84,7 +88,9 @@ def test_a_plan_names_what_its_cohort_builds_on_and_nothing_else(world: World) -
     world.refuses(make.planned(composing(world.plain, world.shared)), "builds on none, the plan on")
     update = make.make_update(world.acme, "a-1")
     world.journal.append(make.admitted(update, "acme"))
-    world.refuses(make.planned(make.make_plan(world.acme, update)), "builds on shared, the plan on None")
+    world.refuses(
+        make.planned(make.make_plan(world.acme, update)), "builds on shared, the plan on None"
+    )
     world.journal.append(make.rolled_back(world.genesis, world.shared))
     world.refuses(make.planned(composing(world.acme, world.shared)), "is abandoned")
     kept = make.make_plan(world.acme, update).model_copy(update={"builds_on": world.shared.digest})

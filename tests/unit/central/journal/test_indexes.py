@@ -1,4 +1,6 @@
-"""Each index of the state is what a scan of its records finds: after random events, refused ones and groups that are taken back."""
+"""Each index of the state is what a scan of its records finds: after random events, refused ones
+and groups that are taken back.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ class Story:
                 created = replace(created, body={**created.body, "builds_on": BUILDS_ON[cohort]})
             nodes = [f"{cohort}-{number}" for number in range(4)]
             token = make.token_created(cohort, f"token-{cohort}")
-            self.apply(created, token, *(make.node_enrolled(node, cohort, f"token-{cohort}") for node in nodes))
+            self.apply(
+                created,
+                token,
+                *(make.node_enrolled(node, cohort, f"token-{cohort}") for node in nodes),
+            )
 
     def apply(self, *news: NewEvent) -> bool:
         """As Journal.append does it."""
@@ -78,13 +84,19 @@ class Story:
     def admit(self, cohort: str) -> list[NewEvent]:
         self.number += 1
         node, start = f"{cohort}-{self.random.randrange(4)}", self.head(cohort)
-        payload = Payload(digest_sha256=make.digest_of(f"payload {self.random.randrange(40)}"), size_bytes=100)
+        payload = Payload(
+            digest_sha256=make.digest_of(f"payload {self.random.randrange(40)}"), size_bytes=100
+        )
         return [make.admitted(make.make_update(start, node, self.number, payload=payload), cohort)]
 
     def plan(self, cohort: str) -> list[NewEvent]:
         waiting = self.state.waiting(cohort)
         chosen = self.random.sample(waiting, min(len(waiting), self.random.randint(0, 3)))
-        return [self.planned(cohort, make.make_plan(self.head(cohort), *(update.manifest for update in chosen)))]
+        return [
+            self.planned(
+                cohort, make.make_plan(self.head(cohort), *(update.manifest for update in chosen))
+            )
+        ]
 
     def planned(self, cohort: str, plan: MergePlan) -> NewEvent:
         self.number += 1
@@ -96,8 +108,14 @@ class Story:
         plan = record.plan
         if record.candidate is None:
             own = Payload(digest_sha256=make.digest_of(record.plan_id), size_bytes=10)
-            composed = plan.builds_on and Composition(builds_on=plan.builds_on, own=own, own_truncation_error=0.0)
-            return [make.built(make.make_candidate(plan).model_copy(update={"composition": composed or None}))]
+            composed = plan.builds_on and Composition(
+                builds_on=plan.builds_on, own=own, own_truncation_error=0.0
+            )
+            return [
+                make.built(
+                    make.make_candidate(plan).model_copy(update={"composition": composed or None})
+                )
+            ]
         candidate = self.state.releases[record.candidate].manifest
         self.number += 1
         offer = f"offer-{self.number}"
@@ -115,12 +133,16 @@ class Story:
             verdict = replace(verdict, body={**verdict.body, "isolate": True})
         events = [verdict]
         if accepted and self.random.random() < 0.8:
-            events.append(make.promoted(candidate, self.random.choice(("stable", "stable", "canary"))))
+            events.append(
+                make.promoted(candidate, self.random.choice(("stable", "stable", "canary")))
+            )
         return self.random.choice(([look], events, events))
 
     def forget(self, cohort: str) -> list[NewEvent]:
         self.number += 1
-        known = [u for u in self.state.updates.values() if u.cohort == cohort and u.state != "forgotten"]
+        known = [
+            u for u in self.state.updates.values() if u.cohort == cohort and u.state != "forgotten"
+        ]
         merged = [u for u in known if u.state == "merged"]
         updates = [u.update_id for u in (merged if self.random.random() < 0.7 else known)]
         chosen = self.random.sample(updates, min(len(updates), self.random.randint(1, 2)))
@@ -136,7 +158,9 @@ class Story:
             return [NewEvent(EventKind.FORGET_FAILED, cohort, order.order_id, {"reason": "tests"})]
         head = self.head(cohort)
         held = [u for u in self.state.contributions(head.digest) if u in order.updates]
-        payloads = {update: self.state.updates[update].manifest.payload.digest_sha256 for update in held}
+        payloads = {
+            update: self.state.updates[update].manifest.payload.digest_sha256 for update in held
+        }
         removal = Removal(
             order=order.order_id,
             since=self.state.genesis(cohort).release_id,
@@ -169,7 +193,11 @@ class Story:
     def move_channel(self, cohort: str) -> list[NewEvent]:
         line = self.state.lineage(self.head(cohort).digest)
         if len(line) < 2 or self.random.random() < 0.3:
-            accepted = [r for r in self.state.releases.values() if (r.cohort, r.state) == (cohort, "accepted")]
+            accepted = [
+                r
+                for r in self.state.releases.values()
+                if (r.cohort, r.state) == (cohort, "accepted")
+            ]
             release = self.random.choice(accepted)
             return (
                 [make.promoted(release.manifest, self.random.choice(("stable", "canary")))]
@@ -177,13 +205,22 @@ class Story:
                 else []
             )
         return [
-            make.rolled_back(line[1].manifest, line[0].manifest, updates=self.random.choice(("requeue", "set_aside")))
+            make.rolled_back(
+                line[1].manifest,
+                line[0].manifest,
+                updates=self.random.choice(("requeue", "set_aside")),
+            )
         ]
 
     def serve(self, cohort: str) -> list[NewEvent]:
         release = self.random.choice(self.state.lineage(self.head(cohort).digest)).release_id
         return [
-            NewEvent(EventKind.RELEASE_SERVED, cohort, release, {"node_id": f"{cohort}-{self.random.randrange(4)}"})
+            NewEvent(
+                EventKind.RELEASE_SERVED,
+                cohort,
+                release,
+                {"node_id": f"{cohort}-{self.random.randrange(4)}"},
+            )
         ]
 
 
@@ -199,20 +236,41 @@ def check(state: State) -> None:
         assert state.open_plans(cohort) == [
             p for p in state.plans.values() if p.plan.cohort == cohort and not p.decided
         ]
-        pending = [o for o in state.forgets.values() if o.cohort == cohort and o.state in ("ordered", "planned")]
+        pending = [
+            o
+            for o in state.forgets.values()
+            if o.cohort == cohort and o.state in ("ordered", "planned")
+        ]
         assert state.pending_forgets(cohort) == pending
-        assert state.waiting(cohort) == [u for u in updates if (u.cohort, u.state) == (cohort, "waiting")]
+        assert state.waiting(cohort) == [
+            u for u in updates if (u.cohort, u.state) == (cohort, "waiting")
+        ]
         gone = forgotten.union(*(order.updates for order in pending))
-        refused = {u.manifest.payload.digest_sha256 for u in updates if u.cohort == cohort and u.update_id in gone}
+        refused = {
+            u.manifest.payload.digest_sha256
+            for u in updates
+            if u.cohort == cohort and u.update_id in gone
+        }
         payloads = {u.manifest.payload.digest_sha256 for u in updates}
-        assert {payload for payload in payloads if state.is_forgotten_payload(cohort, payload)} == refused
+        assert {
+            payload for payload in payloads if state.is_forgotten_payload(cohort, payload)
+        } == refused
     for node in state.nodes:
         own = [u for u in updates if u.manifest.node_id == node]
         assert state.updates_of(node) == own
-        assert state.kept_bytes(node) == sum(u.manifest.payload.size_bytes for u in own if state.takes_of_quota(u))
+        assert state.kept_bytes(node) == sum(
+            u.manifest.payload.size_bytes for u in own if state.updates.takes_of_quota(u)
+        )
         for start in state.releases:
-            assert state.updates_from(node, start) == [u for u in own if u.manifest.start.release == start]
-        last = [p for periods in state.served.values() for p in periods if p.node_id == node and not p.until]
+            assert state.updates_from(node, start) == [
+                u for u in own if u.manifest.start.release == start
+            ]
+        last = [
+            p
+            for periods in state.served.values()
+            for p in periods
+            if p.node_id == node and not p.until
+        ]
         assert last == ([state.serving[node]] if node in state.serving else [])
     for release in state.releases.values():
         assert state.offers_of(release.release_id) == [
@@ -227,12 +285,23 @@ def check(state: State) -> None:
     for cohort, other in BUILDS_ON.items():
         if any((order.cohort, order.state) == (other, "done") for order in state.forgets.values()):
             behind = state.lineage(state.channels[(cohort, "stable")])[1:]
-            assert not [r for r in behind if r.state == "accepted" and state.forgotten_in(r.release_id)]
+            assert not [
+                r for r in behind if r.state == "accepted" and state.forgotten_in(r.release_id)
+            ]
 
 
 def content(state: State) -> dict[str, Any]:
-    """Everything in the state; an index without an entry says the same as an empty one."""
-    found = {name: value for name, value in vars(state).items() if name != "_changes"}
+    """Everything in the state, each slice's indexes too; an index without an entry says the same as
+    an empty one.
+    """
+    found: dict[str, Any] = {}
+    for name, value in vars(state).items():
+        if name == "changes":
+            continue
+        found[name] = dict(value) if isinstance(value, dict) else value
+        for index, entries in getattr(value, "__dict__", {}).items():
+            if index not in ("_changes", "_collected", "_updates", "_served"):
+                found[f"{name}.{index}"] = dict(entries)
     return {
         name: {key: entry for key, entry in value.items() if entry not in ({}, (), 0)}
         if isinstance(value, dict)
@@ -247,7 +316,9 @@ def test_indexes_are_what_a_scan_finds(seed: int) -> None:
     for _ in range(STEPS):
         events = story.step()
         before = copy.deepcopy(content(story.state))
-        if story.random.random() < 0.3:  # the last of the group does not fit: all of it is taken back
+        if (
+            story.random.random() < 0.3
+        ):  # the last of the group does not fit: all of it is taken back
             assert not story.apply(*events, make.promoted(make.make_release("shared", 99)))
             assert content(story.state) == before
         if not story.apply(*events):
@@ -258,5 +329,10 @@ def test_indexes_are_what_a_scan_finds(seed: int) -> None:
         again.apply(event)
         again.mark()
     assert content(again) == content(story.state)
-    told = {EventKind.FORGET_ORDERED, EventKind.PROMOTED, EventKind.ROLLED_BACK, EventKind.EVALUATION_OFFERED}
+    told = {
+        EventKind.FORGET_ORDERED,
+        EventKind.PROMOTED,
+        EventKind.ROLLED_BACK,
+        EventKind.EVALUATION_OFFERED,
+    }
     assert told <= story.kinds.keys(), "a story in which too little happens"

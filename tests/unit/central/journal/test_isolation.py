@@ -1,9 +1,11 @@
-"""The search for the update that hurts, over any outcome of any try; and its events in the state."""
+"""The search for the update that hurts: any outcome of any try, and its events in the state."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -14,14 +16,21 @@ from central.journal.isolation import Isolation, after_verdict, bisect
 from tests.unit.central import builders as make
 
 
-def search(updates: list[str], accepts: object) -> tuple[list[str], list[str], int]:
-    """(released, set aside, tries) after a rejected candidate of all `updates`; accepts(group) is the gate."""
+def search(
+    updates: list[str], accepts: Callable[[Sequence[str]], bool]
+) -> tuple[list[str], list[str], int]:
+    """(released, set aside, tries) after a rejected candidate of all `updates`.
+
+    `accepts(group)` is the gate.
+    """
     waiting, released, set_aside, tries = set(updates), [], [], 0
-    isolation = after_verdict(None, "plan", waiting - set(updates), bisect((u[0], u) for u in updates))
+    isolation = after_verdict(
+        None, "plan", waiting - set(updates), bisect((u[0], u) for u in updates)
+    )
     while isolation is not None:
         group, tries = isolation.groups[0], tries + 1
         halves: tuple[tuple[str, ...], ...] = ()
-        if accepts(group):  # type: ignore[operator]
+        if accepts(group):
             released += group
         elif len(group) == 1:
             set_aside += group
@@ -34,9 +43,9 @@ def search(updates: list[str], accepts: object) -> tuple[list[str], list[str], i
 
 
 @given(st.integers(2, 40), st.randoms())
-def test_whatever_the_gate_says_every_update_is_decided_once(number: int, chance: object) -> None:
+def test_whatever_the_gate_says_every_update_is_decided_once(number: int, chance: Random) -> None:
     updates = [f"{index:02}" for index in range(number)]
-    released, set_aside, tries = search(updates, lambda group: chance.random() < 0.5)  # type: ignore[attr-defined]
+    released, set_aside, tries = search(updates, lambda group: chance.random() < 0.5)
     assert sorted(released + set_aside) == updates
     assert tries <= 2 * number - 2
 
@@ -68,7 +77,9 @@ def test_isolation_in_the_state_is_applied_whole_or_not_at_all(tmp_path: Path) -
     candidate = make.make_candidate(plan)
     journal.append(*map(make.admitted, updates), make.planned(plan), make.built(candidate))
     rejected = make.decided(candidate, False)
-    isolated = NewEvent(rejected.kind, rejected.cohort, rejected.subject, {**rejected.body, "isolate": True})
+    isolated = NewEvent(
+        rejected.kind, rejected.cohort, rejected.subject, {**rejected.body, "isolate": True}
+    )
     with pytest.raises(JournalConflict):
         journal.append(isolated, isolated)
     with journal.read() as state:
@@ -83,7 +94,9 @@ def test_isolation_in_the_state_is_applied_whole_or_not_at_all(tmp_path: Path) -
     journal.append(make.planned(part), make.built(alone))
     whole = make.decided(alone, False)
     with pytest.raises(JournalConflict, match="cannot be isolated any further"):
-        journal.append(NewEvent(whole.kind, whole.cohort, whole.subject, {**whole.body, "isolate": True}))
+        journal.append(
+            NewEvent(whole.kind, whole.cohort, whole.subject, {**whole.body, "isolate": True})
+        )
     journal.append(whole)
     with journal.read() as state:
         assert state.updates[updates[0].digest].reason.startswith("isolated: candidate v1-")

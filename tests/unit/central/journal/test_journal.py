@@ -11,7 +11,17 @@ import pytest
 
 import central.journal.journal as journal_module
 from central.errors import StorageError
-from central.journal import Event, EventKind, Journal, JournalConflict, JournalCorrupt, NewEvent, State, verify_journal
+from central.journal import (
+    Event,
+    EventKind,
+    Journal,
+    JournalConflict,
+    JournalCorrupt,
+    NewEvent,
+    State,
+    stored,
+    verify_journal,
+)
 from tests.unit.central import builders as make
 
 
@@ -25,7 +35,9 @@ def journal(path: Path) -> Journal:
     return Journal(f"sqlite:///{path}")
 
 
-def test_append_chains_and_a_reopened_journal_has_the_same_state(journal: Journal, path: Path) -> None:
+def test_append_chains_and_a_reopened_journal_has_the_same_state(
+    journal: Journal, path: Path
+) -> None:
     genesis = make.start_cohort(journal)
     first, second = journal.events()[:2]
     assert (first.sequence, first.previous_hash) == (1, "0" * 64)
@@ -53,6 +65,7 @@ def test_no_garbage_is_searched_while_a_journal_is_replayed(
 
     with monkeypatch.context() as patch:
         patch.setattr(journal_module, "replay", refuse_the_third)
+        patch.setattr(stored, "replay", refuse_the_third)
         for opened in (Journal, verify_journal):
             with pytest.raises(JournalCorrupt, match="the third"):
                 opened(f"sqlite:///{path}")
@@ -76,7 +89,10 @@ def test_a_group_with_one_bad_event_changes_nothing(journal: Journal) -> None:
 def test_a_refusing_disk_changes_nothing(journal: Journal, path: Path) -> None:
     genesis = make.start_cohort(journal)
     with sqlite3.connect(path) as other:
-        other.execute("create trigger full before insert on events begin select raise(abort, 'disk full'); end")
+        other.execute(
+            "create trigger full before insert on events "
+            "begin select raise(abort, 'disk full'); end"
+        )
     with pytest.raises(StorageError):
         journal.append(make.admitted(make.make_update(genesis)))
     with journal.read() as state:
@@ -120,13 +136,17 @@ def test_wait_wakes_on_append_and_on_wake(journal: Journal) -> None:
     seen: list[object] = []
     stop = threading.Event()
     waiter = threading.Thread(
-        target=lambda: seen.append(journal.wait(lambda state: state.cohorts() or stop.is_set() or None))
+        target=lambda: seen.append(
+            journal.wait(lambda state: state.cohorts() or stop.is_set() or None)
+        )
     )
     waiter.start()
     make.start_cohort(journal)
     waiter.join(10)
     assert seen == [["shared"]]
-    stopped = threading.Thread(target=lambda: seen.append(journal.wait(lambda state: stop.is_set())))
+    stopped = threading.Thread(
+        target=lambda: seen.append(journal.wait(lambda state: stop.is_set()))
+    )
     stopped.start()
     stop.set()
     journal.wake()
@@ -153,7 +173,9 @@ def test_a_closed_journal_takes_nothing(journal: Journal, path: Path) -> None:
     assert Journal(f"sqlite:///{path}").verify() == 0
 
 
-@pytest.mark.parametrize(("url", "text"), [("sqlite://", "in memory"), ("postgresql+nodriver://x/y", "nodriver")])
+@pytest.mark.parametrize(
+    ("url", "text"), [("sqlite://", "in memory"), ("postgresql+nodriver://x/y", "nodriver")]
+)
 def test_a_database_that_cannot_keep_a_journal_is_refused(url: str, text: str) -> None:
     with pytest.raises(StorageError, match=text):
         Journal(url)

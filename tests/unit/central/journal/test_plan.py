@@ -1,4 +1,6 @@
-"""A plan's canonical form: a recorded plan keeps its bytes and digest, and every field is in the digest."""
+"""A plan's canonical form: a recorded plan keeps its bytes and digest, and every field is in the
+digest.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state: which transitions are legal, and that every admitted update is in exactly one state."""
+"""The state: which transitions are legal; every admitted update is in exactly one state."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def test_an_update_of_another_cohort_is_never_planned(story: Story) -> None:
         story.journal.append(make.planned(make.make_plan(story.genesis, foreign)))
 
 
-@pytest.mark.parametrize(("choice", "expected"), [("requeue", "waiting"), ("set_aside", "set_aside")])
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("requeue", "waiting"), ("set_aside", "set_aside")]
+)
 def test_rollback_frees_merged_updates_and_cancels_the_merge_under_way(
     story: Story, choice: str, expected: str
 ) -> None:
@@ -112,13 +114,17 @@ def test_requeued_updates_wait_in_admission_order(story: Story) -> None:
     first = story.release(story.genesis, story.updates[0])
     story.journal.append(make.rolled_back(story.genesis, first))
     with story.journal.read() as state:
-        assert [update.update_id for update in state.waiting("shared")] == [u.digest for u in story.updates]
+        assert [update.update_id for update in state.waiting("shared")] == [
+            u.digest for u in story.updates
+        ]
 
 
 def test_taking_an_update_away_cancels_a_plan_without_candidate(story: Story) -> None:
     plan = make.make_plan(story.genesis, *story.updates)
     story.journal.append(make.planned(plan))
-    aside = NewEvent(EventKind.UPDATE_SET_ASIDE, "shared", story.updates[0].digest, {"reason": "broken"})
+    aside = NewEvent(
+        EventKind.UPDATE_SET_ASIDE, "shared", story.updates[0].digest, {"reason": "broken"}
+    )
     story.journal.append(aside)
     assert story.states() == ["set_aside", "waiting"]
     with pytest.raises(JournalConflict, match="was cancelled"):
@@ -146,14 +152,19 @@ def test_a_revoked_nodes_updates_never_wait_again(story: Story) -> None:
 
 def test_taking_an_update_of_a_candidate_away_rejects_the_candidate(story: Story) -> None:
     candidate = story.candidate(story.genesis, *story.updates)
-    aside = NewEvent(EventKind.UPDATE_SET_ASIDE, "shared", story.updates[0].digest, {"reason": "broken"})
+    aside = NewEvent(
+        EventKind.UPDATE_SET_ASIDE, "shared", story.updates[0].digest, {"reason": "broken"}
+    )
     story.journal.append(aside)
     assert story.states() == ["set_aside", "waiting"]
     with story.journal.read() as state:
         record = state.releases[candidate.digest]
         assert record.verdict is not None
         assert (record.state, state.open_plans("shared")) == ("rejected", [])
-        assert record.verdict.text == f"cancelled: update {story.updates[0].digest[:8]} was taken away: broken"
+        assert (
+            record.verdict.text
+            == f"cancelled: update {story.updates[0].digest[:8]} was taken away: broken"
+        )
     with pytest.raises(JournalConflict, match="not a candidate"):
         story.journal.append(make.decided(candidate, True), make.promoted(candidate))
 
@@ -183,6 +194,8 @@ def test_a_node_reports_once_and_only_when_asked(story: Story) -> None:
 
 def test_a_token_is_used_up(tmp_path: Path) -> None:
     journal = Journal(f"sqlite:///{tmp_path}/journal.db")
-    journal.append(make.cohort_created(make.make_release()), make.token_created(uses=1), make.node_enrolled())
+    journal.append(
+        make.cohort_created(make.make_release()), make.token_created(uses=1), make.node_enrolled()
+    )
     with pytest.raises(JournalConflict, match="used 1 of 1 times"):
         journal.append(make.node_enrolled("b-00000000"))

@@ -1,4 +1,6 @@
-"""Quarantine, forgetting and serving in the state: which moves are legal, and that a refused append changes nothing."""
+"""Quarantine, forgetting and serving in the state: which moves are legal, and that a refused append
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,16 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     with journal.read() as state:
         replayed = Journal(f"sqlite:///{tmp_path}/journal.db")
         with replayed.read() as again:
-            assert (again.updates, again.nodes, again.forgets) == (state.updates, state.nodes, state.forgets)
-            assert (again.releases, again.served, again.serving) == (state.releases, state.served, state.serving)
+            assert (again.updates, again.nodes, again.forgets) == (
+                state.updates,
+                state.nodes,
+                state.forgets,
+            )
+            assert (again.releases, again.served, again.serving) == (
+                state.releases,
+                state.served,
+                state.serving,
+            )
         replayed.close()
     journal.close()
 
@@ -35,10 +45,17 @@ def admit(journal: Journal, start: ReleaseManifest, sequence: int = 1) -> list[U
     return updates
 
 
-def released(journal: Journal, parent: ReleaseManifest, *updates: UpdateManifest) -> ReleaseManifest:
+def released(
+    journal: Journal, parent: ReleaseManifest, *updates: UpdateManifest
+) -> ReleaseManifest:
     plan = make.make_plan(parent, *updates)
     candidate = make.make_candidate(plan)
-    journal.append(make.planned(plan), make.built(candidate), make.decided(candidate, True), make.promoted(candidate))
+    journal.append(
+        make.planned(plan),
+        make.built(candidate),
+        make.decided(candidate, True),
+        make.promoted(candidate),
+    )
     return candidate
 
 
@@ -48,10 +65,14 @@ def event(kind: EventKind, subject: str, **body: object) -> NewEvent:
 
 def ordered(*updates: UpdateManifest, order: str = "o1") -> NewEvent:
     ids = [update.digest for update in updates]
-    return event(EventKind.FORGET_ORDERED, order, node_id="", updates=ids, accept_loss=False, by="tests")
+    return event(
+        EventKind.FORGET_ORDERED, order, node_id="", updates=ids, accept_loss=False, by="tests"
+    )
 
 
-def removal_plan(parent: ReleaseManifest, since: ReleaseManifest, *updates: UpdateManifest) -> MergePlan:
+def removal_plan(
+    parent: ReleaseManifest, since: ReleaseManifest, *updates: UpdateManifest
+) -> MergePlan:
     removal = Removal(
         order="o1",
         since=since.digest,
@@ -79,7 +100,9 @@ def test_a_node_is_quarantined_once_and_released_once(journal: Journal) -> None:
         journal.append(NewEvent(quarantine.kind, "zeta", NODES[1], quarantine.body))
     journal.append(quarantine)
     late = make.make_update(genesis, NODES[1], 2)
-    journal.append(make.admitted(late), event(EventKind.UPDATE_SET_ASIDE, late.digest, reason="tests"))
+    journal.append(
+        make.admitted(late), event(EventKind.UPDATE_SET_ASIDE, late.digest, reason="tests")
+    )
     assert states(journal) == ["waiting", "quarantined", "set_aside"]
     with pytest.raises(JournalConflict, match="its node is in quarantine: odd"):
         journal.append(event(EventKind.UPDATE_REQUEUED, late.digest, by="tests"))
@@ -115,7 +138,11 @@ def test_only_what_was_ordered_and_the_parent_holds_is_taken_out(journal: Journa
     journal.append(make.decided(candidate, True), make.promoted(candidate))
     assert states(journal) == ["merged", "forgotten"]
     with journal.read() as state:
-        assert [release.state for release in state.releases.values()] == ["accepted", "withdrawn", "accepted"]
+        assert [release.state for release in state.releases.values()] == [
+            "accepted",
+            "withdrawn",
+            "accepted",
+        ]
         assert state.contributions(candidate.digest) == [updates[0].digest]
         assert state.holders("shared", [updates[1].digest]).keys() == {first.digest}
         assert state.nodes[NODES[0]].judged == (False,), "a removal judges nobody"
@@ -152,11 +179,53 @@ def test_a_rejected_removal_leaves_everything_as_it_was(journal: Journal) -> Non
     journal.append(ordered(updates[0]))
     plan = removal_plan(first, genesis, updates[0])
     candidate = make.make_candidate(plan)
-    journal.append(make.planned(plan), make.built(candidate), make.decided(candidate, False, "acme fell"))
+    journal.append(
+        make.planned(plan), make.built(candidate), make.decided(candidate, False, "acme fell")
+    )
     assert states(journal) == ["merged", "merged"]
     with journal.read() as state:
         assert (state.forgets["o1"].state, state.forgets["o1"].reason) == ("rejected", "acme fell")
         assert state.pending_forgets("shared") == []
+    journal.append(ordered(updates[0], order="o2"))
+
+
+def test_an_order_that_fails_ends_its_plan(journal: Journal) -> None:
+    genesis = make.start_cohort(journal, nodes=NODES)
+    updates = admit(journal, genesis)
+    first = released(journal, genesis, *updates)
+    journal.append(ordered(updates[0]), make.planned(removal_plan(first, genesis, updates[0])))
+    failed = event(EventKind.FORGET_FAILED, "o1", reason="its payloads are gone")
+    with pytest.raises(JournalConflict, match="the order of cohort 'shared' is planned"):
+        journal.append(NewEvent(failed.kind, "acme", "o1", failed.body))
+    journal.append(failed)
+    with journal.read() as state:
+        order = state.forgets["o1"]
+        assert (order.state, order.plan_id) == ("failed", None)
+        assert order.reason == "its payloads are gone"
+        assert state.open_plans("shared") == []
+    assert states(journal) == ["merged", "merged"]
+
+
+def test_a_removal_that_is_rolled_back_from_canary_fails(journal: Journal) -> None:
+    genesis = make.start_cohort(journal, nodes=NODES)
+    updates = admit(journal, genesis)
+    first = released(journal, genesis, *updates)
+    plan = removal_plan(first, genesis, updates[0])
+    candidate = make.make_candidate(plan)
+    journal.append(
+        ordered(updates[0]),
+        make.planned(plan),
+        make.built(candidate),
+        make.decided(candidate, True),
+        make.promoted(candidate, "canary"),
+    )
+    back = make.rolled_back(first, candidate)
+    journal.append(NewEvent(back.kind, "shared", back.subject, {**back.body, "channel": "canary"}))
+    with journal.read() as state:
+        order = state.forgets["o1"]
+        assert (order.state, order.plan_id) == ("failed", None)
+        assert order.reason == "its release was rolled back from canary"
+    assert states(journal) == ["merged", "merged"]
     journal.append(ordered(updates[0], order="o2"))
 
 
@@ -183,7 +252,9 @@ def test_a_line_goes_back_to_before_the_first_merge_of_what_goes(journal: Journa
         assert line_of(state, head, [two[0].digest]).since.release_id == first.digest
         line = line_of(state, head, [two[0].digest, one[1].digest])
         assert (line.since.release_id, len(line.merges)) == (genesis.digest, 2)
-        assert [(u.update_id, u.weight) for u in taken_out(line, {two[0].digest})] == [(two[0].digest, 0.5)]
+        assert [(u.update_id, u.weight) for u in taken_out(line, {two[0].digest})] == [
+            (two[0].digest, 0.5)
+        ]
 
 
 def test_exactness_is_said_in_words() -> None:

@@ -10,7 +10,9 @@ OUT, IN = 24, 20
 NAMES = ("layers.0.q", "layers.0.v", "layers.1.up")
 
 
-def make_update(seed: int, rank: int = 4, names: tuple[str, ...] = NAMES, scale: float = 2.0) -> LoraTensors:
+def make_update(
+    seed: int, rank: int = 4, names: tuple[str, ...] = NAMES, scale: float = 2.0
+) -> LoraTensors:
     rng = np.random.default_rng(seed)
     return LoraTensors(
         {
@@ -32,7 +34,9 @@ def rotate(update: LoraTensors, seed: int, spread: float = 0.3) -> LoraTensors:
         T = np.eye(m.rank) + spread * rng.standard_normal((m.rank, m.rank))
         if np.linalg.cond(T) > 50:
             T = np.eye(m.rank) * 3
-        modules[name] = LoraModule((T @ m.A).astype(np.float32), (m.B @ np.linalg.inv(T)).astype(np.float32), m.scale)
+        modules[name] = LoraModule(
+            (T @ m.A).astype(np.float32), (m.B @ np.linalg.inv(T)).astype(np.float32), m.scale
+        )
     return LoraTensors(modules)
 
 

@@ -19,7 +19,9 @@ HONEST, ATTACKERS = 8, 2
 
 
 def make_fleet(seed: int) -> list[LoraTensors]:
-    """Honest increments share most of what they learnt; the last ATTACKERS send the opposite, of like norm."""
+    """Honest increments share most of what they learnt; the last ATTACKERS send the opposite, of
+    like norm.
+    """
     shared = make_update(seed, 3)
     fleet = []
     for index in range(HONEST + ATTACKERS):
@@ -31,7 +33,9 @@ def make_fleet(seed: int) -> list[LoraTensors]:
                     name: LoraModule(
                         np.float32(0.2) * np.concatenate([m.A, own.modules[name].A]),
                         np.float32(5)
-                        * np.concatenate([np.float32(sign) * m.B, np.float32(0.4) * own.modules[name].B], axis=1),
+                        * np.concatenate(
+                            [np.float32(sign) * m.B, np.float32(0.4) * own.modules[name].B], axis=1
+                        ),
                         m.scale,
                     )
                     for name, m in shared.modules.items()
@@ -44,7 +48,9 @@ def make_fleet(seed: int) -> list[LoraTensors]:
 def raw_gram(updates: list[LoraTensors]) -> np.ndarray:
     """What a stock Krum sees: inner products of the flattened factors."""
     flat = [
-        np.concatenate([np.concatenate([m.A.ravel(), m.B.ravel()]) for m in u.modules.values()]).astype(np.float64)
+        np.concatenate(
+            [np.concatenate([m.A.ravel(), m.B.ravel()]) for m in u.modules.values()]
+        ).astype(np.float64)
         for u in updates
     ]
     return np.array([[x @ y for y in flat] for x in flat])
@@ -54,7 +60,8 @@ def raw_gram(updates: list[LoraTensors]) -> np.ndarray:
 @given(ranks=st.lists(st.integers(1, 6), min_size=1, max_size=5), missing=st.sampled_from(NAMES))
 def test_gram_is_the_dense_inner_products(ranks, missing):
     updates = [
-        make_update(i, r, tuple(n for n in NAMES if i % 2 or n != missing), 0.5 + i) for i, r in enumerate(ranks)
+        make_update(i, r, tuple(n for n in NAMES if i % 2 or n != missing), 0.5 + i)
+        for i, r in enumerate(ranks)
     ]
     flat = [np.concatenate([dense(u, n).ravel() for n in NAMES]) for u in updates]
     expected = np.array([[x @ y for y in flat] for x in flat])
@@ -107,11 +114,14 @@ def test_blocks_bound_what_is_held():
 def test_krum_on_raw_factors_is_decided_by_the_factors():
     fleet = make_fleet(1)
     assert multi_krum(raw_gram(fleet), ATTACKERS).kept == list(range(HONEST))
-    # The same products; the honest nodes' factors differ as independent training makes them, the attackers' do not.
+    # The same products; the honest nodes' factors differ as independent training makes them, the
+    # attackers' do not.
     rotated = [rotate(u, i, spread=1.0) if i < HONEST else u for i, u in enumerate(fleet)]
     raw = multi_krum(raw_gram(rotated), ATTACKERS).kept
     assert raw != list(range(HONEST))
-    assert set(range(HONEST, HONEST + ATTACKERS)) <= set(raw), "the attackers are among those that raw Krum keeps"
+    assert set(range(HONEST, HONEST + ATTACKERS)) <= set(raw), (
+        "the attackers are among those that raw Krum keeps"
+    )
     assert multi_krum(product_gram(rotated), ATTACKERS).kept == list(range(HONEST))
 
 
@@ -120,8 +130,12 @@ def test_clipping_brings_norms_to_the_limit_and_raises_none():
     factors = clip_norms(product_gram(updates))
     np.testing.assert_allclose(factors, [1.0, 1.0, 0.2], rtol=1e-9)
     norm = float(np.sqrt(product_gram(updates)[0, 0]))
-    np.testing.assert_allclose(clip_norms(product_gram(updates), norm / 2), [0.5, 0.25, 0.05], rtol=1e-9)
-    zero = LoraTensors({NAMES[0]: LoraModule(np.ones((1, IN), np.float32), np.zeros((OUT, 1), np.float32))})
+    np.testing.assert_allclose(
+        clip_norms(product_gram(updates), norm / 2), [0.5, 0.25, 0.05], rtol=1e-9
+    )
+    zero = LoraTensors(
+        {NAMES[0]: LoraModule(np.ones((1, IN), np.float32), np.zeros((OUT, 1), np.float32))}
+    )
     assert clip_norms(product_gram([zero])).tolist() == [1.0]
 
 
@@ -141,6 +155,8 @@ def test_what_cannot_be_filtered_is_refused():
     assert len(multi_krum(gram, 2, keep=3).kept) == 3
     with pytest.raises(MergeError, match="Limit"):
         clip_norms(gram, -1.0)
-    other = LoraTensors({NAMES[0]: LoraModule(np.ones((1, IN + 1), np.float32), np.ones((OUT, 1), np.float32))})
+    other = LoraTensors(
+        {NAMES[0]: LoraModule(np.ones((1, IN + 1), np.float32), np.ones((OUT, 1), np.float32))}
+    )
     with pytest.raises(MergeError, match="expected"):
         product_gram([make_update(0), other])

@@ -14,19 +14,28 @@ OUT, IN, RANK = 96, 80, 6
 
 
 @pytest.mark.parametrize(
-    ("exact_rank", "rank", "limit"), [(512, 16, 512), (512, 64, 512), (512, 128, 1024), (64, 6, 64), (9, 6, 48)]
+    ("exact_rank", "rank", "limit"),
+    [(512, 16, 512), (512, 64, 512), (512, 128, 1024), (64, 6, 64), (9, 6, 48)],
 )
-def test_the_exact_limit_is_the_setting_or_eight_ranks(exact_rank: int, rank: int, limit: int) -> None:
-    """A sum of exactly the limit is cut in one exact step; one pair more and it was folded, which leaves a probe."""
+def test_the_exact_limit_is_the_setting_or_eight_ranks(
+    exact_rank: int, rank: int, limit: int
+) -> None:
+    """A sum of exactly the limit is cut in one exact step; one pair more and it was folded, which
+    leaves a probe.
+    """
     for summed, folded in ((limit, False), (limit + 1, True)):
         total = ModuleSum("m", rank, 0, exact_rank=exact_rank)
         for size in (limit - 1, summed - limit + 1):
-            total.add(LoraModule(np.ones((size, 4), np.float32), np.ones((3, size), np.float32)), 1.0)
+            total.add(
+                LoraModule(np.ones((size, 4), np.float32), np.ones((3, size), np.float32)), 1.0
+            )
         assert (total._probe is not None) is folded
 
 
 def make_environments(count: int, seed: int = 0) -> list[LoraTensors]:
-    """Updates of rank 8 that share 3 directions; of 8 environments, in order, each adds 3 of its own; 2 are noise."""
+    """Updates of rank 8 that share 3 directions; of 8 environments, in order, each adds 3 of its
+    own; 2 are noise.
+    """
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((OUT, 3)), rng.standard_normal((3, IN))
     environments = [(rng.standard_normal((OUT, 3)), rng.standard_normal((3, IN))) for _ in range(8)]
@@ -36,7 +45,9 @@ def make_environments(count: int, seed: int = 0) -> list[LoraTensors]:
         B = np.concatenate([shared[0], own[0], 0.5 * rng.standard_normal((OUT, 2))], axis=1)
         A = np.concatenate([shared[1], own[1], rng.standard_normal((2, IN))])
         B += 0.3 * rng.standard_normal(B.shape)
-        updates.append(LoraTensors({"m": LoraModule(A.astype(np.float32), B.astype(np.float32), 0.5)}))
+        updates.append(
+            LoraTensors({"m": LoraModule(A.astype(np.float32), B.astype(np.float32), 0.5)})
+        )
     return updates
 
 
@@ -65,3 +76,17 @@ def test_above_the_limit_the_error_stays_near_the_optimum(kernel, bound):
     again = combine(updates, weights, **kernel)
     assert encode(again.tensors) == encode(merged.tensors)
     assert again.truncation_error == merged.truncation_error
+
+
+def test_every_seed_and_every_module_has_probes_of_its_own() -> None:
+    """Or the errors of all modules, and of all merges, would be estimated wrong alike."""
+    factors = make_environments(1)[0].modules["m"]
+    estimates = set()
+    for name, seed in (("m", 0), ("m", 1), ("m", -1), ("n", 0)):
+        total = ModuleSum(name, RANK, seed, exact_rank=1)
+        for _ in range(7):  # 56 of at most 48: folded
+            total.add(factors, 1.0)
+        estimates.add(total.result()[1])
+    assert len(estimates) == 4
+    exact = 49 * np.sum(dense(make_environments(1)[0], "m") ** 2)
+    assert all(estimate == pytest.approx(exact, rel=0.7) for estimate in estimates)

@@ -1,4 +1,6 @@
-"""Laws of the chain of releases: long chains stay near the optimum, a removal undoes, the room stands alone."""
+"""Laws of the chain of releases: long chains stay near the optimum, a removal undoes, the room
+stands alone.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,13 @@ def make_increments(
     in_order: bool = False,
     count: int = 200,
 ) -> list[LoraTensors]:
-    """Increments of environments that learn `directions` orthogonal directions in all, each its own.
+    """Increments of environments that learn `directions` orthogonal directions in all, each its
+    own.
 
-    An increment moves direction i (from 0) of its environment by (1 + i) ** -power * (1 + jitter * N(0, 1)) and adds two directions of
-    noise, of norm `noise` * that of the learnt part on average; an environment's increment number t (from 0) is (1 + t) ** -decay as
-    large. The environments take turns, or come one after another.
+    An increment moves direction i (from 0) of its environment by (1 + i) ** -power * (1 + jitter *
+    N(0, 1)) and adds two directions of noise, of norm `noise` * that of the learnt part on average;
+    an environment's increment number t (from 0) is (1 + t) ** -decay as large. The environments
+    take turns, or come one after another.
     """
     rng = np.random.default_rng(seed)
     B, A = (np.linalg.qr(rng.standard_normal((size, directions)))[0] for size in (OUT, IN))
@@ -49,7 +53,11 @@ def make_increments(
         left *= noise * np.linalg.norm(size) * np.sqrt(1 + jitter**2) / np.linalg.norm(left @ right)
         factors = np.concatenate([A[:, own].T, right]), np.concatenate([learnt, left], axis=1)
         scale = (1.0 + seen[environment]) ** -decay
-        increments.append(LoraTensors({"m": LoraModule(*(factor.astype(np.float32) for factor in factors), scale)}))
+        increments.append(
+            LoraTensors(
+                {"m": LoraModule(*(factor.astype(np.float32) for factor in factors), scale)}
+            )
+        )
         seen[environment] += 1
     return increments
 
@@ -62,7 +70,9 @@ def chain(increments: list[LoraTensors], rank: int) -> LoraTensors:
 
 
 def over_optimum(increments: list[LoraTensors]) -> float:
-    """The chain's distance from the untruncated sum, as a multiple of that of the sum's best approximation of rank RANK."""
+    """The chain's distance from the untruncated sum, as a multiple of that of the sum's best
+    approximation of rank RANK.
+    """
     total = sum(dense(increment, "m", (OUT, IN)) for increment in increments)
     _, optimum = best_of_rank(total, RANK)
     return float(np.linalg.norm(total - dense(chain(increments, RANK), "m", (OUT, IN))) / optimum)
@@ -126,7 +136,9 @@ def test_increments_that_share_r_columns_or_rows_lose_nothing(seed, which):
             A = rng.standard_normal(A.shape) / (1 + index % 7)
         else:
             B = rng.standard_normal(B.shape) / (1 + index % 7)
-        increment = LoraTensors({"m": LoraModule(A.astype(np.float32), B.astype(np.float32), (-1.0) ** (index % 3))})
+        increment = LoraTensors(
+            {"m": LoraModule(A.astype(np.float32), B.astype(np.float32), (-1.0) ** (index % 3))}
+        )
         release = merge(release, [(increment, 1.0)], rank=RANK, server_step=1.0, seed=0).tensors
         total += dense(increment, "m", (24, 20))
     assert np.linalg.norm(dense(release, "m", (24, 20)) - total) < 1e-4 * np.linalg.norm(total)
@@ -142,7 +154,8 @@ def test_a_direction_that_comes_in_pieces_below_the_last_singular_value_never_en
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_200_merges_in_a_row_are_the_dense_chain(seed):
-    # Increments that share nothing: here the released rank itself forgets, and ours forgets what the dense chain forgets.
+    # Increments that share nothing: here the released rank itself forgets, and ours forgets what
+    # the dense chain forgets.
     release, expected = LoraTensors(), np.zeros((24, 20))
     for index in range(200):
         increment = make_update(1000 * seed + index, rank=3, names=("m",))
@@ -159,7 +172,9 @@ def test_200_merges_in_a_row_are_the_dense_chain(seed):
     seed=st.integers(0, 1000),
 )
 def test_a_signed_weight_removes_in_whatever_factors_it_comes(ranks, weights, which, seed):
-    updates = [(make_update(seed + i, r), w) for i, (r, w) in enumerate(zip(ranks, weights, strict=False))]
+    updates = [
+        (make_update(seed + i, r), w) for i, (r, w) in enumerate(zip(ranks, weights, strict=False))
+    ]
     gone, weight = updates[which % len(updates)]
     rest = [update for i, update in enumerate(updates) if i != which % len(updates)]
     parent = make_update(seed + 50, rank=3, scale=1.0)
@@ -180,15 +195,19 @@ def test_copies_of_one_update_are_that_update(count, rank, seed):
     copies = [(rotate(update, index), 1 / count) for index in range(count)]
     merged = merge(LoraTensors(), copies, rank=rank, server_step=1.0, seed=0)
     for name in update.modules:
-        assert np.linalg.norm(dense(merged.tensors, name) - dense(update, name)) < 2e-5 * np.linalg.norm(
-            dense(update, name)
-        )
+        assert np.linalg.norm(
+            dense(merged.tensors, name) - dense(update, name)
+        ) < 2e-5 * np.linalg.norm(dense(update, name))
     assert merged.truncation_error < 1e-5
 
 
 @settings(max_examples=20, deadline=None)
 @given(
-    names=st.lists(st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF), min_size=1), unique=True, max_size=4)
+    names=st.lists(
+        st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF), min_size=1),
+        unique=True,
+        max_size=4,
+    )
 )
 def test_any_module_name_is_a_target(names):
     update = make_update(1, 3, tuple(names))
@@ -199,7 +218,10 @@ def test_any_module_name_is_a_target(names):
 def test_the_room_needs_no_flower_no_grpc_and_no_database():
     script = (
         "import sys, central.merging; "
-        "print(sorted({'flwr', 'grpc', 'sqlalchemy', 'torch', 'peft', 'hypothesis'} & set(sys.modules)))"
+        "others = {'flwr', 'grpc', 'sqlalchemy', 'torch', 'peft', 'hypothesis'}; "
+        "print(sorted(others & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -20,7 +20,9 @@ def libraries():
 
 
 def make_model(libraries, configs: list[dict], seeds: list[int]):
-    """One linear layer `q` with an adapter `u0`, `u1`, ... per config, with the factors of make_update(seed)."""
+    """One linear layer `q` with an adapter `u0`, `u1`, ... per config, with the factors of
+    make_update(seed).
+    """
     peft, torch = libraries
 
     class Tiny(torch.nn.Module):
@@ -55,7 +57,9 @@ def test_equals_peft_cat(libraries, ranks, weights):
     seeds = list(range(len(ranks)))
     model, layer = make_model(libraries, configs, seeds)
     weights = weights[: len(ranks)]
-    model.add_weighted_adapter([f"u{i}" for i in seeds], weights, adapter_name="merged", combination_type="cat")
+    model.add_weighted_adapter(
+        [f"u{i}" for i in seeds], weights, adapter_name="merged", combination_type="cat"
+    )
     expected = delta(layer, "merged")
     updates = [
         (make_update(seed, config["r"], ("q",), scale=config["lora_alpha"] / config["r"]), weight)
@@ -69,7 +73,9 @@ def test_equals_peft_cat(libraries, ranks, weights):
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 def test_a_scale_is_folded_once(libraries, rank_stabilised):
     rank, alpha = 4, 12
-    _, layer = make_model(libraries, [{"r": rank, "lora_alpha": alpha, "use_rslora": rank_stabilised}], [7])
+    _, layer = make_model(
+        libraries, [{"r": rank, "lora_alpha": alpha, "use_rslora": rank_stabilised}], [7]
+    )
     scale = alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
     update = decode(encode(make_update(7, rank, ("q",), scale)))
     merged = merge(LoraTensors(), [(update, 1.0)], rank=8, server_step=1.0, seed=0)
@@ -77,9 +83,9 @@ def test_a_scale_is_folded_once(libraries, rank_stabilised):
     for result in (merged, again):
         module = result.tensors.modules["q"]
         assert module.scale == 1.0
-        assert np.linalg.norm(module.B.astype(np.float64) @ module.A - delta(layer, "u0")) < 1e-6 * np.linalg.norm(
-            delta(layer, "u0")
-        )
+        assert np.linalg.norm(
+            module.B.astype(np.float64) @ module.A - delta(layer, "u0")
+        ) < 1e-6 * np.linalg.norm(delta(layer, "u0"))
 
 
 def test_scales_differ_between_the_modules_of_one_update():

@@ -1,4 +1,6 @@
-"""Merging against a dense float64 oracle: the truncated sum of products is the law, whatever the factors look like."""
+"""Merging against a dense float64 oracle: the truncated sum of products is the law, whatever the
+factors look like.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,40 @@ from hypothesis import strategies as st
 from central.merging import Merged, merge
 from central.merging.errors import MergeError
 from protos.lora import LoraModule, LoraTensors, encode
-from tests.unit.central.merging.lora_factors import IN, NAMES, OUT, best_of_rank, dense, make_update, rotate
+from tests.unit.central.merging.lora_factors import (
+    IN,
+    NAMES,
+    OUT,
+    best_of_rank,
+    dense,
+    make_update,
+    rotate,
+)
 
 
 def oracle(parent: LoraTensors, updates: list[tuple[LoraTensors, float]], rank: int, step: float):
-    """Optimal truncation per module by a dense float64 SVD, and the relative error over all modules."""
+    """Optimal truncation per module by a dense float64 SVD, and the relative error over all
+    modules.
+    """
     best, total, cut = {}, 0.0, 0.0
     for name in NAMES:
-        m = dense(parent, name) + step * sum((w * dense(u, name) for u, w in updates), np.zeros((OUT, IN)))
+        m = dense(parent, name) + step * sum(
+            (w * dense(u, name) for u, w in updates), np.zeros((OUT, IN))
+        )
         best[name], tail = best_of_rank(m, rank)
         total, cut = total + float(np.sum(m**2)), cut + tail**2
     return best, np.sqrt(cut / total) if total else 0.0
 
 
-def run(parent: LoraTensors, updates: list[tuple[LoraTensors, float]], rank: int = 8, step: float = 1.0) -> Merged:
+def run(
+    parent: LoraTensors, updates: list[tuple[LoraTensors, float]], rank: int = 8, step: float = 1.0
+) -> Merged:
     return merge(parent, iter(updates), rank=rank, server_step=step, seed=0)
 
 
-def assert_same_product(left: LoraTensors, right: LoraTensors | dict[str, np.ndarray], tolerance: float = 2e-6) -> None:
+def assert_same_product(
+    left: LoraTensors, right: LoraTensors | dict[str, np.ndarray], tolerance: float = 2e-6
+) -> None:
     for name in NAMES:
         expected = right[name] if isinstance(right, dict) else dense(right, name)
         norm = max(float(np.linalg.norm(expected)), 1e-3)
@@ -55,7 +73,8 @@ def test_agrees_with_dense_oracle(seeds, ranks, weights, missing, rank, step):
     assert all(module.scale == 1.0 for module in merged.tensors.modules.values())
     assert list(merged.tensors.modules) == sorted(merged.tensors.modules)
     assert merged.truncation_error == pytest.approx(error, abs=2e-6)
-    # A gap-free spectrum lets two optimal truncations differ, so the distance to the full sum is compared, not the matrix.
+    # A gap-free spectrum lets two optimal truncations differ, so the distance to the full sum is
+    # compared, not the matrix.
     full, _ = oracle(parent, updates, min(OUT, IN), step)
     for name in NAMES:
         ours = np.linalg.norm(dense(merged.tensors, name) - full[name])
@@ -79,7 +98,9 @@ def test_rotation_of_factors_changes_nothing(seed):
     rotated = rotate(update, seed)
     other = (make_update(seed + 1), 0.5)
     straight = run(LoraTensors(), [(update, 0.5), other])
-    assert_same_product(run(LoraTensors(), [(rotated, 0.5), other]).tensors, straight.tensors, tolerance=2e-5)
+    assert_same_product(
+        run(LoraTensors(), [(rotated, 0.5), other]).tensors, straight.tensors, tolerance=2e-5
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3, 60])
@@ -99,13 +120,16 @@ def test_signed_weight_removes_a_contribution():
 
 
 def test_removing_a_large_update_leaves_a_small_one_intact():
-    # With float32 Grams, phantom directions of 3e-4 of the cancelled norm outrank the true increment of 1e-3: error 0.99.
+    # With float32 Grams, phantom directions of 3e-4 of the cancelled norm outrank the true
+    # increment of 1e-3: error 0.99.
     big, small = make_update(1, rank=8), make_update(2, rank=2, scale=2e-3)
     same = rotate(big, 0, spread=0.1)
     merged = run(LoraTensors(), [(big, 1.0), (small, 1.0), (same, -1.0)], rank=4)
     expected, _ = oracle(LoraTensors(), [(small, 1.0)], 4, 1.0)
     for name in NAMES:
-        assert np.linalg.norm(dense(merged.tensors, name) - expected[name]) < 1e-3 * np.linalg.norm(expected[name])
+        assert np.linalg.norm(dense(merged.tensors, name) - expected[name]) < 1e-3 * np.linalg.norm(
+            expected[name]
+        )
 
 
 def test_same_input_same_bytes():
@@ -117,7 +141,9 @@ def test_same_input_same_bytes():
 
 
 def test_zero_and_rank_deficient_inputs():
-    zero = LoraTensors({NAMES[0]: LoraModule(np.ones((4, IN), np.float32), np.zeros((OUT, 4), np.float32))})
+    zero = LoraTensors(
+        {NAMES[0]: LoraModule(np.ones((4, IN), np.float32), np.zeros((OUT, 4), np.float32))}
+    )
     merged = run(LoraTensors(), [(zero, 1.0)])
     assert merged.tensors.modules == {}
     assert merged.truncation_error == 0.0
@@ -144,9 +170,9 @@ def test_many_updates_fold_in_bounded_memory_and_estimate_their_error():
         mixed = {
             name: LoraModule(
                 np.concatenate([m.A, noise.modules[name].A]),
-                np.concatenate([m.B * (1 + 0.1 * rng.standard_normal()), 0.15 * noise.modules[name].B], axis=1).astype(
-                    np.float32
-                ),
+                np.concatenate(
+                    [m.B * (1 + 0.1 * rng.standard_normal()), 0.15 * noise.modules[name].B], axis=1
+                ).astype(np.float32),
                 m.scale,
             )
             for name, m in common.modules.items()
@@ -163,10 +189,14 @@ def test_many_updates_fold_in_bounded_memory_and_estimate_their_error():
 
 
 def test_refuses_what_does_not_fit():
-    other = LoraTensors({NAMES[0]: LoraModule(np.ones((2, IN + 1), np.float32), np.ones((OUT, 2), np.float32))})
+    other = LoraTensors(
+        {NAMES[0]: LoraModule(np.ones((2, IN + 1), np.float32), np.ones((OUT, 2), np.float32))}
+    )
     with pytest.raises(MergeError, match=r"layers\.0\.q.*expected \[rank, 20\] and \[24, rank\]"):
         run(make_update(0), [(other, 1.0)])
-    broken = LoraTensors({NAMES[0]: LoraModule(np.full((2, IN), np.nan, np.float32), np.ones((OUT, 2), np.float32))})
+    broken = LoraTensors(
+        {NAMES[0]: LoraModule(np.full((2, IN), np.nan, np.float32), np.ones((OUT, 2), np.float32))}
+    )
     with pytest.raises(MergeError, match="NaN"):
         run(LoraTensors(), [(broken, 1.0)])
     with pytest.raises(MergeError, match="Weight"):

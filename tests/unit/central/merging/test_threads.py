@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from central.federation.composition import Standing, build_payload
-from central.federation.strategy import ProductMean
+from central.cohort.payload import Standing, build_payload
+from central.cohort.strategies.product_mean import ProductMean, Start
 from central.merging import one_thread
 from tests.unit.central import builders as make
 
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """As an environment may want it. Fails where numpy brings another BLAS than the one that is steered."""
+    """As an environment may want it. Fails where numpy brings another BLAS than the one that is
+    steered.
+    """
     before = one_thread.threads
     one_thread._set(2)
     assert one_thread.threads == 2
@@ -47,5 +49,7 @@ class Asked:
 def test_a_plan_is_merged_with_one_thread() -> None:
     plan = make.make_plan(make.make_release())
     blobs = Asked()
-    assert build_payload(plan, Standing("own", None, None), ProductMean(blobs), blobs, ()) is not None
+    start = Start("own")
+    strategy = ProductMean(plan, start, blobs)
+    assert build_payload(plan, Standing(start), strategy, blobs, ()) is not None
     assert (plan.blas_threads, blobs.threads, one_thread.threads) == (1, 1, 2)

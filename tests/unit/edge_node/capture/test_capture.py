@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 
-from edge_node.capture import Finished, Generation, Recorder, RecorderCounts, Served, to_interaction
+from edge_node.capture import (
+    Finished,
+    Generation,
+    Made,
+    Recorder,
+    RecorderCounts,
+    Served,
+    to_interaction,
+)
 from edge_node.capture.recorder import CALM_S
 from edge_node.errors import StorageError
-from edge_node.experience import ExperienceStore, Interaction
+from edge_node.experience import Choice, ExperienceStore, Interaction
 from edge_node.problems import Problems
 
 CHAT = {"model": "lorikeet@v1", "messages": [{"role": "user", "content": "hi"}]}
@@ -24,16 +32,27 @@ def make_served(prompts: int = 1, *, text_only: bool = True) -> Served:
 
 
 def make_chat(
-    answer_id: str = "chatcmpl-1", request: dict[str, Any] | None = None, served: Served | None = None, **choice: Any
+    answer_id: str = "chatcmpl-1",
+    request: dict[str, Any] | None = None,
+    served: Served | None = None,
+    **choice: Any,
 ) -> Finished:
-    choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"} | choice
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "hello"},
+        "finish_reason": "stop",
+    } | choice
     body = json.dumps({"id": answer_id, "model": "lorikeet@v1", "choices": [choice]}).encode()
     pieces = [body[:10], body[10:]]
-    return Finished("/v1/chat/completions", request or CHAT, pieces, False, "now", served or make_served())
+    return Finished(
+        "/v1/chat/completions", request or CHAT, pieces, False, "now", served or make_served()
+    )
 
 
 def make_stream(*chunks: dict[str, Any] | str) -> Finished:
-    lines = [chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    lines = [
+        chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk)}\n\n" for chunk in chunks
+    ]
     raw = "".join([*lines, "data: [DONE]\n\n"]).encode()
     pieces = [raw[start : start + 7] for start in range(0, len(raw), 7)]
     return Finished("/v1/chat/completions", CHAT, pieces, True, "now", make_served())
@@ -50,8 +69,8 @@ def chunk(text: str | None = None, finish: str | None = None, index: int = 0) ->
 
 def test_a_body_becomes_an_interaction() -> None:
     assert to_interaction(make_chat()) == Interaction(
-        "chatcmpl-1", "now", "lorikeet@v1", CHAT["messages"], "hello", "stop", "/v1/chat/completions",
-        prompt_ids=(5, 6), answer_ids=(7, 2),
+        "chatcmpl-1", "now", "lorikeet@v1", CHAT["messages"], "hello", "stop",
+        "/v1/chat/completions", prompt_ids=(5, 6), answer_ids=(7, 2),
     )  # fmt: skip
 
 
@@ -68,7 +87,11 @@ def test_a_stream_becomes_the_same_interaction_however_it_was_cut() -> None:
     )
     interaction = to_interaction(finished)
     assert interaction is not None
-    assert (interaction.id, interaction.answer, interaction.finish_reason) == ("chatcmpl-2", "hello\n\nü", "length")
+    assert (interaction.id, interaction.answer, interaction.finish_reason) == (
+        "chatcmpl-2",
+        "hello\n\nü",
+        "length",
+    )
     assert (interaction.prompt_ids, interaction.answer_ids) == ((5, 6), (7, 2))
 
 
@@ -84,8 +107,16 @@ def test_a_prompt_is_kept_as_a_message(prompt: Any) -> None:
 @pytest.mark.parametrize(
     ("request_", "served", "reason"),
     [
-        ({"prompt": ["a", "b"]}, make_served(2), "the answer came from several prompts or from beam search"),
-        ({**CHAT, "use_beam_search": True}, make_served(), "the answer came from several prompts or from beam search"),
+        (
+            {"prompt": ["a", "b"]},
+            make_served(2),
+            "the answer came from several prompts or from beam search",
+        ),
+        (
+            {**CHAT, "use_beam_search": True},
+            make_served(),
+            "the answer came from several prompts or from beam search",
+        ),
         (CHAT, make_served(text_only=False), "the prompt holds more than text"),
     ],
     ids=["several prompts", "beam search", "images"],
@@ -95,7 +126,24 @@ def test_an_interaction_that_nothing_can_be_learnt_from_says_why(
 ) -> None:
     interaction = to_interaction(make_chat(request=request_, served=served))
     assert interaction is not None
-    assert (interaction.prompt_ids, interaction.answer_ids, interaction.unusable) == ((), (), reason)
+    assert (interaction.prompt_ids, interaction.answer_ids, interaction.unusable) == (
+        (),
+        (),
+        reason,
+    )
+
+
+def test_all_choices_of_a_request_are_kept_by_index() -> None:
+    made = {1: Made([8, 2], [-0.5, -0.25]), 0: Made([7, 2], [-1.0, -2.0])}
+    served = Served([Generation(True, [5, 6], [7, 2], made)])
+    interaction = to_interaction(make_chat(served=served))
+    assert interaction is not None
+    assert interaction.answer_ids == (7, 2)
+    assert interaction.choices == (Choice((7, 2), (-1.0, -2.0)), Choice((8, 2), (-0.5, -0.25)))
+    made[2] = made.pop(1)
+    lost = to_interaction(make_chat(served=served))
+    assert lost is not None
+    assert lost.choices == (), "a score must mean the answer that was read"
 
 
 def test_a_token_that_nobody_was_shown_is_no_part_of_the_answer() -> None:
@@ -106,7 +154,9 @@ def test_a_token_that_nobody_was_shown_is_no_part_of_the_answer() -> None:
 
 
 def test_an_echoed_prompt_is_no_part_of_the_answer() -> None:
-    interaction = to_interaction(make_chat(request={"prompt": "1 2", "echo": True}, message=None, text="1 2 3"))
+    interaction = to_interaction(
+        make_chat(request={"prompt": "1 2", "echo": True}, message=None, text="1 2 3")
+    )
     assert interaction is not None
     assert interaction.answer == " 3"
 
@@ -174,7 +224,9 @@ async def test_an_answer_is_on_disk_when_keep_returns(store: GatedStore) -> None
 async def test_answers_that_finish_together_share_a_transaction(store: GatedStore) -> None:
     recorder = make_recorder(store)
     store.gate.clear()
-    kept = [asyncio.create_task(recorder.keep(make_chat(f"chatcmpl-{number}"))) for number in range(20)]
+    kept = [
+        asyncio.create_task(recorder.keep(make_chat(f"chatcmpl-{number}"))) for number in range(20)
+    ]
     await asyncio.sleep(0)
     store.gate.set()
     assert all(await asyncio.gather(*kept))
@@ -266,7 +318,9 @@ async def test_lost_answers_are_a_problem_until_one_is_kept_and_none_was_lost_fo
     problems.report("capture", "Left by a vLLM that was killed.", "")
     recorder = make_recorder(store, clock=lambda: now[0])
     assert await recorder.keep(make_chat("chatcmpl-1"))
-    assert problems.current() == [], "a former process's trouble is over with the first answer that is kept"
+    assert problems.current() == [], (
+        "a former process's trouble is over with the first answer that is kept"
+    )
     store.error = StorageError("disk full")
     assert not await recorder.keep(make_chat("chatcmpl-2"))
     await until_said(problems, "disk full")
@@ -276,7 +330,9 @@ async def test_lost_answers_are_a_problem_until_one_is_kept_and_none_was_lost_fo
     store.error = None
     now[0] = 5
     assert await recorder.keep(make_chat("chatcmpl-3"))
-    assert problems.current() == [problem], "one that was kept says little right after one that was lost"
+    assert problems.current() == [problem], (
+        "one that was kept says little right after one that was lost"
+    )
     now[0] = 5 + CALM_S
     assert await recorder.keep(make_chat("chatcmpl-4"))
     assert problems.current() == []
@@ -320,7 +376,9 @@ async def test_without_further_answers_the_problem_ends_too(
     recorder.close()
 
 
-async def test_an_error_that_quotes_an_answer_is_told_by_its_kind(store: GatedStore, tmp_path: Path) -> None:
+async def test_an_error_that_quotes_an_answer_is_told_by_its_kind(
+    store: GatedStore, tmp_path: Path
+) -> None:
     recorder = make_recorder(store)
     store.error = ValueError("cannot store 'my secret'")
     assert not await recorder.keep(make_chat())

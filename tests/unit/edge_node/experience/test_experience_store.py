@@ -31,10 +31,16 @@ def make_interaction(
 
 
 def tell(
-    store: ExperienceStore, number: int, score: float | None = None, right: str | None = None, remark: str | None = None
+    store: ExperienceStore,
+    number: int,
+    score: float | None = None,
+    right: str | None = None,
+    remark: str | None = None,
 ) -> Receipt:
     ids = () if right is None else tuple(map(ord, right))
-    return store.add_feedback(Feedback(f"chatcmpl-{number}", score, right, remark, ids), max_tokens=MAX_TOKENS)
+    return store.add_feedback(
+        Feedback(f"chatcmpl-{number}", score, right, remark, ids), max_tokens=MAX_TOKENS
+    )
 
 
 @pytest.fixture
@@ -80,12 +86,16 @@ def test_repeated_feedback_changes_nothing(store: ExperienceStore) -> None:
     longer = Feedback("chatcmpl-1", correction="right", correction_ids=tuple(range(90)))
     receipts = [store.add_feedback(longer, max_tokens=limit) for limit in (50, 100, 100)]
     assert [bool(receipt.unusable) for receipt in receipts] == [True, False, False]
-    assert len({receipt.id for receipt in receipts}) == 2, "where the node can learn it now, it is news"
+    assert len({receipt.id for receipt in receipts}) == 2, (
+        "where the node can learn it now, it is news"
+    )
     assert store.cursor() == 4
 
 
 def test_examples_are_corrections_and_verified_answers_newest_first(store: ExperienceStore) -> None:
-    store.add_interactions([make_interaction(number, answer=f"answer {number}") for number in range(1, 5)])
+    store.add_interactions(
+        [make_interaction(number, answer=f"answer {number}") for number in range(1, 5)]
+    )
     store.add_interactions([make_interaction(5, answer="")])
     tell(store, 1, score=1.0)
     tell(store, 2, score=0.0, right="right")
@@ -98,7 +108,7 @@ def test_examples_are_corrections_and_verified_answers_newest_first(store: Exper
         ("chatcmpl-1", "answer 1", "verified"),
     ]
     assert examples[0].prompt_ids == make_interaction(2).prompt_ids
-    assert store.counts() == Counts(5, 5, 2, {"the answer has no tokens": 1})
+    assert store.counts() == Counts(5, 5, 2, {"the answer has no tokens": 1}, liked=1)
     assert len(store.examples(up_to=store.cursor(), limit=1)) == 1
 
 
@@ -107,15 +117,23 @@ def test_the_newest_verdict_wins_and_a_comment_is_none(store: ExperienceStore) -
     tell(store, 1, right="first")
     tell(store, 1, right="second")
     tell(store, 1, remark="thanks")
-    assert ["".join(map(chr, example.target_ids)) for example in store.examples(up_to=3, limit=9)] == ["second"]
-    assert ["".join(map(chr, example.target_ids)) for example in store.examples(up_to=1, limit=9)] == ["first"]
+    assert [
+        "".join(map(chr, example.target_ids)) for example in store.examples(up_to=3, limit=9)
+    ] == ["second"]
+    assert [
+        "".join(map(chr, example.target_ids)) for example in store.examples(up_to=1, limit=9)
+    ] == ["first"]
     tell(store, 1, score=0.0)
     assert store.examples(up_to=4, limit=9) == []
 
 
 def test_failures_are_counted_after_a_cursor_and_by_version(store: ExperienceStore) -> None:
     store.add_interactions(
-        [make_interaction(1), make_interaction(2, model="lorikeet@v2-bbbbbbbb"), make_interaction(3)]
+        [
+            make_interaction(1),
+            make_interaction(2, model="lorikeet@v2-bbbbbbbb"),
+            make_interaction(3),
+        ]
     )
     tell(store, 1, score=0.0)
     cursor = store.cursor()
@@ -130,8 +148,12 @@ def test_failures_are_counted_after_a_cursor_and_by_version(store: ExperienceSto
 
 
 def test_what_cannot_be_learnt_is_no_example_and_no_failure(store: ExperienceStore) -> None:
-    store.add_interactions([make_interaction(1), make_interaction(2, unusable="the prompt holds more than text")])
-    assert tell(store, 1, right="0123456789").unusable == "", "two of the prompt and ten are just short enough"
+    store.add_interactions(
+        [make_interaction(1), make_interaction(2, unusable="the prompt holds more than text")]
+    )
+    assert tell(store, 1, right="0123456789").unusable == "", (
+        "two of the prompt and ten are just short enough"
+    )
     assert tell(store, 1, score=0.0, right="01234567890").unusable == TOO_LONG
     assert tell(store, 2, right="right").unusable == "the prompt holds more than text"
     assert store.counts() == Counts(2, 3, 0, {"the prompt holds more than text": 1, TOO_LONG: 1})
@@ -139,7 +161,8 @@ def test_what_cannot_be_learnt_is_no_example_and_no_failure(store: ExperienceSto
     assert [e.interaction_id for e in store.examples(up_to=1, limit=9)] == ["chatcmpl-1"]
     assert store.failures(after=1) == 0, "nothing new can be learnt, so no round starts for it"
     assert (
-        tell(store, 2, score=0.0).unusable == "it says neither that the answer was right nor what would have been right"
+        tell(store, 2, score=0.6).unusable
+        == "it says neither that the answer was right nor what would have been right"
     )
     assert store.failures(after=1) == 1
     too_long_to_count = Feedback("chatcmpl-1", correction="x", correction_ids=None)
@@ -161,11 +184,15 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 def test_counting_what_is_new_equals_counting_everything(tmp_path: Path) -> None:
     store = ExperienceStore(tmp_path / "experience.db")
-    store.add_interactions([make_interaction(number, answer="a" if number else "") for number in range(6)])
+    store.add_interactions(
+        [make_interaction(number, answer="a" if number else "") for number in range(6)]
+    )
     store.add_interactions([make_interaction(6, unusable="the prompt holds more than text")])
     drawn, reasons = random.Random(0), set[str]()
     for _ in range(60):
-        score, correction = drawn.choice([(None, "b"), (1.0, None), (0.0, None), (0.0, "c" * 20), (None, None)])
+        score, correction = drawn.choice(
+            [(None, "b"), (1.0, None), (0.0, None), (0.0, "c" * 20), (None, None)]
+        )
         tell(store, drawn.randrange(7), score, correction, str(drawn.random()))
         assert store.counts().examples == len(store.examples(up_to=store.cursor(), limit=100))
         assert store.counts() == ExperienceStore(tmp_path / "experience.db").counts()

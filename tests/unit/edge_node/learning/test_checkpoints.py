@@ -45,7 +45,9 @@ def no_seal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_short, altered, missing, half_a_seal, no_seal])
-def test_damaged_checkpoint_is_skipped_and_deleted(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_damaged_checkpoint_is_skipped_and_deleted(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     good, bad = make_checkpoint(tmp_path, 10), make_checkpoint(tmp_path, 20)
     damage(bad)
     assert newest_valid(tmp_path) == (good, 1.0)

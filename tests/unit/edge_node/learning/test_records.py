@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import json
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edge_node.learning.records import RoundPlan, RoundStore, open_starts, plan_round
+from edge_node.errors import SettingsError
+from edge_node.learning.feedback_plan import GroupSizes
+from edge_node.learning.plans import RoundPlan, WarmPlan, plan_round
+from edge_node.learning.policy import Method
+from edge_node.learning.records import RoundStore, open_starts
 from edge_node.settings import LearningSettings
-from protos.manifest import Payload, ReleaseManifest
+from protos.manifest import Payload, ReleaseManifest, sha256_hex
 
 
 def make_release(version: int = 0) -> ReleaseManifest:
@@ -25,7 +32,14 @@ def make_release(version: int = 0) -> ReleaseManifest:
 
 
 def make_plan(
-    number: int = 1, *, node: str = "a", version: int = 0, max_rank: int | None = None, seed: int = 0
+    number: int = 1,
+    *,
+    node: str = "a",
+    version: int = 0,
+    max_rank: int | None = None,
+    seed: int = 0,
+    method: Method = "sft",
+    groups: GroupSizes | None = None,
 ) -> RoundPlan:
     return plan_round(
         LearningSettings(seed=seed),
@@ -34,6 +48,8 @@ def make_plan(
         release=make_release(version),
         cursor=10 * number,
         max_rank=max_rank,
+        method=method,
+        groups=groups,
     )
 
 
@@ -43,9 +59,44 @@ def test_seed_depends_on_setting_node_and_number_only() -> None:
     assert make_plan(1, version=3).seed == make_plan(1, version=0).seed
 
 
+def test_a_plan_names_the_bases_own_samples(tmp_path: Path) -> None:
+    def plan(**learning: Any) -> RoundPlan:
+        settings = LearningSettings(anchors=tmp_path / "anchors", **learning)
+        return plan_round(
+            settings, number=1, node_id="a", release=make_release(), cursor=0, max_rank=None
+        )
+
+    with pytest.raises(SettingsError, match=r"there are no anchors in .*: No such file"):
+        plan()
+    assert plan(batch_anchor=0).anchors is None, "a batch without anchors needs none"
+    (tmp_path / "anchors").mkdir()
+    (tmp_path / "anchors/anchors.json").write_bytes(b"x")
+    made = plan(kl=0.5)
+    assert (made.anchors, made.kl) == (sha256_hex(b"x"), 0.5)
+    assert (make_plan().anchors, make_plan().kl) == (None, 1.0)
+
+
 def test_rate_decays_with_the_starts_version() -> None:
     assert make_plan(version=0).learning_rate == pytest.approx(5e-3)
     assert make_plan(version=3).learning_rate == pytest.approx(5e-3 * 0.7**3)
+
+
+def test_a_plan_has_a_warm_start_only_where_one_is_wanted() -> None:
+    def plan(cursor: int | None, **grpo: Any) -> RoundPlan:
+        settings = LearningSettings.model_validate({"grpo": grpo, "learning_rate": 0.1})
+        return plan_round(
+            settings, number=1, node_id="a", release=make_release(2), cursor=0, max_rank=None,
+            method="grpo", explored=["sums"], warm_cursor=cursor,
+        )  # fmt: skip
+
+    for without in (plan(None), plan(7, warm_steps=0)):
+        assert without.grpo is not None
+        assert without.grpo.warm is None
+        assert b"warm" not in without.to_bytes(), "older software reads such a plan"
+    made = plan(7, warm_steps=5)
+    assert made.grpo is not None
+    assert made.grpo.warm == WarmPlan(steps=5, learning_rate=0.1 * 0.7**2, cursor=7)
+    assert RoundPlan.model_validate_json(made.to_bytes()) == made
 
 
 @pytest.mark.parametrize(("offer", "rank"), [(None, 8), (4, 4), (64, 8)])
@@ -70,6 +121,28 @@ def test_round_is_durable_until_it_ends(tmp_path: Path) -> None:
     assert not (tmp_path / "learning/rounds" / plan.round_id).exists()
 
 
+def test_a_plan_of_before_a_field_was_added_is_read(tmp_path: Path) -> None:
+    """Otherwise a node that is upgraded in the middle of a round never learns again."""
+    store = RoundStore(tmp_path)
+    plan = make_plan().model_copy(update={"dtype": "bfloat16", "target_modules": "attention"})
+    store.begin(plan)
+    document = json.loads(plan.to_bytes())
+    del document["dtype"], document["target_modules"]
+    with sqlite3.connect(tmp_path / "rounds.db") as database:
+        database.execute("UPDATE rounds SET plan = ?", (json.dumps(document).encode(),))
+    before = plan.model_copy(update={"dtype": "float32", "target_modules": "all-linear"})
+    assert store.unfinished() == store.last() == before
+
+
+def test_a_plan_without_replay_has_the_bytes_of_before(tmp_path: Path) -> None:
+    plan = plan_round(
+        LearningSettings(batch_replay=0), number=1, node_id="a", release=make_release(0), cursor=0,
+        max_rank=None,
+    )  # fmt: skip
+    assert not {"batch_replay", "deleted"} & plan.model_dump().keys()
+    assert make_plan().batch_replay == 4
+
+
 def test_one_round_at_a_time(tmp_path: Path) -> None:
     store = RoundStore(tmp_path)
     store.begin(make_plan(1))
@@ -85,3 +158,45 @@ def test_one_round_at_a_time(tmp_path: Path) -> None:
 def test_data_directory_that_has_never_learnt_stays_untouched(tmp_path: Path) -> None:
     assert open_starts(tmp_path) == set()
     assert not list(tmp_path.iterdir())
+
+
+def test_each_method_has_a_cursor_of_its_own(tmp_path: Path) -> None:
+    """What preferences say is not read by a round of corrections."""
+    store, last = RoundStore(tmp_path), {}
+    for number, method in enumerate(("sft", "dpo", "sft", "kto", "dpo", "kto"), 1):
+        plan = make_plan(number, method=method)
+        assert (plan.method, "feedback" in json.loads(plan.to_bytes())) == (method, method != "sft")
+        store.begin(plan)
+        store.finish(plan.round_id, "4" * 64)
+        last[method] = plan.cursor
+    assert store.cursors() == {**last, "grpo": 0, "scored": 0}
+    assert store.sent(make_plan(1).release_id) == {"sft", "dpo", "kto"}
+    assert store.sent("another") == set()
+
+
+def test_a_scored_round_meets_each_group_four_times_at_most() -> None:
+    sizes = GroupSizes(count=8, samples=5, tokens=9, stale=2)
+    plan = make_plan(method="scored", groups=sizes)
+    assert plan.steps == 2, "32 turns of groups, 16 a step"
+    assert plan.grpo is not None
+    assert (plan.grpo.samples, plan.grpo.temperature, plan.grpo.environments) == (5, 1.0, [])
+    assert plan.feedback is not None
+    assert plan.feedback.stale == 2
+    many = GroupSizes(count=1000, samples=5, tokens=9, stale=0)
+    assert make_plan(method="scored", groups=many).steps == 40
+
+
+def test_a_dropped_round_took_nothing_and_counts_as_no_try(tmp_path: Path) -> None:
+    """Its update would have been of no use; what it was to learn from is still new."""
+    store = RoundStore(tmp_path)
+    ends = {1: store.finish, 2: store.drop, 3: store.give_up, 4: store.drop}
+    methods: dict[int, Method] = {1: "sft", 2: "sft", 3: "grpo", 4: "dpo"}
+    for number, end in ends.items():
+        plan = make_plan(number, method=methods[number])
+        if number == 3:  # as the worker plans it
+            plan = plan.model_copy(update={"cursor": store.cursors()["sft"]})
+        store.begin(plan)
+        end(plan.round_id, "after step 1 of 2")
+    assert store.cursors() == {"sft": 10, "dpo": 0, "scored": 0, "kto": 0, "grpo": 0}
+    assert store.given_up(make_plan().release_id) == 1
+    assert store.ends()[0].result == "obsolete after step 1 of 2"

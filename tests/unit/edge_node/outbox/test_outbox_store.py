@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from edge_node.errors import StorageError
-from edge_node.outbox import Outbox, OutboxState
+from edge_node.outbox import Outbox, OutboxEntry, OutboxState
 from protos.manifest import Payload, Start, UpdateManifest, sha256_hex
 
 
-def make_manifest(sequence: int, payload: bytes, *, start: str = "1", round_id: str | None = None) -> bytes:
+def make_manifest(
+    sequence: int, payload: bytes, *, start: str = "1", round_id: str | None = None
+) -> bytes:
     return UpdateManifest(
         node_id="node",
         sequence=sequence,
@@ -26,7 +31,9 @@ def make_manifest(sequence: int, payload: bytes, *, start: str = "1", round_id: 
 
 def add(outbox: Outbox, payload: bytes = b"payload", start: str = "1") -> str:
     sequence = outbox.next_sequence()
-    return outbox.add(f"r{sequence}", make_manifest(sequence, payload, start=start), b"signature", payload)
+    return outbox.add(
+        f"r{sequence}", make_manifest(sequence, payload, start=start), b"signature", payload
+    )
 
 
 def test_added_update_is_there_for_another_process(tmp_path: Path) -> None:
@@ -89,6 +96,78 @@ def test_admission_keeps_the_receipt_and_is_only_for_waiting_updates(tmp_path: P
     outbox.mark_admitted(update_id, b"body", b"signature")
     assert outbox.receipt(update_id) == (b"body", b"signature")
     assert not outbox.payload_path("r1").exists()
+
+
+def test_an_entry_says_what_was_added_and_when_it_changed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "data" / "outbox", "auto")
+    update_id = add(outbox)
+    outbox.mark_refused(update_id, "NOT_FINITE: nan")
+    (entry,) = outbox.list(OutboxState.REFUSED)
+    changed_at = entry.changed_at
+    assert entry == OutboxEntry(
+        sequence=1,
+        update_id=update_id,
+        round_id="r1",
+        start_release="1" * 64,
+        state=OutboxState.REFUSED,
+        reason="NOT_FINITE: nan",
+        created_at="2026-11-22T00:00:00Z",
+        changed_at=changed_at,
+    )
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(changed_at)) < timedelta(minutes=1)
+    assert len(changed_at) == len("2026-11-22T00:00:00.000+00:00")
+
+
+def test_what_an_outbox_of_today_is_on_disk(tmp_path: Path) -> None:
+    """Its names and words are read again after an upgrade."""
+    outbox = Outbox(tmp_path, "auto")
+    for payload in (b"1", b"2", b"3"):
+        add(outbox, payload)
+    first, second, _ = (entry.update_id for entry in outbox.list())
+    outbox.mark_admitted(first, b"body", b"signature")
+    outbox.mark_refused(second, "NOT_FINITE: nan")
+    held = Outbox(tmp_path, "manual")
+    fourth, fifth = add(held, b"4"), add(held, b"5")
+    held.reject(fourth, "no")
+    with closing(sqlite3.connect(tmp_path / "outbox.db")) as database:
+        rows = database.execute("SELECT update_id, state FROM updates ORDER BY sequence").fetchall()
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    words = ["admitted", "refused", "waiting", "rejected", "held"]
+    assert [word for _, word in rows] == words
+    assert rows[4][0] == fifth
+    assert {file.name for file in (tmp_path / "payloads").iterdir()} == {
+        "r3.safetensors",
+        "r5.safetensors",
+    }
+
+
+def test_what_central_decided_last(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, "auto")
+    assert outbox.refused_last() is None
+    first, second, third = add(outbox, b"1"), add(outbox, b"2"), add(outbox, b"3")
+    outbox.mark_refused(first, "NOT_FINITE: nan")
+    last = outbox.refused_last()
+    assert last is not None
+    assert last.update_id == first
+    outbox.mark_admitted(second, b"body", b"signature")
+    assert outbox.refused_last() is None, "what came after it was admitted"
+    admitted = outbox.last_for_start("1" * 64)
+    assert admitted is not None
+    assert admitted.update_id == third
+    outbox.mark_refused(third, "NOT_FINITE: nan")
+    admitted = outbox.last_for_start("1" * 64)
+    assert admitted is not None
+    assert admitted.update_id == second, "an admitted one counts, a refused one does not"
+
+
+def test_a_decision_stands_where_the_payload_is_gone_already(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, "auto")
+    first, second = add(outbox, b"1"), add(outbox, b"2")
+    for round_id in ("r1", "r2"):
+        outbox.payload_path(round_id).unlink()
+    outbox.mark_admitted(first, b"body", b"signature")
+    outbox.mark_refused(second, "NOT_FINITE: nan")
+    assert [entry.state for entry in outbox.list()] == ["admitted", "refused"]
 
 
 def test_last_for_start_is_the_newest_that_central_has_or_gets(tmp_path: Path) -> None:

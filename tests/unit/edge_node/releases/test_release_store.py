@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,12 +16,8 @@ from edge_node.identity import Identity
 from edge_node.releases.peft_directory import directory_rank
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from protos.base import BaseModelInfo
-from protos.lora import LoraModule, LoraTensors, encode
-from protos.manifest import Payload, ReleaseManifest, sha256_hex, sign
-from protos.releases.v1 import releases_pb2
-
-BASE = "b" * 64
-SHAPES = {"model.layers.0.self_attn.q_proj": (6, 4), "model.layers.0.mlp.up_proj": (8, 4)}
+from protos.lora import LoraModule, LoraTensors, decode, encode
+from tests.fakes.signed_releases import BASE, SHAPES, make_payload, make_signed
 
 
 @pytest.fixture(scope="module")
@@ -49,44 +46,12 @@ def test_what_central_said_of_a_quarantine_is_kept_and_a_damaged_file_is_written
         assert store.quarantine() == ""
 
 
-def make_payload(rank: int = 2) -> bytes:
-    rng = np.random.default_rng(0)
-    modules = {
-        name: LoraModule(
-            rng.normal(size=(rank + i, shape[1])).astype(np.float32),
-            rng.normal(size=(shape[0], rank + i)).astype(np.float32),
-            scale=0.5,
-        )
-        for i, (name, shape) in enumerate(sorted(SHAPES.items()))
-    }
-    return encode(LoraTensors(modules))
-
-
-def make_signed(key: ec.EllipticCurvePrivateKey, payload: bytes, **changes: object) -> releases_pb2.SignedManifest:
-    fields: dict[str, object] = {
-        "base": BASE,
-        "cohort": "shared",
-        "version": 1,
-        "parent": "a" * 64,
-        "plan": "c" * 64,
-        "payload": Payload(digest_sha256=sha256_hex(payload), size_bytes=len(payload)),
-        "rank": 3,
-        "truncation_error": 0.0,
-        "updates": [],
-        "created_at": "2026-01-01T00:00:00Z",
-    }
-    data = ReleaseManifest.model_validate(fields | changes).to_bytes()
-    return releases_pb2.SignedManifest(manifest=data, signature=sign(key, data))
-
-
 def test_installed_directory_is_the_same_increment(
     store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
 ) -> None:
     payload = make_payload()
     release = store.install(make_signed(release_key, payload), payload)
     tensors = load_file(release.path / "adapter_model.safetensors")
-    from protos.lora import decode
-
     for name, module in decode(payload).modules.items():
         a = tensors[f"base_model.model.{name}.lora_A.weight"]
         b = tensors[f"base_model.model.{name}.lora_B.weight"]
@@ -99,7 +64,9 @@ def test_a_release_without_modules_changes_nothing(
     store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
 ) -> None:
     payload = encode(LoraTensors())
-    release = store.install(make_signed(release_key, payload, version=0, parent=None, plan=None, rank=0), payload)
+    release = store.install(
+        make_signed(release_key, payload, version=0, parent=None, plan=None, rank=0), payload
+    )
     tensors = load_file(release.path / "adapter_model.safetensors")
     assert len(tensors) == 2
     assert all(not tensor.any() for tensor in tensors.values())
@@ -110,7 +77,10 @@ def test_a_release_without_modules_changes_nothing(
     [({"cohort": "zeta"}, "cohort 'zeta'"), ({"base": "d" * 64}, "base dddddddd")],
 )
 def test_other_cohort_or_base_is_refused(
-    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey, changes: dict[str, str], words: str
+    store: ReleaseStore,
+    release_key: ec.EllipticCurvePrivateKey,
+    changes: dict[str, str],
+    words: str,
 ) -> None:
     payload = make_payload()
     with pytest.raises(AdapterError, match=words):
@@ -122,7 +92,10 @@ def test_a_version_that_is_removed_while_they_are_listed_is_left_out(
     store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     payload = make_payload()
-    gone, stays = (store.install(make_signed(release_key, payload, version=number), payload) for number in (1, 2))
+    gone, stays = (
+        store.install(make_signed(release_key, payload, version=number), payload)
+        for number in (1, 2)
+    )
     listed = list((store._root / "versions").iterdir())
     store.remove(gone)
     monkeypatch.setattr(Path, "iterdir", lambda _: iter(listed))
@@ -135,21 +108,29 @@ def test_other_signature_is_refused(store: ReleaseStore) -> None:
         store.install(make_signed(ec.generate_private_key(ec.SECP256R1()), payload), payload)
 
 
-def test_other_bytes_are_refused(store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey) -> None:
+def test_other_bytes_are_refused(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+) -> None:
     signed = make_signed(release_key, make_payload())
     with pytest.raises(AdapterError, match="has digest"):
         store.install(signed, make_payload(rank=3))
     assert store.newest() == []
 
 
-def test_module_that_the_base_lacks_is_refused(store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey) -> None:
+def test_module_that_the_base_lacks_is_refused(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+) -> None:
     ones = np.ones((2, 4), np.float32)
-    payload = encode(LoraTensors({"model.layers.9.q_proj": LoraModule(ones, np.ones((6, 2), np.float32))}))
+    payload = encode(
+        LoraTensors({"model.layers.9.q_proj": LoraModule(ones, np.ones((6, 2), np.float32))})
+    )
     with pytest.raises(AdapterError, match="another base"):
         store.install(make_signed(release_key, payload), payload)
 
 
-def test_active_survives_a_new_store(store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey) -> None:
+def test_active_survives_a_new_store(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+) -> None:
     assert store.active() is None
     payload = make_payload()
     release = store.install(make_signed(release_key, payload), payload)
@@ -170,7 +151,9 @@ def test_a_second_handle_leaves_alone_what_is_being_installed(store: ReleaseStor
     assert not half.exists()
 
 
-def test_a_damaged_directory_is_installed_again(store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey) -> None:
+def test_a_damaged_directory_is_installed_again(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+) -> None:
     payload = make_payload()
     signed = make_signed(release_key, payload)
     release = store.install(signed, payload)
@@ -227,25 +210,46 @@ def test_a_node_with_less_room_serves_a_prefix_of_the_signed_release(
     signed = make_signed(release_key, payload, rank=4)
     release = limited(store, 2).install(signed, payload)
     assert served_rank(release) == 2
-    assert (release.path / "payload.safetensors").read_bytes() == payload, "what was signed stays whole"
+    assert (release.path / "payload.safetensors").read_bytes() == payload, (
+        "what was signed stays whole"
+    )
     tensors = load_file(release.path / "adapter_model.safetensors")
     for name, module in whole.modules.items():
-        product = tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
+        product = (
+            tensors[f"base_model.model.{name}.lora_B.weight"]
+            @ tensors[f"base_model.model.{name}.lora_A.weight"]
+        )
         u, s, vt = np.linalg.svd(module.B @ module.A)
         np.testing.assert_allclose(product, (u[:, :2] * s[:2]) @ vt[:2], atol=1e-5)
-    assert limited(store, 9).install(make_signed(release_key, payload, rank=4, version=2), payload).path != release.path
+    assert (
+        limited(store, 9)
+        .install(make_signed(release_key, payload, rank=4, version=2), payload)
+        .path
+        != release.path
+    )
     small = encode(make_release(1))
-    assert served_rank(limited(store, 2).install(make_signed(release_key, small, rank=1, version=3), small)) == 1
+    assert (
+        served_rank(
+            limited(store, 2).install(make_signed(release_key, small, rank=1, version=3), small)
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize(("before", "after", "rank"), [(2, None, 4), (None, 2, 2), (3, 1, 1)])
 def test_another_rank_is_fitted_at_the_next_start_without_central(
-    before: int | None, after: int | None, rank: int, store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey
+    before: int | None,
+    after: int | None,
+    rank: int,
+    store: ReleaseStore,
+    release_key: ec.EllipticCurvePrivateKey,
 ) -> None:
     payload, empty = encode(make_release(4)), encode(LoraTensors())
     old = limited(store, before)
     release = old.install(make_signed(release_key, payload, rank=4), payload)
-    genesis = old.install(make_signed(release_key, empty, version=0, parent=None, plan=None, rank=0), empty)
+    genesis = old.install(
+        make_signed(release_key, empty, version=0, parent=None, plan=None, rank=0), empty
+    )
     old.activate(release)
     (release.path.parent / "unfinished").mkdir()
     new = limited(store, after)
@@ -269,3 +273,17 @@ def test_a_payload_of_another_rank_than_its_manifest_says_or_that_has_no_prefixe
     with pytest.raises(AdapterError, match="not in the form of a release"):
         limited(store, 1).install(make_signed(release_key, update), update)
     assert store.newest() == []
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8"])
+def test_a_rounded_release_is_served_as_the_numbers_that_it_was_rounded_to(
+    store: ReleaseStore, release_key: ec.EllipticCurvePrivateKey, encoding: Literal["bf16", "int8"]
+) -> None:
+    payload = encode(decode(make_payload()), encoding)
+    release = store.install(make_signed(release_key, payload), payload)
+    tensors = load_file(release.path / "adapter_model.safetensors")
+    exact = encode(decode(payload))
+    other = store.install(make_signed(release_key, exact), exact)
+    served = load_file(other.path / "adapter_model.safetensors")
+    assert tensors.keys() == served.keys()
+    assert all((tensors[name] == served[name]).all() for name in tensors)

@@ -31,7 +31,9 @@ async def test_it_is_ready_once_the_alias_points_somewhere(gateway: Gateway) -> 
     assert gateway.aliases.resolve(V1) == V1
 
 
-async def test_loading_again_changes_nothing_and_other_bytes_are_refused(gateway: Gateway, tmp_path: Path) -> None:
+async def test_loading_again_changes_nothing_and_other_bytes_are_refused(
+    gateway: Gateway, tmp_path: Path
+) -> None:
     await gateway.load(V1, tmp_path / "v1")
     with pytest.raises(ServingError, match="never replaced in place"):
         await gateway.load(V1, make_version(tmp_path, "other"))
@@ -39,23 +41,31 @@ async def test_loading_again_changes_nothing_and_other_bytes_are_refused(gateway
 
 
 @pytest.mark.parametrize("name", ["v1", "other@v1", "lorikeet@", "base@01234567"])
-async def test_a_version_is_named_after_the_alias(gateway: Gateway, tmp_path: Path, name: str) -> None:
+async def test_a_version_is_named_after_the_alias(
+    gateway: Gateway, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(ServingError, match="lorikeet@<label>"):
         await gateway.load(name, tmp_path / "v1")
 
 
 async def test_a_directory_that_is_none_is_named(gateway: Gateway, tmp_path: Path) -> None:
-    with pytest.raises(ServingError, match=r"adapter_config\.json, adapter_model\.safetensors not found"):
+    with pytest.raises(
+        ServingError, match=r"adapter_config\.json, adapter_model\.safetensors not found"
+    ):
         await gateway.load("lorikeet@v3", tmp_path / "absent")
     with pytest.raises(ServingError, match="not loaded"):
         gateway.point("lorikeet@v3")
 
 
-async def test_an_adapter_that_does_not_fit_the_base_is_refused(gateway: Gateway, tmp_path: Path) -> None:
+async def test_an_adapter_that_does_not_fit_the_base_is_refused(
+    gateway: Gateway, tmp_path: Path
+) -> None:
     with pytest.raises(ServingError, match=r"shape \[2, 5\]; expected \[rank, 4\]"):
         await gateway.load("lorikeet@v3", make_version(tmp_path, "narrow", columns=5))
     with pytest.raises(ServingError, match=r"layers.7.* no module of the base"):
-        await gateway.load("lorikeet@v3", make_version(tmp_path, "deep", module="model.layers.7.self_attn.q_proj"))
+        await gateway.load(
+            "lorikeet@v3", make_version(tmp_path, "deep", module="model.layers.7.self_attn.q_proj")
+        )
     broken = make_version(tmp_path, "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"xxx")
     with pytest.raises(ServingError, match="not a readable safetensors file"):
@@ -93,14 +103,18 @@ async def test_unloading_waits_for_requests_in_flight(gateway: Gateway) -> None:
     assert V2 not in gateway.engine.loaded  # type: ignore[attr-defined]
 
 
-async def test_a_long_answer_on_an_old_version_does_not_hold_up_a_new_one(gateway: Gateway, tmp_path: Path) -> None:
+async def test_a_long_answer_on_an_old_version_does_not_hold_up_a_new_one(
+    gateway: Gateway, tmp_path: Path
+) -> None:
     gateway.point(V1)
     gateway.aliases.enter(V2)
     unloading = asyncio.create_task(gateway.unload(V2))
     await asyncio.sleep(0)
     async with asyncio.timeout(5):
         await gateway.load("lorikeet@v3-cccccccc", make_version(tmp_path, "v3"))
-    with pytest.raises(ServingError, match="1 requests are still on it"):  # not "gone": its directory is in use
+    with pytest.raises(
+        ServingError, match="1 requests are still on it"
+    ):  # not "gone": its directory is in use
         await gateway.unload(V2)
     gateway.aliases.leave(V2)
     await unloading

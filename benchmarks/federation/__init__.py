@@ -1,0 +1,1 @@
+"""Rounds and bytes of a federation, beside nodes alone and one learner with all data."""

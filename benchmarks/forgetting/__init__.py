@@ -1,0 +1,1 @@
+"""What is forgotten while environments are learnt one after the other."""

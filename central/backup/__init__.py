@@ -1,0 +1,1 @@
+"""Backup and restore: a journal and its blobs enter; a backup leaves, or a restored central."""

@@ -1,0 +1,5 @@
+"""`python -m central.cli`."""
+
+from central.cli.program import main
+
+main()

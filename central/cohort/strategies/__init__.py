@@ -1,0 +1,1 @@
+"""Flower strategies: the updates of a plan enter; the arrays of its candidate leave."""

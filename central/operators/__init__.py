@@ -1,0 +1,1 @@
+"""The operator's line: questions and orders enter; listings, tokens and journal events leave."""

@@ -1,0 +1,1 @@
+"""Retention: blobs that nothing needs are deleted, each with its reason in the journal."""

@@ -1,0 +1,325 @@
+"""What users say of several answers: which of two is better, or a score for each of a group.
+
+In: preferences, and scores of the choices of one request. Out: pairs and groups for training, in
+the token ids that were served, with the log-probabilities that the engine had; counts. Guarantees:
+each is feedback with a number of its own, so the cursor counts it; of the same two answers, or of
+the same group, the newest word counts; what refers to an answer that is not there changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from edge_node.errors import UnknownInteraction
+from edge_node.experience.database import TOKEN_BYTES, Database, unpack, unpack_logprobs
+from edge_node.experience.usable import NO_LOGPROBS, SAME_ANSWERS, SAME_SCORES, why_unusable
+
+Kind = Literal["preference", "group"]
+SAME = 1e-6
+"""Scores of one group that differ by less are the same."""
+NEWEST = """
+FROM comparisons c JOIN feedback f ON f.number = c.number
+JOIN interactions i ON i.id = f.interaction_id
+WHERE c.number = (
+    SELECT MAX(newest.number) FROM comparisons newest
+    WHERE newest.kind = c.kind AND newest.subject = c.subject AND newest.number <= :up_to
+)
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer that was served: an interaction's, or one of its choices."""
+
+    interaction_id: str
+    choice: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.interaction_id}#{self.choice}"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """`chosen` is better than `rejected`; both answer the same prompt."""
+
+    chosen: Answer
+    rejected: Answer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A score for each choice of one request, in order; finite, and only their order and distances
+    within the group matter.
+    """
+
+    interaction_id: str
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference in token ids."""
+
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Scored answers to one prompt. logprobs: of each token of each answer, natural."""
+
+    interaction_id: str
+    prompt_ids: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Durable feedback. unusable: why nothing can be learnt from it; empty when something can."""
+
+    id: str
+    unusable: str
+
+
+class Comparisons(Database):
+    """The part of the experience store that compares answers."""
+
+    def add_preference(self, preference: Preference, *, max_tokens: int) -> Receipt:
+        """Makes `preference` durable; the same again right after gives the same receipt.
+
+        Raises UnknownInteraction; ValueError when the two are one, answer different prompts, or a
+        choice was not kept.
+
+        max_tokens: as in add_feedback.
+        """
+        chosen, rejected = preference.chosen, preference.rejected
+        if chosen == rejected:
+            raise ValueError(
+                f"chosen and rejected are the same answer, {chosen}; expected two answers."
+            )
+        with self._transaction() as db:
+            found = [_found(db, "chosen", chosen), _found(db, "rejected", rejected)]
+            (known, prompt, first), (known_too, prompt_too, second) = found
+            if not (known or known_too) and prompt != prompt_too:
+                raise ValueError(
+                    f"chosen {chosen} and rejected {rejected} answer different prompts; expected "
+                    "two answers to the same messages."
+                )
+            unusable = next(
+                filter(None, (_why(one, max_tokens) for one in found)),
+                SAME_ANSWERS if first == second else "",
+            )
+            subject = " ".join(sorted((str(chosen), str(rejected))))
+            said = {"chosen": _said(chosen), "rejected": _said(rejected)}
+            return _add(db, "preference", chosen.interaction_id, subject, said, unusable)
+
+    def add_scores(self, scores: Scores, *, max_tokens: int) -> Receipt:
+        """Makes the scores of a group durable; the same again right after gives the same receipt.
+
+        Raises UnknownInteraction; ValueError when there is not one finite score for each of two or
+        more choices.
+        """
+        with self._transaction() as db:
+            _expect_interaction(db, scores.interaction_id)
+            rows = db.execute(
+                "SELECT i.unusable, i.prompt_ids, c.answer_ids, c.logprobs FROM choices c JOIN "
+                "interactions i ON i.id = c.interaction_id WHERE i.id = ? ORDER BY c.position",
+                (scores.interaction_id,),
+            ).fetchall()
+            if len(rows) < 2:
+                raise ValueError(
+                    f"The request of answer {scores.interaction_id} has one choice; scores are for "
+                    "a request with n of 2 or more. Send `score` for a single answer."
+                )
+            if len(rows) != len(scores.scores):
+                raise ValueError(
+                    f"scores has {len(scores.scores)} items; expected {len(rows)}, one for each "
+                    f"choice of answer {scores.interaction_id}, in the order of `index`."
+                )
+            if not all(map(math.isfinite, scores.scores)):
+                raise ValueError("scores holds a number that is not finite; expected finite ones.")
+            unusable = next(
+                filter(None, (_why(tuple(row)[:3], max_tokens) for row in rows)),
+                NO_LOGPROBS
+                if any(len(row["logprobs"]) != len(row["answer_ids"]) for row in rows)
+                else SAME_SCORES
+                if max(scores.scores) - min(scores.scores) < SAME
+                else "",
+            )
+            said = {"scores": scores.scores}
+            return _add(db, "group", scores.interaction_id, scores.interaction_id, said, unusable)
+
+    def delete(self, interaction_id: str) -> None:
+        """Removes an interaction and all that was said of it, also from the file's free pages.
+
+        Raises UnknownInteraction. It never comes back: the same id is not stored again.
+        """
+        with self._transaction() as db:
+            _expect_interaction(db, interaction_id)
+            of_it = {"id": interaction_id}
+            numbers = db.execute(
+                "SELECT c.number FROM comparisons c JOIN feedback f ON f.number = c.number WHERE "
+                "f.interaction_id = :id OR json_extract(c.said, '$.rejected[0]') = :id",
+                of_it,
+            ).fetchall()
+            db.executemany("DELETE FROM comparisons WHERE number = ?", numbers)
+            db.executemany("DELETE FROM feedback WHERE number = ?", numbers)
+            db.execute("DELETE FROM feedback WHERE interaction_id = :id", of_it)
+            for table in ("choices", "users"):
+                db.execute(f"DELETE FROM {table} WHERE interaction_id = :id", of_it)
+            db.execute("DELETE FROM interactions WHERE id = :id", of_it)
+            db.execute(
+                "INSERT INTO deleted VALUES (?, ?)", (interaction_id, datetime.now(UTC).isoformat())
+            )
+        # The log still has the pages of before; what another process reads now stays until it ends.
+        self._query("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def deleted(self) -> int:
+        """How many interactions were deleted."""
+        return self._count("SELECT COUNT(*) FROM deleted")
+
+    def pairs(self, *, up_to: int, limit: int) -> list[Pair]:
+        """Usable preferences known at cursor `up_to`, newest first."""
+        made = []
+        for row in self._newest("preference", up_to, limit):
+            said = json.loads(row["said"])
+            chosen, rejected = (self._answer_ids(*said[name]) for name in ("chosen", "rejected"))
+            if chosen is not None and rejected is not None:  # deleted meanwhile
+                made.append(Pair(unpack(row["prompt_ids"]), unpack(chosen), unpack(rejected)))
+        return made
+
+    def groups(self, *, up_to: int, limit: int, model: str) -> list[Group]:
+        """Usable scored groups of answers by the version `model`, known at cursor `up_to`, newest
+        first. Those of other versions are stale.
+        """
+        made = []
+        for row in self._newest("group", up_to, limit, model):
+            choices = self._query(
+                "SELECT answer_ids, logprobs FROM choices WHERE interaction_id = ? ORDER BY "
+                "position",
+                (row["id"],),
+            )
+            scores = tuple(json.loads(row["said"])["scores"])
+            if len(choices) == len(scores):
+                made.append(
+                    Group(
+                        row["id"],
+                        unpack(row["prompt_ids"]),
+                        tuple(unpack(choice["answer_ids"]) for choice in choices),
+                        tuple(unpack_logprobs(choice["logprobs"]) for choice in choices),
+                        scores,
+                    )
+                )
+        return made
+
+    def new_comparisons(self, kind: Kind, *, after: int, model: str | None = None) -> int:
+        """Usable ones after cursor `after`; `model`: of answers of that version only."""
+        return self._count(
+            "SELECT COUNT(*) FROM comparisons c JOIN feedback f ON f.number = c.number JOIN "
+            "interactions i ON i.id = f.interaction_id WHERE c.number > :after AND c.kind = :kind "
+            "AND f.unusable = '' AND (:model IS NULL OR i.model = :model)",
+            {"after": after, "kind": kind, "model": model},
+        )
+
+    def count_groups(self, *, up_to: int, model: str) -> int:
+        """Usable scored groups of answers by the version `model`, known at cursor `up_to`."""
+        return self._count(
+            f"SELECT COUNT(*) {NEWEST} AND c.kind = 'group' AND f.unusable = '' AND i.model = "
+            ":model",
+            {"up_to": up_to, "model": model},
+        )
+
+    def comparisons_since(self, after: int, cursor: int, *, up_to: int) -> Counter[tuple[str, str]]:
+        """Of what was compared in (after, cursor]: number by kind and why it cannot be used (empty:
+        it can), as known at `up_to`.
+        """
+        rows = self._query(
+            f"SELECT c.kind, f.unusable, COUNT(*) {NEWEST} AND (c.kind, c.subject) IN (SELECT "
+            "kind, subject FROM comparisons WHERE number > :after AND number <= :cursor) GROUP BY "
+            "c.kind, f.unusable",
+            {"after": after, "cursor": cursor, "up_to": up_to},
+        )
+        return Counter({(kind, reason): number for kind, reason, number in rows})
+
+    def _newest(
+        self, kind: Kind, up_to: int, limit: int, model: str | None = None
+    ) -> Iterator[sqlite3.Row]:
+        yield from self._query(
+            f"SELECT i.id, i.prompt_ids, c.said {NEWEST} AND c.kind = :kind AND f.unusable = '' "
+            "AND (:model IS NULL OR i.model = :model) ORDER BY c.number DESC LIMIT :limit",
+            {"up_to": up_to, "kind": kind, "limit": limit, "model": model},
+        )
+
+    def _answer_ids(self, interaction_id: str, choice: int) -> bytes | None:
+        rows = self._query(ANSWER, {"id": interaction_id, "choice": choice})
+        return None if not rows else rows[0]["answer_ids"]
+
+
+ANSWER = """
+SELECT i.unusable, i.prompt_ids, COALESCE(c.answer_ids, i.answer_ids) AS answer_ids
+FROM interactions i LEFT JOIN choices c ON c.interaction_id = i.id AND c.position = :choice
+WHERE i.id = :id AND (:choice = 0 OR c.position IS NOT NULL)
+"""
+
+
+def _expect_interaction(db: sqlite3.Connection, interaction_id: str) -> None:
+    if not db.execute("SELECT 1 FROM interactions WHERE id = ?", (interaction_id,)).fetchone():
+        raise UnknownInteraction(interaction_id)
+
+
+def _found(db: sqlite3.Connection, name: str, answer: Answer) -> tuple[str, bytes, bytes]:
+    """Why the answer is unusable, its prompt, its ids."""
+    _expect_interaction(db, answer.interaction_id)
+    row = db.execute(ANSWER, {"id": answer.interaction_id, "choice": answer.choice}).fetchone()
+    if row is None:
+        raise ValueError(
+            f"{name} is choice {answer.choice} of answer {answer.interaction_id}, which was not "
+            "kept; expected the `index` of one of its choices."
+        )
+    return row["unusable"], row["prompt_ids"], row["answer_ids"]
+
+
+def _why(found: Sequence[Any], max_tokens: int) -> str:
+    known, prompt, ids = found
+    return why_unusable(known, len(prompt) // TOKEN_BYTES, len(ids) // TOKEN_BYTES, max_tokens)
+
+
+def _said(answer: Answer) -> list[Any]:
+    return [answer.interaction_id, answer.choice]
+
+
+def _add(
+    db: sqlite3.Connection,
+    kind: Kind,
+    interaction_id: str,
+    subject: str,
+    said: dict[str, Any],
+    unusable: str,
+) -> Receipt:
+    document = json.dumps(said)
+    newest = db.execute(
+        "SELECT f.id, c.said, f.unusable FROM comparisons c JOIN feedback f ON f.number = c.number "
+        "WHERE c.kind = ? AND c.subject = ? ORDER BY c.number DESC LIMIT 1",
+        (kind, subject),
+    ).fetchone()
+    if newest is not None and tuple(newest)[1:] == (document, unusable):
+        return Receipt(newest["id"], unusable)
+    feedback_id = f"fb-{uuid.uuid4().hex}"
+    number = db.execute(
+        "INSERT INTO feedback (id, created_at, interaction_id, correction_ids, unusable) VALUES "
+        "(?, ?, ?, X'', ?)",
+        (feedback_id, datetime.now(UTC).isoformat(), interaction_id, unusable),
+    ).lastrowid
+    db.execute("INSERT INTO comparisons VALUES (?, ?, ?, ?)", (number, kind, subject, document))
+    return Receipt(feedback_id, unusable)

@@ -1,0 +1,332 @@
+"""A grpo round from its plan to the increment: gathers what it needs of the node, trains, measures.
+
+In: a RoundPlan with its GrpoPlan, settings, the node's vLLM. Out: a TrainedRound whose policy is
+better than its start on held-out tasks; otherwise NoGain. Importing this module loads torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edge_node.base_model import longest_context, read_base
+from edge_node.environments import (
+    Agents,
+    Environment,
+    EnvironmentProcess,
+    Episodes,
+    Split,
+    Task,
+)
+from edge_node.episodes import Rules
+from edge_node.errors import ServingError, SettingsError
+from edge_node.experience import ExperienceStore
+from edge_node.learning import gain
+from edge_node.learning.anchors import Anchors
+from edge_node.learning.compute import read_compute
+from edge_node.learning.grpo import train_grpo
+from edge_node.learning.plans import GrpoPlan, RoundPlan
+from edge_node.learning.policies import Policies, read_release, sweep
+from edge_node.learning.records import NoGain, RoundImpossible
+from edge_node.learning.rewards import Exercise
+from edge_node.learning.rollouts import VllmRollouts
+from edge_node.learning.round import or_deleted, training_anchors
+from edge_node.learning.steering import UNSTEERED, Steering
+from edge_node.learning.targets import targeted
+from edge_node.learning.training import TrainedRound
+from edge_node.learning.warm import warm_lessons, warm_start
+from edge_node.rendering import ChatFormat, Renderer, load_renderer
+from edge_node.serving import ControlClient, control_socket
+from edge_node.settings import EdgeSettings
+from protos.lora import LoraTensors
+
+PATIENCE_S = 600.0
+"""How long a round waits for a vLLM that does not answer: longer than one takes to start."""
+RETRY_S = 1.0
+
+T = TypeVar("T")
+Judging = Environment | Episodes
+
+
+def train_on_verifiers(
+    plan: RoundPlan,
+    settings: EdgeSettings,
+    release: Path,
+    workspace: Path,
+    *,
+    obsolete: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = lambda: None,
+    steering: Steering = UNSTEERED,
+) -> TrainedRound:
+    """Train by reinforcement from `release`'s directory, with rollouts from this node's vLLM.
+
+    Raises:
+        SettingsError: no base model, or unusable anchors.
+        EnvironmentFault: an environment does not work.
+        NoGain: the policy is no better than its start; NothingToGain: and never will be.
+        RoundImpossible: the settings are others by now, tasks are unusable, or no verifier gives a
+            reward.
+        ServingError: vLLM does not answer.
+        RoundCancelled, RoundPaused: `steering` said so.
+    """
+    assert plan.grpo is not None
+    _expect_wanted(plan, settings)
+    with ExitStack() as held:
+        environments = _environments(plan.grpo, settings, held)
+        return _train(plan, settings, release, workspace, environments, obsolete, beat, steering)
+
+
+def _train(
+    plan: RoundPlan,
+    settings: EdgeSettings,
+    release: Path,
+    workspace: Path,
+    environments: Mapping[str, Judging],
+    obsolete: Callable[[], bool],
+    beat: Callable[[], None],
+    steering: Steering,
+) -> TrainedRound:
+    assert plan.grpo is not None
+    beat()
+    base = read_base(settings)
+    control = ControlClient(control_socket(settings.data_dir))
+    renderer = load_renderer(base.path, ChatFormat.read(settings.data_dir))
+    longest = plan.grpo.max_answer_tokens
+    limit = longest_context(settings, base.path)
+    exercises = make_exercises(plan, environments, renderer, limit)
+    held_out = make_held_out(plan, environments, renderer, limit)
+    start = read_release(release) if plan.release_rank else LoraTensors()
+    folder = settings.data_dir / "learning" / "policies"
+    policies = Policies(folder, control, plan.round_id, start, base.module_shapes)
+    warm = plan.grpo.warm
+    anchors = training_anchors(settings, base, plan) if plan.anchors or warm else []
+    shared: dict[str, Any] = {
+        "base": base.path,
+        "release": release if plan.release_rank else None,
+        "workspace": workspace,
+        "modules": targeted(plan.target_modules, base.module_shapes),
+        "compute": read_compute(settings.learning),
+        "obsolete": obsolete,
+        "beat": beat,
+        "steering": steering,
+    }
+    known = {}
+    if warm is not None:
+        store = ExperienceStore(settings.data_dir / "experience.db")
+        shared["obsolete"] = or_deleted(store, plan, obsolete)
+        stored = store.examples(up_to=warm.cursor, limit=plan.max_examples)
+        lessons = warm_lessons(exercises, renderer, longest, stored, beat)
+        shared["warm"] = partial(warm_start, plan, lessons=lessons, anchors=anchors, **shared)
+        known = {"warm_steps": float(warm.steps), "warm_examples": float(len(lessons))}
+    newest = (0, LoraTensors())
+
+    def publish(step: int, increment: LoraTensors) -> str:
+        nonlocal newest
+        newest = step, increment
+        return patiently(lambda: policies.publish(step, increment), beat)
+
+    async def measure() -> gain.Gain:
+        # A vLLM that was started anew may have neither.
+        first = f"{settings.serving.alias}@{plan.label}"
+        await control.load(first, release)
+        policy = await policies.publish(*newest)
+        return await gain.measure(
+            control, held_out, start=first, policy=policy, max_tokens=longest, beat=beat
+        )
+
+    try:
+        patiently(lambda: sweep(folder, control), beat)
+        trained = train_grpo(
+            plan,
+            samples=anchors if isinstance(anchors, Anchors) else None,
+            exercises=exercises,
+            rollouts=VllmRollouts(
+                control,
+                plan.grpo,
+                in_flight=settings.learning.grpo.in_flight,
+                yield_above=settings.learning.grpo.yield_above,
+                yield_first_token_s=settings.learning.yield_first_token_s,
+                yield_at_most_s=settings.learning.yield_at_most_s,
+                beat=beat,
+            ),
+            publish=publish,
+            **shared,
+        )
+        found = patiently(measure, beat)
+    finally:
+        # Of use, and no more: what a vLLM that is away still holds, the next round sweeps.
+        with suppress(ServingError):
+            asyncio.run(sweep(folder, control))
+    if not found.is_one:
+        raise NoGain(
+            f"on {found.tasks} held-out tasks the policy scores {found.policy:.3g} in the mean and "
+            f"its start {found.start:.3g}: {found.better} better, {found.worse} worse"
+        )
+    return replace(trained, metrics=trained.metrics | known | found.metrics())
+
+
+def make_exercises(
+    plan: RoundPlan, environments: Mapping[str, Judging], renderer: Renderer, limit: int
+) -> list[Exercise]:
+    """steps x prompts train tasks, the environments in turns; each again where there are too few.
+
+    A task whose prompt leaves no room for the longest answer is left out; raises RoundImpossible
+    when an environment has no other.
+    """
+    assert plan.grpo is not None
+    wanted = plan.steps * plan.grpo.prompts
+    pools = _rendered(plan, "train", wanted, environments, renderer, limit)
+    exercises = []
+    for number in range(wanted):
+        pool = pools[number % len(pools)]
+        exercise = pool[number // len(pools) % len(pool)]
+        exercises.append(replace(exercise, seed=_seed(f"{plan.seed}/{number}")))
+    return exercises
+
+
+def make_held_out(
+    plan: RoundPlan, environments: Mapping[str, Judging], renderer: Renderer, limit: int
+) -> list[Exercise]:
+    """Held-out tasks for the local gate, from all environments; left out and raised as above."""
+    pools = _rendered(plan, "held_out", gain.TASKS, environments, renderer, limit)
+    return [exercise for pool in pools for exercise in pool]
+
+
+def _rendered(
+    plan: RoundPlan,
+    split: Split,
+    count: int,
+    environments: Mapping[str, Judging],
+    renderer: Renderer,
+    limit: int,
+) -> list[list[Exercise]]:
+    """An equal share of `count` tasks from each environment."""
+    assert plan.grpo is not None
+    share, room = -(-count // len(environments)), limit - plan.grpo.max_answer_tokens
+    pools = []
+    for name, environment in environments.items():
+        rules, tools = None, None
+        if isinstance(environment, Episodes):
+            tools = environment.schemas
+            _expect_tools(renderer, name, tools)
+            longest = plan.grpo.max_answer_tokens
+            rules = Rules(renderer, plan.grpo.max_turns, longest, limit)
+        tasks = environment.tasks(split, count=share, seed=plan.seed)
+        found = [
+            Exercise(name, environment, task, _ids(renderer, name, task, tools), 0, rules)
+            for task in tasks
+        ]
+        fit = [exercise for exercise in found if len(exercise.prompt_ids) <= room]
+        if not fit:
+            raise RoundImpossible(
+                f"Environment {name!r} has rollouts, and of its {len(found)} {split} tasks none "
+                f"leaves room for an answer: prompts may have {room} tokens here.",
+                "Let it have shorter tasks, lower EDGE_LEARNING__GRPO__MAX_ANSWER_TOKENS, or set "
+                "its rollouts to false; then restart the node.",
+            )
+        pools.append(fit)
+    return pools
+
+
+def _expect_tools(renderer: Renderer, name: str, tools: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        renderer.expect_tools(tools)
+    except SettingsError as error:
+        raise RoundImpossible(
+            f"Environment {name!r} has rollouts and tools. {error}",
+            "Give vLLM another chat template, or set its rollouts to false; then restart the node.",
+        ) from error
+
+
+def _ids(
+    renderer: Renderer, name: str, task: Task, tools: Sequence[Mapping[str, Any]] | None
+) -> Sequence[int]:
+    try:
+        return renderer.prompt_ids(task.messages, tools)
+    except SettingsError:
+        raise
+    except Exception as error:  # the template decides what it takes, and raises what it likes
+        # Not its words, which may quote the task.
+        raise RoundImpossible(
+            f"Environment {name!r} has rollouts, and the chat template refuses its task "
+            f"{task.id!r} with {type(error).__name__}.",
+            "Correct the task's messages, or set its rollouts to false; then restart the node.",
+        ) from error
+
+
+def _expect_wanted(plan: RoundPlan, settings: EdgeSettings) -> None:
+    """A node that was restarted may have other settings than the plan was made with."""
+    then = "Nothing needs to be done: the next round is made with the settings of now."
+    if settings.learning.method not in ("auto", "grpo"):
+        raise RoundImpossible(
+            f"EDGE_LEARNING__METHOD is {settings.learning.method} now, and the round is a grpo "
+            "one.",
+            then,
+        )
+    rank, most = plan.release_rank + plan.rank, settings.serving.max_lora_rank
+    if rank > most:
+        raise RoundImpossible(
+            f"The round's policy has rank {rank}, and EDGE_SERVING__MAX_LORA_RANK is {most} now.",
+            then,
+        )
+
+
+def _environments(plan: GrpoPlan, settings: EdgeSettings, held: ExitStack) -> dict[str, Judging]:
+    """Those of the plan, whose processes end with `held`."""
+    specs = {spec.name: spec for spec in settings.environments if spec.rollouts}
+    if gone := sorted(set(plan.environments) - set(specs)):
+        raise RoundImpossible(
+            f"Environment {', '.join(gone)} is not in EDGE_ENVIRONMENTS with rollouts any more.",
+            "Nothing needs to be done: the next round asks those that there are.",
+        )
+    found = {
+        name: held.enter_context(EnvironmentProcess(specs[name])).environment()
+        for name in plan.environments
+    }
+    if agents := sorted(name for name, one in found.items() if isinstance(one, Agents)):
+        raise RoundImpossible(
+            f"Environment {', '.join(agents)} has rollouts, and is one of agents: a round does not "
+            "learn from their runs yet.",
+            "Set its rollouts to false in EDGE_ENVIRONMENTS, and restart the node.",
+        )
+    environments: dict[str, Judging] = {
+        name: one for name, one in found.items() if isinstance(one, Environment | Episodes)
+    }
+    if texts := sorted(found.keys() - environments.keys()):
+        raise RoundImpossible(
+            f"Environment {', '.join(texts)} has rollouts, and is one of texts: it judges no "
+            "answer.",
+            "Set its rollouts to false in EDGE_ENVIRONMENTS, and restart the node.",
+        )
+    return environments
+
+
+def patiently(call: Callable[[], Awaitable[T]], beat: Callable[[], None]) -> T:
+    """The result of `call`, which is tried again for PATIENCE_S while vLLM does not answer.
+
+    Raises the last ServingError.
+    """
+    ends = time.monotonic() + PATIENCE_S
+
+    async def once() -> T:
+        return await call()
+
+    while True:
+        try:
+            return asyncio.run(once())
+        except ServingError:
+            if time.monotonic() > ends:
+                raise
+        beat()
+        time.sleep(RETRY_S)
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

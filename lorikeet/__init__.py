@@ -1,0 +1,1 @@
+"""What both programs need of their machine: files, locks, time, pauses, logs, command lines."""
