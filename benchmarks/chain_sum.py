@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import describe_machine
-from benchmarks.rl import Releases, free_port, serving
+from benchmarks.rl import Releases, serving
 from edge_node.environments import EnvironmentProcess
 from edge_node.learning.records import NoGain
 from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.settings import EdgeSettings
+from examples.ports import free_port
 from examples.smollm2.model import build_base
 from examples.smollm2.world import SMOLLM2
 from protos.base import read_base_model

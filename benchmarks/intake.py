@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from safetensors.numpy import save_file
 from benchmarks import describe_machine, peak_rss_mb
 from benchmarks.load.nodes import CLIENTS, SIDE, Phase, module_name
 from central.journal import Journal
+from examples.ports import free_port
 
 MODULES = 64
 """Of the base model."""
@@ -283,12 +283,6 @@ class Clients:
         if not line:
             raise SystemExit(f"The clients failed at {request}; their error is above.")
         return json.loads(line)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
 import sys
 import tempfile
 import time
@@ -48,6 +47,7 @@ from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.releases.peft_directory import peft_files
 from edge_node.serving import ControlClient, VllmProcess, control_socket
 from edge_node.settings import EdgeSettings
+from examples.ports import free_port
 from examples.quickstart.model import build_base
 from protos.base import BaseModelInfo, read_base_model
 from protos.lora import LoraTensors, encode
@@ -244,12 +244,6 @@ def _cheat(releases: Releases, settings: EdgeSettings, workspace: Path) -> dict[
         "is_stopped": cheated["stopped"] is not None,
     }
     return {"success": [], "rounds": [cheated], "bars": bars}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def show(name: str, result: dict[str, Any]) -> None:

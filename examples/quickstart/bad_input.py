@@ -26,8 +26,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from examples.ports import free_ports
 from examples.quickstart.demo import build_base_model
-from examples.quickstart.processes import free_ports
 from examples.quickstart.system import ALIAS, BIN, REPOSITORY, System
 from examples.quickstart.tiny import NODES, QUICKSTART, SIZES
 

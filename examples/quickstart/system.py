@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from examples.ports import free_ports
 from examples.quickstart.environments import Node
 from examples.quickstart.operator_view import OperatorView
 from examples.quickstart.processes import (
@@ -25,7 +26,6 @@ from examples.quickstart.processes import (
     ChildFailed,
     ProcessTable,
     child_environment,
-    free_ports,
 )
 from examples.quickstart.world import NodePlan, Size, World
 

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from pathlib import Path
 import grpc
 import psutil  # type: ignore[import-untyped]
 
+from examples.ports import free_port
 from examples.quickstart.model import build_base
 from examples.simulation.config import CACHE
 
@@ -119,7 +119,7 @@ def _superlink(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
     It is stopped with all that it started.
     """
-    port = _free_port()
+    port = free_port()
     (folder / "flower" / "config.toml").write_text(
         f'[superlink]\ndefault = "simulation"\n\n'
         f'[superlink.simulation]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -274,12 +274,6 @@ class _Memory:
                     with _gone_is_fine():
                         held += process.memory_full_info().pss
                 self._peak = max(self._peak, held)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _show_base(step: int, steps: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from central.rooms import Rooms, open_rooms
 from central.server import Services
 from central.settings import CentralSettings
 from edge_node.identity import JoinToken
+from examples.ports import free_port
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, Start, UpdateManifest, sha256_hex, sign
@@ -235,7 +235,7 @@ async def join(
 
 
 def make_settings(folder: Path, **groups: Mapping[str, Any]) -> CentralSettings:
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     base = folder / "base"
     return CentralSettings.model_validate(
         {
@@ -319,9 +319,3 @@ def encode_factors(seed: int = 0, rank: int = 2) -> bytes:
 
 def reason(error: grpc.aio.AioRpcError) -> str | None:
     return dict(error.trailing_metadata() or ()).get("lorikeet-reason")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

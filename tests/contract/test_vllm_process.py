@@ -17,8 +17,8 @@ from edge_node.errors import ServingError
 from edge_node.problems import Problem, Problems
 from edge_node.serving import VllmProcess
 from edge_node.settings import EdgeSettings
+from examples.ports import free_port
 from protos.base import BaseModelInfo
-from tests.integration.harness import free_port
 
 STAND_IN = """
 import os, sys

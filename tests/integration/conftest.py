@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.ports import free_port
 from tests.fakes.tiny_model import tiny_model
-from tests.integration.harness import Program, free_port, running, wait_for
+from tests.integration.harness import Program, running, wait_for
 
 ENVIRONMENTS = [
     {"name": "words", "factory": "tests.fakes.word_environment:NextWord"},

@@ -18,9 +18,9 @@ import httpx
 
 from edge_node.serving import ControlClient, VllmProcess
 from edge_node.settings import BaseModelSettings, EdgeSettings, ServingSettings
+from examples.ports import free_port
 from protos.base import read_base_model
 from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
-from tests.integration.harness import free_port
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from edge_node.identity import JoinToken
+from examples.ports import free_port
 from protos.base import read_base_model
 from protos.lora import LoraTensors, encode
 from protos.manifest import sha256_hex
@@ -38,7 +39,7 @@ from tests.integration.composed_oracle import (
     served,
     url_of,
 )
-from tests.integration.harness import Client, Program, free_port, is_ready, running, wait_for
+from tests.integration.harness import Client, Program, is_ready, running, wait_for
 
 RANK, MAX_RANK, UPDATE_RANK = 16, 4, 10
 """Ranks of a release, of the stable node's prefix of it, and of an update.

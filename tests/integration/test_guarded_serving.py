@@ -38,12 +38,12 @@ from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.serving import ControlClient, VllmProcess, control_socket
 from edge_node.serving_settings import LimitsSettings
 from edge_node.settings import BaseModelSettings, EdgeSettings, EnvironmentSpec, ServingSettings
+from examples.ports import free_port
 from protos.base import read_base_model
 from protos.lora import LoraTensors
 from tests.fakes.identity import make_identity
 from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
 from tests.fakes.word_environment import NextWord
-from tests.integration.harness import free_port
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.slow]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rl
+from examples.ports import free_port
 from examples.quickstart.model import build_base
 from protos.base import read_base_model
 from protos.lora import LoraTensors
@@ -28,9 +29,7 @@ async def rounds(folder: Path, cache: Path) -> list[str]:
     """The digests of the factors of a round that ran through, and of the same one killed."""
     path = await asyncio.to_thread(build_base, cache)
     base = read_base_model(path)
-    settings = rl.settings_for(
-        rl.WORLDS["E"], folder, path, 0, rl.free_port(), steps=STEPS, prompts=6
-    )
+    settings = rl.settings_for(rl.WORLDS["E"], folder, path, 0, free_port(), steps=STEPS, prompts=6)
     learning = settings.learning.model_copy(update={"checkpoint_steps": 1})
     settings = settings.model_copy(update={"learning": learning})
     async with rl.serving(settings, base) as control:

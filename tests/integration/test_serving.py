@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from edge_node.errors import ServingError
 from edge_node.experience import ExperienceStore
 from edge_node.serving import ControlClient, VllmProcess
 from edge_node.settings import BaseModelSettings, EdgeSettings, ServingSettings
+from examples.ports import free_port
 from protos.base import read_base_model
 from protos.lora import LoraTensors
 from tests.fakes.tiny_model import answer_ids, prompt_ids, tiny_adapter, tiny_model, write_peft
@@ -56,9 +56,7 @@ class Node:
 @pytest.fixture
 async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix="lk-") as directory:  # short enough for a socket path
         data_dir = Path(directory)
         settings = EdgeSettings(

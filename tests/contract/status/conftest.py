@@ -12,12 +12,12 @@ from edge_node.serving import control_socket
 from edge_node.serving.control import ControlServer
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import BaseModelSettings, EdgeSettings, ServingSettings
+from examples.ports import free_port
 from protos.base import read_base_model
 from tests.contract.central_harness import make_base
 from tests.fakes.endpoint import Outside
 from tests.fakes.gateway import make_gateway, make_version
 from tests.fakes.identity import make_identity
-from tests.integration.harness import free_port
 
 V1 = "lorikeet@v1-aaaaaaaa"
 

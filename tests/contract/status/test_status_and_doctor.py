@@ -26,8 +26,8 @@ from edge_node.serving import control_socket
 from edge_node.serving.client import short_path
 from edge_node.settings import EdgeSettings, EnvironmentSpec, ServingSettings
 from edge_node.sizing import expect_trainable
+from examples.ports import free_port
 from tests.fakes.node_data import make_node
-from tests.integration.harness import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 V1 = "lorikeet@v1-aaaaaaaa"

@@ -15,7 +15,6 @@ from examples.quickstart.processes import (
     ChildFailed,
     ProcessTable,
     child_environment,
-    free_ports,
     stop_recorded,
 )
 
@@ -95,10 +94,6 @@ def test_what_an_earlier_run_left_is_stopped_and_a_stranger_is_not(tmp_path: Pat
 
 def test_nothing_recorded(tmp_path: Path) -> None:
     assert stop_recorded(tmp_path / "processes.json") == []
-
-
-def test_ports_are_distinct() -> None:
-    assert len(set(free_ports(20))) == 20
 
 
 def test_settings_of_another_node_do_not_leak(
