@@ -77,7 +77,7 @@ protos: $(STAMP) ## Generates the stubs beside protos/*/v1/*.proto again
 	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 
 bench: $(STAMP) ## Every published figure (benchmarks/), one JSON line each
-	@for file in $(filter-out %/__init__.py,$(wildcard benchmarks/*.py)); do \
+	@for file in $$(grep -l __main__ benchmarks/*.py); do \
 		$(BIN)/python -m benchmarks.$$(basename $$file .py) --json || exit 1; done
 
 mutation: $(STAMP) ## Small defects that the tests of five rooms notice, by a sample (SEED); half an hour

@@ -33,6 +33,7 @@ FINDING: dict[str, Any] = {
     "p_fine": 0.01,
     "standing": "fine",
     "better": False,
+    "fallback_reason": "",
     "attempts": 1,
     "total": 100,
 }
