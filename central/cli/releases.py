@@ -1,7 +1,7 @@
 """`central releases list | show | explain | diff | promote | rollback`: candidates and releases.
 
-In: arguments. Out: text or JSON, after the running central has answered. `verify` stands in
-verify.py.
+In: arguments. Out: text or JSON, after the running central has answered. `verify` and
+`export` stand in files of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from central.cli.export import export
 from central.cli.options import Channel, OneCohort, running_central
 from central.cli.output import (
     print_merging,
@@ -186,3 +187,4 @@ def rollback(
 
 
 app.command("verify")(verify)
+app.command("export")(export)
