@@ -84,6 +84,7 @@ def settings_for(data_dir: Path, base: Path, anchors: Path, seed: int, **grpo: A
 async def run(cache: Path, seed: int, folder: Path, **grpo: Any) -> dict[str, Any]:
     """The figures of one round; `grpo` overrides settings."""
     from edge_node.learning.exploration import train_on_verifiers
+    from edge_node.learning.workplace import find_workplace
 
     path = await asyncio.to_thread(build_base, cache)
     anchors = await asyncio.to_thread(SMOLLM2.beside_base, path)
@@ -109,13 +110,9 @@ async def run(cache: Path, seed: int, folder: Path, **grpo: Any) -> dict[str, An
         began, workspace = time.monotonic(), folder / "round"
         workspace.mkdir()
         try:
-            trained = await asyncio.to_thread(
-                train_on_verifiers,
-                releases.plan(1),
-                settings,
-                releases.folder,
-                workspace,
-            )
+            plan = releases.plan(1)
+            place = find_workplace(plan, settings, releases.folder, workspace)
+            trained = await asyncio.to_thread(train_on_verifiers, plan, settings, place)
         except NoGain as error:
             figures["no_gain"] = str(error)
         else:

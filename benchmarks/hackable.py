@@ -50,11 +50,12 @@ def explore(
 ) -> dict[str, Any]:
     """What a round of a node makes of it; `stopped` is why nothing is sent, None when it is."""
     from edge_node.learning.exploration import train_on_verifiers
+    from edge_node.learning.workplace import find_workplace
 
     workspace.mkdir()
     stopped = None
     try:
-        train_on_verifiers(plan, settings, release, workspace)
+        train_on_verifiers(plan, settings, find_workplace(plan, settings, release, workspace))
     except NoGain as error:
         stopped = str(error)
     found = newest_valid(workspace)

@@ -193,6 +193,7 @@ async def run(
 ) -> dict[str, Any]:
     """The figures after at most so many rounds; `grpo` overrides settings."""
     from edge_node.learning.exploration import train_on_verifiers
+    from edge_node.learning.workplace import find_workplace
 
     path = await asyncio.to_thread(world.build, cache)
     base = read_base_model(path)
@@ -223,9 +224,9 @@ async def run(
             workspace = folder / f"round-{number}"
             workspace.mkdir()
             try:
-                trained = await asyncio.to_thread(
-                    train_on_verifiers, releases.plan(number), settings, releases.folder, workspace
-                )
+                plan = releases.plan(number)
+                place = find_workplace(plan, settings, releases.folder, workspace)
+                trained = await asyncio.to_thread(train_on_verifiers, plan, settings, place)
             except NoGain as error:
                 done.append({"no_gain": str(error)})
                 break

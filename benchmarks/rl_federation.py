@@ -122,6 +122,7 @@ class Federation:
     ) -> LoraTensors | None:
         """The increment of one round on these nodes' environments; None: the local gate said no."""
         from edge_node.learning.exploration import train_on_verifiers
+        from edge_node.learning.workplace import find_workplace
 
         specs = [spec for spec in self._settings.environments if spec.name in nodes]
         settings = self._settings.model_copy(update={"environments": specs})
@@ -133,9 +134,8 @@ class Federation:
         workspace.mkdir(parents=True)
         self.answers += STEPS * PROMPTS * SAMPLES
         try:
-            trained = await asyncio.to_thread(
-                train_on_verifiers, plan, settings, start.folder, workspace
-            )
+            place = find_workplace(plan, settings, start.folder, workspace)
+            trained = await asyncio.to_thread(train_on_verifiers, plan, settings, place)
         except NoGain as error:
             self.no_gain.append(f"{'+'.join(nodes)} {number}: {error}")
             return None

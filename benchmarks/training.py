@@ -94,6 +94,7 @@ def train(base: Path, case: dict[str, Any], seed: int) -> dict[str, float]:
     from edge_node.learning.batches import Lesson
     from edge_node.learning.compute import Compute
     from edge_node.learning.targets import targeted
+    from edge_node.learning.workplace import Workplace
     from protos.base import read_layout
 
     numbers = random.Random(seed)
@@ -110,14 +111,17 @@ def train(base: Path, case: dict[str, Any], seed: int) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as workspace:
         training.train_round(
-            _plan(case, seed), base=base, release=None,
-            own=[Lesson(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows], anchors=[],
-            workspace=Path(workspace),
-            modules=targeted(case.get("targets", "all-linear"), read_layout(base).module_shapes),
-            compute=Compute(
-                "cpu", case.get("gradient_checkpointing", False), case.get("batch_tokens")
+            _plan(case, seed),
+            Workplace(
+                base, None, Path(workspace), beat=beat,
+                modules=targeted(
+                    case.get("targets", "all-linear"), read_layout(base).module_shapes
+                ),
+                compute=Compute(
+                    "cpu", case.get("gradient_checkpointing", False), case.get("batch_tokens")
+                ),
             ),
-            beat=beat,
+            own=[Lesson(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows], anchors=[],
         )  # fmt: skip
     cpu_s = time.process_time() - begun[1][0]
     tokens = sum(map(len, rows))

@@ -140,14 +140,12 @@ async def learn(folder: Path, plan: RoundPlan, release: Path, number: int) -> No
 
 def learn_here(settings: Path, plan: Path, release: Path, workspace: Path) -> None:
     from edge_node.learning.exploration import train_on_verifiers
+    from edge_node.learning.workplace import find_workplace
 
+    round_plan = RoundPlan.from_bytes(plan.read_bytes())
+    node = EdgeSettings.model_validate_json(settings.read_text())
     try:
-        train_on_verifiers(
-            RoundPlan.from_bytes(plan.read_bytes()),
-            EdgeSettings.model_validate_json(settings.read_text()),
-            release,
-            workspace,
-        )
+        train_on_verifiers(round_plan, node, find_workplace(round_plan, node, release, workspace))
     except NoGain as error:  # the users' latency is what is measured
         print(error, file=sys.stderr)
 

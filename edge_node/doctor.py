@@ -185,7 +185,7 @@ def _stored(settings: EdgeSettings, unreadable: list[Problem]) -> dict[str, Any]
     try:
         held |= newest_round(settings.data_dir, busy_timeout_s=STORE_TIMEOUT_S)
     except (StorageError, sqlite3.Error, ValueError) as error:  # ValueError: no such plan
-        unreadable.append(_unreadable("rounds", error, step))
+        unreadable.append(_unreadable("rounds", error, f"Do what it says. {step}"))
     return held
 
 

@@ -24,8 +24,8 @@ from edge_node.outbox import Outbox
 from edge_node.settings import EdgeSettings
 from protos.manifest import UpdateManifest
 
-GATE = "held_out_"
-"""Beginning of the names of what the local gate measured."""
+GATE = ("held_out_", "anchor_", "texts_", "gate_")
+"""Beginnings of the names of what the local gate measured."""
 WITHOUT_UPDATE = ("given up", "no reward", "nothing to gain", "cancelled")
 """How a round ends that sends nothing; the words of an abandoned one may quote a customer."""
 

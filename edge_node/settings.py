@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from edge_node import schedule, vllm_arguments
 from edge_node.errors import SettingsError
+from edge_node.round_settings import GateSettings, SdftSettings
 from edge_node.serving_settings import Group, ServingSettings
 from protos.encoding import Encoding
 
@@ -140,6 +141,8 @@ class LearningSettings(Group):
     """
     grpo: GrpoSettings = GrpoSettings()
     feedback: FeedbackSettings = FeedbackSettings()
+    gate: GateSettings = GateSettings()
+    sdft: SdftSettings = SdftSettings()
     rank: int = Field(default=8, ge=1, le=256)
     """LoRA rank of a round; central's offer may lower it."""
     alpha: float = Field(default=16, gt=0)
@@ -327,7 +330,8 @@ class EdgeSettings(BaseSettings):
     def _adapters_fit(self) -> EdgeSettings:
         # Kept ones, a candidate, its reference, and an old version that a rollback made active.
         needed = self.releases.keep + 3
-        if self.learning.enabled and any(spec.rollouts for spec in self.environments):
+        judges = bool(self.learning.gate.tasks and self.environments)
+        if self.learning.enabled and (judges or any(one.rollouts for one in self.environments)):
             needed += 2  # the policy, and the one before it while it is unloaded
         if self.serving.max_cpu_loras < needed:
             raise ValueError(

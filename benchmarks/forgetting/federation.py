@@ -178,6 +178,7 @@ class Federation:
     def _train(self, node: int) -> LoraTensors:
         from edge_node.learning.round import own_lessons
         from edge_node.learning.training import train_round
+        from edge_node.learning.workplace import Workplace
 
         store = self._stores[node]
         plan = plan_round(
@@ -189,13 +190,12 @@ class Federation:
             max_rank=None,
         )
         with tempfile.TemporaryDirectory() as folder:
+            release = self._directory(Path(folder))
             return train_round(
                 plan,
-                base=self._base.path,
-                release=self._directory(Path(folder)),
+                Workplace(self._base.path, release, Path(folder) / "round"),
                 own=own_lessons(store, plan),
                 anchors=self._anchors if plan.batch_anchor else [],
-                workspace=Path(folder) / "round",
             ).tensors
 
     def _directory(self, folder: Path) -> Path | None:

@@ -74,6 +74,7 @@ class World:
         times as large. rank: another than the recipe's. version: of the start, if not number - 1.
         """
         from edge_node.learning.training import train_round
+        from edge_node.learning.workplace import Workplace
 
         met = FIRST_WAVE + NEXT_WAVE * (number - 1)
         learning, times = self._learning, len(nodes)
@@ -101,14 +102,10 @@ class World:
             release.mkdir()
             for name, data in peft_files(start, self._base.module_shapes).items():
                 (release / name).write_bytes(data)
-            return train_round(
-                plan,
-                base=self._base.path,
-                release=release if start.modules else None,
-                own=own,
-                anchors=self._anchors,
-                workspace=Path(folder) / "round",
-            ).tensors
+            place = Workplace(
+                self._base.path, release if start.modules else None, Path(folder) / "round"
+            )
+            return train_round(plan, place, own=own, anchors=self._anchors).tensors
 
     def success(self, release: LoraTensors) -> dict[str, int]:
         """Percent of held-out tasks that greedy answers under `release` solve, by environment."""

@@ -67,6 +67,7 @@ def node_name(context: Context) -> str:
 def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> RecordDict:
     """The reply to a train message; raises what a round raises, ValueError for bad arrays."""
     from edge_node.learning.round import train_on_experience  # torch: only where a round runs
+    from edge_node.learning.workplace import find_workplace
 
     base = read_base(settings)
     arrays = next(iter(content.array_records.values()), ArrayRecord())
@@ -88,7 +89,8 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
         release.mkdir()
         for name, data in peft_files(start, base.module_shapes).items():
             (release / name).write_bytes(data)
-        trained = train_on_experience(plan, settings, release, Path(folder) / "round")
+        place = find_workplace(plan, settings, release, Path(folder) / "round")
+        trained = train_on_experience(plan, settings, place)
     metrics = MetricRecord({"num-examples": int(trained.metrics["examples"])})
     metrics.update({name: value for name, value in trained.metrics.items() if name != "examples"})
     records: dict[str, Any] = {

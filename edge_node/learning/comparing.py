@@ -12,15 +12,12 @@ data give the same bytes, also across `kill -9` and resume.
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import AutoTokenizer, PrinterCallback, Trainer
 from transformers.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -29,27 +26,31 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from edge_node.errors import SettingsError
 from edge_node.experience import Pair, Thumb
 from edge_node.learning.anchors import Anchors
-from edge_node.learning.batches import Lesson, TokenRow, anchor_batches, pair_batches, thumb_batches
-from edge_node.learning.checkpoints import newest_valid
-from edge_node.learning.compute import PLAIN, Compute, count_parameters, training_dtype
-from edge_node.learning.keeping import KL_BASE, kl_to_base
+from edge_node.learning.batches import (
+    Lesson,
+    TokenRow,
+    anchor_batches,
+    pair_batches,
+    thumb_batches,
+    token_row,
+)
+from edge_node.learning.drift import kl_of_examples
+from edge_node.learning.keeping import KL_BASE, Keeping
 from edge_node.learning.plans import RoundPlan
-from edge_node.learning.steered import steered
-from edge_node.learning.steering import UNSTEERED, Steering
 from edge_node.learning.training import (
-    Clock,
-    Sealer,
     TrainedRound,
-    beat_in,
+    callbacks,
     common_arguments,
     first_and_last,
+    fresh_lora,
+    keeping_of,
     kinds_of,
     load_start_and_states,
     read_factors,
+    resumed,
 )
+from edge_node.learning.workplace import Workplace
 from protos.base import read_layout
-
-log = logging.getLogger(__name__)
 
 TRL_SERIES = "1.16"
 _COLUMNS = {
@@ -61,45 +62,30 @@ _COLUMNS = {
 
 def train_compared(
     plan: RoundPlan,
+    place: Workplace,
     *,
-    base: Path,
-    release: Path | None,
     compared: Sequence[Any],
     anchors: Sequence[Lesson] | Anchors,
-    workspace: Path,
-    modules: Collection[str] | None = None,
-    compute: Compute = PLAIN,
-    obsolete: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
-    steering: Steering = UNSTEERED,
 ) -> TrainedRound:
-    """Train, going on from the newest valid checkpoint in `workspace`.
+    """Train, going on from the newest valid checkpoint in the folder of `place`.
 
     Args:
         compared: `Pair`s of a dpo round, at least one; `Thumb`s of a kto round, at least one of
             either kind.
-        release, anchors, modules, obsolete, beat, steering: as in `train_round`.
+        anchors: as in `train_round`.
 
     Raises:
-        RoundObsolete: `obsolete` said so.
-        RoundCancelled, RoundPaused: `steering` said so.
+        RoundObsolete: `place.obsolete` said so.
+        RoundCancelled, RoundPaused: `place.steering` said so.
         SettingsError: the samples in `anchors` do not fit the base, or TRL is another.
     """
     assert plan.feedback is not None
     check_trl()
     disable_progress_bar()
-    layout = read_layout(base)
-    model, states = load_start_and_states(base, release, anchors)
-    beat()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            beat_in(layer, beat)
-    resume = newest_valid(workspace)
-    if resume is not None:
-        log.info("round resumes", extra={"round_id": plan.round_id, "checkpoint": resume[0].name})
-    clock = Clock(0.0 if resume is None else resume[1])
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    dtype = training_dtype(plan.dtype, count_parameters(base))
+    layout = read_layout(place.base)
+    model, states = load_start_and_states(place, anchors)
+    resume, clock = resumed(plan, place)
+    tokenizer = AutoTokenizer.from_pretrained(place.base, local_files_only=True)
     batches: list[list[Any]]
     if plan.method == "dpo":
         make, config, batches = _PairTrainer, DPOConfig, pair_batches(plan, compared)
@@ -110,7 +96,7 @@ def train_compared(
     trainer = make(
         model=model,
         args=config(
-            **common_arguments(plan, workspace, compute, dtype),
+            **common_arguments(plan, place),
             per_device_train_batch_size=plan.feedback.batch,
             train_sampling_strategy="sequential",  # rows are in training order
             max_length=None,
@@ -118,23 +104,20 @@ def train_compared(
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
-            target_modules=[layout.text_name(name) for name in modules or layout.module_shapes],
-            task_type="CAUSAL_LM",
-        ),
-        callbacks=[Sealer(clock, obsolete), *steered(steering, clock.elapsed_s)],
-    )  # fmt: skip
+        peft_config=fresh_lora(plan, place, layout),
+        callbacks=callbacks(place, clock),
+    )
     kinds = kinds_of(anchors)
     beside = anchor_batches(plan, kinds) if kinds and plan.batch_anchor else []
-    trainer.keep(beside, states, plan.kl)
+    trainer.keep(beside, keeping_of(plan, place, anchors, states, tokenizer))
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume[0]))
+    trainer.train(resume_from_checkpoint=resume)
     metrics = {
         plan.method: 1.0,
         **first_and_last(trainer, "loss"),
         **first_and_last(trainer, "rewards/margins", "margin"),
         **(first_and_last(trainer, KL_BASE, "kl") if states is not None else {}),
+        "kl_release": kl_of_examples(trainer, _answer_rows(batches[-1])),
         "steps": float(trainer.state.global_step),
         "seconds": round(clock.elapsed_s(), 3),
         "examples": float(len({one for batch in batches for one in batch})),
@@ -161,6 +144,17 @@ def check_trl() -> None:
             f"for: {'; '.join(differences)}. Install trl=={TRL_SERIES}.*, or set "
             "EDGE_LEARNING__METHOD to sft."
         )
+
+
+def _answer_rows(batch: Sequence[Any]) -> list[TokenRow]:
+    """Each answer that the batch compares, after its prompt."""
+    return [
+        token_row(Lesson(one.prompt_ids, answer))
+        for one in batch
+        for answer in (
+            (one.chosen_ids, one.rejected_ids) if isinstance(one, Pair) else (one.answer_ids,)
+        )
+    ]
 
 
 def _pair_rows(batches: Sequence[Sequence[Pair]]) -> list[dict[str, Any]]:
@@ -191,40 +185,33 @@ def _thumb_rows(batches: Sequence[Sequence[Thumb]]) -> list[dict[str, Any]]:
     ]
 
 
-class _Round(Trainer):  # type: ignore[misc]
-    """What both trainers do otherwise than TRL's: rows are ready, nothing is sent anywhere, and
-    anchors are learnt beside.
+class BesideTrainer(Trainer):  # type: ignore[misc]
+    """What trainers do otherwise than TRL's: rows are ready, nothing is sent anywhere, and anchors
+    are learnt beside.
     """
 
-    def keep(
-        self, batches: Sequence[Sequence[TokenRow]], states: list[Any] | None, kl: float
-    ) -> None:
-        """batches: the anchor rows of each step; states: the base's, where they are its samples."""
-        self._batches, self._states, self._kl = batches, states, kl
+    def keep(self, batches: Sequence[Sequence[TokenRow]], keeping: Keeping | None) -> None:
+        """batches: the anchor rows of each step. keeping: where these are the base's samples."""
+        self._batches, self._keeping = batches, keeping
         self._pad = DataCollatorForLanguageModeling(self.processing_class.pad_token_id)
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss if self._keeping is None else loss + self._keeping.add(self, model)
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(model, *args, **kwargs)
-        return loss + self._beside(model) if self._batches else loss
+        return loss + self._beside(model) if self._batches and self._keeping is None else loss
 
     def _beside(self, model: Any) -> torch.Tensor:
-        """Cross-entropy on the answers of anchor environments, or `kl` times the divergence from
-        the base on its own samples, nats a token (keeping.py).
-        """
+        """Cross-entropy on the answers of anchor environments."""
         rows = self._batches[self.state.global_step]
         made = self._pad([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
         batch = {name: value.to(self.accelerator.device) for name, value in made.items()}
-        if self._states is None:
-            return model(**batch, use_cache=False).loss
-        states = torch.cat([self._states[row.sample] for row in rows if row.sample is not None])
-        student = self.accelerator.unwrap_model(model).get_base_model()
-        with self.accelerator.autocast():
-            total = kl_to_base(
-                student, batch["input_ids"], batch["attention_mask"], states.to(student.device)
-            )
-        divergence = total / len(states)
-        self._metrics["train"][KL_BASE].append(divergence.item())
-        return self._kl * divergence
+        loss: torch.Tensor = model(**batch, use_cache=False).loss
+        return loss
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL would render and tokenise texts; the rows are the ids that were served."""
@@ -237,9 +224,9 @@ class _Round(Trainer):  # type: ignore[misc]
         """A checkpoint needs no README."""
 
 
-class _PairTrainer(_Round, DPOTrainer):  # type: ignore[misc]
+class _PairTrainer(BesideTrainer, DPOTrainer):  # type: ignore[misc]
     pass
 
 
-class _ThumbTrainer(_Round, KTOTrainer):  # type: ignore[misc]
+class _ThumbTrainer(BesideTrainer, KTOTrainer):  # type: ignore[misc]
     pass

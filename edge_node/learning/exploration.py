@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from edge_node.base_model import longest_context, read_base
 from edge_node.environments import (
@@ -30,7 +28,7 @@ from edge_node.errors import ServingError, SettingsError
 from edge_node.experience import ExperienceStore
 from edge_node.learning import gain
 from edge_node.learning.anchors import Anchors
-from edge_node.learning.compute import read_compute
+from edge_node.learning.gate import patiently
 from edge_node.learning.grpo import train_grpo
 from edge_node.learning.plans import GrpoPlan, RoundPlan
 from edge_node.learning.policies import Policies, read_release, sweep
@@ -38,113 +36,86 @@ from edge_node.learning.records import NoGain, RoundImpossible
 from edge_node.learning.rewards import Exercise
 from edge_node.learning.rollouts import VllmRollouts
 from edge_node.learning.round import or_deleted, training_anchors
-from edge_node.learning.steering import UNSTEERED, Steering
-from edge_node.learning.targets import targeted
 from edge_node.learning.training import TrainedRound
 from edge_node.learning.warm import warm_lessons, warm_start
+from edge_node.learning.workplace import Workplace
 from edge_node.rendering import ChatFormat, Renderer, load_renderer
 from edge_node.serving import ControlClient, control_socket
 from edge_node.settings import EdgeSettings
 from protos.lora import LoraTensors
 
-PATIENCE_S = 600.0
-"""How long a round waits for a vLLM that does not answer: longer than one takes to start."""
-RETRY_S = 1.0
-
-T = TypeVar("T")
 Judging = Environment | Episodes
 
 
-def train_on_verifiers(
-    plan: RoundPlan,
-    settings: EdgeSettings,
-    release: Path,
-    workspace: Path,
-    *,
-    obsolete: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
-    steering: Steering = UNSTEERED,
-) -> TrainedRound:
-    """Train by reinforcement from `release`'s directory, with rollouts from this node's vLLM.
+def train_on_verifiers(plan: RoundPlan, settings: EdgeSettings, place: Workplace) -> TrainedRound:
+    """Train by reinforcement, with rollouts from this node's vLLM.
 
     Raises:
-        SettingsError: no base model, or unusable anchors.
+        SettingsError: unusable anchors.
         EnvironmentFault: an environment does not work.
         NoGain: the policy is no better than its start; NothingToGain: and never will be.
         RoundImpossible: the settings are others by now, tasks are unusable, or no verifier gives a
             reward.
         ServingError: vLLM does not answer.
-        RoundCancelled, RoundPaused: `steering` said so.
+        RoundCancelled, RoundPaused: `place.steering` said so.
     """
     assert plan.grpo is not None
     _expect_wanted(plan, settings)
     with ExitStack() as held:
         environments = _environments(plan.grpo, settings, held)
-        return _train(plan, settings, release, workspace, environments, obsolete, beat, steering)
+        return _train(plan, settings, place, environments)
 
 
 def _train(
     plan: RoundPlan,
     settings: EdgeSettings,
-    release: Path,
-    workspace: Path,
+    place: Workplace,
     environments: Mapping[str, Judging],
-    obsolete: Callable[[], bool],
-    beat: Callable[[], None],
-    steering: Steering,
 ) -> TrainedRound:
     assert plan.grpo is not None
-    beat()
-    base = read_base(settings)
+    served, base = place.served, read_base(settings)
+    assert served is not None
     control = ControlClient(control_socket(settings.data_dir))
     renderer = load_renderer(base.path, ChatFormat.read(settings.data_dir))
     longest = plan.grpo.max_answer_tokens
     limit = longest_context(settings, base.path)
     exercises = make_exercises(plan, environments, renderer, limit)
     held_out = make_held_out(plan, environments, renderer, limit)
-    start = read_release(release) if plan.release_rank else LoraTensors()
+    start = LoraTensors() if place.release is None else read_release(place.release)
     folder = settings.data_dir / "learning" / "policies"
     policies = Policies(folder, control, plan.round_id, start, base.module_shapes)
     warm = plan.grpo.warm
     anchors = training_anchors(settings, base, plan) if plan.anchors or warm else []
-    shared: dict[str, Any] = {
-        "base": base.path,
-        "release": release if plan.release_rank else None,
-        "workspace": workspace,
-        "modules": targeted(plan.target_modules, base.module_shapes),
-        "compute": read_compute(settings.learning),
-        "obsolete": obsolete,
-        "beat": beat,
-        "steering": steering,
-    }
-    known = {}
+    known, warming = {}, None
     if warm is not None:
         store = ExperienceStore(settings.data_dir / "experience.db")
-        shared["obsolete"] = or_deleted(store, plan, obsolete)
+        place = or_deleted(store, plan, place)
         stored = store.examples(up_to=warm.cursor, limit=plan.max_examples)
-        lessons = warm_lessons(exercises, renderer, longest, stored, beat)
-        shared["warm"] = partial(warm_start, plan, lessons=lessons, anchors=anchors, **shared)
+        lessons = warm_lessons(exercises, renderer, longest, stored, place.beat)
+        warming = partial(warm_start, plan, place, lessons=lessons, anchors=anchors)
         known = {"warm_steps": float(warm.steps), "warm_examples": float(len(lessons))}
     newest = (0, LoraTensors())
 
     def publish(step: int, increment: LoraTensors) -> str:
         nonlocal newest
         newest = step, increment
-        return patiently(lambda: policies.publish(step, increment), beat)
+        return patiently(lambda: policies.publish(step, increment), place.beat)
 
     async def measure() -> gain.Gain:
         # A vLLM that was started anew may have neither.
         first = f"{settings.serving.alias}@{plan.label}"
-        await control.load(first, release)
+        await control.load(first, served)
         policy = await policies.publish(*newest)
         return await gain.measure(
-            control, held_out, start=first, policy=policy, max_tokens=longest, beat=beat
+            control, held_out, start=first, policy=policy, max_tokens=longest, beat=place.beat
         )
 
     try:
-        patiently(lambda: sweep(folder, control), beat)
+        patiently(lambda: sweep(folder, control), place.beat)
         trained = train_grpo(
             plan,
+            place,
+            warm=warming,
             samples=anchors if isinstance(anchors, Anchors) else None,
             exercises=exercises,
             rollouts=VllmRollouts(
@@ -154,12 +125,11 @@ def _train(
                 yield_above=settings.learning.grpo.yield_above,
                 yield_first_token_s=settings.learning.yield_first_token_s,
                 yield_at_most_s=settings.learning.yield_at_most_s,
-                beat=beat,
+                beat=place.beat,
             ),
             publish=publish,
-            **shared,
         )
-        found = patiently(measure, beat)
+        found = patiently(measure, place.beat)
     finally:
         # Of use, and no more: what a vLLM that is away still holds, the next round sweeps.
         with suppress(ServingError):
@@ -306,26 +276,6 @@ def _environments(plan: GrpoPlan, settings: EdgeSettings, held: ExitStack) -> di
             "Set its rollouts to false in EDGE_ENVIRONMENTS, and restart the node.",
         )
     return environments
-
-
-def patiently(call: Callable[[], Awaitable[T]], beat: Callable[[], None]) -> T:
-    """The result of `call`, which is tried again for PATIENCE_S while vLLM does not answer.
-
-    Raises the last ServingError.
-    """
-    ends = time.monotonic() + PATIENCE_S
-
-    async def once() -> T:
-        return await call()
-
-    while True:
-        try:
-            return asyncio.run(once())
-        except ServingError:
-            if time.monotonic() > ends:
-                raise
-        beat()
-        time.sleep(RETRY_S)
 
 
 def _seed(text: str) -> int:

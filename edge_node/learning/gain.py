@@ -1,9 +1,9 @@
-"""The local gate of a grpo round: is the policy better than its start on tasks it has not seen?
+"""What a grpo round has to gain: is the policy better than its start on tasks it has not seen?
 
 In: two served versions, held-out tasks. Out: a Gain, from the scores of both on the same tasks,
 answered greedily through the serving path; a task with tools is played to its end, as rollouts are.
 A task is left out when the verifier raises for either answer. It keeps a node from sending what its
-own verifiers do not like; central's gate decides with more tasks and other ones.
+own verifiers do not like. The local gate (`gate.py`) comes after it.
 """
 
 from __future__ import annotations

@@ -16,42 +16,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig
 
 from edge_node.errors import ServingError
 from edge_node.learning.anchors import Anchors
-from edge_node.learning.batches import anchor_batches
 from edge_node.learning.checkpoints import newest_valid
-from edge_node.learning.compute import PLAIN, Compute, count_parameters, training_dtype
-from edge_node.learning.keeping import KL_BASE, Keeping
+from edge_node.learning.keeping import KL_BASE
 from edge_node.learning.plans import GrpoPlan, RoundPlan
 from edge_node.learning.records import NoReward, NothingToGain, RoundImpossible
 from edge_node.learning.rewards import CORRECT_IT, Exercise, Judge
 from edge_node.learning.rollouts import Answer, Ask, Rollouts
-from edge_node.learning.steered import steered
-from edge_node.learning.steering import UNSTEERED, Steering
 from edge_node.learning.training import (
-    Clock,
-    Sealer,
     TrainedRound,
-    beat_in,
+    callbacks,
     common_arguments,
     first_and_last,
-    kinds_of,
+    fresh_lora,
+    keeping_of,
     load_start_and_states,
-    padding_of,
     read_factors,
+    resumed,
 )
 from edge_node.learning.trl_rollouts import RoundTrainer, check_trl, use_server
+from edge_node.learning.workplace import Workplace
 from protos.base import read_layout
 from protos.lora import LoraTensors
 
@@ -69,38 +63,26 @@ Publish = Callable[[int, LoraTensors], str]
 
 def train_grpo(
     plan: RoundPlan,
+    place: Workplace,
     *,
-    base: Path,
-    release: Path | None,
     exercises: Sequence[Exercise],
     rollouts: Rollouts,
     publish: Publish,
-    workspace: Path,
     samples: Anchors | None = None,
     warm: Callable[[], dict[str, Any]] | None = None,
-    modules: Collection[str] | None = None,
-    compute: Compute = PLAIN,
-    obsolete: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
-    steering: Steering = UNSTEERED,
 ) -> TrainedRound:
-    """Train, going on from the newest valid checkpoint in `workspace`.
+    """Train, going on from the newest valid checkpoint in the folder of `place`.
 
     Args:
-        release: PEFT directory of the start release; None for one without modules (version 0).
         exercises: steps x prompts of them, in training order.
         samples: the base's own, on which the model is kept near the base.
         warm: makes the adapter that the first step starts from (warm.py); None: one without effect.
-        modules: names of the base's modules to train; all of them when None.
-        obsolete: asked after each step.
-        beat: called when the model is loaded, and in each layer of a step, forward and backward.
-        steering: asked and told between steps.
 
     Raises:
         NothingToGain: no task told its answers apart; NoReward: and all of them scored zero.
         SettingsError: `samples` do not fit the base.
-        RoundObsolete: `obsolete` said so.
-        RoundCancelled, RoundPaused: `steering` said so.
+        RoundObsolete: `place.obsolete` said so.
+        RoundCancelled, RoundPaused: `place.steering` said so.
         RoundImpossible: no answer of a step got a reward.
         ServingError: vLLM answers no rollout.
     """
@@ -108,45 +90,24 @@ def train_grpo(
     check_trl()
     disable_progress_bar()
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func may change: check_trl looks
-    layout = read_layout(base)
-    resume = newest_valid(workspace)
-    warmed = warm() if warm is not None and resume is None else None
-    model, states = load_start_and_states(base, release, samples)
-    beat()
-    names = [layout.text_name(name) for name in modules or layout.module_shapes]
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            beat_in(layer, beat)
-    if resume is not None:
-        log.info("round resumes", extra={"round_id": plan.round_id, "checkpoint": resume[0].name})
-    clock = Clock(0.0 if resume is None else resume[1])
+    layout = read_layout(place.base)
+    warmed = warm() if warm is not None and newest_valid(place.folder) is None else None
+    model, states = load_start_and_states(place, samples)
+    resume, clock = resumed(plan, place)
     explorer = _Explorer(plan.grpo, exercises, rollouts)
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(place.base, local_files_only=True)
     trainer = RoundTrainer(
         model=model,
-        judge=Judge(exercises, plan.grpo.samples, beat),
+        judge=Judge(exercises, plan.grpo.samples, place.beat),
         explores=plan.feedback is None,
-        keeping=_keeping(plan, samples, states, tokenizer, compute),
-        args=_arguments(
-            plan,
-            plan.grpo,
-            workspace,
-            compute,
-            training_dtype(plan.dtype, count_parameters(base)),
-        ),
+        keeping=keeping_of(plan, place, samples, states, tokenizer),
+        args=_arguments(plan, plan.grpo, place),
         train_dataset=Dataset.from_dict({"prompt": [str(n) for n in range(len(exercises))]}),
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
-            target_modules=names, task_type="CAUSAL_LM",
-        ),
+        peft_config=fresh_lora(plan, place, layout),
         rollout_func=explorer.explore,
-        callbacks=[
-            Sealer(clock, obsolete),
-            *steered(steering, clock.elapsed_s),
-            _Watcher(plan.grpo),
-        ],
-    )  # fmt: skip
+        callbacks=[*callbacks(place, clock), _Watcher(plan.grpo)],
+    )
 
     def serve() -> None:
         increment = read_factors(trainer.model, plan.alpha, layout)
@@ -157,7 +118,7 @@ def train_grpo(
     explorer.republish = serve
     use_server(trainer, serve)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume[0]))
+    trainer.train(resume_from_checkpoint=resume)
     serve()  # for whoever measures it
     metrics = _metrics(trainer.state.log_history) | {
         **(first_and_last(trainer, KL_BASE, "kl") if states is not None else {}),
@@ -168,24 +129,6 @@ def train_grpo(
         ),
     }
     return TrainedRound(read_factors(trainer.model, plan.alpha, layout), metrics, trainer.model)
-
-
-def _keeping(
-    plan: RoundPlan,
-    samples: Anchors | None,
-    states: list[torch.Tensor] | None,
-    tokenizer: Any,
-    compute: Compute,
-) -> Keeping | None:
-    if samples is None or states is None:
-        return None
-    return Keeping(
-        anchor_batches(plan, kinds_of(samples)),
-        kl=plan.kl,
-        states=states,
-        pad_token_id=padding_of(tokenizer),
-        batch_tokens=compute.batch_tokens,
-    )
 
 
 class _Explorer:
@@ -305,13 +248,11 @@ def _metrics(history: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _arguments(
-    plan: RoundPlan, grpo: GrpoPlan, workspace: Path, compute: Compute, dtype: str
-) -> GRPOConfig:
+def _arguments(plan: RoundPlan, grpo: GrpoPlan, place: Workplace) -> GRPOConfig:
     answers = grpo.prompts * grpo.samples
     together = max(size for size in range(1, MAX_SEQUENCES + 1) if answers % size == 0)
     return GRPOConfig(
-        **common_arguments(plan, workspace, compute, dtype),
+        **common_arguments(plan, place),
         per_device_train_batch_size=together,
         gradient_accumulation_steps=answers // together,
         num_generations=grpo.samples,

@@ -30,6 +30,12 @@ class WarmPlan(Document):
     """Experiences up to this feedback."""
 
 
+class DistilPlan(Document):
+    """What an sft round by self-distillation depends on beyond the rest (`distilling.py`)."""
+
+    max_answer_tokens: int
+
+
 class GrpoPlan(Document):
     """What a round of reinforcement learning depends on beyond the rest of its plan."""
 
@@ -94,6 +100,9 @@ class RoundPlan(Document):
     )
     """Only of a dpo, scored or kto round."""
 
+    distil: DistilPlan | None = Field(default=None, exclude_if=lambda distil: distil is None)
+    """Only of an sft round by self-distillation."""
+
     @property
     def method(self) -> Method:
         if self.feedback is not None:
@@ -135,6 +144,7 @@ def plan_round(
     scored one. `warm_cursor` is the newest feedback, where a grpo round is to begin with a warm
     start. Raises SettingsError when there are no anchors where the settings say.
     """
+    distils = method == "sft" and settings.sdft.enabled
     chosen, decay = of_method(settings, method), settings.round_decay**release.version
     seed = int.from_bytes(
         hashlib.sha256(f"{settings.seed}/{node_id}/{number}".encode()).digest()[:4], "big"
@@ -162,7 +172,7 @@ def plan_round(
         if settings.anchors is not None and settings.batch_anchor
         else None,
         kl=settings.kl,
-        learning_rate=chosen.learning_rate * decay,
+        learning_rate=(settings.sdft if distils else chosen).learning_rate * decay,
         max_examples=settings.max_examples,
         checkpoint_steps=settings.checkpoint_steps,
         created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -173,6 +183,7 @@ def plan_round(
         if chosen is settings.grpo
         else None,
         feedback=feedback_plan(settings.feedback, method, groups),
+        distil=DistilPlan(max_answer_tokens=settings.sdft.max_answer_tokens) if distils else None,
     )
 
 

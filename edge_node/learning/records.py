@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from edge_node.errors import StorageError
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.policy import RICHEST, Method
@@ -43,6 +45,12 @@ _OBSOLETE = "obsolete"
 """Beginning of why a round was dropped."""
 _WAS_DROPPED = f"state = 'given up' AND result LIKE '{_OBSOLETE} %'"
 
+_EXPLORED = (
+    "json_extract(CAST(plan AS TEXT), '$.grpo') IS NOT NULL AND "
+    "json_extract(CAST(plan AS TEXT), '$.feedback') IS NULL"
+)
+"""Of a grpo round."""
+
 
 class RoundImpossible(LookupError):
     """A round that can never be completed. Its words quote nothing that a customer wrote."""
@@ -53,8 +61,8 @@ class RoundImpossible(LookupError):
 
 
 class NoGain(Exception):
-    """The round's result is no better than its start; its update is of no use. Its words say why,
-    in counts, and quote nobody.
+    """The round's result is no better than its start, or the local gate stops it. Its words say
+    why, in counts, and quote nobody.
     """
 
 
@@ -119,9 +127,10 @@ class RoundStore:
             database.execute("DELETE FROM wanted WHERE method = ?", (plan.method,))
 
     def unfinished(self) -> RoundPlan | None:
+        """Raises StorageError for a plan that this version cannot read, as all that give plans."""
         with self.transaction() as database:
             row = database.execute("SELECT plan FROM rounds WHERE state = 'training'").fetchone()
-        return None if row is None else RoundPlan.model_validate_json(row[0])
+        return None if row is None else _read(row[0])
 
     def last(self) -> RoundPlan | None:
         """The newest round, whatever became of it."""
@@ -129,7 +138,7 @@ class RoundStore:
             row = database.execute(
                 "SELECT plan FROM rounds ORDER BY number DESC LIMIT 1"
             ).fetchone()
-        return None if row is None else RoundPlan.model_validate_json(row[0])
+        return None if row is None else _read(row[0])
 
     def finish(self, round_id: str, update_id: str) -> None:
         """The update is in the outbox; checkpoints are removed."""
@@ -176,7 +185,7 @@ class RoundStore:
                 "SELECT plan FROM rounds WHERE start_release = ? AND state = 'finished'",
                 (release_id,),
             ).fetchall()
-        return {RoundPlan.model_validate_json(row[0]).method for row in rows}
+        return {_read(row[0]).method for row in rows}
 
     def cursors(self) -> dict[Method, int]:
         """The cursor of the last round of each method that was not dropped; 0 where there is none.
@@ -200,12 +209,22 @@ class RoundStore:
             ).fetchone()
         return row is not None
 
+    def cancelled_cursor(self, method: Method) -> int:
+        """The cursor of the newest cancelled round of this method of feedback; 0 without one."""
+        with self.transaction() as database:
+            cursor = database.execute(
+                "SELECT MAX(cursor) FROM rounds WHERE state = 'cancelled' AND "
+                "json_extract(CAST(plan AS TEXT), '$.feedback.method') = ?",
+                (method,),
+            ).fetchone()[0]
+        return int(cursor or 0)
+
     def given_up(self, release_id: str) -> int:
-        """How many rounds from this release gained nothing."""
+        """How many grpo rounds from this release gained nothing."""
         with self.transaction() as database:
             count = database.execute(
                 "SELECT count(*) FROM rounds WHERE start_release = ? AND state = 'given up' AND "
-                f"NOT ({_WAS_DROPPED})",
+                f"NOT ({_WAS_DROPPED}) AND {_EXPLORED}",
                 (release_id,),
             ).fetchone()[0]
         return int(count)
@@ -217,7 +236,7 @@ class RoundStore:
                 "SELECT plan, state, result, changed_at FROM rounds ORDER BY number DESC LIMIT ?",
                 (-1 if newest is None else newest,),
             ).fetchall()
-        return [RoundEnd(RoundPlan.model_validate_json(row[0]), *row[1:]) for row in rows]
+        return [RoundEnd(_read(row[0]), *row[1:]) for row in rows]
 
     def last_was_abandoned(self) -> bool:
         """Whether the newest round that ended by itself could not be completed."""
@@ -236,9 +255,11 @@ class RoundStore:
 
     def clear_workspaces(self) -> None:
         """Removes the checkpoints of every round but the unfinished one."""
-        plan = self.unfinished()
+        with self.transaction() as database:
+            kept = database.execute("SELECT round_id FROM rounds WHERE state = 'training'")
+            names = {row[0] for row in kept}
         for folder in (self._path / "rounds").glob("*"):
-            if plan is None or folder.name != plan.round_id:
+            if folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _end(self, round_id: str, state: str, result: str) -> None:
@@ -266,8 +287,23 @@ def open_starts(data_dir: Path) -> set[str]:
     """Releases that an unfinished round starts from; their directories must not be collected."""
     if not (data_dir / "learning" / "rounds.db").is_file():
         return set()
-    plan = RoundStore(data_dir / "learning").unfinished()
-    return set() if plan is None else {plan.release_id}
+    with RoundStore(data_dir / "learning").transaction() as database:
+        rows = database.execute("SELECT start_release FROM rounds WHERE state = 'training'")
+        return {str(row[0]) for row in rows}
+
+
+def _read(plan: bytes) -> RoundPlan:
+    """Raises StorageError for one that this version does not know."""
+    try:
+        return RoundPlan.model_validate_json(plan)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise StorageError(
+            f"A round in learning/rounds.db has a plan that this version cannot read: {place}: "
+            f"{first['msg']}. A newer version planned it. Install that version again. Or stop the "
+            "node and move learning/rounds.db away: then its rounds begin anew."
+        ) from error
 
 
 def _now() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +20,13 @@ from edge_node.experience import ExperienceStore, Pair, Thumb
 from edge_node.identity import Identity
 from edge_node.learning.anchors import Anchors, read_anchors
 from edge_node.learning.batches import Lesson
-from edge_node.learning.compute import read_compute
+from edge_node.learning.gate import pass_local_gate
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.policy import Method
 from edge_node.learning.records import RoundImpossible
 from edge_node.learning.steering import UNSTEERED, Steering
-from edge_node.learning.targets import targeted
 from edge_node.learning.training import RoundObsolete, TrainedRound, train_round
+from edge_node.learning.workplace import Workplace, find_workplace
 from edge_node.outbox import Outbox, OutboxEntry
 from edge_node.releases.peft_directory import directory_rank
 from edge_node.rendering import ChatFormat, Renderer, load_renderer
@@ -60,7 +61,7 @@ def run_round(
         SettingsError: no base model, modules or a GPU that are not there, or unusable anchors.
         EnvironmentFault: an anchor's environment does not work.
         RoundImpossible: there is nothing to learn, or the start release is not on disk any more.
-        NoGain, ServingError: as `train_on_verifiers`.
+        NoGain, ServingError: as `train_on_verifiers`, or the local gate says so (`gate.py`).
         RoundObsolete: see `active`; or an interaction was deleted since the round was planned.
         RoundCancelled, RoundPaused: `steering` said so.
     """
@@ -69,7 +70,7 @@ def run_round(
         return known.update_id
     identity = Identity.load(settings.data_dir)
     superseded = outbox.last_for_start(plan.release_id)
-    trained = TRAIN.get(plan.method, train_on_feedback)(
+    place = find_workplace(
         plan,
         settings,
         release_directory(settings.data_dir, plan.release_id, plan.release_rank),
@@ -78,6 +79,10 @@ def run_round(
         beat=beat,
         steering=steering,
     )
+    trained = TRAIN.get(plan.method, train_on_feedback)(plan, settings, place)
+    judged = pass_local_gate(plan, settings, place, trained.tensors)
+    # Of a grpo round `held_out_*` are the scores that it had to gain in.
+    trained = replace(trained, metrics=judged | trained.metrics)
     with steering.handing_over():
         if plan.takes_experience:
             store = ExperienceStore(settings.data_dir / "experience.db")
@@ -117,83 +122,44 @@ def _hand_over(
     return outbox.add(plan.round_id, manifest, sign(identity.key, manifest), payload)
 
 
-def _train_on_verifiers(*args: Any, **kwargs: Any) -> TrainedRound:
+def _train_on_verifiers(*args: Any) -> TrainedRound:
     # TRL's GRPO imports vLLM, for ten seconds: only where a round needs it.
     from edge_node.learning.exploration import train_on_verifiers
 
-    return train_on_verifiers(*args, **kwargs)
+    return train_on_verifiers(*args)
 
 
-def train_on_experience(
-    plan: RoundPlan,
-    settings: EdgeSettings,
-    release: Path,
-    workspace: Path,
-    *,
-    obsolete: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
-    steering: Steering = UNSTEERED,
-) -> TrainedRound:
-    """Only trains: on examples up to the plan's cursor and anchors, from `release`'s directory."""
-    beat()
-    base = read_base(settings)
-    beat()
+def train_on_experience(plan: RoundPlan, settings: EdgeSettings, place: Workplace) -> TrainedRound:
+    """Only trains: on examples up to the plan's cursor and anchors."""
     store = ExperienceStore(settings.data_dir / "experience.db")
-    is_obsolete = or_deleted(store, plan, obsolete)
+    place = or_deleted(store, plan, place)
     own = own_lessons(store, plan)
     if not own:
         raise RoundImpossible(
             "There is no corrected or verified answer that can be learnt from.",
             "Send corrections to POST /v1/feedback, and look at `usable` in its answers.",
         )
-    anchors = training_anchors(settings, base, plan)
-    beat()
-    return train_round(
-        plan,
-        base=base.path,
-        modules=targeted(plan.target_modules, base.module_shapes),
-        compute=read_compute(settings.learning),
-        release=release if plan.release_rank else None,
-        own=own,
-        anchors=anchors,
-        workspace=workspace,
-        obsolete=is_obsolete,
-        beat=beat,
-        steering=steering,
-    )
+    anchors = training_anchors(settings, read_base(settings), plan)
+    place.beat()
+    if plan.distil is None:
+        return train_round(plan, place, own=own, anchors=anchors)
+    from edge_node.learning.distilling import train_distilled  # TRL's experimental trainer
+
+    limit = longest_context(settings, place.base)
+    return train_distilled(plan, place, own=own, anchors=anchors, limit=limit)
 
 
-def train_on_feedback(
-    plan: RoundPlan,
-    settings: EdgeSettings,
-    release: Path,
-    workspace: Path,
-    *,
-    obsolete: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
-    steering: Steering = UNSTEERED,
-) -> TrainedRound:
+def train_on_feedback(plan: RoundPlan, settings: EdgeSettings, place: Workplace) -> TrainedRound:
     """As `train_on_experience`, on the preferences, scored groups or thumbs up to the cursor."""
-    beat()
-    base = read_base(settings)
     store = ExperienceStore(settings.data_dir / "experience.db")
     known = {"up_to": plan.cursor, "limit": plan.max_examples}
-    rest: dict[str, Any] = {
-        "base": base.path,
-        "modules": targeted(plan.target_modules, base.module_shapes),
-        "compute": read_compute(settings.learning),
-        "release": release if plan.release_rank else None,
-        "workspace": workspace,
-        "obsolete": or_deleted(store, plan, obsolete),
-        "beat": beat,
-        "steering": steering,
-    }
+    place = or_deleted(store, plan, place)
     if plan.method == "scored":
         from edge_node.learning.scored import train_scored  # TRL's GRPO imports vLLM
 
         model = f"{settings.serving.alias}@{plan.label}"
         groups = _expect_some(store.groups(model=model, **known))
-        return train_scored(plan, groups=groups, **rest)
+        return train_scored(plan, place, groups=groups)
     from edge_node.learning.comparing import train_compared
 
     compared: Sequence[Pair] | Sequence[Thumb]
@@ -203,9 +169,9 @@ def train_on_feedback(
         compared = store.thumbs(**known)
         for liked in (True, False):
             _expect_some([thumb for thumb in compared if thumb.liked is liked])
-    anchors = training_anchors(settings, base, plan)
-    beat()
-    return train_compared(plan, compared=compared, anchors=anchors, **rest)
+    anchors = training_anchors(settings, read_base(settings), plan)
+    place.beat()
+    return train_compared(plan, place, compared=compared, anchors=anchors)
 
 
 TRAIN: dict[Method, Callable[..., TrainedRound]] = {
@@ -215,14 +181,12 @@ TRAIN: dict[Method, Callable[..., TrainedRound]] = {
 """Rounds of the other methods learn from feedback."""
 
 
-def or_deleted(
-    store: ExperienceStore, plan: RoundPlan, obsolete: Callable[[], bool]
-) -> Callable[[], bool]:
-    """`obsolete`, or that an interaction was deleted since the plan: it must not be learnt, and a
-    checkpoint may hold it. Raises RoundObsolete when one was already.
+def or_deleted(store: ExperienceStore, plan: RoundPlan, place: Workplace) -> Workplace:
+    """`place`, whose round is also obsolete when an interaction was deleted since the plan: it must
+    not be learnt, and a checkpoint may hold it. Raises RoundObsolete when one was already.
     """
     expect_none_deleted(store, plan, "before its first step")
-    return lambda: store.deleted() != plan.deleted or obsolete()
+    return replace(place, obsolete=lambda: store.deleted() != plan.deleted or place.obsolete())
 
 
 def expect_none_deleted(store: ExperienceStore, plan: RoundPlan, when: str) -> None:

@@ -8,20 +8,18 @@ corrected for (truncated importance sampling, token by token). Importing this mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 from edge_node.environments import Environment, Outcome, Task
 from edge_node.experience import Group
-from edge_node.learning.compute import PLAIN, Compute
 from edge_node.learning.grpo import train_grpo
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.rewards import Exercise
 from edge_node.learning.rollouts import Answer, Ask
-from edge_node.learning.steering import UNSTEERED, Steering
 from edge_node.learning.training import TrainedRound
+from edge_node.learning.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,8 @@ class _Known:
         return answers + [None] * (self.samples - len(answers))
 
 
-def train_scored(
-    plan: RoundPlan,
-    *,
-    base: Path,
-    release: Path | None,
-    groups: Sequence[Group],
-    workspace: Path,
-    modules: Collection[str] | None = None,
-    compute: Compute = PLAIN,
-    obsolete: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
-    steering: Steering = UNSTEERED,
-) -> TrainedRound:
-    """Train on `groups`, at least one, in turns. Args and errors are those of `train_grpo`."""
+def train_scored(plan: RoundPlan, place: Workplace, *, groups: Sequence[Group]) -> TrainedRound:
+    """Train on `groups`, at least one, in turns. Errors are those of `train_grpo`."""
     assert plan.grpo is not None
     assert plan.feedback is not None
     known = _Known(groups, plan.grpo.samples)
@@ -80,17 +66,10 @@ def train_scored(
     ]
     trained = train_grpo(
         plan,
-        base=base,
-        release=release,
+        place,
         exercises=exercises,
         rollouts=known,
         publish=lambda step, increment: "",
-        workspace=workspace,
-        modules=modules,
-        compute=compute,
-        obsolete=obsolete,
-        beat=beat,
-        steering=steering,
     )
     counted = {"scored": 1.0, "groups_stale": float(plan.feedback.stale)}
     metrics = {name: value for name, value in trained.metrics.items() if name != "grpo"}

@@ -24,13 +24,15 @@ def read_signals(
 ) -> Signals:
     """model: the served name of the active release, `release_id`. Without the rollouts."""
     last, sft = rounds.last(), cursors["sft"]
+    # Thumbs of a kto round that an operator ended are not learnt by another method instead.
+    thumbs = max(sft, rounds.cancelled_cursor("kto"))
     new_groups = experience.new_comparisons("group", after=cursors["scored"], model=model)
     # Not counted where none is new: no round would start.
     groups = new_groups and experience.count_groups(up_to=experience.cursor(), model=model)
     return Signals(
         examples=counts.examples,
-        new_failures=experience.failures(after=sft, model=model),
-        new_feedback=experience.judged(after=sft, model=model),
+        new_failures=experience.failures(after=thumbs, model=model),
+        new_feedback=experience.judged(after=thumbs, model=model),
         new_corrections=experience.corrections(after=sft, model=model),
         preferences=counts.preferences,
         new_preferences=experience.new_comparisons("preference", after=cursors["dpo"]),

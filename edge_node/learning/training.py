@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,28 @@ from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig
 
 from edge_node.learning.anchors import Anchors
-from edge_node.learning.batches import Lesson, TokenRow, make_batches, sample_lessons
+from edge_node.learning.batches import (
+    Lesson,
+    TokenRow,
+    anchor_batches,
+    make_batches,
+    sample_lessons,
+)
 from edge_node.learning.checkpoints import newest_valid, seal
-from edge_node.learning.compute import PLAIN, Compute, count_parameters, training_dtype
+from edge_node.learning.compute import count_parameters, training_dtype
 from edge_node.learning.drift import kl_of_examples
-from edge_node.learning.keeping import KL_BASE, KeepingCollator, KeepingTrainer, RoundTrainer
+from edge_node.learning.keeping import (
+    KL_BASE,
+    Keeping,
+    KeepingCollator,
+    KeepingTrainer,
+    RoundTrainer,
+)
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.steered import steered
-from edge_node.learning.steering import UNSTEERED, Steering
 from edge_node.learning.teacher import load_states
 from edge_node.learning.text_model import load_text_model
+from edge_node.learning.workplace import Workplace
 from protos.base import Layout, read_layout
 from protos.lora import LoraModule, LoraTensors
 
@@ -64,70 +76,48 @@ class TrainedRound:
 
 def train_round(
     plan: RoundPlan,
+    place: Workplace,
     *,
-    base: Path,
-    release: Path | None,
     own: Sequence[Lesson],
     anchors: Sequence[Lesson] | Anchors,
-    workspace: Path,
-    modules: Collection[str] | None = None,
-    compute: Compute = PLAIN,
-    obsolete: Callable[[], bool] = lambda: False,
-    beat: Callable[[], None] = lambda: None,
-    steering: Steering = UNSTEERED,
 ) -> TrainedRound:
-    """Train, going on from the newest valid checkpoint in `workspace`.
+    """Train, going on from the newest valid checkpoint in the folder of `place`.
 
     Args:
-        release: PEFT directory of the start release; None for one without modules (version 0).
         own: the node's examples, at least one.
         anchors: examples whose answers are learnt, or the base's own samples, on which the model is
             kept near the base.
-        modules: names of the base's modules to train; all of them when None.
-        obsolete: asked after each step.
-        beat: called when the model is loaded, and in each layer of a step, forward and backward.
-        steering: asked and told between steps.
 
     Raises:
-        RoundObsolete: `obsolete` said so.
-        RoundCancelled, RoundPaused: `steering` said so.
+        RoundObsolete: `place.obsolete` said so.
+        RoundCancelled, RoundPaused: `place.steering` said so.
         SettingsError: the samples in `anchors` do not fit the base.
     """
     disable_progress_bar()
-    layout = read_layout(base)
-    model, states = load_start_and_states(base, release, anchors)
-    beat()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            beat_in(layer, beat)
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    layout = read_layout(place.base)
+    model, states = load_start_and_states(place, anchors)
+    tokenizer = AutoTokenizer.from_pretrained(place.base, local_files_only=True)
     batches = make_batches(plan, own, kinds_of(anchors))
     batch = len(batches.rows) // plan.steps
-    resume = newest_valid(workspace)
-    if resume is not None:
-        log.info("round resumes", extra={"round_id": plan.round_id, "checkpoint": resume[0].name})
-    clock = Clock(0.0 if resume is None else resume[1])
+    resume, clock = resumed(plan, place)
     trainer = _trainer(
         plan, tokenizer, states,
         model=model,
-        args=_arguments(
-            plan,
-            workspace,
-            batch,
-            compute,
-            training_dtype(plan.dtype, count_parameters(base)),
+        args=SFTConfig(
+            **common_arguments(plan, place),
+            per_device_train_batch_size=batch,
+            # Rows are already in training order, batch by batch.
+            train_sampling_strategy="sequential",
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=_dataset(batches.rows),
-        peft_config=LoraConfig(
-            r=plan.rank, lora_alpha=plan.alpha, lora_dropout=0.0, bias="none",
-            target_modules=[layout.text_name(name) for name in modules or layout.module_shapes],
-            task_type="CAUSAL_LM",
-        ),
-        callbacks=[Sealer(clock, obsolete), *steered(steering, clock.elapsed_s)],
+        peft_config=fresh_lora(plan, place, layout),
+        callbacks=callbacks(place, clock),
     )  # fmt: skip
-    trainer.batch_tokens = compute.batch_tokens
+    trainer.batch_tokens = place.compute.batch_tokens
     trainer.remove_callback(PrinterCallback)  # it would print every step's loss
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume[0]))
+    trainer.train(resume_from_checkpoint=resume)
     metrics = {
         **first_and_last(trainer, "loss"),
         **(first_and_last(trainer, KL_BASE, "kl") if states is not None else {}),
@@ -159,13 +149,32 @@ def _trainer(plan: RoundPlan, tokenizer: Any, states: list[Any] | None, **rest: 
     )
 
 
+def keeping_of(
+    plan: RoundPlan,
+    place: Workplace,
+    anchors: Sequence[Lesson] | Anchors | None,
+    states: list[torch.Tensor] | None,
+    tokenizer: Any,
+) -> Keeping | None:
+    """What a trainer without samples in its batches adds to each step; None without samples."""
+    if not isinstance(anchors, Anchors) or states is None or not plan.batch_anchor:
+        return None
+    return Keeping(
+        anchor_batches(plan, kinds_of(anchors)),
+        kl=plan.kl,
+        states=states,
+        pad_token_id=padding_of(tokenizer),
+        batch_tokens=place.compute.batch_tokens,
+    )
+
+
 def first_and_last(trainer: Any, key: str, name: str | None = None) -> dict[str, float]:
     """The first and the last `key` of the trainer's log, as `name`."""
     seen = [float(entry[key]) for entry in trainer.state.log_history if key in entry]
     return {f"{name or key}_first": seen[0], f"{name or key}_last": seen[-1]}
 
 
-def beat_in(layer: Any, beat: Callable[[], None]) -> None:
+def _beat_in(layer: Any, beat: Callable[[], None]) -> None:
     """Where a step takes minutes (a large base on a CPU), only its layers show that it goes on."""
 
     def passed(layer: Any, inputs: Any, output: Any) -> None:
@@ -178,19 +187,26 @@ def beat_in(layer: Any, beat: Callable[[], None]) -> None:
 
 def load_start(base: Path, release: Path | None) -> Any:
     """The base in float32 with the release merged in, frozen by PEFT later."""
-    return load_start_and_states(base, release, None)[0]
+    model = load_text_model(base)
+    merge_release(model, release, read_layout(base))
+    return model
 
 
 def load_start_and_states(
-    base: Path, release: Path | None, anchors: Sequence[Lesson] | Anchors | None
+    place: Workplace, anchors: Sequence[Lesson] | Anchors | None
 ) -> tuple[Any, list[torch.Tensor] | None]:
-    """`load_start`, and the base's states of `anchors` where these are its own samples.
+    """`load_start`, whose layers beat, and the base's states of `anchors` where these are its own
+    samples.
 
     Raises SettingsError when the samples do not fit the base.
     """
-    model = load_text_model(base)
+    model = load_text_model(place.base)
     states = load_states(anchors, model) if isinstance(anchors, Anchors) else None
-    merge_release(model, release, read_layout(base))
+    merge_release(model, place.release, read_layout(place.base))
+    place.beat()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            _beat_in(layer, place.beat)
     return model, states
 
 
@@ -252,25 +268,39 @@ class Sealer(TrainerCallback):  # type: ignore[misc]
             raise RoundObsolete(f"after step {state.global_step} of {state.max_steps}")
 
 
-def _arguments(
-    plan: RoundPlan, workspace: Path, batch: int, compute: Compute, dtype: str
-) -> SFTConfig:
-    return SFTConfig(
-        **common_arguments(plan, workspace, compute, dtype),
-        per_device_train_batch_size=batch,
-        # Rows are already in training order, batch by batch.
-        train_sampling_strategy="sequential",
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
+def resumed(plan: RoundPlan, place: Workplace) -> tuple[str | None, Clock]:
+    """The newest valid checkpoint, if any, and the round's time, which goes on from there."""
+    found = newest_valid(place.folder)
+    if found is None:
+        return None, Clock(0.0)
+    checkpoint, elapsed_s = found
+    log.info("round resumes", extra={"round_id": plan.round_id, "checkpoint": checkpoint.name})
+    return str(checkpoint), Clock(elapsed_s)
+
+
+def fresh_lora(plan: RoundPlan, place: Workplace, layout: Layout) -> LoraConfig:
+    """The adapter that the round trains; its first step finds it without effect."""
+    names = place.modules or layout.module_shapes
+    return LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=[layout.text_name(name) for name in names],
+        task_type="CAUSAL_LM",
     )
 
 
-def common_arguments(
-    plan: RoundPlan, workspace: Path, compute: Compute, dtype: str
-) -> dict[str, Any]:
+def callbacks(place: Workplace, clock: Clock) -> list[TrainerCallback]:
+    """Of rounds of every method, in their order."""
+    return [Sealer(clock, place.obsolete), *steered(place.steering, clock.elapsed_s)]
+
+
+def common_arguments(plan: RoundPlan, place: Workplace) -> dict[str, Any]:
     """What rounds of every method tell TRL alike."""
+    dtype = training_dtype(plan.dtype, count_parameters(place.base))
     return {
-        "output_dir": str(workspace),
+        "output_dir": str(place.folder),
         "seed": plan.seed,
         "max_steps": plan.steps,
         "learning_rate": plan.learning_rate,
@@ -281,8 +311,8 @@ def common_arguments(
         "warmup_steps": 0,
         # Autocast: the weights stay float32.
         "bf16": dtype == "bfloat16",
-        "use_cpu": compute.device == "cpu",
-        "gradient_checkpointing": compute.gradient_checkpointing,
+        "use_cpu": place.compute.device == "cpu",
+        "gradient_checkpointing": place.compute.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "save_strategy": "steps",
         "save_steps": plan.checkpoint_steps,

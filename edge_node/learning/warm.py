@@ -8,8 +8,8 @@ Importing this module loads torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peft import get_peft_model_state_dict
@@ -19,12 +19,11 @@ from edge_node.errors import EnvironmentFault
 from edge_node.experience import Example
 from edge_node.learning.anchors import Anchors
 from edge_node.learning.batches import Lesson
-from edge_node.learning.compute import Compute
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.records import NothingToGain
 from edge_node.learning.rewards import Exercise, reward
-from edge_node.learning.steering import Steering
 from edge_node.learning.training import train_round
+from edge_node.learning.workplace import Workplace
 from edge_node.rendering import Renderer
 
 FOLDER = "warm"
@@ -77,37 +76,26 @@ def _reference(exercise: Exercise) -> str | None:
 
 def warm_start(
     plan: RoundPlan,
+    place: Workplace,
     *,
-    base: Path,
-    release: Path | None,
     lessons: Sequence[Lesson],
     anchors: Sequence[Lesson] | Anchors,
-    workspace: Path,
-    modules: Collection[str] | None,
-    compute: Compute,
-    obsolete: Callable[[], bool],
-    beat: Callable[[], None],
-    steering: Steering,
 ) -> dict[str, Any]:
-    """PEFT's state of the adapter after the warm steps; arguments and errors of `train_round`."""
+    """PEFT's state of the adapter after the warm steps; arguments and errors of `train_round`.
+
+    place: of the whole round.
+    """
     assert plan.grpo is not None
     assert plan.grpo.warm is not None
     steps = {"steps": plan.grpo.warm.steps, "learning_rate": plan.grpo.warm.learning_rate}
-    folder = workspace / FOLDER
+    folder = place.folder / FOLDER
     folder.mkdir(exist_ok=True)
-    with steering.stage("warm start"):
+    with place.steering.stage("warm start"):
         trained = train_round(
             plan.model_copy(update=steps | {"grpo": None}),
-            base=base,
-            release=release,
+            replace(place, folder=folder),
             own=lessons,
             anchors=anchors,
-            workspace=folder,
-            modules=modules,
-            compute=compute,
-            obsolete=obsolete,
-            beat=beat,
-            steering=steering,
         )
     state: dict[str, Any] = get_peft_model_state_dict(trained.model)
     return {name: values.detach().cpu().clone() for name, values in state.items()}

@@ -273,7 +273,9 @@ class Worker:
 
     def _end_without_gain(self, plan: RoundPlan, error: NoGain) -> None:
         warms = self._settings.learning.grpo.warm_steps > 0
-        if isinstance(error, NoReward) and warms and plan.grpo and plan.grpo.warm is None:
+        if plan.method != "grpo":
+            self._rounds.give_up(plan.round_id, str(error))
+        elif isinstance(error, NoReward) and warms and plan.grpo and plan.grpo.warm is None:
             self._rounds.end_unrewarded(plan.round_id, str(error))
         elif isinstance(error, NothingToGain):
             self._rounds.saturate(plan.round_id, str(error))

@@ -34,6 +34,7 @@ def make_node(data_dir: Path, **learning: Any) -> EdgeSettings:
         "batch_anchor": 2,
         "poll_s": 0.05,
         "supersede_after_s": 0,
+        "gate": {"tasks": 0},  # no vLLM here
     }
     return EdgeSettings.model_validate(
         {

@@ -36,6 +36,8 @@ class SamplingVllm(RecordingEngine):
         self._sampler = TinySampler()
         self.requests: list[dict[str, Any]] = []
         self.unloaded: list[str] = []
+        self.refuses = False
+        """Every chat request gets a 400."""
         self.app = FastAPI()
         self.app.add_api_route("/v1/completions", self._completions, methods=["POST"])
         self.app.add_api_route("/v1/chat/completions", self._chat, methods=["POST"])
@@ -64,15 +66,21 @@ class SamplingVllm(RecordingEngine):
     async def _chat(self, request: Request) -> JSONResponse:
         body = await self._heard(request)
         ids = self._sampler.prompt_ids(body["messages"])
+        if self.refuses:
+            return JSONResponse({"error": "too long"}, 400)
         (answer,) = self._sampler.answers(
-            ids, samples=1, seed=0, max_tokens=body["max_tokens"], greedy=True
-        )
+            ids, samples=1, seed=body.get("seed", 0), max_tokens=body.get("max_tokens") or 1,
+            greedy=body["temperature"] == 0,
+        )  # fmt: skip
         message = {"role": "assistant", "content": answer.text}
         return JSONResponse({"model": body["model"], "choices": [{"message": message}]})
 
+    def hears(self, request: dict[str, Any]) -> None:
+        self.requests.append(request)
+
     async def _heard(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(await request.body())
-        self.requests.append(body | {"capture": request.headers.get("x-lorikeet-capture")})
+        self.hears(body | {"capture": request.headers.get("x-lorikeet-capture")})
         self._sampler.use(read_release(self.loaded[body["model"]]))
         return body
 

@@ -15,17 +15,15 @@ from pathlib import Path
 from edge_node.learning.exploration import train_on_verifiers
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.records import NoGain
+from edge_node.learning.workplace import find_workplace
 from edge_node.settings import EdgeSettings
 
 
 def main(settings: Path, plan: Path, release: Path, workspace: Path) -> None:
+    planned = RoundPlan.model_validate_json(plan.read_bytes())
+    node = EdgeSettings.model_validate_json(settings.read_bytes())
     with suppress(NoGain):
-        train_on_verifiers(
-            RoundPlan.model_validate_json(plan.read_bytes()),
-            EdgeSettings.model_validate_json(settings.read_bytes()),
-            release,
-            workspace,
-        )
+        train_on_verifiers(planned, node, find_workplace(planned, node, release, workspace))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import peft.peft_model
 from edge_node.learning import checkpoints
 from edge_node.learning.batches import Lesson
 from edge_node.learning.training import TrainedRound, train_round
+from edge_node.learning.workplace import Workplace
 from tests.contract.learning_round.grpo_rounds import SAMPLES, make_plan
 from tests.contract.learning_round.test_grpo import train
 from tests.fakes.policy_rollouts import PolicyRollouts
@@ -32,9 +33,7 @@ STEPS = 5
 def sft(workspace: Path) -> TrainedRound:
     own = [Lesson(prompt_ids(f"w{n}"), answer_ids(f"w{n + 9} w3")) for n in range(5)]
     plan = make_plan(grpo=None, batch_own=3, steps=STEPS)
-    return train_round(
-        plan, base=tiny_model(), release=None, own=own, anchors=[], workspace=workspace
-    )
+    return train_round(plan, Workplace(tiny_model(), None, workspace), own=own, anchors=[])
 
 
 def grpo(workspace: Path) -> TrainedRound:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from edge_node.experience import (
     Preference,
     Scores,
 )
+from edge_node.learning.batches import pair_batches, thumb_batches
+from edge_node.learning.orders import Orders
+from edge_node.learning.plans import RoundPlan
 from edge_node.learning.records import RoundStore
 from edge_node.learning.round import release_directory, train_on_feedback
 from edge_node.learning.training import RoundObsolete, load_start
 from edge_node.learning.worker import Worker
+from edge_node.learning.workplace import find_workplace
 from edge_node.settings import EdgeSettings
 from protos.lora import encode
 from protos.manifest import UpdateManifest, sha256_hex
@@ -126,6 +131,28 @@ def sent(settings: EdgeSettings) -> tuple[UpdateManifest, str]:
     return UpdateManifest.from_bytes(outbox.signed(entry.update_id)[0]), sha256_hex(payload)
 
 
+def exact_kl(model: Any, start: Any, plan: RoundPlan, settings: EdgeSettings) -> float:
+    """KL(model || start) on every answer of the last step, nats a token."""
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    known = {"up_to": plan.cursor, "limit": plan.max_examples}
+    if plan.method == "dpo":
+        pairs = pair_batches(plan, store.pairs(**known))[-1]
+        answers = [
+            (one.prompt_ids, ids) for one in pairs for ids in (one.chosen_ids, one.rejected_ids)
+        ]
+    else:
+        thumbs = thumb_batches(plan, store.thumbs(**known))[-1]
+        answers = [(one.prompt_ids, one.answer_ids) for one in thumbs]
+    total = tokens = 0.0
+    for prompt, answer in answers:
+        ids = torch.tensor([[*prompt, *answer]])
+        with torch.no_grad():
+            mine, before = (one(ids).logits[0].log_softmax(-1) for one in (model, start))
+        kl = (mine.exp() * (mine - before)).sum(-1)[len(prompt) - 1 : -1]
+        total, tokens = total + float(kl.sum()), tokens + len(answer)
+    return total / tokens
+
+
 def margin(model: Any) -> float:
     """How much likelier the liked answers are than the others, mean over the questions, nats."""
     return (
@@ -151,16 +178,21 @@ def test_liked_answers_become_likelier_and_a_round_goes_on_to_the_same_bytes(
     assert plan is not None
     assert plan.method == method
     release = release_directory(settings.data_dir, plan.release_id)
-    steps = iter(range(7))
+    place, steps = find_workplace(plan, settings, release, tmp_path / "w"), iter(range(7))
     with pytest.raises(RoundObsolete):
         train_on_feedback(
-            plan, settings, release, tmp_path / "w", obsolete=lambda: next(steps, None) is None
+            plan, settings, replace(place, obsolete=lambda: next(steps, None) is None)
         )
     assert [path.name for path in (tmp_path / "w").glob("check*")] == ["checkpoint-5"]
-    again = train_on_feedback(plan, settings, release, tmp_path / "w")
+    again = train_on_feedback(plan, settings, place)
     assert sha256_hex(encode(again.tensors)) == digest
     before, after = margin(load_start(tiny_model(), release)), margin(again.model.eval())
     assert after > before + 1
+    start = load_start(tiny_model(), release)
+    if method != "scored":
+        moved = exact_kl(again.model.eval(), start, plan, settings)
+        assert manifest.metrics["kl_release"] == pytest.approx(moved, rel=1e-3)
+        assert moved > 0.01
     if method == "scored":  # the release's answers do not tell how far the model is from it
         assert "kl_release" not in manifest.metrics
     else:
@@ -206,6 +238,23 @@ def test_killed_round_resumes_to_the_same_bytes(tmp_path: Path, method: str) -> 
     assert {"kl_first", "kl_last", method} < set(kept[0])
     progress = node_rounds.show_round(killed, "1")["progress"]
     assert progress["kl_base"] == pytest.approx(kept[1]["kl_last"])
+
+
+def test_thumbs_of_a_cancelled_round_are_learnt_by_no_other_method(tmp_path: Path) -> None:
+    settings = ready(tmp_path / "node", "kto", steps=2)
+    worker, rounds = Worker(settings, NODE_ID), RoundStore(settings.data_dir / "learning")
+    plan = worker._next_round()
+    assert plan is not None
+    assert plan.method == "kto"
+    Orders(rounds).cancel(plan, lambda _: False)
+    assert worker._next_round() is None
+    store = ExperienceStore(settings.data_dir / "experience.db")
+    for number in range(2):
+        said = Feedback(f"bad-{number}", 0.0, correction="w3", correction_ids=answer_ids("w3"))
+        store.add_feedback(said, max_tokens=POSITIONS)
+    after = worker._next_round()
+    assert after is not None
+    assert after.method == "sft", "what is new is learnt"
 
 
 def test_groups_of_another_release_are_dropped_and_counted(tmp_path: Path) -> None:

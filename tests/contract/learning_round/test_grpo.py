@@ -11,12 +11,14 @@ import pytest
 
 from edge_node.errors import ServingError, SettingsError
 from edge_node.learning import trl_rollouts
+from edge_node.learning.compute import PLAIN, Compute
 from edge_node.learning.grpo import train_grpo
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.policies import read_release
 from edge_node.learning.records import NothingToGain, RoundImpossible
 from edge_node.learning.rollouts import Ask
 from edge_node.learning.training import TrainedRound
+from edge_node.learning.workplace import Workplace
 from protos.lora import encode
 from tests.contract.learning_round.grpo_rounds import (
     SAMPLES,
@@ -34,13 +36,18 @@ class Killed(BaseException):
 
 
 def train(
-    plan: RoundPlan, rollouts: PolicyRollouts, workspace: Path, **options: Any
+    plan: RoundPlan,
+    rollouts: PolicyRollouts,
+    workspace: Path,
+    release: Path | None = None,
+    compute: Compute = PLAIN,
+    **options: Any,
 ) -> TrainedRound:
-    defaults: dict[str, Any] = {"release": None, "exercises": exercises_of(plan)}
+    place = Workplace(tiny_model(), release, workspace, compute=compute)
+    defaults: dict[str, Any] = {"exercises": exercises_of(plan)}
     return train_grpo(
-        plan, base=tiny_model(), rollouts=rollouts, publish=rollouts.publish,
-        workspace=workspace, **defaults | options,
-    )  # fmt: skip
+        plan, place, rollouts=rollouts, publish=rollouts.publish, **defaults | options
+    )
 
 
 def test_a_round_learns_what_the_verifier_likes(tmp_path: Path) -> None:

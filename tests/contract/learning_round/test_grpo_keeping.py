@@ -19,6 +19,7 @@ from edge_node.learning.plans import RoundPlan
 from edge_node.learning.records import NothingToGain
 from edge_node.learning.text_model import load_text_model
 from edge_node.learning.training import load_start, train_round
+from edge_node.learning.workplace import Workplace
 from protos.base import read_base_model
 from protos.lora import encode
 from tests.contract.learning_round.grpo_rounds import SAMPLES, exercises_of, folder_for, make_plan
@@ -177,8 +178,7 @@ def test_an_sft_round_measures_it_on_its_last_own_examples(
     beside = [Lesson(prompt_ids("w99"), answer_ids("w98"))]
     trained = train_round(
         make_plan(grpo=None, batch_own=3, batch_anchor=2, steps=6, release_rank=4),
-        base=tiny_model(), release=release, own=own, anchors=beside,
-        workspace=folder_for(tmp_path, "w"),
+        Workplace(tiny_model(), release, folder_for(tmp_path, "w")), own=own, anchors=beside,
     )  # fmt: skip
     assert len(seen) == 3
     assert all(row.input_ids[1] != prompt_ids("w99")[1] for row in seen)

@@ -24,6 +24,7 @@ from edge_node.learning.records import RoundImpossible
 from edge_node.learning.rewards import Exercise
 from edge_node.learning.rollouts import Answer, Ask, VllmRollouts
 from edge_node.learning.training import TrainedRound
+from edge_node.learning.workplace import Workplace
 from edge_node.rendering import load_renderer
 from edge_node.serving import ControlClient, control_socket
 from protos.base import read_base_model
@@ -70,9 +71,12 @@ class Acted(PolicyRollouts):
 def train(plan: RoundPlan, rollouts: PolicyRollouts, workspace: Path) -> TrainedRound:
     exercises = [replace(one, rules=rules()) for one in exercises_of(plan)]
     return train_grpo(
-        plan, base=tiny_model(), release=None, exercises=exercises, rollouts=rollouts,
-        publish=rollouts.publish, workspace=workspace,
-    )  # fmt: skip
+        plan,
+        Workplace(tiny_model(), None, workspace),
+        exercises=exercises,
+        rollouts=rollouts,
+        publish=rollouts.publish,
+    )
 
 
 def test_only_sampled_tokens_are_trained_on(tmp_path: Path) -> None:

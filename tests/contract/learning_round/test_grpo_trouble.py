@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from edge_node.learning import exploration
+from edge_node.learning import exploration, gate
 from edge_node.learning.policies import Policies
 from edge_node.learning.records import RoundStore
 from edge_node.learning.worker import Worker
@@ -31,8 +31,8 @@ GRPO: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exploration, "PATIENCE_S", 5.0)
-    monkeypatch.setattr(exploration, "RETRY_S", 0.0)
+    monkeypatch.setattr(gate, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(gate, "RETRY_S", 0.0)
 
 
 def explorer(data_dir: Path, environment: dict[str, Any] = EVEN, **learning: Any) -> EdgeSettings:

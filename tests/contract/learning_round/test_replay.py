@@ -13,6 +13,7 @@ from edge_node.learning.round import own_lessons, release_directory, train_on_ex
 from edge_node.learning.steering import NodeSteering
 from edge_node.learning.training import RoundObsolete
 from edge_node.learning.worker import Worker
+from edge_node.learning.workplace import find_workplace
 from edge_node.settings import EdgeSettings
 from protos.lora import LoraTensors
 from tests.contract.learning_round.outboxes import outbox_of
@@ -60,8 +61,9 @@ def test_a_round_that_may_hold_what_was_deleted_is_given_up(tmp_path: Path, trai
                 store.delete("chat-100")
 
         start = release_directory(settings.data_dir, plan.release_id)
+        place = find_workplace(plan, settings, start, tmp_path / "w", beat=beat)
         with pytest.raises(RoundObsolete, match="after step 1 of 4"):
-            train_on_experience(plan, settings, start, tmp_path / "w", beat=beat)
+            train_on_experience(plan, settings, place)
     else:  # between two runs of the worker
         store.delete("chat-100")
     assert Worker(settings, NODE_ID).step()

@@ -17,6 +17,7 @@ from edge_node.learning.records import RoundStore
 from edge_node.learning.round import release_directory, train_on_experience
 from edge_node.learning.training import TrainedRound, load_start
 from edge_node.learning.worker import Worker, main
+from edge_node.learning.workplace import find_workplace
 from edge_node.releases.peft_directory import peft_files
 from edge_node.settings import EdgeSettings, LearningSettings
 from protos.base import read_base_model
@@ -38,12 +39,9 @@ def make_plan(settings: EdgeSettings, strength: float = 0.3) -> RoundPlan:
 
 def train(plan: RoundPlan, settings: EdgeSettings, folder: Path, **compute: Any) -> TrainedRound:
     learning = LearningSettings.model_validate(settings.learning.model_dump() | compute)
-    return train_on_experience(
-        plan,
-        settings.model_copy(update={"learning": learning}),
-        release_directory(settings.data_dir, plan.release_id),
-        folder,
-    )
+    settings = settings.model_copy(update={"learning": learning})
+    release = release_directory(settings.data_dir, plan.release_id)
+    return train_on_experience(plan, settings, find_workplace(plan, settings, release, folder))
 
 
 def largest_difference(one: LoraTensors, other: LoraTensors) -> float:

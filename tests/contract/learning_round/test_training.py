@@ -28,7 +28,10 @@ from edge_node.learning.checkpoints import newest_valid
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.records import RoundStore
 from edge_node.learning.round import release_directory, train_on_experience
+from edge_node.learning.training import TrainedRound
 from edge_node.learning.worker import Worker
+from edge_node.learning.workplace import Workplace, find_workplace
+from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors, decode, encode
 from protos.manifest import UpdateManifest, sha256_hex, verify
@@ -39,6 +42,12 @@ from tests.fakes.node_data import activate, as_environment, make_node, meet
 from tests.fakes.tiny_model import answer_ids, prompt_ids, tiny_adapter, tiny_model, write_peft
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def train_here(plan: RoundPlan, settings: EdgeSettings, folder: Path, **watch: Any) -> TrainedRound:
+    release = release_directory(settings.data_dir, plan.release_id)
+    place = find_workplace(plan, settings, release, folder, **watch)
+    return train_on_experience(plan, settings, place)
 
 
 def test_update_of_a_round_merged_by_peft_equals_the_trained_model(tmp_path: Path) -> None:
@@ -75,9 +84,7 @@ def test_update_of_a_round_merged_by_peft_equals_the_trained_model(tmp_path: Pat
     plan = RoundStore(settings.data_dir / "learning").last()
     assert plan is not None
     assert plan.learning_rate == pytest.approx(5e-3 * 0.7**2)
-    again = train_on_experience(
-        plan, settings, release_directory(settings.data_dir, plan.release_id), tmp_path / "again"
-    )
+    again = train_here(plan, settings, tmp_path / "again")
     assert encode(again.tensors) == payload, "the same round must give the same bytes"
 
     start = PeftModel.from_pretrained(
@@ -119,13 +126,7 @@ def test_each_layer_of_a_step_is_a_sign_of_life(tmp_path: Path) -> None:
     plan = Worker(settings, NODE_ID)._next_round()
     assert plan is not None
     beats: list[float] = []
-    train_on_experience(
-        plan,
-        settings,
-        release_directory(settings.data_dir, plan.release_id),
-        tmp_path / "w",
-        beat=lambda: beats.append(time.monotonic()),
-    )
+    train_here(plan, settings, tmp_path / "w", beat=lambda: beats.append(time.monotonic()))
     layers = len(read_base_model(tiny_model()).module_shapes)
     assert len(beats) > 2 * 1.5 * layers
 
@@ -209,16 +210,14 @@ def test_a_round_trains_on_the_ids_that_were_served(tmp_path: Path) -> None:
     store.add_feedback(Feedback("chat-7", score=1.0), max_tokens=99)
     seen: list[list[int]] = []
 
-    def keep(plan: RoundPlan, *, own: Sequence[Lesson], **_: Any) -> None:
+    def keep(plan: RoundPlan, place: Workplace, *, own: Sequence[Lesson], **_: Any) -> None:
         seen.extend(token_row(lesson).input_ids for lesson in own)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edge_node.learning.round.train_round", keep)
         plan = Worker(settings, NODE_ID)._next_round()
         assert plan is not None
-        train_on_experience(
-            plan, settings, release_directory(settings.data_dir, plan.release_id), tmp_path / "w"
-        )
+        train_here(plan, settings, tmp_path / "w")
     assert [4, 20, 21, 5, 30, 31, 2] in seen
     assert [*prompt_ids("w0 w1 w2"), *answer_ids("w200 w3")] in seen
 

@@ -13,14 +13,14 @@ from edge_node import rounds as node_rounds
 from edge_node.doctor import node_status
 from edge_node.experience import Example
 from edge_node.learning import reports
-from edge_node.learning.compute import PLAIN
 from edge_node.learning.plans import RoundPlan, WarmPlan
 from edge_node.learning.records import NoReward, NothingToGain, RoundStore
 from edge_node.learning.reports import Progress
-from edge_node.learning.steering import UNSTEERED, NodeSteering
+from edge_node.learning.steering import NodeSteering
 from edge_node.learning.training import TrainedRound
 from edge_node.learning.warm import warm_lessons, warm_start
 from edge_node.learning.worker import Worker
+from edge_node.learning.workplace import Workplace
 from edge_node.problems import Problems
 from edge_node.rendering import load_renderer
 from edge_node.settings import EdgeSettings
@@ -183,9 +183,8 @@ def run(workspace: Path, *, warm_ends: int = 99, rollouts_end: str = "") -> Trai
         return False
 
     warm = partial(
-        warm_start, plan, base=tiny_model(), release=None, anchors=[], workspace=workspace,
-        lessons=warm_lessons(exercises, load_renderer(tiny_model()), 3, []), modules=None,
-        compute=PLAIN, obsolete=obsolete, beat=lambda: None, steering=UNSTEERED,
+        warm_start, plan, Workplace(tiny_model(), None, workspace, obsolete=obsolete), anchors=[],
+        lessons=warm_lessons(exercises, load_renderer(tiny_model()), 3, []),
     )  # fmt: skip
     rollouts = PolicyRollouts(SAMPLES, max_tokens=3, fails=fails)
     return train(plan, rollouts, workspace, exercises=exercises, warm=warm)

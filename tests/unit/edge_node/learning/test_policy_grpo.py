@@ -80,7 +80,11 @@ def test_an_anchor_has_no_rollouts() -> None:
 def test_policies_need_room_in_memory() -> None:
     fields: dict[str, Any] = {
         "serving": {"max_cpu_loras": 12}, "releases": {"keep": 8}, "environments": [WORDS],
+        "learning": {"gate": {"tasks": 0}},
     }  # fmt: skip
     EdgeSettings.model_validate(fields)
+    EdgeSettings.model_validate(fields | {"learning": {}, "environments": []})
+    with pytest.raises(ValidationError, match="needs at least 13"):
+        EdgeSettings.model_validate(fields | {"learning": {}})
     with pytest.raises(ValidationError, match="needs at least 13"):
         EdgeSettings.model_validate(fields | {"environments": [WORDS | {"rollouts": True}]})

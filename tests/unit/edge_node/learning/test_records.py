@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from edge_node.errors import SettingsError
+from edge_node.errors import SettingsError, StorageError
 from edge_node.learning.feedback_plan import GroupSizes
 from edge_node.learning.plans import RoundPlan, WarmPlan, plan_round
 from edge_node.learning.policy import Method
 from edge_node.learning.records import RoundStore, open_starts
 from edge_node.settings import LearningSettings
 from protos.manifest import Payload, ReleaseManifest, sha256_hex
+
+METHODS: tuple[Method, ...] = ("sft", "dpo", "scored", "kto", "grpo")
 
 
 def make_release(version: int = 0) -> ReleaseManifest:
@@ -134,6 +136,21 @@ def test_a_plan_of_before_a_field_was_added_is_read(tmp_path: Path) -> None:
     assert store.unfinished() == store.last() == before
 
 
+def test_a_plan_of_a_newer_version_is_a_clear_error_and_its_release_is_kept(tmp_path: Path) -> None:
+    store = RoundStore(tmp_path / "learning")
+    store.begin(make_plan())
+    newer = json.loads(make_plan().to_bytes()) | {"schema_version": 2, "dreams": 3}
+    with sqlite3.connect(tmp_path / "learning" / "rounds.db") as database:
+        database.execute("UPDATE rounds SET plan = ?", (json.dumps(newer).encode(),))
+    for read in (store.unfinished, store.last, store.ends):
+        with pytest.raises(StorageError, match=r"cannot read: schema_version: .* newer version"):
+            read()
+    workspace = store.workspace(make_plan().round_id)
+    store.clear_workspaces()
+    assert workspace.is_dir()
+    assert open_starts(tmp_path) == {make_plan().release_id}
+
+
 def test_a_plan_without_replay_has_the_bytes_of_before(tmp_path: Path) -> None:
     plan = plan_round(
         LearningSettings(batch_replay=0), number=1, node_id="a", release=make_release(0), cursor=0,
@@ -200,3 +217,13 @@ def test_a_dropped_round_took_nothing_and_counts_as_no_try(tmp_path: Path) -> No
     assert store.cursors() == {"sft": 10, "dpo": 0, "scored": 0, "kto": 0, "grpo": 0}
     assert store.given_up(make_plan().release_id) == 1
     assert store.ends()[0].result == "obsolete after step 1 of 2"
+
+
+def test_only_grpo_rounds_are_tries_of_a_release(tmp_path: Path) -> None:
+    """A round of another method that the local gate stopped says nothing about the verifiers."""
+    store = RoundStore(tmp_path)
+    for number, method in enumerate(METHODS, 1):
+        plan = make_plan(number, method=method)
+        store.begin(plan)
+        store.give_up(plan.round_id, "the local gate stops it")
+    assert store.given_up(make_plan().release_id) == 1
