@@ -14,22 +14,11 @@ import uuid
 
 from edge_node.access import Key, Scope
 from edge_node.serving import gateway as gateways
+from edge_node.serving.asgi import App, Message, Receive, Send, refuse
+from edge_node.serving.completion import KEY_OF_REQUEST
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.middleware import (
-    ALLOWED,
-    COMPLETIONS,
-    KEY_OF_REQUEST,
-    App,
-    Message,
-    Receive,
-    Send,
-    refuse,
-)
+from edge_node.serving.routes import ALLOWED, OPEN, SCOPES
 
-OPEN = frozenset({"/health", "/ready"})
-"""Probes, which have no key and say nothing of anybody's work."""
-SCOPES = dict.fromkeys(COMPLETIONS | {"/v1/models"}, Scope.INFER) | {"/v1/feedback": Scope.FEEDBACK}
-"""What a route needs; every other one of ours needs `admin`."""
 REQUEST_ID = b"x-request-id"
 USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 CHALLENGE = b'Bearer realm="lorikeet"'

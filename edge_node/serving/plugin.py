@@ -24,11 +24,12 @@ from edge_node.experience import Feedback, Preference, Receipt, Scores
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
+from edge_node.serving.completion import user_of
 from edge_node.serving.control import ControlServer
 from edge_node.serving.feedback import read_feedback
 from edge_node.serving.gateway import Gateway, interactions_of
 from edge_node.serving.internals import Engine, check_contract
-from edge_node.serving.middleware import LorikeetMiddleware, user_of
+from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import load_settings
 

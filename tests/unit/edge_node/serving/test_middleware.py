@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from edge_node.capture import SERVED
+from edge_node.serving.asgi import Message
 from edge_node.serving.first_tokens import FirstTokens
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.middleware import Message
 from edge_node.serving_settings import LimitsSettings
 from tests.fakes.gateway import make_gateway, make_version
 from tests.fakes.routes import App, Client
