@@ -14,10 +14,11 @@ import uuid
 
 from edge_node.access import Key, Scope
 from edge_node.serving import gateway as gateways
+from edge_node.serving.anthropic_errors import in_anthropics_form
 from edge_node.serving.asgi import App, Message, Receive, Send, refuse
 from edge_node.serving.completion import KEY_OF_REQUEST
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.routes import ALLOWED, OPEN, SCOPES
+from edge_node.serving.routes import ALLOWED, ANTHROPIC, OPEN, SCOPES
 
 REQUEST_ID = b"x-request-id"
 USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -37,6 +38,8 @@ class AccessMiddleware:
             await self._app(scope, receive, send)  # where WebSockets are closed, and all else 503
             return
         scope, send = _with_request_id(scope, send)
+        if scope["path"] in ANTHROPIC:
+            send = in_anthropics_form(send)
         if scope["path"] in OPEN or _is_preflight(scope):
             await self._app(scope, receive, send)
             return

@@ -2,7 +2,7 @@
 
 In: every HTTP request that access.py lets in. Out: 404 for paths that clients do not need, 503
 while draining, 413 for too large a body; otherwise the answer of vLLM's route, where completion.py
-has the life of a request for an answer.
+has the life of a request to a model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from edge_node.serving import gateway as gateways
 from edge_node.serving.asgi import App, Message, Receive, Send, read_body, refuse, replay
 from edge_node.serving.completion import Completion
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.routes import ALLOWED, ALWAYS, COMPLETIONS, WITH_BODY
+from edge_node.serving.routes import ALLOWED, ALWAYS, METRICS, OF_A_MODEL, WITH_BODY, unknown_route
 from edge_node.serving.sessions import Session
 
 
@@ -48,7 +48,9 @@ class LorikeetMiddleware:
         path = scope["path"]
         gateway = self._gateway or gateways.here
         if path not in ALLOWED:
-            text = f"No route {path}. Routes here: {', '.join(sorted(ALLOWED))}."
+            await refuse(send, 404, "NotFoundError", unknown_route(path))
+        elif path == METRICS and self._are_elsewhere(gateway):
+            text = "The metrics are at a port of their own (EDGE_SERVING__METRICS_PORT)."
             await refuse(send, 404, "NotFoundError", text)
         elif gateway is None:
             text = "The lorikeet plug-in of vLLM is not loaded."
@@ -68,7 +70,7 @@ class LorikeetMiddleware:
                     "(EDGE_SERVING__LIMITS__BODY_MIB)."
                 )
                 await refuse(send, 413, "BadRequestError", text)
-            elif path in COMPLETIONS:
+            elif path in OF_A_MODEL:
                 completion = Completion(
                     gateway,
                     self._app,
@@ -83,3 +85,9 @@ class LorikeetMiddleware:
                 await self._app(scope, replay(body, receive), send)
         else:
             await self._app(scope, receive, send)
+
+    def _are_elsewhere(self, gateway: Gateway | None) -> bool:
+        """The metrics have a port of their own."""
+        if gateway is None or self._of_the_node:
+            return False
+        return gateway.settings.serving.metrics_port is not None

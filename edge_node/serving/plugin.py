@@ -35,6 +35,8 @@ from edge_node.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
+TALKATIVE = "vllm.entrypoints.anthropic"
+"""It writes errors with their stack into vLLM's log, and these may quote a prompt."""
 CHECK_STORE = (
     "Check the disk of EDGE_DATA_DIR: its space, permissions and experience.db. "
     "Clients may send it again."
@@ -57,6 +59,7 @@ class LorikeetPlugin:
         """Raises ServingError, which ends vLLM, when its surface or the control socket fails."""
         log_beside_vllm()  # again: vLLM has read an operator's own logging configuration since
         check_contract()
+        logging.getLogger(TALKATIVE).setLevel(logging.CRITICAL)
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
             raise ServingError(
