@@ -21,6 +21,8 @@ from edge_node.serving.gateway import Gateway
 from edge_node.serving.routes import ALLOWED, ANTHROPIC, OPEN, SCOPES
 
 REQUEST_ID = b"x-request-id"
+ANTHROPICS_ID = b"request-id"
+"""What Anthropic's clients read the same id from."""
 USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 CHALLENGE = b'Bearer realm="lorikeet"'
 
@@ -114,11 +116,14 @@ def _with_request_id(scope: Message, send: Send) -> tuple[Message, Send]:
     given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
     request_id = given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
     headers = [header for header in scope["headers"] if header[0] != REQUEST_ID]
+    ids = [(REQUEST_ID, request_id)]
+    if scope["path"] in ANTHROPIC:
+        ids.append((ANTHROPICS_ID, request_id))
 
     async def send_on(message: Message) -> None:
         if message["type"] == "http.response.start":
             others = [h for h in message.get("headers", ()) if h[0].lower() != REQUEST_ID]
-            message = {**message, "headers": [*others, (REQUEST_ID, request_id)]}
+            message = {**message, "headers": [*others, *ids]}
         await send(message)
 
     return {**scope, "headers": [*headers, (REQUEST_ID, request_id)]}, send_on

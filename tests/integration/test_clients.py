@@ -170,6 +170,7 @@ async def anthropics_client_asks_for_messages(node: TalkingNode) -> None:
     client = anthropic_client(node)
     answer = await client.messages.create(model=ALIAS, max_tokens=3, messages=USER, system="be")
     assert (answer.model, answer.role, answer.stop_reason) == (V1, "assistant", "max_tokens")
+    assert answer._request_id, "the id that an operator is told"
     assert answer.usage.output_tokens == 3
     kept = node.kept(answer.id)
     assert (kept.model, kept.endpoint) == (V1, "/v1/messages")

@@ -19,7 +19,7 @@ from tests.integration.serving_node import CHAT, COMPLETIONS, ServingNode, servi
 
 pytestmark = [pytest.mark.timeout(580), pytest.mark.slow]
 
-EXAMPLES = 1000
+EXAMPLES = 800
 RESPONSES, MESSAGES, SCORING = "/v1/responses", "/v1/messages", "/generative_scoring"
 TOKENIZE, DETOKENIZE, COUNT_TOKENS = "/tokenize", "/detokenize", "/v1/messages/count_tokens"
 NUMBERS = [
