@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _as_number(value: Any) -> Any:
@@ -31,9 +31,12 @@ class LimitsSettings(Group):
     answers: int = Field(default=256, ge=1)
     """Most answers of one request: its prompts times its `n`."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Largest `max_tokens` and `max_completion_tokens`. It is also what a chat request gets that
-    names neither; one to /v1/completions keeps vLLM's 16. Unset: the length of the model's context.
+    """Largest `max_tokens`, `max_completion_tokens` and `max_output_tokens`. It is also what a
+    request to chat or responses gets that names none; one to /v1/completions keeps vLLM's 16.
+    Unset: the length of the model's context.
     """
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt, in tokens as the model reads them. Unset: the model's context."""
     body_mib: int = Field(default=64, ge=1)
     """Largest body of a request, in MiB."""
     requests_per_minute: int | None = Field(default=None, ge=1)
@@ -44,11 +47,39 @@ class LimitsSettings(Group):
     """Most requests of one key at the same time. Unset: no bound."""
 
 
+class TlsSettings(Group):
+    """TLS at the endpoint: EDGE_SERVING__TLS__*. Both files, or none: then it speaks plain HTTP."""
+
+    cert_file: Path | None = None
+    """PEM file of the certificate and what stands between it and its root. It is read again when
+    it changes."""
+    key_file: Path | None = None
+    """PEM file of its private key, without a password."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> TlsSettings:
+        if (self.cert_file is None) != (self.key_file is None):
+            given, missing = "CERT_FILE", "KEY_FILE"
+            if self.cert_file is None:
+                given, missing = missing, given
+            raise ValueError(
+                f"EDGE_SERVING__TLS__{given} is set without EDGE_SERVING__TLS__{missing}. Set both"
+            )
+        return self
+
+
 class ServingSettings(Group):
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address that the OpenAI-compatible endpoint listens on."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port of the OpenAI-compatible endpoint."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of /metrics, which needs no key. Unset: /metrics is at the endpoint, for keys with scope
+    admin."""
+    metrics_host: str = Field(default="127.0.0.1", min_length=1)
+    """Address that the metrics port listens on. Whoever reaches it reads how much is asked, and
+    nothing of what is asked."""
+    tls: TlsSettings = TlsSettings()
     alias: str = Field(default="lorikeet", pattern=r"^[A-Za-z0-9._-]+$")
     """Stable model name that clients use; answers name the exact version as alias@version."""
     dtype: str = "auto"
@@ -76,6 +107,15 @@ class ServingSettings(Group):
     keys_file: Path | None = None
     """File of access keys, as of a Kubernetes Secret. Unset: keys.json in EDGE_DATA_DIR."""
     limits: LimitsSettings = LimitsSettings()
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> ServingSettings:
+        if self.metrics_port == self.port:
+            raise ValueError(
+                f"EDGE_SERVING__METRICS_PORT is {self.port}, the port of the endpoint. Set another "
+                "one"
+            )
+        return self
 
     @property
     def is_on_loopback(self) -> bool:

@@ -37,6 +37,9 @@ REFUSED: dict[str, str] = {
     "--grpc": "clients speak HTTP to a node",
     "--grpc-port": "clients speak HTTP to a node",
     "--tokens-only": "clients send text to a node",
+    "--ssl-certfile": "set EDGE_SERVING__TLS__CERT_FILE",
+    "--ssl-keyfile": "set EDGE_SERVING__TLS__KEY_FILE",
+    "--enable-ssl-refresh": "a renewed certificate is always read again",
     # The node checks keys of its own, and both would come in one header.
     "--api-key": "make keys with `edge-node keys create`, and set EDGE_SERVING__ACCESS=required",
     # Privacy: prompts and answers are kept in the experience store alone.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from edge_node.capture.apis import as_chat
 from edge_node.capture.served import Generation, Served
 from edge_node.experience import Choice, Interaction
 from edge_node.experience.usable import NOT_ONE_PROMPT, NOT_ONLY_TEXT
@@ -36,21 +37,22 @@ class Finished:
 def to_interaction(finished: Finished) -> Interaction | None:
     """The interaction in `finished`; None when it did not come to its end."""
     body = b"".join(finished.body)
-    parts = list(_events(body)) if finished.streamed else [json.loads(body)]
+    sent = list(_events(body)) if finished.streamed else [json.loads(body)]
+    request, parts = as_chat(finished.endpoint, finished.request, sent)
     if not parts or any("error" in part for part in parts):
         return None
     text, finish_reason = _first_choice(parts)
     if finish_reason is None:
         return None
-    prompt = finished.request.get("prompt")
-    if finished.request.get("echo") and isinstance(prompt, str):
+    prompt = request.get("prompt")
+    if request.get("echo") and isinstance(prompt, str):
         text = text.removeprefix(prompt)
     prompt_ids, answer_ids, choices, unusable = _ids(finished)
     return Interaction(
         id=str(parts[0]["id"]),
         created_at=finished.created_at,
         model=str(parts[0]["model"]),
-        messages=_messages(finished.request),
+        messages=_messages(request),
         answer=text,
         finish_reason=finish_reason,
         endpoint=finished.endpoint,

@@ -14,23 +14,15 @@ import uuid
 
 from edge_node.access import Key, Scope
 from edge_node.serving import gateway as gateways
+from edge_node.serving.anthropic_errors import in_anthropics_form
+from edge_node.serving.asgi import App, Message, Receive, Send, refuse
+from edge_node.serving.completion import KEY_OF_REQUEST
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.middleware import (
-    ALLOWED,
-    COMPLETIONS,
-    KEY_OF_REQUEST,
-    App,
-    Message,
-    Receive,
-    Send,
-    refuse,
-)
+from edge_node.serving.routes import ALLOWED, ANTHROPIC, OPEN, SCOPES
 
-OPEN = frozenset({"/health", "/ready"})
-"""Probes, which have no key and say nothing of anybody's work."""
-SCOPES = dict.fromkeys(COMPLETIONS | {"/v1/models"}, Scope.INFER) | {"/v1/feedback": Scope.FEEDBACK}
-"""What a route needs; every other one of ours needs `admin`."""
 REQUEST_ID = b"x-request-id"
+ANTHROPICS_ID = b"request-id"
+"""What Anthropic's clients read the same id from."""
 USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 CHALLENGE = b'Bearer realm="lorikeet"'
 
@@ -48,6 +40,8 @@ class AccessMiddleware:
             await self._app(scope, receive, send)  # where WebSockets are closed, and all else 503
             return
         scope, send = _with_request_id(scope, send)
+        if scope["path"] in ANTHROPIC:
+            send = in_anthropics_form(send)
         if scope["path"] in OPEN or _is_preflight(scope):
             await self._app(scope, receive, send)
             return
@@ -122,11 +116,14 @@ def _with_request_id(scope: Message, send: Send) -> tuple[Message, Send]:
     given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
     request_id = given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
     headers = [header for header in scope["headers"] if header[0] != REQUEST_ID]
+    ids = [(REQUEST_ID, request_id)]
+    if scope["path"] in ANTHROPIC:
+        ids.append((ANTHROPICS_ID, request_id))
 
     async def send_on(message: Message) -> None:
         if message["type"] == "http.response.start":
             others = [h for h in message.get("headers", ()) if h[0].lower() != REQUEST_ID]
-            message = {**message, "headers": [*others, (REQUEST_ID, request_id)]}
+            message = {**message, "headers": [*others, *ids]}
         await send(message)
 
     return {**scope, "headers": [*headers, (REQUEST_ID, request_id)]}, send_on

@@ -43,6 +43,7 @@ MAX_SAMPLES = 128
 NEVER_PASSED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # anybody could load an adapter from any path of the server
     "VLLM_SERVER_DEV_MODE",  # routes that change the engine
+    "VLLM_ENABLE_RESPONSES_API_STORE",  # who knows an id could read another key's answer
     "VLLM_USE_RUST_FRONTEND",  # would bypass the middleware
     "VLLM_SKIP_MODEL_NAME_VALIDATION",  # an unknown model would be answered by the base
 )
@@ -102,6 +103,12 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
             serving.extra_args
         ):
             command += [KV_CACHE_ARGUMENT, str(size_bytes)]
+    if serving.tls.cert_file is not None and serving.tls.key_file is not None:
+        command += [
+            "--ssl-certfile", str(serving.tls.cert_file.absolute()),
+            "--ssl-keyfile", str(serving.tls.key_file.absolute()),
+            "--enable-ssl-refresh",
+        ]  # fmt: skip
     if serving.max_model_len is not None:
         command += ["--max-model-len", str(serving.max_model_len)]
     # The last middleware is the outermost: it sees what clients see, whatever an operator adds.

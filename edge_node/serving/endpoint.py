@@ -24,8 +24,14 @@ MAX_TEMPORARY_BYTES = MAX_SOCKET_PATH_BYTES - len("/") - len(str(uuid.UUID(int=0
 
 
 def port_problem(serving: ServingSettings) -> str | None:
-    """Why vLLM could not listen now; None when it could."""
-    host, port = serving.host, serving.port
+    """Why vLLM could not listen now, on the endpoint or for its metrics; None when it could."""
+    problem = _listening_problem(serving.host, serving.port, "")
+    if problem is None and serving.metrics_port is not None:
+        problem = _listening_problem(serving.metrics_host, serving.metrics_port, "METRICS_")
+    return problem
+
+
+def _listening_problem(host: str, port: int, of: str) -> str | None:
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -34,11 +40,11 @@ def port_problem(serving: ServingSettings) -> str | None:
         if error.errno == errno.EADDRINUSE:
             return (
                 f"Port {port} on {host} is taken. "
-                "Stop what listens there, or set EDGE_SERVING__PORT to a free port."
+                f"Stop what listens there, or set EDGE_SERVING__{of}PORT to a free port."
             )
         return (
             f"Cannot listen on {host}:{port}: {error}. "
-            "Set EDGE_SERVING__HOST to an address of this machine."
+            f"Set EDGE_SERVING__{of}HOST to an address of this machine."
         )
     return None
 
@@ -70,16 +76,10 @@ def _temporary_problem() -> str | None:
 
 
 def _tls_problem(serving: ServingSettings) -> str | None:
-    certificate, key, clients = (
-        vllm_arguments.value(serving.extra_args, name)
-        for name in ("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs")
-    )
+    certificate, key = serving.tls.cert_file, serving.tls.key_file
     if certificate is None:
-        return (
-            "EDGE_SERVING__EXTRA_ARGS has --ssl-keyfile without --ssl-certfile. Add it."
-            if key
-            else None
-        )
+        return None
+    clients = vllm_arguments.value(serving.extra_args, "--ssl-ca-certs")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(certificate, key, password="")  # empty: no question on the terminal
@@ -88,8 +88,9 @@ def _tls_problem(serving: ServingSettings) -> str | None:
     except OSError as error:
         return (
             "vLLM cannot use the TLS files "
-            f"{', '.join(filter(None, (certificate, key, clients)))}: {error}. Expected PEM files "
-            "that this user can read, and a key without a password that fits the certificate."
+            f"{', '.join(str(file) for file in (certificate, key, clients) if file)}: {error}. "
+            "Expected PEM files that this user can read, and a key without a password that fits "
+            "the certificate (EDGE_SERVING__TLS__CERT_FILE, EDGE_SERVING__TLS__KEY_FILE)."
         )
     return None
 

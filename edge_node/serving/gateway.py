@@ -36,6 +36,8 @@ class EngineLike(Protocol):
     max_model_len: int
 
     @property
+    def longest_text(self) -> int: ...
+    @property
     def errored(self) -> bool: ...
     async def load(self, name: str, path: Path) -> None: ...
     async def unload(self, name: str) -> None: ...
@@ -63,7 +65,7 @@ class Gateway:
         self.quotas = Quotas(settings.serving.limits)
         self.draining = False
         self.last_progress = time.monotonic()
-        """When the last piece of an answer went out."""
+        """When the last piece of what the engine made went out."""
         self.first_tokens = FirstTokens()
         self._probes: list[float] = []
         """Since when each probe waits for its token."""

@@ -53,6 +53,11 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "EndpointPlugin.init_state": ("engine_client", "state", "args"),
     },
     "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
+    "vllm.entrypoints.launchers.launcher": {
+        "SSLCertRefresher": ("ssl_context", "key_path", "cert_path", "ca_path"),
+        "SSLCertRefresher.stop": (),
+    },
+    "vllm.v1.metrics.prometheus": {"get_prometheus_registry": ()},
     "vllm.platforms": {"current_platform.is_cpu": ()},
     "vllm": {
         "SamplingParams": ("output_kind", "n", "logprobs", "logprob_token_ids"),
@@ -229,6 +234,11 @@ class Engine:
     def errored(self) -> bool:
         return bool(self._client.errored)
 
+    @property
+    def longest_text(self) -> int:
+        """Most characters that a prompt of this model can have."""
+        return self.max_model_len * int(self._tokenizer.max_chars_per_token)
+
     async def load(self, name: str, path: Path) -> None:
         """Loads the PEFT directory under a new id, then allows `name`; raises ServingError."""
         request = importlib.import_module("vllm.lora.request").LoRARequest(
@@ -259,7 +269,7 @@ class Engine:
 
     def answer_ids(self, text: str) -> list[int] | None:
         """Ids of an answer with this text and its end; None if too long. For any thread."""
-        if len(text) > self.max_model_len * self._tokenizer.max_chars_per_token:
+        if len(text) > self.longest_text:
             return None
         return self._renderer.answer_ids(text)
 

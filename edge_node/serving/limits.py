@@ -12,28 +12,55 @@ from reprlib import repr  # the value seen, cut short
 from typing import Any
 
 from edge_node.serving.refusals import Unreadable
+from edge_node.serving.routes import (
+    CHAT,
+    DETOKENIZE,
+    MESSAGES,
+    RESPONSES,
+    SCORING,
+    TEXT,
+    TOKENIZE,
+)
 from edge_node.serving_settings import LimitsSettings
 
 SETTING = "EDGE_SERVING__LIMITS__"
 TOKENS = ("max_completion_tokens", "max_tokens")
+LENGTHS = {
+    CHAT: TOKENS,
+    TEXT: ("max_tokens",),
+    RESPONSES: ("max_output_tokens",),
+    MESSAGES: ("max_tokens",),
+}
+"""Route -> fields that say how long an answer may be, the first one before the others."""
 TEXT_TOKENS = 16
 """What vLLM gives a request to /v1/completions without `max_tokens`; `null` is the context."""
 
 
 def length_fields(path: str) -> tuple[str, ...]:
-    """The fields of a route that say how long an answer may be, the first one before the others.
+    """The fields of a route of answers that say how long one may be.
 
     /v1/completions ignores `max_completion_tokens`.
     """
-    return TOKENS if path.endswith("/chat/completions") else ("max_tokens",)
+    return LENGTHS[path]
 
 
-def bound(path: str, request: dict[str, Any], limits: LimitsSettings, context: int) -> None:
+def bound(
+    path: str, request: dict[str, Any], limits: LimitsSettings, context: int, longest_text: int
+) -> None:
     """Raises Unreadable for a request to the route `path` beyond `limits`.
 
     One for which vLLM would take the context's length gets the largest of `limits`, where that is
     shorter than `context`, the longest that the model has.
+
+    Args:
+        longest_text: most characters that `context` tokens can have.
     """
+    if path in (TOKENIZE, DETOKENIZE):
+        _bound_counting(request, context, longest_text)
+        return
+    if path == SCORING:
+        _bound_scoring(request, limits)
+        return
     for field in ("n", "best_of"):
         _expect(request, field, limits.choices, "choices")
     prompts = count_prompts(request.get("prompt")) + count_prompts(request.get("prompt_embeds"))
@@ -43,15 +70,45 @@ def bound(path: str, request: dict[str, Any], limits: LimitsSettings, context: i
     if answers > limits.answers:
         text = f"is {repr(request.get('n'))} for each of {max(prompts, 1)} prompts: {answers:g}"
         raise _beyond("n", f"{text} answers", limits.answers, "answers")
-    if limits.max_tokens is None:
+    if limits.max_tokens is None or path not in LENGTHS:
         return
     fields = length_fields(path)
-    for field in TOKENS:
+    for field in {*TOKENS, *fields}:
         _expect(request, field, limits.max_tokens, "max_tokens")
-    if fields != TOKENS and limits.max_tokens >= TEXT_TOKENS:
+    if path == MESSAGES:  # where the field is required
+        return
+    if path == TEXT and limits.max_tokens >= TEXT_TOKENS:
         request.setdefault("max_tokens", TEXT_TOKENS)
     if all(request.get(field) is None for field in fields) and limits.max_tokens < context:
-        request["max_tokens"] = limits.max_tokens
+        request[fields[-1]] = limits.max_tokens
+
+
+def longest_prompt(request: dict[str, Any], limits: LimitsSettings) -> int | None:
+    """Most tokens that the engine may be given for one prompt of the request; None: no bound."""
+    if limits.prompt_tokens is None or not request.get("use_beam_search"):
+        return limits.prompt_tokens
+    answer = request.get("max_tokens")  # beam search gives the engine what it has written so far
+    return limits.prompt_tokens + answer if isinstance(answer, int) else None
+
+
+def _bound_counting(request: dict[str, Any], context: int, longest_text: int) -> None:
+    """What no prompt can be is not counted either: it would hold up everybody's prompts."""
+    prompt, tokens = request.get("prompt"), request.get("tokens")
+    if isinstance(prompt, str) and len(prompt) > longest_text:
+        text = f"prompt has {len(prompt)} characters; a prompt of this model has at most "
+        raise Unreadable(
+            f"{text}{longest_text}, in {context} tokens. Send a shorter one.", "prompt"
+        )
+    if isinstance(tokens, list) and len(tokens) > context:
+        text = f"tokens has {len(tokens)} tokens; the model takes {context}. Send fewer."
+        raise Unreadable(text, "tokens")
+
+
+def _bound_scoring(request: dict[str, Any], limits: LimitsSettings) -> None:
+    for field in ("items", "label_token_ids"):
+        value = request.get(field)
+        if isinstance(value, list) and len(value) > limits.prompts:
+            raise _beyond(field, f"has {len(value)} entries", limits.prompts, "prompts")
 
 
 def _expect(request: Mapping[str, Any], field: str, most: int, setting: str) -> None:

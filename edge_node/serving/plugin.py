@@ -23,17 +23,22 @@ from edge_node.errors import ServingError, StorageError, UnknownInteraction
 from edge_node.experience import Feedback, Preference, Receipt, Scores
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
+from edge_node.serving.certificate import watch_certificates
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
+from edge_node.serving.completion import user_of
 from edge_node.serving.control import ControlServer
 from edge_node.serving.feedback import read_feedback
 from edge_node.serving.gateway import Gateway, interactions_of
 from edge_node.serving.internals import Engine, check_contract
-from edge_node.serving.middleware import LorikeetMiddleware, user_of
+from edge_node.serving.metrics_port import MetricsPort
+from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import load_settings
 
 logger = logging.getLogger(__name__)
 
+TALKATIVE = "vllm.entrypoints.anthropic"
+"""It writes errors with their stack into vLLM's log, and these may quote a prompt."""
 CHECK_STORE = (
     "Check the disk of EDGE_DATA_DIR: its space, permissions and experience.db. "
     "Clients may send it again."
@@ -53,9 +58,10 @@ class LorikeetPlugin:
         app.add_api_route("/v1/feedback", _feedback, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Raises ServingError, which ends vLLM, when its surface or the control socket fails."""
+        """Raises ServingError, which ends vLLM, when its surface, or a socket of ours, fails."""
         log_beside_vllm()  # again: vLLM has read an operator's own logging configuration since
         check_contract()
+        logging.getLogger(TALKATIVE).setLevel(logging.CRITICAL)
         socket = os.environ.get(CONTROL_SOCKET_VARIABLE)
         if not socket:
             raise ServingError(
@@ -79,6 +85,9 @@ class LorikeetPlugin:
         sessions = SessionPort(started, bare)
         state.lorikeet_control = ControlServer(started, Path(socket), requests, sessions)
         await state.lorikeet_control.start()
+        state.lorikeet_metrics = MetricsPort(settings.serving)
+        await state.lorikeet_metrics.start()
+        watch_certificates()
         started.keys.watch()
         gateways.here = started
 

@@ -15,7 +15,9 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass
 from reprlib import repr  # the value seen, cut short
-from typing import Any
+from typing import Any, cast
+
+from edge_node.serving import routes
 
 MAX_DEPTH = 100
 """Deepest nesting of a body. vLLM takes JSON schemas of at most 64 levels."""
@@ -34,9 +36,17 @@ UNREADABLE = (
 )
 """What Python raises for a value that is not what code expects."""
 _TYPES = {
-    "/v1/chat/completions": ("chat_completion", "ChatCompletionRequest"),
-    "/v1/completions": ("completion", "CompletionRequest"),
+    routes.CHAT: ("openai.chat_completion.protocol", "ChatCompletionRequest"),
+    routes.TEXT: ("openai.completion.protocol", "CompletionRequest"),
+    routes.RESPONSES: ("openai.responses.protocol", "ResponsesRequest"),
+    routes.MESSAGES: ("anthropic.protocol", "AnthropicMessagesRequest"),
+    routes.COUNT_TOKENS: ("anthropic.protocol", "AnthropicCountTokensRequest"),
+    routes.TOKENIZE: ("serve.tokenize.protocol", "TokenizeCompletionRequest"),
+    routes.DETOKENIZE: ("serve.tokenize.protocol", "DetokenizeRequest"),
+    routes.SCORING: ("generate.generative_scoring.serving", "GenerativeScoringRequest"),
 }
+"""Route -> module of vllm.entrypoints and class that describe its request."""
+_TOKENIZE_CHAT = "TokenizeChatRequest"
 _Path = tuple[Any, ...]
 """(path of the container, key or index); empty for the body itself."""
 
@@ -54,6 +64,10 @@ class Progress:
     """How far one HTTP request has come."""
 
     in_engine: bool = False
+    most_prompt_tokens: int | None = None
+    """Longest prompt that this request may have; None: no bound of ours."""
+    refused: str | None = None
+    """Why the engine cannot answer it: what the client has to change."""
 
 
 PROGRESS: ContextVar[Progress | None] = ContextVar("progress", default=None)
@@ -155,9 +169,9 @@ def explain(path: str, request: dict[str, Any], error: Exception) -> Unreadable:
     """What is wrong with a request on which vLLM failed with `error` before its engine had it."""
     pydantic = importlib.import_module("pydantic")
     module, name = _TYPES[path]
-    request_type = getattr(
-        importlib.import_module(f"vllm.entrypoints.openai.{module}.protocol"), name
-    )
+    if name == "TokenizeCompletionRequest" and "messages" in request:
+        name = _TOKENIZE_CHAT
+    request_type = getattr(importlib.import_module(f"vllm.entrypoints.{module}"), name)
     for field, description in request_type.model_fields.items():
         if field not in request:
             continue
@@ -177,33 +191,60 @@ def explain(path: str, request: dict[str, Any], error: Exception) -> Unreadable:
 
 
 def refusing(generate: Any) -> Any:
-    """The engine's `generate`, which raises VLLMValidationError for two kinds of request.
+    """The engine's `generate`, which raises VLLMValidationError for three kinds of request.
 
-    The engine cannot begin the one, and no answer can satisfy the constraint of the other. Both are
-    answered 400.
+    The prompt of the first is longer than this node takes, the engine cannot begin the second, and
+    no answer can satisfy the constraint of the third. All are answered 400.
     """
 
     def refuse(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        if (progress := PROGRESS.get()) is not None:
-            progress.in_engine = True
-        return _refuse(generate(prompt, sampling_params, *args, **kwargs), sampling_params)
+        progress = PROGRESS.get() or Progress()
+        progress.in_engine = True
+        if (text := _too_long(prompt, progress.most_prompt_tokens)) is not None:
+            return _refused(progress, text)
+        outputs = generate(prompt, sampling_params, *args, **kwargs)
+        return _refuse(outputs, sampling_params, progress)
 
     return refuse
 
 
+def _too_long(prompt: Any, most: int | None) -> str | None:
+    if most is None or not isinstance(prompt, dict):
+        return None
+    tokens = prompt.get("prompt_token_ids")
+    tokens = prompt.get("prompt_embeds") if tokens is None else tokens
+    if tokens is None or len(tokens) <= most:
+        return None
+    return (
+        f"The prompt has {len(tokens)} tokens; this node takes at most {most} "
+        "(EDGE_SERVING__LIMITS__PROMPT_TOKENS). Send a shorter one."
+    )
+
+
+def _mistake(progress: Progress, text: str, parameter: str | None = None) -> Exception:
+    """What vLLM answers 400; a stream that has begun cannot say it, so the middleware does."""
+    progress.refused = text
+    error = importlib.import_module("vllm.exceptions").VLLMValidationError
+    return cast(Exception, error(text, parameter=parameter))
+
+
+async def _refused(progress: Progress, text: str) -> AsyncGenerator[Any, None]:
+    raise _mistake(progress, text)
+    yield
+
+
 async def _refuse(
-    outputs: AsyncGenerator[Any, None], sampling_params: Any
+    outputs: AsyncGenerator[Any, None], sampling_params: Any, progress: Progress
 ) -> AsyncGenerator[Any, None]:
     failed = importlib.import_module("vllm.v1.engine.exceptions").EngineGenerateError
-    mistake = importlib.import_module("vllm.exceptions").VLLMValidationError
     constraint, began = sampling_params.structured_outputs, False
     try:
         async with aclosing(outputs):
             async for output in outputs:
                 if constraint is not None and _ended_in_error(output):
-                    raise mistake(_cannot_be_kept(constraint), parameter="structured_outputs")
+                    raise _mistake(progress, _cannot_be_kept(constraint), "structured_outputs")
                 began = True
                 yield output
     except failed as error:
@@ -211,7 +252,17 @@ async def _refuse(
         if began or not isinstance(cause, UNREADABLE):
             raise
         text = f"The engine cannot take this request ({type(cause).__name__}: {cause})."
-        raise mistake(text) from error
+        raise _mistake(progress, text) from error
+    except Exception as error:
+        if not began and progress.refused is None and _is_the_clients(error):
+            progress.refused = str(error)
+        raise
+
+
+def _is_the_clients(error: Exception) -> bool:
+    """vLLM answers it 400, where it has not begun to answer."""
+    of_vllm = importlib.import_module("vllm.exceptions").VLLMClientError
+    return isinstance(error, of_vllm | ValueError | TypeError | OverflowError)
 
 
 def _ended_in_error(output: Any) -> bool:

@@ -11,17 +11,11 @@ from __future__ import annotations
 import asyncio
 import socket
 
+from edge_node.serving.asgi import App, Message, Receive, Send, refuse
 from edge_node.serving.embedded import EmbeddedServer
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.middleware import (
-    COMPLETIONS,
-    App,
-    LorikeetMiddleware,
-    Message,
-    Receive,
-    Send,
-    refuse,
-)
+from edge_node.serving.middleware import LorikeetMiddleware
+from edge_node.serving.routes import COMPLETIONS
 
 LOOPBACK = "127.0.0.1"
 BEARER = b"bearer "

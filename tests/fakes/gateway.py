@@ -20,6 +20,7 @@ class RecordingEngine:
     def __init__(self) -> None:
         self.base_name = "base@01234567"
         self.max_model_len = 512
+        self.longest_text = 4096
         self.errored = False
         self.loaded: dict[str, Path] = {}
         self.refuse: str | None = None

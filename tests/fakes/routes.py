@@ -7,8 +7,9 @@ import sqlite3
 from typing import Any
 
 from edge_node.capture import SERVED, Generation
+from edge_node.serving.asgi import Message
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.middleware import LorikeetMiddleware, Message
+from edge_node.serving.middleware import LorikeetMiddleware
 
 
 class App:

@@ -38,6 +38,9 @@ class CountingEngine:
         self.errored, self.dead_error, self.is_running = False, None, True
         self.answer: list[int] = [70, 71, 72]
         self.stop: tuple[str, int | str | None] = ("stop", None)
+        self.prompts: list[list[int]] = []
+        self.refusal: Exception | None = None
+        """What it raises before its first token, as for a grammar that does not compile."""
         self.asked: list[Any] = []
         """The sampling parameters of each generation."""
         self.closed = 0
@@ -52,6 +55,9 @@ class CountingEngine:
 
         ids = prompt["prompt_token_ids"]
         self.asked.append(sampling_params)
+        self.prompts.append(list(ids))
+        if self.refusal is not None:
+            raise self.refusal
         streamed = sampling_params.output_kind == RequestOutputKind.DELTA
         answer = self.answer[: sampling_params.max_tokens]
         steps = [[token] for token in answer] if streamed else [answer]

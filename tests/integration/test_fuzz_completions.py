@@ -1,6 +1,6 @@
 """Requests made from vLLM's own schema, a few at a time, against a real engine on CPU.
 
-In: the JSON schema of both completion routes, and values that no schema allows. Out: two oracles.
+In: the JSON schema of every route of a model, and values that no schema allows. Out: two oracles.
 The vLLM that was started still makes tokens, and no request is answered with a 5xx.
 """
 
@@ -20,6 +20,8 @@ from tests.integration.serving_node import CHAT, COMPLETIONS, ServingNode, servi
 pytestmark = [pytest.mark.timeout(580), pytest.mark.slow]
 
 EXAMPLES = 800
+RESPONSES, MESSAGES, SCORING = "/v1/responses", "/v1/messages", "/generative_scoring"
+TOKENIZE, DETOKENIZE, COUNT_TOKENS = "/tokenize", "/detokenize", "/v1/messages/count_tokens"
 NUMBERS = [
     0,
     1,
@@ -75,19 +77,54 @@ TEXTS = [
 DEEP: Any = []
 for _ in range(150):
     DEEP = [DEEP]
-MAX_TOKENS = "max_tokens", "max_completion_tokens"
-SMALL = {"max_tokens": 3}
+MAX_TOKENS = "max_tokens", "max_completion_tokens", "max_output_tokens"
+SAID = [{"role": "user", "content": "w1 w2"}]
+BODIES: dict[str, list[dict[str, Any]]] = {
+    COMPLETIONS: [
+        {"prompt": prompt} for prompt in ("w1 w2 w3", ["w1 w2", "w3"], [5, 6, 7], [[8, 9], [10]])
+    ],
+    CHAT: [{"messages": SAID}],
+    RESPONSES: [{"input": "w1 w2"}, {"input": SAID}],
+    MESSAGES: [{"messages": SAID}],
+    COUNT_TOKENS: [{"messages": SAID}],
+    TOKENIZE: [{"prompt": "w1 w2"}, {"messages": SAID}],
+    DETOKENIZE: [{"tokens": [5, 6]}],
+    SCORING: [
+        {"query": "w1", "items": ["w2", "w3"], "label_token_ids": [7, 8]},
+        {"query": [5], "items": [[6], [7]], "label_token_ids": [7]},
+    ],
+}
+"""Route -> requests that it answers, without how long an answer may be."""
+SMALL = {
+    COMPLETIONS: {"max_tokens": 3},
+    CHAT: {"max_tokens": 3},
+    MESSAGES: {"max_tokens": 3},
+    RESPONSES: {"max_output_tokens": 3},
+}
 JSON = {"content-type": "application/json"}
 
 
 def schemas() -> dict[str, dict[str, Any]]:
     """As vLLM publishes them in its OpenAPI document, which the node does not serve."""
+    from vllm.entrypoints.anthropic.protocol import (
+        AnthropicCountTokensRequest,
+        AnthropicMessagesRequest,
+    )
+    from vllm.entrypoints.generate.generative_scoring.serving import GenerativeScoringRequest
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.serve.tokenize.protocol import DetokenizeRequest, TokenizeChatRequest
 
     return {
         COMPLETIONS: CompletionRequest.model_json_schema(),
         CHAT: ChatCompletionRequest.model_json_schema(),
+        RESPONSES: ResponsesRequest.model_json_schema(),
+        MESSAGES: AnthropicMessagesRequest.model_json_schema(),
+        COUNT_TOKENS: AnthropicCountTokensRequest.model_json_schema(),
+        TOKENIZE: TokenizeChatRequest.model_json_schema(),
+        DETOKENIZE: DetokenizeRequest.model_json_schema(),
+        SCORING: GenerativeScoringRequest.model_json_schema(),
     }
 
 
@@ -156,16 +193,9 @@ def objects(
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     """A good request with one to four drawn fields: two thirds as the schema says."""
-    path = draw(st.sampled_from([COMPLETIONS, CHAT]))
-    schema = SCHEMAS[path]
-    if path == CHAT:
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": "w1 w2"}]}
-    else:
-        body = {
-            "prompt": draw(
-                st.sampled_from(["w1 w2 w3", ["w1 w2", "w3"], [5, 6, 7], [[8, 9], [10]]])
-            )
-        }
+    path = draw(st.sampled_from([COMPLETIONS, CHAT, RESPONSES, MESSAGES, *BODIES]))
+    schema, definitions = SCHEMAS[path], SCHEMAS[path].get("$defs", {})
+    body: dict[str, Any] = dict(draw(st.sampled_from(BODIES[path])))
     names = st.lists(
         st.sampled_from(sorted(set(schema["properties"]) - {"model", "request_id", "user"})),
         min_size=1,
@@ -174,7 +204,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     for name in draw(names):
         as_it_says = draw(st.sampled_from([True, True, False]))
         body[name] = draw(
-            values(schema["properties"][name], schema["$defs"]) if as_it_says else anything()
+            values(schema["properties"][name], definitions) if as_it_says else anything()
         )
     # How long an answer is and how many there are is load, not a kind of request.
     if body.get("n") not in (None, 1, 2, 3):
@@ -183,7 +213,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         name: body[name] for name in MAX_TOKENS if body.get(name) in (0, 1, 2, 3, -1, "1", 2**64)
     }
     return path, {name: value for name, value in body.items() if name not in MAX_TOKENS} | (
-        small or SMALL
+        small or SMALL.get(path, {})
     )
 
 

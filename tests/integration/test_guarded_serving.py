@@ -10,18 +10,12 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from openai import (
     AsyncOpenAI,
     AuthenticationError,
@@ -36,11 +30,12 @@ from edge_node.errors import ServingError
 from edge_node.experience import ExperienceStore
 from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.serving import ControlClient, VllmProcess, control_socket
-from edge_node.serving_settings import LimitsSettings
+from edge_node.serving_settings import LimitsSettings, TlsSettings
 from edge_node.settings import BaseModelSettings, EdgeSettings, EnvironmentSpec, ServingSettings
 from examples.ports import free_port
 from protos.base import read_base_model
 from protos.lora import LoraTensors
+from tests.fakes.certificates import make_certificate
 from tests.fakes.identity import make_identity
 from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
 from tests.fakes.word_environment import NextWord
@@ -79,13 +74,12 @@ async def guarded(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guarded]:
         )
         data_dir.mkdir(parents=True)
         certificate, key = make_certificate(Path(directory))
-        arguments = [f"--ssl_certfile={certificate}", "--ssl-keyfile", str(key)]
         settings = EdgeSettings(
             data_dir=data_dir,
             base=BaseModelSettings(path=tiny_model()),
             serving=ServingSettings(
                 port=free_port(),
-                extra_args=arguments,
+                tls=TlsSettings(cert_file=certificate, key_file=key),
                 access="required",
                 limits=LimitsSettings(choices=4, concurrent_requests=2),
             ),
@@ -116,6 +110,7 @@ async def test_a_guarded_endpoint_keeps_clients_out_and_not_the_node(guarded: Gu
     await a_revoked_key_is_refused_within_two_seconds(guarded)
     await a_request_that_asks_too_much_starves_nobody(guarded)
     await a_client_that_hangs_up_is_no_loss(guarded)
+    await a_renewed_certificate_is_served(guarded)
     await status_and_doctor_know(guarded)
     await a_hung_vllm_is_said_at_once(guarded)
 
@@ -282,6 +277,29 @@ async def a_client_that_hangs_up_is_no_loss(guarded: Guarded) -> None:
     assert "are being lost" not in (guarded.settings.data_dir / "logs" / "vllm.log").read_text()
 
 
+async def a_renewed_certificate_is_served(guarded: Guarded) -> None:
+    certificate = guarded.settings.serving.tls.cert_file
+    assert certificate is not None
+    port = guarded.settings.serving.port
+    pid = guarded.vllm.pid
+    for serial in (2, 3):
+        make_certificate(certificate.parent, serial)
+        async with asyncio.timeout(15):
+            while await asyncio.to_thread(shown_serial, port) != serial:
+                await asyncio.sleep(0.2)
+    assert guarded.vllm.pid == pid, "nothing was restarted"
+    trust = ssl.create_default_context(cafile=certificate)
+    async with httpx.AsyncClient(verify=trust, trust_env=False) as http:
+        answer = await http.get(f"https://localhost:{port}/ready")
+        assert answer.status_code == 200
+
+
+def shown_serial(port: int) -> int:
+    """Serial number of the certificate that a new connection is shown."""
+    pem = ssl.get_server_certificate(("127.0.0.1", port))
+    return x509.load_pem_x509_certificate(pem.encode()).serial_number
+
+
 async def status_and_doctor_know(guarded: Guarded) -> None:
     status = await node_status(guarded.settings)
     assert (status["ready"], status["serving"]) == (True, V0)
@@ -303,19 +321,3 @@ async def a_hung_vllm_is_said_at_once(guarded: Guarded) -> None:
             await ControlClient(control_socket(guarded.settings.data_dir), timeout_s=1).state()
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for localhost, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    names = x509.SubjectAlternativeName(
-        [x509.DNSName("localhost"), x509.IPAddress(IPv4Address("127.0.0.1"))]
-    )
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-    signed = builder.add_extension(names, critical=False).sign(key, SHA256())
-    certificate, private = folder / "tls.pem", folder / "tls.key"
-    certificate.write_bytes(signed.public_bytes(Encoding.PEM))
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return certificate, private

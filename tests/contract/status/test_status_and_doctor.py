@@ -24,6 +24,7 @@ from edge_node.outbox import Outbox
 from edge_node.problems import Problems
 from edge_node.serving import control_socket
 from edge_node.serving.client import short_path
+from edge_node.serving_settings import TlsSettings
 from edge_node.settings import EdgeSettings, EnvironmentSpec, ServingSettings
 from edge_node.sizing import expect_trainable
 from examples.ports import free_port
@@ -129,17 +130,13 @@ async def test_doctor_names_an_address_of_another_machine(settings: EdgeSettings
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--ssl-keyfile", "/x"], "without --ssl-certfile"),
-        (["--ssl-certfile", "/x"], "No such file"),
-        (["--ssl_certfile=/dev/null", "--ssl-keyfile=/dev/null"], "PEM"),
-    ],
+    ("file", "expected"), [("/nowhere/x", "No such file"), ("/dev/null", "PEM")]
 )
 async def test_tls_files_are_tried_before_vllm_is_started(
-    settings: EdgeSettings, arguments: list[str], expected: str
+    settings: EdgeSettings, file: str, expected: str
 ) -> None:
-    ok, text = await endpoint(with_serving(settings, port=free_port(), extra_args=arguments))
+    tls = TlsSettings(cert_file=Path(file), key_file=Path(file))
+    ok, text = await endpoint(with_serving(settings, port=free_port(), tls=tls))
     assert (ok, expected in text) == (False, True), text
 
 

@@ -42,6 +42,9 @@ SET_BY_CHART = {
         "base.path",
         "serving.host",
         "serving.keys_file",
+        "serving.metrics_port",
+        "serving.metrics_host",
+        "serving.tls",
         "central.join_token",
     },
 }
@@ -223,12 +226,16 @@ def test_command_line_and_ports(
     )
     settings = load_rendered(chart, objects, monkeypatch)
     listening = settings.listen if chart == "central" else settings.serving
-    expected = {listening.port} | ({listening.enrollment_port} if chart == "central" else set())
-    assert {port["containerPort"] for port in main["ports"]} == expected
+    others = {"enrollment": listening.enrollment_port} if chart == "central" else {}
+    metrics = {"metrics": listening.metrics_port} if chart == "edge-node" else {}
+    clients = {listening.port} | set(others.values())
+    assert {port["containerPort"] for port in main["ports"]} == clients | set(metrics.values())
     names = {port["name"] for port in main["ports"]}
     for service in (item for item in objects if item["kind"] == "Service"):
-        assert {port["port"] for port in service["spec"]["ports"]} == expected
-        assert {port["targetPort"] for port in service["spec"]["ports"]} == names
+        headless = service["spec"].get("clusterIP") == "None"
+        ports = service["spec"]["ports"]
+        assert {p["port"] for p in ports} == clients | set(metrics.values() if headless else ())
+        assert {p["targetPort"] for p in ports} == names - set(() if headless else metrics)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_what_the_node_cannot_work_with_is_refused(arguments: list[str], expecte
     [
         [],
         ["--allowed-origins", "a", "--allowed-origins=b", "c"],
-        ["--ssl-keyfile", "k", "--ssl_certfile=c"],
+        ["--ssl-ca-certs", "k", "--ssl_cert_reqs=2"],
         ["--middleware", "my.Own"],
         ["-tp", "2", "-dp", "2", "-O3"],
         ["--max-num-batched-tokens", "-1"],

@@ -12,14 +12,11 @@ import pytest
 from edge_node.access import Keyring, Quotas, Scope, create_key, keys_file
 from edge_node.serving import plugin
 from edge_node.serving.access import AccessMiddleware
+from edge_node.serving.asgi import Message
+from edge_node.serving.completion import KEY_OF_REQUEST, user_of
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.middleware import (
-    ALLOWED,
-    KEY_OF_REQUEST,
-    LorikeetMiddleware,
-    Message,
-    user_of,
-)
+from edge_node.serving.middleware import LorikeetMiddleware
+from edge_node.serving.routes import ALLOWED, ANTHROPIC
 from edge_node.serving_settings import LimitsSettings
 from tests.fakes.gateway import make_gateway, make_version
 from tests.unit.edge_node.serving.test_middleware import CHAT, QUESTION, V1, App
@@ -103,8 +100,12 @@ async def test_every_route_but_the_probes_needs_a_key(gateway: Gateway, path: st
                 continue
             assert client.headers[b"www-authenticate"].startswith(b"Bearer")
             error = client.answer["error"]
-            assert set(error) == {"message", "type", "param", "code"}
-            assert (error["type"], error["code"]) == ("AuthenticationError", 401)
+            if path in ANTHROPIC:
+                assert client.answer["type"] == "error"
+                assert (set(error), error["type"]) == ({"message", "type"}, "authentication_error")
+            else:
+                assert set(error) == {"message", "type", "param", "code"}
+                assert (error["type"], error["code"]) == ("AuthenticationError", 401)
             assert "edge-node keys create" in error["message"]
             assert "wrong" not in error["message"]
 

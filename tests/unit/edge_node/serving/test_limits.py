@@ -35,7 +35,7 @@ LIMITS = LimitsSettings(choices=8, prompts=4, answers=16, max_tokens=100)
 )
 def test_what_is_too_much_is_named(request_: dict[str, Any], field: str, text: str) -> None:
     with pytest.raises(Unreadable) as caught:
-        bound(TEXT, request_, LIMITS, 512)
+        bound(TEXT, request_, LIMITS, 512, 4096)
     assert text in str(caught.value)
     assert caught.value.param == field
 
@@ -56,19 +56,19 @@ def test_what_is_too_much_is_named(request_: dict[str, Any], field: str, text: s
 )
 def test_the_rest_is_vllms_to_judge(request_: dict[str, Any]) -> None:
     before = dict(request_)
-    bound(TEXT, request_, LIMITS, 512)
+    bound(TEXT, request_, LIMITS, 512, 4096)
     assert request_ == before
 
 
 def test_a_request_without_a_length_gets_the_largest() -> None:
     for path, request in ((CHAT, {}), (CHAT, {"max_tokens": None}), (TEXT, {"max_tokens": None})):
         asked: dict[str, Any] = dict(request)
-        bound(path, asked, LIMITS, 512)
+        bound(path, asked, LIMITS, 512, 4096)
         assert asked == {"max_tokens": 100}
     shorter: dict[str, Any] = {}
-    bound(CHAT, shorter, LIMITS, 64)  # vLLM refuses more than the context
+    bound(CHAT, shorter, LIMITS, 64, 4096)  # vLLM refuses more than the context
     assert shorter == {}
-    bound(CHAT, shorter, LimitsSettings(), 512)
+    bound(CHAT, shorter, LimitsSettings(), 512, 4096)
     assert shorter == {}
 
 
@@ -86,5 +86,5 @@ def test_completions_have_a_length_of_their_own(
     request_: dict[str, Any], most: int, expected: int
 ) -> None:
     """vLLM's is 16; it knows no `max_completion_tokens` there."""
-    bound(TEXT, request_, LIMITS.model_copy(update={"max_tokens": most}), 512)
+    bound(TEXT, request_, LIMITS.model_copy(update={"max_tokens": most}), 512, 4096)
     assert request_["max_tokens"] == expected

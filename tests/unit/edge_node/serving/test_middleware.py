@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from edge_node.capture import SERVED
+from edge_node.serving.asgi import Message
 from edge_node.serving.first_tokens import FirstTokens
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.middleware import Message
 from edge_node.serving_settings import LimitsSettings
 from tests.fakes.gateway import make_gateway, make_version
 from tests.fakes.routes import App, Client
@@ -30,7 +30,17 @@ async def gateway(tmp_path: Path) -> Gateway:
 
 @pytest.mark.parametrize(
     "path",
-    ["/invocations", "/tokenize", "/v1/load_lora_adapter", "/docs", "/adapters", "//v1/models"],
+    [
+        "/invocations",
+        "/v1/chat/completions/batch",
+        "/v1/responses/resp_1",
+        "/inference/v1/generate",
+        "/v1/embeddings",
+        "/v1/load_lora_adapter",
+        "/docs",
+        "/adapters",
+        "//v1/models",
+    ],
 )
 async def test_only_the_routes_that_clients_need_are_open(gateway: Gateway, path: str) -> None:
     client = Client(App(), gateway)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge_node.serving import middleware
+from edge_node.serving import completion
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.refusals import MAX_DEPTH, Unreadable, read_request
 from tests.fakes.gateway import make_gateway, make_version
@@ -122,8 +122,8 @@ async def test_other_requests_go_on_while_a_large_body_is_checked(
         assert went_on.wait(10), "the event loop stood still"
         return read_request(body)
 
-    monkeypatch.setattr(middleware, "read_request", check)
-    large = QUESTION | {"user": "x" * middleware.LARGE_BODY_BYTES}
+    monkeypatch.setattr(completion, "read_request", check)
+    large = QUESTION | {"user": "x" * completion.LARGE_BODY_BYTES}
     client = Client(App(), gateway)
     asking = asyncio.create_task(client.request(CHAT, large))
     await asyncio.sleep(0.05)

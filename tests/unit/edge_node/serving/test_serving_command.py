@@ -6,11 +6,13 @@ import socket
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from edge_node.errors import ServingError
 from edge_node.experience import Answer, Feedback, Preference, Scores
 from edge_node.serving import VllmProcess, command
 from edge_node.serving.feedback import read_feedback
+from edge_node.serving_settings import TlsSettings
 from edge_node.settings import CentralSettings, EdgeSettings, ServingSettings
 from protos.base import BaseModelInfo
 
@@ -45,6 +47,20 @@ def test_the_command_says_what_the_settings_say(tmp_path: Path) -> None:
     assert "--enforce-eager" not in command.serving_command(settings, BASE, on_cpu=False)
 
 
+def test_tls_has_its_files_and_a_watch(tmp_path: Path) -> None:
+    plain = command.serving_command(make_settings(tmp_path), BASE, on_cpu=True)
+    assert not [part for part in plain if part.startswith("--ssl")]
+    tls = TlsSettings(cert_file=Path("/tls/a.crt"), key_file=Path("/tls/a.key"))
+    line = " ".join(command.serving_command(make_settings(tmp_path, tls=tls), BASE, on_cpu=True))
+    assert "--ssl-certfile /tls/a.crt --ssl-keyfile /tls/a.key --enable-ssl-refresh" in line
+
+
+@pytest.mark.parametrize("field", ["cert_file", "key_file"])
+def test_one_tls_file_without_the_other_is_a_mistake(field: str) -> None:
+    with pytest.raises(ValidationError, match="is set without EDGE_SERVING__TLS__"):
+        TlsSettings.model_validate({field: "/tls/a"})
+
+
 def test_a_text_model_inside_a_wrapper_is_served_alone(tmp_path: Path) -> None:
     shape = {
         "num_hidden_layers": 2,
@@ -70,6 +86,7 @@ def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(
     settings = make_settings(tmp_path, port=8123)
     inherited = {
         "EDGE_CENTRAL__JOIN_TOKEN": "secret", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
         "VLLM_PLUGINS": "mine", "OMP_NUM_THREADS": "3",
     }  # fmt: skip
     environment = command.serving_environment(
@@ -77,6 +94,7 @@ def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(
     )
     assert "secret" not in str(environment)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
+    assert "VLLM_ENABLE_RESPONSES_API_STORE" not in environment
     assert (environment["VLLM_PLUGINS"], environment["OMP_NUM_THREADS"]) == ("mine,lorikeet", "3")
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert environment["VLLM_MAX_N_SEQUENCES"] == "128", (
