@@ -165,13 +165,21 @@ def _releases(
 
 def _stored(settings: EdgeSettings, unreadable: list[Problem]) -> dict[str, Any]:
     """What the stores hold. A store that cannot be opened is a problem; the rest is shown."""
-    held: dict[str, Any] = dict.fromkeys((*COUNTED, "outbox", "last_round", "round"))
+    held: dict[str, Any] = dict.fromkeys(
+        (*COUNTED, "feedback_waiting", "by_environment", "outbox", "last_round", "round")
+    )
     step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
     try:
-        counts = ExperienceStore(
+        experience = ExperienceStore(
             settings.data_dir / "experience.db", busy_timeout_s=STORE_TIMEOUT_S
-        ).counts()
+        )
+        counts = experience.counts()
         held |= {shown: getattr(counts, name) for shown, name in COUNTED.items()}
+        held["feedback_waiting"] = experience.waiting()
+        held["by_environment"] = {
+            kinds.environment or "-": {"interactions": kinds.interactions, **kinds.feedback}
+            for kinds in experience.by_environment()
+        }
     except (StorageError, sqlite3.Error) as error:
         unreadable.append(_unreadable("experience", error, step))
     try:

@@ -21,7 +21,8 @@ from edge_node.experience.usable import NOT_ONE_PROMPT, NOT_ONLY_TEXT
 class Finished:
     """One finished 200 answer. body: its bytes in pieces. streamed: they are server-sent events.
 
-    user: of the access key that it was asked with, if that has one.
+    user: of the access key that it was asked with, if that has one. episode, environment: as the
+    client named them.
     """
 
     endpoint: str
@@ -31,6 +32,8 @@ class Finished:
     created_at: str
     served: Served
     user: str | None = None
+    episode: str | None = None
+    environment: str | None = None
 
 
 def to_interaction(finished: Finished) -> Interaction | None:
@@ -59,6 +62,8 @@ def to_interaction(finished: Finished) -> Interaction | None:
         unusable=unusable,
         choices=choices,
         user=finished.user,
+        episode=finished.episode,
+        environment=finished.environment,
     )
 
 

@@ -1,20 +1,28 @@
 """Experience: interactions and feedback enter; what can be learnt, and counts, leave."""
 
-from edge_node.experience.comparisons import Answer, Group, Pair, Preference, Receipt, Scores
-from edge_node.experience.store import (
+from edge_node.experience.comparisons import Answer, Group, Pair, Preference, Scores
+from edge_node.experience.records import (
+    ANYONE,
     Choice,
     Counts,
+    EpisodeFeedback,
     Example,
-    ExperienceStore,
     Feedback,
     Interaction,
+    Receipt,
+    Teller,
     Thumb,
+    Told,
 )
+from edge_node.experience.store import ExperienceStore
+from edge_node.experience.waiting import Said, interactions_of
 
 __all__ = [
+    "ANYONE",
     "Answer",
     "Choice",
     "Counts",
+    "EpisodeFeedback",
     "Example",
     "ExperienceStore",
     "Feedback",
@@ -23,6 +31,10 @@ __all__ = [
     "Pair",
     "Preference",
     "Receipt",
+    "Said",
     "Scores",
+    "Teller",
     "Thumb",
+    "Told",
+    "interactions_of",
 ]

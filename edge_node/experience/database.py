@@ -1,8 +1,8 @@
-"""The SQLite file of the experience store: its tables, transactions and queries.
+"""The SQLite file of the experience store: its transactions and queries.
 
 In: a path. Out: an open handle. Guarantees: every write is one durable transaction (WAL,
 synchronous=FULL), safe with several processes on the same file; a file that earlier software wrote
-gets the tables that it lacks.
+gets the tables that it lacks (schema.py).
 """
 
 from __future__ import annotations
@@ -16,40 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_node.errors import StorageError
+from edge_node.experience.schema import OLDEST, SCHEMA_VERSION, upgrade
 
-SCHEMA_VERSION = 3
 BUSY_TIMEOUT_S = 30
-SCHEMA = """
-CREATE TABLE interactions (
-    id TEXT PRIMARY KEY, created_at TEXT NOT NULL, model TEXT NOT NULL, endpoint TEXT NOT NULL,
-    finish_reason TEXT NOT NULL, messages TEXT NOT NULL, answer TEXT NOT NULL,
-    prompt_ids BLOB NOT NULL, answer_ids BLOB NOT NULL, unusable TEXT NOT NULL
-);
-CREATE TABLE feedback (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, created_at TEXT NOT NULL,
-    interaction_id TEXT NOT NULL REFERENCES interactions (id), score REAL, correction TEXT,
-    comment TEXT, correction_ids BLOB NOT NULL, unusable TEXT NOT NULL
-);
-CREATE INDEX feedback_of_interaction ON feedback (interaction_id, number);
-"""
-# Version 3 adds these four. choices: all of an interaction with several, the first one included.
-# comparisons: feedback on several answers; the newest of a subject counts. deleted: interactions
-# that were deleted and cannot come back. users: of the access keys that asked.
-ADDED = """
-CREATE TABLE choices (
-    interaction_id TEXT NOT NULL REFERENCES interactions (id), position INTEGER NOT NULL,
-    answer_ids BLOB NOT NULL, logprobs BLOB NOT NULL, PRIMARY KEY (interaction_id, position)
-) WITHOUT ROWID;
-CREATE TABLE comparisons (
-    number INTEGER PRIMARY KEY REFERENCES feedback (number), kind TEXT NOT NULL,
-    subject TEXT NOT NULL, said TEXT NOT NULL
-);
-CREATE INDEX comparisons_of_subject ON comparisons (kind, subject, number);
-CREATE TABLE deleted (id TEXT PRIMARY KEY, at TEXT NOT NULL);
-CREATE TABLE users (
-    interaction_id TEXT PRIMARY KEY REFERENCES interactions (id), user TEXT NOT NULL
-) WITHOUT ROWID;
-"""
 
 
 class Database:
@@ -64,6 +33,8 @@ class Database:
                 path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
             )
             self._db.row_factory = sqlite3.Row
+            if not path.stat().st_size:  # new: `free_disk` will need no copy of it
+                self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
@@ -88,16 +59,13 @@ class Database:
             return  # without the write lock: a process that hangs may hold it
         with self._transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            missing = {0: SCHEMA + ADDED, 2: ADDED, SCHEMA_VERSION: ""}.get(version)
-            if missing is None:
+            if version != 0 and not OLDEST <= version <= SCHEMA_VERSION:
                 raise StorageError(
                     f"Experience store {self._path} has schema {version}; this software reads "
-                    f"schemas 2 and {SCHEMA_VERSION}. Use the software that wrote it, or move the "
-                    "file away to start afresh."
+                    f"schemas {OLDEST} to {SCHEMA_VERSION}. Use the software that wrote it, or "
+                    "move the file away to start afresh."
                 )
-            for statement in missing.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            upgrade(db, version)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -74,13 +74,14 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
     number = int(str(config.get("round", 1)))
     start = read_arrays(arrays)
     experience = ExperienceStore(settings.data_dir / "experience.db")
+    cursor = experience.cursor()
     plan = plan_round(
         settings.learning,
         number=number,
         node_id=node_id,
         release=_manifest_of(start, base, version=number - 1),
-        cursor=experience.cursor(),
-        deleted=experience.deleted(),
+        cursor=cursor,
+        deleted=experience.deleted(up_to=cursor),
         max_rank=int(str(config.get("max_rank", 0))) or None,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -218,16 +218,17 @@ TRAIN: dict[Method, Callable[..., TrainedRound]] = {
 def or_deleted(
     store: ExperienceStore, plan: RoundPlan, obsolete: Callable[[], bool]
 ) -> Callable[[], bool]:
-    """`obsolete`, or that an interaction was deleted since the plan: it must not be learnt, and a
-    checkpoint may hold it. Raises RoundObsolete when one was already.
+    """`obsolete`, or that an interaction, or feedback that the plan knew, was deleted since.
+
+    It must not be learnt, and a checkpoint may hold it. Raises RoundObsolete when one was already.
     """
     expect_none_deleted(store, plan, "before its first step")
-    return lambda: store.deleted() != plan.deleted or obsolete()
+    return lambda: store.deleted(up_to=plan.known_up_to) != plan.deleted or obsolete()
 
 
 def expect_none_deleted(store: ExperienceStore, plan: RoundPlan, when: str) -> None:
     """Raises RoundObsolete, which says `when`."""
-    if store.deleted() != plan.deleted:
+    if store.deleted(up_to=plan.known_up_to) != plan.deleted:
         raise RoundObsolete(when)
 
 

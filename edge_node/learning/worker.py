@@ -138,7 +138,7 @@ class Worker:
             # What feedback says is left for an sft round.
             cursor=cursors["sft"] if decision.method == "grpo" else cursor,
             method=decision.method,
-            deleted=self._experience.deleted(),
+            deleted=self._experience.deleted(up_to=cursor),
             explored=explored if decision.method == "grpo" else [],
             groups=group_sizes(
                 self._experience, cursor, cursors["scored"], model, learning.max_examples

@@ -21,6 +21,7 @@ from edge_node.serving import limits
 from edge_node.serving.aliases import PRIVATE
 from edge_node.serving.asgi import App, Message, Receive, Send, answer, refuse, replay
 from edge_node.serving.gateway import Gateway
+from edge_node.serving.labels import Labels, read_labels
 from edge_node.serving.refusals import (
     PROGRESS,
     UNREADABLE,
@@ -69,6 +70,7 @@ class Completion:
         self._capturing = False
         self._streamed = False
         self._served = Served()
+        self._labels = Labels()
         self._gone = False
         """The client hung up: what vLLM says now, `null`, is no answer."""
         self._held: Message | None = None
@@ -79,6 +81,7 @@ class Completion:
 
     async def run(self, body: bytes) -> None:
         try:
+            self._labels = read_labels(self._scope["headers"])
             if len(body) < LARGE_BODY_BYTES:
                 request = read_request(body)
             else:  # checked for seconds: other requests go on meanwhile
@@ -160,6 +163,7 @@ class Completion:
             PROGRESS.reset(before_progress)
             SERVED.reset(before)
             self._gateway.first_tokens.left(self)
+            self._gateway.in_flight.end(self)
             self._gateway.aliases.leave(self._model)
 
     def _recorded(self) -> Served | None:
@@ -222,6 +226,8 @@ class Completion:
     async def _capture(self, message: Message) -> None:
         """Keeps the piece; the last one waits here until the interaction is on disk."""
         piece = message.get("body", b"")
+        if self._streamed and not self._pieces:
+            self._gateway.in_flight.begin(self, piece, user_of(self._scope))
         self._pieces.append(piece)
         if piece.endswith(END_OF_STREAM) if self._streamed else not message.get("more_body", False):
             self._capturing = False
@@ -235,6 +241,7 @@ class Completion:
                     now,
                     self._served,
                     user_of(self._scope),
+                    **vars(self._labels),
                 )
             )
 

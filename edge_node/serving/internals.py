@@ -263,6 +263,10 @@ class Engine:
             return None
         return self._renderer.answer_ids(text)
 
+    def calls_ids(self, calls: list[dict[str, Any]]) -> list[int]:
+        """Ids of an answer with these tool calls and its end; raises ValueError. For any thread."""
+        return self._renderer.calls_ids(calls)
+
 
 def recorded(generate: Generate) -> Generate:
     """The engine's `generate`, which also leaves the ids of captured requests in SERVED.

@@ -13,7 +13,7 @@ from edge_node.serving import gateway as gateways
 from edge_node.serving.asgi import App, Message, Receive, Send, read_body, refuse, replay
 from edge_node.serving.completion import Completion
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.routes import ALLOWED, ALWAYS, COMPLETIONS, WITH_BODY
+from edge_node.serving.routes import ALLOWED, ALWAYS, COMPLETIONS, WITH_BODY, route_of
 from edge_node.serving.sessions import Session
 
 
@@ -47,7 +47,7 @@ class LorikeetMiddleware:
             return
         path = scope["path"]
         gateway = self._gateway or gateways.here
-        if path not in ALLOWED:
+        if route_of(path) not in ALLOWED:
             text = f"No route {path}. Routes here: {', '.join(sorted(ALLOWED))}."
             await refuse(send, 404, "NotFoundError", text)
         elif gateway is None:

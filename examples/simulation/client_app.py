@@ -10,8 +10,7 @@ from flwr.app import Context
 
 from edge_node.environments import Environment
 from edge_node.environments.loader import load_environment
-from edge_node.experience import ExperienceStore
-from edge_node.experience.store import Feedback, Interaction
+from edge_node.experience import ExperienceStore, Feedback, Interaction
 from edge_node.federation.client_app import make_client_app
 from edge_node.rendering import load_renderer
 from edge_node.settings import EdgeSettings

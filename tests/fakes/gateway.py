@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -38,6 +39,13 @@ class RecordingEngine:
     def answer_ids(self, text: str) -> list[int] | None:
         """One id a letter, and 0 at the end."""
         return None if len(text) > self.max_model_len else [*map(ord, text), 0]
+
+    def calls_ids(self, calls: list[dict[str, Any]]) -> list[int]:
+        """Those of their names; a model that knows no `unknown`."""
+        names = [call["function"]["name"] for call in calls]
+        if "unknown" in names:
+            raise ValueError("The chat template of this model shows no tool calls.")
+        return [*map(ord, " ".join(names)), 0]
 
 
 def make_gateway(data_dir: Path) -> Gateway:
