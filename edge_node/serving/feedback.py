@@ -7,6 +7,7 @@ names field, value seen and what was expected.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from reprlib import repr  # the value seen, cut short
 from typing import Any, Literal
@@ -31,6 +32,8 @@ OF = dict.fromkeys(("id", "chosen", "rejected"), "the `id` of an answer") | {
 }
 THUMBS = {"up": 1.0, "down": 0.0}
 MOST_CALLS = 64
+FUNCTION = r"^[A-Za-z0-9_.:/-]{1,128}$"
+"""What a function may be called."""
 CALLS: Literal["tool_calls"] = "tool_calls"
 
 
@@ -97,6 +100,8 @@ def _id(document: dict[str, Any], field: str) -> str:
 
 def _index(document: dict[str, Any], field: str) -> int:
     value: Any = document[field]
+    if isinstance(value, float) and value.is_integer():  # 1.0 is an integer in JSON
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
         raise ValueError(
             f"{field} is {repr(value)}; expected the `index` of a choice of the answer in `id`."
@@ -153,8 +158,13 @@ def _calls(value: Any) -> str | None:
     for place, call in enumerate(value):
         function = call.get("function") if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        if not isinstance(function, dict) or not isinstance(name, str):
             raise ValueError(f"tool_calls[{place}] is {repr(call)}; {expected}.")
+        if re.fullmatch(FUNCTION, name) is None:
+            raise ValueError(
+                f"tool_calls[{place}].function.name is {repr(name)}; expected 1 to 128 letters, "
+                "digits and . : / _ -"
+            )
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
@@ -166,7 +176,7 @@ def _calls(value: Any) -> str | None:
                 f"tool_calls[{place}].function.arguments is {repr(function['arguments'])}; "
                 f"{expected}."
             )
-        of_it = {"name": _storable("tool_calls", name), "arguments": arguments}
+        of_it = {"name": name, "arguments": arguments}
         calls.append({"id": f"call-{place}", "type": "function", "function": of_it})
     try:
         text = json.dumps(calls, ensure_ascii=False, allow_nan=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge_node import __version__
-from edge_node.serving.feedback import LARGEST_SCORE, MOST_CALLS, THUMBS
+from edge_node.serving.feedback import FUNCTION, LARGEST_SCORE, MOST_CALLS, THUMBS
 
 Schema = dict[str, Any]
 
@@ -28,7 +28,10 @@ CALLS: Schema = {
         "properties": {
             "function": {
                 "type": "object", "required": ["name"],
-                "properties": {"name": TEXT, "arguments": {"type": "object"}},
+                "properties": {
+                    "name": {"type": "string", "pattern": FUNCTION},
+                    "arguments": {"type": "object"},
+                },
             }
         },
     },
