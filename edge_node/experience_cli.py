@@ -260,7 +260,7 @@ def _selection(
 
 
 def _age(text: str) -> timedelta:
-    found = re.fullmatch(r"(\d{1,6})([dhm])", text)
+    found = re.fullmatch(r"(\d{1,5})([dhm])", text)
     if found is None:
         raise typer.BadParameter(f"--older-than is {text!r}; expected such as 30d, 12h or 90m")
     return timedelta(**{UNITS[found[2]]: int(found[1])})
