@@ -27,6 +27,7 @@ from edge_node.errors import (
     UnknownInteraction,
 )
 from edge_node.experience import EpisodeFeedback, Receipt, Said, Teller, Told, interactions_of
+from edge_node.serving.asgi import RETRY_AFTER_S
 from edge_node.serving.completion import KEY_OF_REQUEST, user_of
 from edge_node.serving.feedback import read_feedback
 from edge_node.serving.gateway import Gateway
@@ -173,4 +174,5 @@ def _error(status: int, kind: str, message: str, param: str | None = None) -> JS
     return JSONResponse(
         {"error": {"message": message, "type": kind, "param": param, "code": status}},
         status_code=status,
+        headers={"retry-after": str(RETRY_AFTER_S)} if status == 503 else None,
     )
