@@ -89,6 +89,14 @@ class Database:
             except sqlite3.Error as error:
                 raise self._storage_error(error) from error
 
+    def _vacuum(self, statement: str) -> None:
+        """Runs a statement that frees pages to its end: `execute` frees one and stops."""
+        with self._lock:
+            try:
+                self._db.executescript(statement)
+            except sqlite3.Error as error:
+                raise self._storage_error(error) from error
+
     def _count(self, statement: str, values: Any = ()) -> int:
         return int(self._query(statement, values)[0][0])
 

@@ -85,10 +85,10 @@ class Removal(Database):
         """
         if self._count("PRAGMA auto_vacuum") != INCREMENTAL:
             self._query("PRAGMA auto_vacuum=INCREMENTAL")
-            self._query("VACUUM")
+            self._vacuum("VACUUM")
         while self._count("PRAGMA freelist_count"):
             left = self._count("PRAGMA freelist_count")
-            self._query(f"PRAGMA incremental_vacuum({PAGES})")
+            self._vacuum(f"PRAGMA incremental_vacuum({PAGES})")
             if self._count("PRAGMA freelist_count") >= left:
                 break
         self._truncate_log()
