@@ -51,28 +51,20 @@ class Removal(Database):
     def purge(
         self, selection: Selection, removed: Callable[[int], None] = lambda count: None
     ) -> Purged:
-        """Removes every interaction of `selection` with its feedback, and frees their disk.
+        """Removes every interaction that `selection` means now, with its feedback; frees the disk.
 
         A selection by user alone also takes what that user said of other answers. What waits for
         answers goes where everything goes, or by its age. `removed` hears of each batch.
         """
         before, said = self._size(), self._count("SELECT COUNT(*) FROM feedback")
+        ids = [row["id"] for row in self._query(f"SELECT i.id {selection.sql}", selection.values)]
         count = 0
-        while True:
+        for start in range(0, len(ids), BATCH):
             with self._transaction() as db:
-                ids = [
-                    row["id"]
-                    for row in db.execute(
-                        f"SELECT i.id {selection.sql} ORDER BY i.created_at LIMIT {BATCH}",
-                        selection.values,
-                    )
-                ]
-                _remove(db, ids)
-                if not ids:
-                    _remove_said(db, selection)
-                    break
-            count += len(ids)
+                count += _remove(db, ids[start : start + BATCH])
             removed(count)
+        with self._transaction() as db:
+            _remove_said(db, selection)
         said -= self._count("SELECT COUNT(*) FROM feedback")
         self.free_disk()
         return Purged(count, max(said, 0), max(before - self._size(), 0))
