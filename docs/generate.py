@@ -280,7 +280,7 @@ def api_page(document: dict[str, Any]) -> str:
     for name, schema in document["components"]["schemas"].items():
         if "properties" in schema:
             page += f"### {name}\n\n{schema.get('description', '')}\n\n".replace("\n\n\n\n", "\n\n")
-            rows = [
+            fields = [
                 (
                     f"`{field}`",
                     "required" if field in schema.get("required", ()) else "",
@@ -291,7 +291,7 @@ def api_page(document: dict[str, Any]) -> str:
                 )
                 for field, about in schema["properties"].items()
             ]
-            page += table(("field", "", "schema", "meaning"), rows)
+            page += table(("field", "", "schema", "meaning"), fields)
     return page
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import uuid
 from argparse import Namespace
 from array import array
@@ -259,13 +260,15 @@ class Engine:
 
     def answer_ids(self, text: str) -> list[int] | None:
         """Ids of an answer with this text and its end; None if too long. For any thread."""
-        if len(text) > self.max_model_len * self._tokenizer.max_chars_per_token:
-            return None
-        return self._renderer.answer_ids(text)
+        return self._renderer.answer_ids(text) if self._may_fit(text) else None
 
-    def calls_ids(self, calls: list[dict[str, Any]]) -> list[int]:
-        """Ids of an answer with these tool calls and its end; raises ValueError. For any thread."""
-        return self._renderer.calls_ids(calls)
+    def calls_ids(self, calls: list[dict[str, Any]]) -> list[int] | None:
+        """Ids of an answer that is these tool calls, as `answer_ids`; raises ValueError."""
+        return self._renderer.calls_ids(calls) if self._may_fit(json.dumps(calls)) else None
+
+    def _may_fit(self, text: str) -> bool:
+        """Rendering and encoding take long for a text that cannot fit."""
+        return len(text) <= self.max_model_len * int(self._tokenizer.max_chars_per_token)
 
 
 def recorded(generate: Generate) -> Generate:

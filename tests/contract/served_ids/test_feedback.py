@@ -68,6 +68,19 @@ def test_a_correction_by_tool_calls_is_learnt_in_the_models_own_format(qwen: Run
     assert read["tool_calls"][1]["function"] == CALL["function"]
 
 
+def test_tool_calls_that_cannot_fit_or_be_shown_are_told(qwen: Running) -> None:
+    long = {"function": {"name": "weather", "arguments": {"at": "x" * 300_000}}}
+    told = tell(qwen, body={"id": ask(qwen), "tool_calls": [long]})
+    assert (told["usable"], "more than 2048 tokens" in told["reason"]) == (False, True)
+    started = Running("chatml")
+    try:
+        answer = ask(started)
+        refused = tell(started, 400, {"id": answer, "tool_calls": [CALL]})
+        assert "shows no tool calls. Send what the model should" in refused["error"]["message"]
+    finally:
+        started.close()
+
+
 def test_labels_are_kept_and_an_episode_is_judged_as_a_whole(qwen: Running) -> None:
     labels = {"x-lorikeet-episode": "run-7", "x-lorikeet-environment": "desk"}
     answers = [ask(qwen, **labels) for _ in range(2)]
