@@ -68,20 +68,20 @@ class Browsing(Verdicts):
         return self._count(f"SELECT COUNT(*) {selection.sql}", selection.values)
 
     def ids(self, selection: Selection) -> Iterator[str]:
-        """Ids of the interactions of `selection`, oldest first; those that go meanwhile are left
-        out, and so may those that come.
+        """Ids of the interactions of `selection`, oldest first, as many as there are now: a node
+        that serves adds to them meanwhile.
         """
-        at, last = "", ""
-        while True:
+        at, last, left = "", "", self.count(selection)
+        while left:
             rows = self._query(
                 f"SELECT i.id, i.created_at {selection.sql} AND (i.created_at, i.id) > (:at, "
-                f":last) ORDER BY i.created_at, i.id LIMIT {PAGE}",
-                {**selection.values, "at": at, "last": last},
+                ":last) ORDER BY i.created_at, i.id LIMIT :page",
+                {**selection.values, "at": at, "last": last, "page": min(PAGE, left)},
             )
-            yield from (row["id"] for row in rows)
-            if len(rows) < PAGE:
+            if not rows:  # some were deleted meanwhile
                 return
-            at, last = rows[-1]["created_at"], rows[-1]["id"]
+            yield from (row["id"] for row in rows)
+            at, last, left = rows[-1]["created_at"], rows[-1]["id"], left - len(rows)
 
     def by_environment(self) -> list[Kinds]:
         """Counts of each environment that is named, and of what names none (empty)."""

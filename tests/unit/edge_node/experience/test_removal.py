@@ -124,6 +124,19 @@ def test_a_node_writes_and_reads_while_another_process_purges(tmp_path: Path) ->
     assert node.counts().liked == served[0]
 
 
+def test_an_export_ends_though_answers_come_faster_than_it_reads(
+    store: ExperienceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_node.experience.browsing.PAGE", 2)
+    seen = []
+    for number, one in enumerate(store.ids(Selection())):
+        store.add_interactions([make(100 + number, "2027-01-01")])
+        seen.append(one)
+    assert seen == ["chatcmpl-1", "chatcmpl-2", "chatcmpl-3"]
+    store.delete("chatcmpl-2")
+    assert len(left(store)) == 5
+
+
 def test_what_waits_goes_with_its_answer_its_user_or_everything(store: ExperienceStore) -> None:
     for number in (7, 8):
         expecting = Teller("alice", expects=frozenset({f"chatcmpl-{number}"}))
