@@ -64,6 +64,8 @@ CREATE TABLE waiting (
     id TEXT PRIMARY KEY, created_at TEXT NOT NULL, user TEXT, first TEXT NOT NULL,
     second TEXT NOT NULL, said TEXT NOT NULL, max_tokens INTEGER NOT NULL, refused TEXT NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX waiting_first ON waiting (first);
+CREATE INDEX waiting_second ON waiting (second);
 CREATE TABLE sent (
     sender TEXT NOT NULL, key TEXT NOT NULL, digest TEXT NOT NULL, feedback_id TEXT NOT NULL,
     receipt TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (sender, key)
