@@ -1,4 +1,4 @@
-"""`edge-node experience list | show | export | delete | purge`, of which `cli.py` is the program.
+"""`edge-node experience list | show | export | delete | purge | encrypt`, a part of `cli.py`.
 
 In: arguments and EDGE_DATA_DIR. Out: text or JSON; a deletion is said after it is on disk. All of
 it works beside a running node, and without one.
@@ -20,7 +20,7 @@ from typing import Annotated, TextIO
 import typer
 
 from edge_node.errors import EdgeError, StorageError, UnknownInteraction
-from edge_node.experience import ExperienceStore, Interaction
+from edge_node.experience import ExperienceStore, Interaction, open_experience
 from edge_node.experience.selection import Selection
 from edge_node.experience_export import Decode, Export, Format
 from edge_node.settings import EdgeSettings, load_settings
@@ -236,6 +236,21 @@ def purge(
         )
 
 
+@experience.command("encrypt")
+def encrypt(as_json: Json = False) -> None:
+    """Encrypt what is kept already with the first key in EDGE_EXPERIENCE__KEY_FILE.
+
+    It works while the node serves, after a restart with that file. Killed, it goes on when it is
+    run again. Afterwards no older key is needed.
+    """
+    store = _open(load_settings())
+    rows = store.reseal()
+    if as_json:
+        print(json.dumps({"key": store.key, "rows": rows}))
+    else:
+        print(f"Encrypted {rows} rows with key {store.key}; all are now.")
+
+
 def _file(settings: EdgeSettings) -> Path:
     return settings.data_dir / "experience.db"
 
@@ -248,7 +263,7 @@ def _open(settings: EdgeSettings) -> ExperienceStore:
             f"{path} is not there: the node kept nothing yet, or its EDGE_DATA_DIR is another. Run "
             "this with the node's own EDGE_DATA_DIR."
         )
-    return ExperienceStore(path)
+    return open_experience(settings)
 
 
 def _selection(

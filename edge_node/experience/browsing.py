@@ -54,8 +54,9 @@ class Browsing(Verdicts):
         rows = self._query(
             "SELECT i.id, i.created_at, i.model, COALESCE(l.environment, '') AS environment, "
             "COALESCE(l.episode, '') AS episode, COALESCE(u.user, '') AS user, "
-            "LENGTH(i.prompt_ids) / 4 AS prompt_tokens, LENGTH(i.answer_ids) / 4 AS answer_tokens, "
-            f"i.unusable {selection.sql} ORDER BY i.created_at DESC, i.id LIMIT :limit",
+            "LENGTH(unseal(i.prompt_ids)) / 4 AS prompt_tokens, LENGTH(unseal(i.answer_ids)) / 4 "
+            f"AS answer_tokens, i.unusable {selection.sql} ORDER BY i.created_at DESC, i.id LIMIT "
+            ":limit",
             {**selection.values, "limit": limit},
         )
         return [

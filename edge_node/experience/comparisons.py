@@ -19,7 +19,14 @@ from typing import Any, Literal
 from edge_node.experience.database import TOKEN_BYTES, unpack, unpack_logprobs
 from edge_node.experience.given import Given, Waited, expect_interaction, new_said
 from edge_node.experience.records import ANYONE, Receipt, Teller
-from edge_node.experience.usable import NO_LOGPROBS, SAME_ANSWERS, SAME_SCORES, why_unusable
+from edge_node.experience.usable import (
+    NO_LOGPROBS,
+    REDACTED,
+    SAME_ANSWERS,
+    SAME_SCORES,
+    why_redacted,
+    why_unusable,
+)
 
 Kind = Literal["preference", "group"]
 SAME = 1e-6
@@ -135,8 +142,8 @@ class Comparisons(Given):
         made = []
         for row in self._newest("group", up_to, limit, model):
             choices = self._query(
-                "SELECT answer_ids, logprobs FROM choices WHERE interaction_id = ? ORDER BY "
-                "position",
+                "SELECT unseal(answer_ids) AS answer_ids, unseal(logprobs) AS logprobs FROM "
+                "choices WHERE interaction_id = ? ORDER BY position",
                 (row["id"],),
             )
             scores = tuple(json.loads(row["said"])["scores"])
@@ -185,8 +192,9 @@ class Comparisons(Given):
         self, kind: Kind, up_to: int, limit: int, model: str | None = None
     ) -> Iterator[sqlite3.Row]:
         yield from self._query(
-            f"SELECT i.id, i.prompt_ids, c.said {NEWEST} AND c.kind = :kind AND f.unusable = '' "
-            "AND (:model IS NULL OR i.model = :model) ORDER BY c.number DESC LIMIT :limit",
+            f"SELECT i.id, unseal(i.prompt_ids) AS prompt_ids, c.said {NEWEST} AND c.kind = :kind "
+            "AND f.unusable = '' AND (:model IS NULL OR i.model = :model) ORDER BY c.number DESC "
+            "LIMIT :limit",
             {"up_to": up_to, "kind": kind, "limit": limit, "model": model},
         )
 
@@ -196,7 +204,8 @@ class Comparisons(Given):
 
 
 ANSWER = """
-SELECT i.unusable, i.prompt_ids, COALESCE(c.answer_ids, i.answer_ids) AS answer_ids
+SELECT i.unusable, unseal(i.prompt_ids) AS prompt_ids,
+       unseal(COALESCE(c.answer_ids, i.answer_ids)) AS answer_ids, i.redacted
 FROM interactions i LEFT JOIN choices c ON c.interaction_id = i.id AND c.position = :choice
 WHERE i.id = :id AND (:choice = 0 OR c.position IS NOT NULL)
 """
@@ -244,9 +253,11 @@ def write_scores(
     """The part of `add_scores` in a transaction. `waited`: as in `_add`."""
     expect_interaction(db, scores.interaction_id, user)
     rows = db.execute(
-        "SELECT i.unusable, i.prompt_ids, c.answer_ids, c.logprobs FROM choices c JOIN "
-        "interactions i ON i.id = c.interaction_id WHERE i.id = ? ORDER BY c.position",
-        (scores.interaction_id,),
+        "SELECT CASE WHEN i.unusable = '' AND i.redacted <> '' THEN :redacted ELSE i.unusable END, "
+        "unseal(i.prompt_ids), unseal(c.answer_ids) AS answer_ids, unseal(c.logprobs) AS logprobs "
+        "FROM choices c JOIN interactions i ON i.id = c.interaction_id WHERE i.id = :id ORDER BY "
+        "c.position",
+        {"id": scores.interaction_id, "redacted": REDACTED},
     ).fetchall()
     if len(rows) < 2:
         raise ValueError(
@@ -280,7 +291,8 @@ def _found(db: sqlite3.Connection, name: str, answer: Answer) -> tuple[str, byte
             f"{name} is choice {answer.choice} of answer {answer.interaction_id}, which was not "
             "kept; expected the `index` of one of its choices."
         )
-    return row["unusable"], row["prompt_ids"], row["answer_ids"]
+    why = why_redacted(row["unusable"], row["redacted"], answer.choice)
+    return why, row["prompt_ids"], row["answer_ids"]
 
 
 def _why(found: Sequence[Any], max_tokens: int) -> str:

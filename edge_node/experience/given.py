@@ -16,19 +16,24 @@ from datetime import UTC, datetime, timedelta
 
 from edge_node.errors import FeedbackWithdrawn, KeyReused, UnknownFeedback, UnknownInteraction
 from edge_node.experience.records import Receipt, Teller, Told
-from edge_node.experience.removal import Removal
+from edge_node.experience.retention import Retained
 
+WAITING = """
+SELECT id, created_at, user, unseal(said) AS said, first, second, max_tokens, refused FROM waiting
+"""
 KEYS_KEPT = timedelta(days=7)
 """How long an idempotency key is remembered."""
 ROWS = """
-SELECT f.*, c.said, l.episode FROM feedback f
+SELECT f.id, f.created_at, f.kind, f.interaction_id, f.user, f.part_of, f.score, f.unusable,
+       unseal(f.correction) AS correction, unseal(f.comment) AS comment, c.said, l.episode
+FROM feedback f
 LEFT JOIN comparisons c ON c.number = f.number
 LEFT JOIN labels l ON l.interaction_id = f.interaction_id
 WHERE f.id = :id OR f.part_of = :id ORDER BY f.number
 """
 
 
-class Given(Removal):
+class Given(Retained):
     """The part of the experience store that knows feedback by its id."""
 
     def feedback(self, feedback_id: str, user: str | None = None) -> Told:
@@ -37,7 +42,7 @@ class Given(Removal):
         Raises UnknownFeedback, and FeedbackWithdrawn for what was taken back.
         """
         rows = self._query(ROWS, {"id": feedback_id})
-        waiting = self._query("SELECT * FROM waiting WHERE id = ?", (feedback_id,))
+        waiting = self._query(f"{WAITING} WHERE id = ?", (feedback_id,))
         owner = rows[0]["user"] if rows else waiting[0]["user"] if waiting else None
         if not (rows or waiting) or user not in (None, owner):
             raise self._not_there(feedback_id, user)
@@ -97,7 +102,7 @@ class Given(Removal):
             if teller.once is None:
                 return write(db)
             sent = db.execute(
-                "SELECT digest, receipt FROM sent WHERE sender = ? AND key = ?",
+                "SELECT unseal(digest) AS digest, receipt FROM sent WHERE sender = ? AND key = ?",
                 (teller.sender, teller.once),
             ).fetchone()
             if sent is not None and sent["digest"] != teller.digest:
@@ -108,7 +113,7 @@ class Given(Removal):
             db.execute("DELETE FROM sent WHERE at < ?", ((now - KEYS_KEPT).isoformat(),))
             said = json.dumps(asdict(receipt))
             db.execute(
-                "INSERT INTO sent VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO sent VALUES (?, ?, seal(?), ?, ?, ?)",
                 (teller.sender, teller.once, teller.digest, receipt.id, said, now.isoformat()),
             )
             return receipt

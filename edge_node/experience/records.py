@@ -44,6 +44,8 @@ class Interaction:
     """What the client says it belongs to: several answers that are judged together."""
     environment: str | None = None
     """What kind of work it is, in the client's words."""
+    redacted: tuple[str, ...] = ()
+    """Parts whose ids redaction changed: "prompt", numbers of choices ("0": `answer_ids`)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Feedback:
     """
     form: Literal["", "thumb", "tool_calls"] = ""
     """thumb: the score was a thumb. tool_calls: the correction is a JSON list of tool calls."""
+    redacted: bool = False
+    """Redaction changed the correction."""
 
     @property
     def kind(self) -> str:

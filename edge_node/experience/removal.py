@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from edge_node.errors import UnknownInteraction
-from edge_node.experience.database import Database
+from edge_node.experience.resealing import Resealed
 from edge_node.experience.selection import Selection
 
 BATCH = 200
@@ -35,7 +35,7 @@ class Purged:
     freed_bytes: int
 
 
-class Removal(Database):
+class Removal(Resealed):
     """The part of the experience store that deletes."""
 
     def delete(self, interaction_id: str) -> None:
@@ -44,7 +44,7 @@ class Removal(Database):
         Raises UnknownInteraction. It never comes back: the same id is not stored again.
         """
         with self._transaction() as db:
-            if not _remove(db, [interaction_id]):
+            if not remove(db, [interaction_id], DELETED):
                 raise UnknownInteraction(interaction_id)
         self._truncate_log()
 
@@ -61,7 +61,7 @@ class Removal(Database):
         count = 0
         for start in range(0, len(ids), BATCH):
             with self._transaction() as db:
-                count += _remove(db, ids[start : start + BATCH])
+                count += remove(db, ids[start : start + BATCH], DELETED)
             removed(count)
         with self._transaction() as db:
             _remove_said(db, selection)
@@ -107,9 +107,18 @@ class Removal(Database):
         self._query("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def _remove(db: sqlite3.Connection, ids: Sequence[str]) -> int:
-    """Removes these interactions and all that was said of them; returns how many there were."""
-    of_them = {"ids": json.dumps(ids), "at": datetime.now(UTC).isoformat()}
+DELETED = "INSERT OR IGNORE INTO deleted SELECT id, :at FROM interactions WHERE id IN"
+"""How it is remembered that interactions were deleted: they never come back."""
+
+
+def remove(
+    db: sqlite3.Connection, ids: Sequence[str], tombstones: str, why: str | None = None
+) -> int:
+    """Removes these interactions and all that was said of them; returns how many there were.
+
+    tombstones: a statement that remembers them, without the ids that end it.
+    """
+    of_them = {"ids": json.dumps(ids), "at": datetime.now(UTC).isoformat(), "why": why}
     among = "(SELECT value FROM json_each(:ids))"
     numbers = [
         (row["number"], row["id"])
@@ -125,10 +134,7 @@ def _remove(db: sqlite3.Connection, ids: Sequence[str]) -> int:
     for table in ("choices", "users", "labels"):
         db.execute(f"DELETE FROM {table} WHERE interaction_id IN {among}", of_them)
     db.execute(f"DELETE FROM waiting WHERE first IN {among} OR second IN {among}", of_them)
-    db.execute(
-        f"INSERT OR IGNORE INTO deleted SELECT id, :at FROM interactions WHERE id IN {among}",
-        of_them,
-    )
+    db.execute(f"{tombstones} {among}", of_them)
     return db.execute(f"DELETE FROM interactions WHERE id IN {among}", of_them).rowcount
 
 

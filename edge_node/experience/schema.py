@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OLDEST = 2
 """The first version that is still read."""
 SCHEMA = """
@@ -76,7 +76,18 @@ CREATE TABLE withdrawn (
     id TEXT PRIMARY KEY, number INTEGER, user TEXT, at TEXT NOT NULL
 ) WITHOUT ROWID;
 """
-STEPS = ((2, SCHEMA), (3, ADDED), (4, FEEDBACK))
+# Version 5. redacted: parts of an interaction whose ids are not those served ("prompt", numbers of
+# choices). removed: what retention took out, newest last. keys: of those that sealed.
+KEPT = """
+ALTER TABLE interactions ADD COLUMN redacted TEXT NOT NULL DEFAULT '';
+CREATE INDEX interactions_of_time ON interactions (created_at, id);
+CREATE TABLE removed (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, at TEXT NOT NULL,
+    why TEXT NOT NULL
+);
+CREATE TABLE keys (id TEXT PRIMARY KEY) WITHOUT ROWID;
+"""
+STEPS = ((2, SCHEMA), (3, ADDED), (4, FEEDBACK), (5, KEPT))
 """Version, and what makes it of the one before."""
 
 

@@ -34,11 +34,18 @@ from edge_node.experience.records import (
     Receipt,
     Teller,
 )
+from edge_node.experience.sealing import CLEAR, Sealing
 from edge_node.experience.verdicts import VERDICT, VERDICTS, write_episode, write_verdict
 from edge_node.experience.waiting import Said, keep_waiting, read_said, that_wait
 
 TAUGHT = ("correction", "liked")
 """Verdicts that make an example of an answer."""
+WHOLE = """
+SELECT id, created_at, model, endpoint, finish_reason, unseal(messages) AS messages,
+       unseal(answer) AS answer, unseal(prompt_ids) AS prompt_ids, unseal(answer_ids) AS answer_ids,
+       unusable, redacted
+FROM interactions WHERE id = ?
+"""
 SPOKEN_OF_SINCE = """
 AND f.interaction_id IN (
     SELECT interaction_id FROM feedback WHERE number > :after AND number <= :cursor
@@ -49,8 +56,10 @@ AND f.interaction_id IN (
 class ExperienceStore(Browsing):
     """All of the experience."""
 
-    def __init__(self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
-        super().__init__(path, busy_timeout_s=busy_timeout_s)
+    def __init__(
+        self, path: Path, *, busy_timeout_s: float = BUSY_TIMEOUT_S, sealing: Sealing = CLEAR
+    ) -> None:
+        super().__init__(path, busy_timeout_s=busy_timeout_s, sealing=sealing)
         self._counting = threading.Lock()
         self._counted: tuple[int, Counter[tuple[str, str]]] = 0, Counter()
         """Cursor, and how much had been said then: by verdict or kind of comparison, and by why it
@@ -65,7 +74,7 @@ class ExperienceStore(Browsing):
             (
                 row.id, row.created_at, row.model, row.endpoint, row.finish_reason,
                 json.dumps(row.messages), row.answer, pack(row.prompt_ids),
-                pack(row.answer_ids), row.unusable,
+                pack(row.answer_ids), row.unusable, " ".join(row.redacted),
             )
             for row in rows
         ]  # fmt: skip
@@ -82,13 +91,14 @@ class ExperienceStore(Browsing):
         ]
         with self._transaction() as db:
             db.executemany(
-                "INSERT OR IGNORE INTO interactions SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10 "
-                "WHERE NOT EXISTS (SELECT 1 FROM deleted WHERE id = ?1)",
+                "INSERT OR IGNORE INTO interactions SELECT ?1, ?2, ?3, ?4, ?5, seal(?6), seal(?7), "
+                "seal(?8), seal(?9), ?10, ?11 WHERE NOT EXISTS (SELECT 1 FROM deleted WHERE id = "
+                "?1)",
                 values,
             )
             db.executemany(
-                "INSERT OR IGNORE INTO choices SELECT ?1, ?2, ?3, ?4 WHERE EXISTS (SELECT 1 FROM "
-                "interactions WHERE id = ?1)",
+                "INSERT OR IGNORE INTO choices SELECT ?1, ?2, seal(?3), seal(?4) WHERE EXISTS "
+                "(SELECT 1 FROM interactions WHERE id = ?1)",
                 choices,
             )
             db.executemany(
@@ -120,15 +130,16 @@ class ExperienceStore(Browsing):
         return self._give(teller, write)
 
     def interaction(self, interaction_id: str) -> Interaction | None:
-        rows = self._query("SELECT * FROM interactions WHERE id = ?", (interaction_id,))
+        rows = self._query(WHOLE, (interaction_id,))
         if not rows:
             return None
         fields = dict(rows[0])
         ids = {name: unpack(fields[name]) for name in ("prompt_ids", "answer_ids")}
         fields |= {"messages": json.loads(fields["messages"]), "user": self._user(interaction_id)}
-        fields |= self.labels(interaction_id)
+        fields |= self.labels(interaction_id) | {"redacted": tuple(fields["redacted"].split())}
         choices = self._query(
-            "SELECT answer_ids, logprobs FROM choices WHERE interaction_id = ? ORDER BY position",
+            "SELECT unseal(answer_ids) AS answer_ids, unseal(logprobs) AS logprobs FROM choices "
+            "WHERE interaction_id = ? ORDER BY position",
             (interaction_id,),
         )
         return Interaction(
@@ -160,7 +171,7 @@ class ExperienceStore(Browsing):
     def _count_said(self) -> Counter[tuple[str, str]]:
         """Counts only what is new since the last call or deletion: 100,000 take a second."""
         with self._counting:
-            deleted = self.deleted()
+            deleted = self.deleted() + self.removed()
             if deleted != self._deleted:
                 self._deleted, self._counted = deleted, (0, Counter())
             before, known = self._counted

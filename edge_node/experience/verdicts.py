@@ -25,7 +25,14 @@ from edge_node.experience.records import (
     Thumb,
 )
 from edge_node.experience.replay import draw
-from edge_node.experience.usable import DISLIKED, LIKED, NO_VERDICT, why_unusable
+from edge_node.experience.usable import (
+    DISLIKED,
+    LIKED,
+    NO_VERDICT,
+    REDACTED,
+    why_redacted,
+    why_unusable,
+)
 
 # The verdict on each answer, usable or not. A comment alone is none.
 VERDICTS = """
@@ -42,8 +49,9 @@ CASE WHEN f.correction IS NOT NULL THEN 'correction' WHEN f.score >= {LIKED} THE
      WHEN f.score < {DISLIKED} THEN 'disliked' ELSE 'undecided' END
 """
 _EXAMPLE = """
-SELECT f.id AS feedback_id, i.id AS interaction_id, i.model, i.prompt_ids,
-       CASE WHEN f.correction IS NULL THEN i.answer_ids ELSE f.correction_ids END AS target_ids,
+SELECT f.id AS feedback_id, i.id AS interaction_id, i.model, unseal(i.prompt_ids) AS prompt_ids,
+       unseal(CASE WHEN f.correction IS NULL THEN i.answer_ids ELSE f.correction_ids END)
+       AS target_ids,
        CASE WHEN f.correction IS NULL THEN 'verified' ELSE 'correction' END AS source
 """
 TEACHES = f"f.unusable = '' AND (f.correction IS NOT NULL OR f.score >= {LIKED})"
@@ -56,8 +64,8 @@ NUMBERED = f"""
 WHERE f.number IN (SELECT value FROM json_each(:numbers)) ORDER BY f.number DESC
 """
 THUMBS = f"""
-SELECT i.prompt_ids, i.answer_ids {VERDICTS} AND f.unusable = '' AND {VERDICT} = :verdict
-ORDER BY f.number DESC LIMIT :limit
+SELECT unseal(i.prompt_ids) AS prompt_ids, unseal(i.answer_ids) AS answer_ids {VERDICTS}
+AND f.unusable = '' AND {VERDICT} = :verdict ORDER BY f.number DESC LIMIT :limit
 """
 NEWS = f"""
 SELECT COUNT(*) {VERDICTS} AND f.number > :after AND (:model IS NULL OR i.model = :model)
@@ -65,14 +73,15 @@ SELECT COUNT(*) {VERDICTS} AND f.number > :after AND (:model IS NULL OR i.model 
 LAST = 2**62
 """A cursor after all feedback."""
 EPISODE = """
-SELECT i.id, i.unusable, LENGTH(i.prompt_ids) AS prompt, LENGTH(i.answer_ids) AS answer
+SELECT i.id, i.unusable, i.redacted, LENGTH(unseal(i.prompt_ids)) AS prompt,
+       LENGTH(unseal(i.answer_ids)) AS answer
 FROM labels l JOIN interactions i ON i.id = l.interaction_id
 LEFT JOIN users u ON u.interaction_id = i.id
 WHERE l.episode = :episode AND (:user IS NULL OR u.user = :user)
 ORDER BY i.created_at, i.id
 """
 SAID_OF_EPISODE = """
-SELECT part_of, score, comment, COUNT(*) FROM feedback
+SELECT part_of, score, unseal(comment), COUNT(*) FROM feedback
 WHERE part_of IS NOT NULL AND user IS :user AND interaction_id IN (
     SELECT interaction_id FROM labels WHERE episode = :episode
 )
@@ -169,18 +178,22 @@ def write_verdict(
     """
     expect_interaction(db, feedback.interaction_id, user)
     content = (feedback.score, feedback.correction, feedback.comment)
-    known, prompt, answer = db.execute(
-        "SELECT unusable, LENGTH(prompt_ids), LENGTH(answer_ids) FROM interactions WHERE id = ?",
+    known, redacted, prompt, answer = db.execute(
+        "SELECT unusable, redacted, LENGTH(unseal(prompt_ids)), LENGTH(unseal(answer_ids)) FROM "
+        "interactions WHERE id = ?",
         (feedback.interaction_id,),
     ).fetchone()
     target_tokens: int | None = answer // TOKEN_BYTES
-    if feedback.correction is not None:
+    if feedback.correction is None:
+        known = why_redacted(known, redacted)
+    else:
+        known = known or (REDACTED if feedback.redacted else "")
         ids = feedback.correction_ids
         target_tokens = None if ids is None else len(ids)
     unusable = why_unusable(known, prompt // TOKEN_BYTES, target_tokens, max_tokens)
     newest = db.execute(
-        "SELECT id, score, correction, comment, unusable, kind, user, part_of FROM feedback WHERE "
-        "interaction_id = ? ORDER BY number DESC LIMIT 1",
+        "SELECT id, score, unseal(correction), unseal(comment), unusable, kind, user, part_of FROM "
+        "feedback WHERE interaction_id = ? ORDER BY number DESC LIMIT 1",
         (feedback.interaction_id,),
     ).fetchone()
     said = (*content, unusable, feedback.kind, user, None)
@@ -189,7 +202,8 @@ def write_verdict(
     feedback_id, at = waited or new_said()
     db.execute(
         "INSERT INTO feedback (id, created_at, interaction_id, score, correction, comment, "
-        "correction_ids, unusable, kind, user) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "correction_ids, unusable, kind, user) VALUES (?, ?, ?, ?, seal(?), seal(?), seal(?), ?, "
+        "?, ?)",
         (
             feedback_id, at, feedback.interaction_id, *content,
             pack(feedback.correction_ids or ()), unusable, feedback.kind, user,
@@ -208,7 +222,10 @@ def write_episode(
         raise UnknownEpisode(feedback.episode)
     reasons = [
         why_unusable(
-            row["unusable"], row["prompt"] // TOKEN_BYTES, row["answer"] // TOKEN_BYTES, max_tokens
+            why_redacted(row["unusable"], row["redacted"]),
+            row["prompt"] // TOKEN_BYTES,
+            row["answer"] // TOKEN_BYTES,
+            max_tokens,
         )
         for row in rows
     ]
@@ -221,7 +238,7 @@ def write_episode(
     feedback_id, at = new_said()
     db.executemany(
         "INSERT INTO feedback (id, created_at, interaction_id, score, comment, correction_ids, "
-        "unusable, kind, user, part_of) VALUES (?, ?, ?, ?, ?, X'', ?, ?, ?, ?)",
+        "unusable, kind, user, part_of) VALUES (?, ?, ?, ?, seal(?), X'', ?, ?, ?, ?)",
         [
             (
                 f"{feedback_id}.{place}", at, row["id"], feedback.score, feedback.comment, reason,

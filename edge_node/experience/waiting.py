@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from edge_node.experience.comparisons import Answer, Preference, Scores
-from edge_node.experience.given import expect_interaction, new_said
+from edge_node.experience.given import WAITING, expect_interaction, new_said
 from edge_node.experience.records import EpisodeFeedback, Feedback, Receipt, Teller
 
 Said = Feedback | EpisodeFeedback | Preference | Scores
@@ -42,7 +42,7 @@ def keep_waiting(db: sqlite3.Connection, said: Said, teller: Teller, max_tokens:
             expect_interaction(db, interaction_id, teller.user)
     feedback_id, at = new_said()
     db.execute(
-        "INSERT INTO waiting VALUES (?, ?, ?, ?, ?, ?, ?, '')",
+        "INSERT INTO waiting VALUES (?, ?, ?, ?, ?, seal(?), ?, '')",
         (feedback_id, at, teller.user, about[0], about[1] if about[1:] else "", _write(said),
          max_tokens),
     )  # fmt: skip
@@ -53,7 +53,7 @@ def that_wait(db: sqlite3.Connection, ids: Sequence[str]) -> list[sqlite3.Row]:
     """What waits for any of these answers, in the order it came."""
     among = "(SELECT value FROM json_each(:ids))"
     return db.execute(
-        f"SELECT * FROM waiting WHERE refused = '' AND (first IN {among} OR second IN {among}) "
+        f"{WAITING} WHERE refused = '' AND (first IN {among} OR second IN {among}) "
         "ORDER BY created_at, id",
         {"ids": json.dumps(ids)},
     ).fetchall()

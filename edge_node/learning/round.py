@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from edge_node.base_model import longest_context, read_base
 from edge_node.environments import Environment, EnvironmentProcess, Task
 from edge_node.errors import SettingsError
-from edge_node.experience import ExperienceStore, Pair, Thumb
+from edge_node.experience import ExperienceStore, Pair, Thumb, open_experience
 from edge_node.identity import Identity
 from edge_node.learning.anchors import Anchors, read_anchors
 from edge_node.learning.batches import Lesson
@@ -80,7 +80,7 @@ def run_round(
     )
     with steering.handing_over():
         if plan.takes_experience:
-            store = ExperienceStore(settings.data_dir / "experience.db")
+            store = open_experience(settings)
             expect_none_deleted(store, plan, "before it was handed over")
         return _hand_over(plan, identity, outbox, superseded, trained)
 
@@ -138,7 +138,7 @@ def train_on_experience(
     beat()
     base = read_base(settings)
     beat()
-    store = ExperienceStore(settings.data_dir / "experience.db")
+    store = open_experience(settings)
     is_obsolete = or_deleted(store, plan, obsolete)
     own = own_lessons(store, plan)
     if not own:
@@ -176,7 +176,7 @@ def train_on_feedback(
     """As `train_on_experience`, on the preferences, scored groups or thumbs up to the cursor."""
     beat()
     base = read_base(settings)
-    store = ExperienceStore(settings.data_dir / "experience.db")
+    store = open_experience(settings)
     known = {"up_to": plan.cursor, "limit": plan.max_examples}
     rest: dict[str, Any] = {
         "base": base.path,

@@ -16,7 +16,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from edge_node.capture import SERVED, Finished, Served
+from edge_node.capture import SERVED, Finished, Served, is_kept
 from edge_node.serving import limits
 from edge_node.serving.aliases import PRIVATE
 from edge_node.serving.asgi import App, Message, Receive, Send, answer, refuse, replay
@@ -34,7 +34,6 @@ from edge_node.serving.sessions import Session
 
 LARGE_BODY_BYTES = 1 << 20
 MODEL_HEADER = b"x-lorikeet-model"
-CAPTURE_HEADER = b"x-lorikeet-capture"
 KEY_OF_REQUEST = "lorikeet.key"
 """Where the scope of a request names its access key; access.py puts it there."""
 END_OF_STREAM = b"data: [DONE]\n\n"
@@ -132,18 +131,17 @@ class Completion:
 
     async def _pass_on(self, request: dict[str, Any]) -> None:
         self._request = request
+        capture, key = self._gateway.settings.capture, self._scope.get(KEY_OF_REQUEST)
+        self._capturing = self._session is None and is_kept(capture, key, self._scope, request)
         body = json.dumps(request).encode()
         headers = [
             (name, value)
             for name, value in self._scope["headers"]
             if name not in (b"content-length", b"x-request-id")
         ]
+        if (unkept := request.get("request_id")) is not None:
+            headers.append((b"x-request-id", unkept.encode()))
         scope = {**self._scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-        self._capturing = (
-            self._session is None
-            and self._gateway.settings.capture.enabled
-            and (CAPTURE_HEADER, b"off") not in headers
-        )
         if self._model is None:
             await self._app(scope, replay(body, self._receive), self._send)
             return
@@ -165,6 +163,8 @@ class Completion:
             self._gateway.first_tokens.left(self)
             self._gateway.in_flight.end(self)
             self._gateway.aliases.leave(self._model)
+            if self._capturing and self._pieces:  # the client went away
+                self._gateway.recorder.offer(self._finished(aborted=True))
 
     def _recorded(self) -> Served | None:
         """Where the engine leaves the ids of this request."""
@@ -231,19 +231,21 @@ class Completion:
         self._pieces.append(piece)
         if piece.endswith(END_OF_STREAM) if self._streamed else not message.get("more_body", False):
             self._capturing = False
-            now = datetime.now(UTC).isoformat()
-            await self._gateway.recorder.keep(
-                Finished(
-                    self._scope["path"],
-                    self._request,
-                    self._pieces,
-                    self._streamed,
-                    now,
-                    self._served,
-                    user_of(self._scope),
-                    **vars(self._labels),
-                )
-            )
+            await self._gateway.recorder.keep(self._finished())
+
+    def _finished(self, *, aborted: bool = False) -> Finished:
+        now = datetime.now(UTC).isoformat()
+        return Finished(
+            self._scope["path"],
+            self._request,
+            self._pieces,
+            self._streamed,
+            now,
+            self._served,
+            user_of(self._scope),
+            **vars(self._labels),
+            aborted=aborted,
+        )
 
 
 def user_of(scope: Message) -> str | None:

@@ -128,7 +128,7 @@ def _teller(request: Request, said: Said) -> Teller:
 
 
 def _receipt(said: Said, receipt: Receipt) -> JSONResponse:
-    answer: dict[str, Any] = {"id": receipt.id}
+    answer: dict[str, Any] = {"id": receipt.id or None}
     if isinstance(said, EpisodeFeedback):
         answer |= {"episode": said.episode, "answers": receipt.answers}
     else:

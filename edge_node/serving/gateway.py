@@ -16,17 +16,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edge_node.access import Keyring, Quotas
-from edge_node.capture import Recorder
+from edge_node.capture import (
+    Finished,
+    Recorder,
+    Redaction,
+    Texts,
+    load_redactor,
+    reason_of,
+    reason_of_episode,
+    to_interaction,
+)
 from edge_node.disk import read_json
-from edge_node.errors import ServingError
+from edge_node.errors import ServingError, UnknownEpisode
 from edge_node.experience import (
     ANYONE,
-    ExperienceStore,
     Feedback,
+    Interaction,
     Receipt,
     Said,
     Teller,
     interactions_of,
+    open_experience,
 )
 from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
@@ -46,6 +56,8 @@ class EngineLike(Protocol):
     max_model_len: int
 
     @property
+    def texts(self) -> Texts: ...
+    @property
     def errored(self) -> bool: ...
     async def load(self, name: str, path: Path) -> None: ...
     async def unload(self, name: str) -> None: ...
@@ -61,13 +73,15 @@ class Gateway:
         self.settings = settings
         self.engine = engine
         self.aliases = AliasTable(settings.serving.alias, engine.base_name)
-        self.store = ExperienceStore(settings.data_dir / "experience.db")
+        self.store = open_experience(settings)
+        self.redaction = Redaction(load_redactor(settings.capture.redaction), engine.texts)
         self.problems = Problems(settings.data_dir)
         self.recorder = Recorder(
             self.store,
             queue_size=settings.capture.queue_size,
             durable_timeout_s=settings.capture.durable_timeout_s,
             problems=self.problems,
+            parse=self._redacted,
         )
         self.in_flight = InFlight()
         self.sessions = Sessions()
@@ -132,8 +146,12 @@ class Gateway:
 
         A ValueError also says that this model's template does not show tool calls.
         """
+        for interaction_id in interactions_of(said):
+            if why := reason_of(interaction_id) or self.store.why_removed(interaction_id):
+                return Receipt("", why)
         # Before the store is asked: what is stored meanwhile is found there.
         expects = self.in_flight.among(interactions_of(said), teller.user)
+        said = self.redaction.said(said)
         if isinstance(said, Feedback) and said.correction is not None:
             ids = (
                 self.engine.calls_ids(json.loads(said.correction))
@@ -142,7 +160,18 @@ class Gateway:
             )
             said = replace(said, correction_ids=None if ids is None else tuple(ids))
         longest = self.engine.max_model_len
-        return self.store.give(said, max_tokens=longest, teller=replace(teller, expects=expects))
+        teller = replace(teller, expects=expects)
+        try:
+            return self.store.give(said, max_tokens=longest, teller=teller)
+        except UnknownEpisode as error:
+            if why := reason_of_episode(self.settings.capture, error.interaction_id):
+                return Receipt("", why)
+            raise
+
+    def _redacted(self, finished: Finished) -> Interaction | None:
+        """What may be written of a finished answer; in the writer thread."""
+        interaction = to_interaction(finished)
+        return interaction and self.redaction.interaction(interaction)
 
     def open_session(self, model: str, **limits: Any) -> Session:
         """A session (sessions.py) on a loaded version or the base; raises ServingError."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_node.capture import SERVED, Generation, Made
+from edge_node.capture import SERVED, Generation, Made, TokenTexts
 from edge_node.errors import ServingError
 from edge_node.rendering import ChatFormat, Renderer, read_stop_ids
 from edge_node.serving.refusals import refusing
@@ -224,6 +224,7 @@ class Engine:
         self._renderer = Renderer(
             self._tokenizer, read_stop_ids(Path(args.model)), self.chat_format
         )
+        self.texts = TokenTexts(self._tokenizer)
         engine_client.generate = recorded(refusing(engine_client.generate))
 
     @property

@@ -103,7 +103,9 @@ SCHEMAS: dict[str, Schema] = {
     "Receipt": {
         "type": "object", "required": ["id", "usable"],
         "properties": {
-            "id": {"type": "string"}, "interaction": ID, "episode": TEXT,
+            "id": {"type": ["string", "null"],
+                   "description": "null: the answer was not kept, so nothing is."},
+            "interaction": ID, "episode": TEXT,
             "answers": {"type": "integer", "minimum": 1}, "usable": USABLE, "reason": REASON,
             "waiting": WAITING,
         },

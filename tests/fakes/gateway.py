@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ from edge_node.settings import BaseModelSettings, EdgeSettings
 MODULE = "model.layers.0.self_attn.q_proj"
 
 
+class Letters:
+    """Satisfies capture.Texts: an id is a character."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def ids(self, text: str) -> list[int]:
+        return list(map(ord, text))
+
+    def pieces(self, ids: Sequence[int]) -> list[tuple[str, int]]:
+        return [(chr(token), 1) for token in ids]
+
+
 class RecordingEngine:
     """Satisfies gateway.EngineLike."""
 
@@ -22,6 +36,7 @@ class RecordingEngine:
         self.base_name = "base@01234567"
         self.max_model_len = 512
         self.errored = False
+        self.texts = Letters()
         self.loaded: dict[str, Path] = {}
         self.refuse: str | None = None
 
