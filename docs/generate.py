@@ -1,10 +1,10 @@
-"""Writes docs/reference/*.md from the code: settings, command lines, exit codes, refusals.
+"""Writes docs/reference/ from the code: settings, command lines, exit codes, refusals, own routes.
 
     python -m docs.generate           writes the pages
     python -m docs.generate --check   names the pages that are out of date, and exits with 1
 
 In: the settings models, the command lines, the errors and the reasons of both programs, with their
-docstrings. Out: Markdown. Guarantees: the same code gives the same bytes.
+docstrings. Out: Markdown, and openapi.json. Guarantees: the same code gives the same bytes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import edge_node.errors
 from central.settings import CentralSettings
 from edge_node import vllm_arguments
 from edge_node.experience import usable
+from edge_node.serving.openapi import openapi
 from edge_node.settings import EdgeSettings
 from lorikeet.program import CANNOT_PRINT
 
@@ -72,7 +73,9 @@ def pages() -> Iterator[tuple[Path, str]]:
         "cli.md": lambda: cli_page({"edge-node": edge_node.cli.app, "central": central.cli.app}),
         "exit-codes.md": exit_codes_page,
         "refusals.md": refusals_page,
+        "api.md": lambda: api_page(openapi()),
     }
+    yield FOLDER / "openapi.json", json.dumps(openapi(), indent=1) + "\n"
     for name, make in makers.items():
         yield FOLDER / name, HEAD + make().rstrip() + "\n"
 
@@ -250,6 +253,51 @@ def refusals_page() -> str:
             [(", ".join(names), text) for text, names in arguments.items()],
         )
     )
+
+
+def api_page(document: dict[str, Any]) -> str:
+    """The node's own routes, of its OpenAPI document."""
+    page = (
+        "# The node's own routes\n\n"
+        "Feedback, probes and models. What answers requests is OpenAI's. The same as OpenAPI:\n"
+        "[openapi.json](openapi.json), and `GET /v1/openapi.json` of a node.\n\n"
+    )
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            if method == "parameters":
+                continue
+            page += f"## {method.upper()} {path}\n\n{operation['summary']}\n\n"
+            page += "".join(
+                f"Header `{header['name']}`: {header['description']}\n\n"
+                for header in operation.get("parameters", ())
+            )
+            rows = [
+                (f"`{status}`", _schema_of(answer), answer["description"])
+                for status, answer in operation["responses"].items()
+            ]
+            page += table(("status", "body", "when"), rows)
+    page += "## Bodies\n\nA body of `POST /v1/feedback` is one of the first five.\n\n"
+    for name, schema in document["components"]["schemas"].items():
+        if "properties" in schema:
+            page += f"### {name}\n\n{schema.get('description', '')}\n\n".replace("\n\n\n\n", "\n\n")
+            fields = [
+                (
+                    f"`{field}`",
+                    "required" if field in schema.get("required", ()) else "",
+                    json.dumps(
+                        {key: value for key, value in about.items() if key != "description"}
+                    ),
+                    about.get("description", ""),
+                )
+                for field, about in schema["properties"].items()
+            ]
+            page += table(("field", "", "schema", "meaning"), fields)
+    return page
+
+
+def _schema_of(answer: dict[str, Any]) -> str:
+    content = answer.get("content", {}).get("application/json")
+    return f"`{content['schema']['$ref'].rpartition('/')[2]}`" if content else ""
 
 
 def attribute_docs(owner: ModuleType | type) -> dict[str, str]:

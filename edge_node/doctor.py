@@ -22,6 +22,7 @@ from cryptography import x509
 
 from edge_node.access import describe_access
 from edge_node.base_model import check_base, read_base
+from edge_node.capture import load_redactor
 from edge_node.environments import EnvironmentProcess
 from edge_node.errors import (
     CentralUnreachable,
@@ -31,7 +32,7 @@ from edge_node.errors import (
     SettingsError,
     StorageError,
 )
-from edge_node.experience import Counts, ExperienceStore
+from edge_node.experience import Counts, describe_experience, open_experience
 from edge_node.heartbeat import is_alive
 from edge_node.identity import Identity, clock_advice
 from edge_node.learning.anchors import read_anchors, summary
@@ -63,6 +64,8 @@ COUNTED = {
     "unusable_examples" if one.name == "unusable" else one.name: one.name for one in fields(Counts)
 }
 """Name in status -> name in Counts."""
+KEPT = ("feedback_waiting", "by_environment", "experience_mib", "removed")
+"""What else status says of the experience. removed: answers that retention took out."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,20 @@ def _releases(
 
 def _stored(settings: EdgeSettings, unreadable: list[Problem]) -> dict[str, Any]:
     """What the stores hold. A store that cannot be opened is a problem; the rest is shown."""
-    held: dict[str, Any] = dict.fromkeys((*COUNTED, "outbox", "last_round", "round"))
+    held: dict[str, Any] = dict.fromkeys((*COUNTED, *KEPT, "outbox", "last_round", "round"))
     step = "Check the disk of EDGE_DATA_DIR: its space and permissions."
     try:
-        counts = ExperienceStore(
-            settings.data_dir / "experience.db", busy_timeout_s=STORE_TIMEOUT_S
-        ).counts()
+        experience = open_experience(settings, busy_timeout_s=STORE_TIMEOUT_S)
+        counts = experience.counts()
         held |= {shown: getattr(counts, name) for shown, name in COUNTED.items()}
-    except (StorageError, sqlite3.Error) as error:
+        held["feedback_waiting"] = experience.waiting()
+        held["by_environment"] = {
+            kinds.environment or "-": {"interactions": kinds.interactions, **kinds.feedback}
+            for kinds in experience.by_environment()
+        }
+        held["experience_mib"] = round(experience.held_bytes() / (1 << 20), 1)
+        held["removed"] = experience.removed()
+    except (SettingsError, StorageError, sqlite3.Error) as error:
         unreadable.append(_unreadable("experience", error, step))
     try:
         outbox = Outbox(
@@ -342,6 +351,11 @@ async def _check_access(settings: EdgeSettings) -> str:
     return describe_access(settings)
 
 
+async def _check_experience(settings: EdgeSettings) -> str:
+    load_redactor(settings.capture.redaction)
+    return await asyncio.to_thread(describe_experience, settings)
+
+
 async def _serving_state(settings: EdgeSettings) -> ControlState:
     """What vLLM says of itself; raises ServingError, also for an engine that makes no tokens."""
     state = await ControlClient(
@@ -365,5 +379,6 @@ CHECKS: dict[str, Callable[[EdgeSettings], Awaitable[str]]] = {
     "central": _check_central,
     "endpoint": _check_endpoint,
     "access": _check_access,
+    "experience": _check_experience,
 }
 """In the order in which a new node needs them."""

@@ -11,6 +11,10 @@ EdgeError
 +-- EnvironmentFault (RuntimeError)  a plug-in raised, hung or broke its contract; not its words,
 |                                    which may quote a task
 +-- UnknownInteraction (LookupError) feedback for an id that the node does not hold
+|   +-- UnknownEpisode             feedback for an episode without answers
++-- UnknownFeedback (LookupError)    feedback is asked for that the node does not hold
+|   +-- FeedbackWithdrawn          it was deleted
++-- KeyReused (ValueError)           an idempotency key came with another body before
 +-- UpdateRefused (RuntimeError)     central refused an update; its `reason` is central's code
 
 `edge-node status` exits with 0 for a node that is ready and has no problem, 1 for one that is not
@@ -94,6 +98,39 @@ class UnknownInteraction(EdgeError, LookupError):
             "this node gave and kept."
         )
         self.interaction_id = interaction_id
+
+
+class UnknownEpisode(UnknownInteraction):
+    def __init__(self, episode: str) -> None:
+        super().__init__(episode)
+        self.args = (
+            f"No answer of episode {episode!r} on this node. Expected the value of the header "
+            "x-lorikeet-episode of a request that this node answered and kept.",
+        )
+
+
+class UnknownFeedback(EdgeError, LookupError):
+    def __init__(self, feedback_id: str) -> None:
+        super().__init__(
+            f"No feedback {feedback_id!r} on this node. Expected the `id` in an answer of POST "
+            "/v1/feedback."
+        )
+        self.feedback_id = feedback_id
+
+
+class FeedbackWithdrawn(UnknownFeedback):
+    def __init__(self, feedback_id: str, at: str) -> None:
+        super().__init__(feedback_id)
+        self.args = (f"Feedback {feedback_id} was deleted at {at}. Send it again if it is meant.",)
+        self.at = at
+
+
+class KeyReused(EdgeError, ValueError):
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"The idempotency key {key!r} came with another body before, and nothing was written "
+            "now. Expected a new key for new feedback, or the same body again."
+        )
 
 
 class UpdateRefused(EdgeError, RuntimeError):

@@ -41,6 +41,12 @@ def create(
         str | None,
         typer.Option(help="It may judge only answers to keys of this user. Unset: all answers."),
     ] = None,
+    capture: Annotated[
+        bool,
+        typer.Option(
+            help="Whether answers to it may be kept, so that the node can learn from them."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Print a new access key; it is shown only once.
@@ -49,9 +55,10 @@ def create(
     """
     path = keys_file(load_settings())
     scopes = scope or [Scope.INFER, Scope.FEEDBACK]
-    key = create_key(path, name, scopes, user)
+    key = create_key(path, name, scopes, user, capture=capture)
     if as_json:
-        document = {"name": name, "key": key, "scopes": scopes, "user": user, "file": str(path)}
+        document = {"name": name, "key": key, "scopes": scopes, "user": user, "capture": capture}
+        document["file"] = str(path)
         print(json.dumps(document))
     else:
         print(key)
@@ -74,9 +81,10 @@ def list_keys(as_json: Json = False) -> None:
     for key in known:
         state = "valid" if key.revoked is None else f"revoked {key.revoked:%Y-%m-%d %H:%M}"
         user = f"user {key.user}" if key.user else ""
+        kept = "" if key.capture else "  not captured"
         print(
             f"{key.name:24} {', '.join(key.scopes):24} {state:24} "
-            f"created {key.created:%Y-%m-%d}  {user}".rstrip()
+            f"created {key.created:%Y-%m-%d}  {user}{kept}".rstrip()
         )
     if not known:
         print(f"No keys in {path}. Make one with `edge-node keys create NAME`.")

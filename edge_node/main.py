@@ -5,6 +5,7 @@
 - `Uploader`: brings updates from the outbox to central.
 - `EnvironmentProcess`, one for each environment: the child that runs a plug-in.
 - `ReleaseWatcher`: follows releases, loads them into vLLM, evaluates candidates, reports status.
+- `Trimmer`: removes experience that is too old or too much.
 - `Problems`: what fails in any of them now; `look_around` adds disk and certificate.
 
 In: settings. Runs until SIGTERM or SIGINT, then stops against the flow: serving first, stores last.
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_node.base_model import check_base, read_base
+from edge_node.capture import load_redactor
 from edge_node.environments import EnvironmentProcess, in_own_thread
 from edge_node.episodes import read_rules
 from edge_node.errors import (
@@ -33,10 +35,11 @@ from edge_node.errors import (
     SettingsError,
     StorageError,
 )
-from edge_node.experience import ExperienceStore
+from edge_node.experience import Trimmer, open_experience
 from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
 from edge_node.learning import LearnerProcess, open_starts
+from edge_node.learning.records import RoundStore
 from edge_node.outbox import Outbox, Uploader
 from edge_node.problems import Problems
 from edge_node.releases.evaluation import Evaluator, evaluation_seed
@@ -198,6 +201,7 @@ async def serve(settings: EdgeSettings) -> None:
         if identity is None:
             log.info("edge node stopped before it was enrolled")
             return
+        load_redactor(settings.capture.redaction)  # a mistake in it ends the node here
         base = await asyncio.to_thread(read_base, settings)
         if settings.learning.enabled:
             await asyncio.to_thread(expect_trainable, settings, base)
@@ -208,7 +212,11 @@ async def serve(settings: EdgeSettings) -> None:
         store = ReleaseStore(settings.data_dir, identity, base, settings.releases.max_rank)
         store.clear_leftovers()
         await asyncio.to_thread(store.fit_ranks)
-        experience = ExperienceStore(settings.data_dir / "experience.db")
+        experience = open_experience(settings)
+        rounds = RoundStore(settings.data_dir / "learning")
+        reads = rounds.reads if settings.learning.enabled else lambda: 0
+        trimmer = Trimmer(settings.experience, experience, reads, problems)
+        await asyncio.to_thread(trimmer.prepare)
         outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval)
         socket = control_socket(settings.data_dir)
         vllm = VllmProcess(settings, base, socket)
@@ -258,6 +266,7 @@ async def serve(settings: EdgeSettings) -> None:
                 watcher.run(),
                 uploader.run(),
                 look_around(settings.data_dir, identity),
+                trimmer.run(),
             ]
             if settings.learning.enabled:
                 rooms.append(learner.run())

@@ -30,6 +30,7 @@ TOOLS_NEXT = (
     "format, <tool_call>{...}</tool_call>: name one with --chat-template in "
     "EDGE_SERVING__EXTRA_ARGS, or take the environment out of EDGE_ENVIRONMENTS."
 )
+AS_TEXT = "Send what the model should have written as `correction` instead."
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,32 @@ class Renderer:
         """Ids of an answer with this text, to its end: the last one is `end_of_turn`."""
         ids = self._encode(text)
         return ids if ids and ids[-1] == self.end_of_turn else [*ids, self.end_of_turn]
+
+    def calls_ids(self, calls: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of an answer that is these tool calls and nothing else, to its end.
+
+        They are what the template writes of them, in the model's own format.
+
+        Raises ValueError when the template does not show them.
+        """
+        question = {"role": "user", "content": "?"}
+        stub = {"role": "assistant", "content": PROBE}
+        calling = {"role": "assistant", "content": "", "tool_calls": list(calls)}
+        try:
+            before, found, _ = self._render(
+                [question, stub], None, add_generation_prompt=False
+            ).rpartition(PROBE)
+            text = self._render([question, calling], None, add_generation_prompt=False)
+        except Exception as error:  # the template decides what it takes, and raises what it likes
+            raise ValueError(
+                f"The chat template of this model refuses these tool calls: {error}. {AS_TEXT}"
+            ) from error
+        names = [json.dumps(call["function"]["name"])[1:-1] for call in calls]
+        if not found or not text.startswith(before) or any(name not in text for name in names):
+            raise ValueError(f"The chat template of this model shows no tool calls. {AS_TEXT}")
+        ids = self._encode(text[len(before) :])
+        ends = (place for place, token in enumerate(ids) if token in self._stop_ids)
+        return [*ids[: next(ends, len(ids))], self.end_of_turn]
 
     @cached_property
     def end_of_turn(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_node import schedule
-from edge_node.experience import ExperienceStore
+from edge_node.experience import open_experience
 from edge_node.heartbeat import is_alive
 from edge_node.identity import Identity
 from edge_node.learning.orders import OrderRefused, Orders, Wish
@@ -113,7 +113,7 @@ def ask_for_round(settings: EdgeSettings, asked: Method | None) -> dict[str, Any
             "This node has no release yet, and a round starts from one. Start it with `edge-node "
             "serve`, and look at `edge-node status`."
         )
-    experience = ExperienceStore(settings.data_dir / "experience.db")
+    experience = open_experience(settings)
     signals = read_signals(
         experience,
         experience.counts(),

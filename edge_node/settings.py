@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from edge_node import schedule, vllm_arguments
 from edge_node.errors import SettingsError
+from edge_node.experience_settings import CaptureSettings, ExperienceSettings
 from edge_node.round_settings import GateSettings, SdftSettings
 from edge_node.serving_settings import Group, ServingSettings
 from protos.encoding import Encoding
@@ -37,15 +38,6 @@ class CentralSettings(Group):
     """One-time token of `central tokens create`, for `enroll` or the first `serve`."""
     call_timeout_s: float = Field(default=30, gt=0)
     """Deadline of every unary call, and longest silence of a stream."""
-
-
-class CaptureSettings(Group):
-    enabled: bool = True
-    """Off: answers are served but nothing is kept, and feedback finds no interaction."""
-    queue_size: int = Field(default=10_000, ge=1)
-    """Finished answers that may wait for the disk; further ones are counted as lost."""
-    durable_timeout_s: float = Field(default=5, gt=0)
-    """How long an answer's end waits for the disk. After that, the interaction is lost."""
 
 
 class EnvironmentSpec(Group):
@@ -304,6 +296,7 @@ class EdgeSettings(BaseSettings):
     central: CentralSettings = CentralSettings()
     serving: ServingSettings = ServingSettings()
     capture: CaptureSettings = CaptureSettings()
+    experience: ExperienceSettings = ExperienceSettings()
     environments: list[EnvironmentSpec] = Field(default_factory=list)
     """Environments of this node, as a JSON list."""
     learning: LearningSettings = LearningSettings()

@@ -46,12 +46,16 @@ class _Record(BaseModel):
 
 
 class Key(_Record):
-    """One key. sha256: of its text, in hex. user: whose answers it may judge; None: all."""
+    """One key. sha256: of its text, in hex. user: whose answers it may judge; None: all.
+
+    capture: whether answers to it may be kept.
+    """
 
     name: Annotated[str, Field(pattern=NAME)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)]
     user: Annotated[str, Field(pattern=USER)] | None = None
+    capture: bool = True
     created: AwareDatetime
     revoked: AwareDatetime | None = None
 
@@ -115,8 +119,12 @@ def parse_keys(data: bytes) -> tuple[Key, ...]:
         raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
-def create_key(path: Path, name: str, scopes: Sequence[Scope], user: str | None) -> str:
+def create_key(
+    path: Path, name: str, scopes: Sequence[Scope], user: str | None, *, capture: bool = True
+) -> str:
     """Adds a key to the file, which is made when it is absent; returns the key.
+
+    capture: whether answers to it may be kept.
 
     Raises SettingsError for a name or user that is not possible, EdgeError for a name that is taken
     and StorageError.
@@ -134,6 +142,7 @@ def create_key(path: Path, name: str, scopes: Sequence[Scope], user: str | None)
                 sha256=digest(key.encode()),
                 scopes=tuple(dict.fromkeys(scopes)),
                 user=user,
+                capture=capture,
                 created=datetime.now(UTC),
             )
         except ValidationError as error:

@@ -1,8 +1,8 @@
 """From the raw bytes of a finished answer to an interaction.
 
 In: the parsed request, the body as it went to the client (JSON or server-sent events), and the
-token ids that the engine had. Out: an Interaction, or None for an answer that did not come to its
-end. Raises ValueError or its kin when the bytes are not what vLLM sends. Pure.
+token ids that the engine had. Out: an Interaction, or None for an answer that ended with an error.
+Raises ValueError or its kin when the bytes are not what vLLM sends. Pure.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from typing import Any
 from edge_node.capture.apis import as_chat
 from edge_node.capture.served import Generation, Served
 from edge_node.experience import Choice, Interaction
-from edge_node.experience.usable import NOT_ONE_PROMPT, NOT_ONLY_TEXT
+from edge_node.experience.usable import ABORTED, NOT_ONE_PROMPT, NOT_ONLY_TEXT
+
+ABORTED_REASON = "abort"
+"""Finish reason of an answer whose client went away."""
 
 
 @dataclass(frozen=True)
 class Finished:
     """One finished 200 answer. body: its bytes in pieces. streamed: they are server-sent events.
 
-    user: of the access key that it was asked with, if that has one.
+    user: of the access key that it was asked with, if that has one. episode, environment: as the
+    client named them. aborted: the client went away before the end.
     """
 
     endpoint: str
@@ -32,16 +36,23 @@ class Finished:
     created_at: str
     served: Served
     user: str | None = None
+    episode: str | None = None
+    environment: str | None = None
+    aborted: bool = False
 
 
 def to_interaction(finished: Finished) -> Interaction | None:
     """The interaction in `finished`; None when it did not come to its end."""
     body = b"".join(finished.body)
+    if finished.aborted:
+        body = body[: body.rfind(b"\n\n") + 1]  # whole events
     sent = list(_events(body)) if finished.streamed else [json.loads(body)]
     request, parts = as_chat(finished.endpoint, finished.request, sent)
     if not parts or any("error" in part for part in parts):
         return None
     text, finish_reason = _first_choice(parts)
+    if finished.aborted:
+        finish_reason = ABORTED_REASON
     if finish_reason is None:
         return None
     prompt = request.get("prompt")
@@ -58,9 +69,11 @@ def to_interaction(finished: Finished) -> Interaction | None:
         endpoint=finished.endpoint,
         prompt_ids=prompt_ids,
         answer_ids=answer_ids,
-        unusable=unusable,
+        unusable=ABORTED if finished.aborted else unusable,
         choices=choices,
         user=finished.user,
+        episode=finished.episode,
+        environment=finished.environment,
     )
 
 

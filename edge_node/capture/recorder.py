@@ -2,7 +2,8 @@
 
 In: `Finished` answers from the event loop. Out: interactions in the experience store,
 group-committed by one writer thread. Guarantees: `keep` returns within the deadline and raises
-nothing but cancellation; every answer is counted once.
+nothing but cancellation; once an answer has waited in vain, no other one waits until the disk
+answers; every answer is counted once.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class Recorder:
         self._lost_at = -CALM_S
         self._writes = False
         """Whether the last group reached the disk."""
+        self._stuck = False
+        """An answer waited in vain, and no group has reached its end since."""
         self._writer = threading.Thread(
             target=self._write_groups, name="lorikeet-capture", daemon=True
         )
@@ -88,21 +91,30 @@ class Recorder:
 
     async def keep(self, finished: Finished) -> bool:
         """Waits at most durable_timeout_s for `finished` to be on disk; False: lost or skipped."""
-        loop = asyncio.get_running_loop()
-        entry = _Entry(finished, loop, loop.create_future())
+        entry = _new_entry(finished)
+        if not self._put(entry):
+            return False
+        try:
+            async with asyncio.timeout(0 if self._stuck else self._durable_timeout_s):
+                await entry.done
+        except TimeoutError:
+            if self._settle(entry, _Fate.LOST):
+                self._stuck = True
+                self._report("disk did not keep up")
+        return entry.fate is _Fate.CAPTURED
+
+    def offer(self, finished: Finished) -> None:
+        """As `keep` for an answer that nobody waits for: its client went away."""
+        self._put(_new_entry(finished))
+
+    def _put(self, entry: _Entry) -> bool:
         try:
             self._queue.put_nowait(entry)
         except queue.Full:
             self._settle(entry, _Fate.LOST)
             self._report("capture queue is full")
             return False
-        try:
-            async with asyncio.timeout(self._durable_timeout_s):
-                await entry.done
-        except TimeoutError:
-            if self._settle(entry, _Fate.LOST):
-                self._report("disk did not keep up")
-        return entry.fate is _Fate.CAPTURED
+        return True
 
     def counts(self) -> RecorderCounts:
         with self._lock:
@@ -159,6 +171,7 @@ class Recorder:
                 self._report(str(error) if isinstance(error, EdgeError) else type(error).__name__)
             for entry, _ in rows:
                 self._settle(entry, fate)
+        self._stuck = False
         for loop in {entry.loop for entry in group}:
             waiting = [entry.done for entry in group if entry.loop is loop]
             try:
@@ -191,6 +204,11 @@ class Recorder:
         if self._writes and self._clock() - self._lost_at >= CALM_S:
             self._causes.clear()
             self._problems.clear("capture")
+
+
+def _new_entry(finished: Finished) -> _Entry:
+    loop = asyncio.get_running_loop()
+    return _Entry(finished, loop, loop.create_future())
 
 
 def _release(waiting: list[asyncio.Future[None]]) -> None:

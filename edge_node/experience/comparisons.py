@@ -11,16 +11,22 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 
-from edge_node.errors import UnknownInteraction
-from edge_node.experience.database import TOKEN_BYTES, Database, unpack, unpack_logprobs
-from edge_node.experience.usable import NO_LOGPROBS, SAME_ANSWERS, SAME_SCORES, why_unusable
+from edge_node.experience.database import TOKEN_BYTES, unpack, unpack_logprobs
+from edge_node.experience.given import Given, Waited, expect_interaction, new_said
+from edge_node.experience.records import ANYONE, Receipt, Teller
+from edge_node.experience.usable import (
+    NO_LOGPROBS,
+    REDACTED,
+    SAME_ANSWERS,
+    SAME_SCORES,
+    why_redacted,
+    why_unusable,
+)
 
 Kind = Literal["preference", "group"]
 SAME = 1e-6
@@ -65,6 +71,16 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class About:
+    """What a comparison is of, and who gave it. Of one subject the newest counts."""
+
+    kind: Kind
+    interaction_id: str
+    subject: str
+    user: str | None
+
+
+@dataclass(frozen=True)
 class Pair:
     """A preference in token ids."""
 
@@ -84,110 +100,30 @@ class Group:
     scores: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """Durable feedback. unusable: why nothing can be learnt from it; empty when something can."""
-
-    id: str
-    unusable: str
-
-
-class Comparisons(Database):
+class Comparisons(Given):
     """The part of the experience store that compares answers."""
 
-    def add_preference(self, preference: Preference, *, max_tokens: int) -> Receipt:
+    def add_preference(
+        self, preference: Preference, *, max_tokens: int, teller: Teller = ANYONE
+    ) -> Receipt:
         """Makes `preference` durable; the same again right after gives the same receipt.
 
-        Raises UnknownInteraction; ValueError when the two are one, answer different prompts, or a
-        choice was not kept.
+        Raises UnknownInteraction, KeyReused; ValueError when the two are one, answer different
+        prompts, or a choice was not kept.
 
         max_tokens: as in add_feedback.
         """
-        chosen, rejected = preference.chosen, preference.rejected
-        if chosen == rejected:
-            raise ValueError(
-                f"chosen and rejected are the same answer, {chosen}; expected two answers."
-            )
-        with self._transaction() as db:
-            found = [_found(db, "chosen", chosen), _found(db, "rejected", rejected)]
-            (known, prompt, first), (known_too, prompt_too, second) = found
-            if not (known or known_too) and prompt != prompt_too:
-                raise ValueError(
-                    f"chosen {chosen} and rejected {rejected} answer different prompts; expected "
-                    "two answers to the same messages."
-                )
-            unusable = next(
-                filter(None, (_why(one, max_tokens) for one in found)),
-                SAME_ANSWERS if first == second else "",
-            )
-            subject = " ".join(sorted((str(chosen), str(rejected))))
-            said = {"chosen": _said(chosen), "rejected": _said(rejected)}
-            return _add(db, "preference", chosen.interaction_id, subject, said, unusable)
+        return self._give(
+            teller, lambda db: write_preference(db, preference, teller.user, max_tokens)
+        )
 
-    def add_scores(self, scores: Scores, *, max_tokens: int) -> Receipt:
+    def add_scores(self, scores: Scores, *, max_tokens: int, teller: Teller = ANYONE) -> Receipt:
         """Makes the scores of a group durable; the same again right after gives the same receipt.
 
-        Raises UnknownInteraction; ValueError when there is not one finite score for each of two or
-        more choices.
+        Raises UnknownInteraction, KeyReused; ValueError when there is not one finite score for each
+        of two or more choices.
         """
-        with self._transaction() as db:
-            _expect_interaction(db, scores.interaction_id)
-            rows = db.execute(
-                "SELECT i.unusable, i.prompt_ids, c.answer_ids, c.logprobs FROM choices c JOIN "
-                "interactions i ON i.id = c.interaction_id WHERE i.id = ? ORDER BY c.position",
-                (scores.interaction_id,),
-            ).fetchall()
-            if len(rows) < 2:
-                raise ValueError(
-                    f"The request of answer {scores.interaction_id} has one choice; scores are for "
-                    "a request with n of 2 or more. Send `score` for a single answer."
-                )
-            if len(rows) != len(scores.scores):
-                raise ValueError(
-                    f"scores has {len(scores.scores)} items; expected {len(rows)}, one for each "
-                    f"choice of answer {scores.interaction_id}, in the order of `index`."
-                )
-            if not all(map(math.isfinite, scores.scores)):
-                raise ValueError("scores holds a number that is not finite; expected finite ones.")
-            unusable = next(
-                filter(None, (_why(tuple(row)[:3], max_tokens) for row in rows)),
-                NO_LOGPROBS
-                if any(len(row["logprobs"]) != len(row["answer_ids"]) for row in rows)
-                else SAME_SCORES
-                if max(scores.scores) - min(scores.scores) < SAME
-                else "",
-            )
-            said = {"scores": scores.scores}
-            return _add(db, "group", scores.interaction_id, scores.interaction_id, said, unusable)
-
-    def delete(self, interaction_id: str) -> None:
-        """Removes an interaction and all that was said of it, also from the file's free pages.
-
-        Raises UnknownInteraction. It never comes back: the same id is not stored again.
-        """
-        with self._transaction() as db:
-            _expect_interaction(db, interaction_id)
-            of_it = {"id": interaction_id}
-            numbers = db.execute(
-                "SELECT c.number FROM comparisons c JOIN feedback f ON f.number = c.number WHERE "
-                "f.interaction_id = :id OR json_extract(c.said, '$.rejected[0]') = :id",
-                of_it,
-            ).fetchall()
-            db.executemany("DELETE FROM comparisons WHERE number = ?", numbers)
-            db.executemany("DELETE FROM feedback WHERE number = ?", numbers)
-            db.execute("DELETE FROM feedback WHERE interaction_id = :id", of_it)
-            for table in ("choices", "users"):
-                db.execute(f"DELETE FROM {table} WHERE interaction_id = :id", of_it)
-            db.execute("DELETE FROM interactions WHERE id = :id", of_it)
-            db.execute(
-                "INSERT INTO deleted VALUES (?, ?)", (interaction_id, datetime.now(UTC).isoformat())
-            )
-        # The log still has the pages of before; what another process reads now stays until it ends.
-        self._query("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    def deleted(self) -> int:
-        """How many interactions were deleted."""
-        return self._count("SELECT COUNT(*) FROM deleted")
+        return self._give(teller, lambda db: write_scores(db, scores, teller.user, max_tokens))
 
     def pairs(self, *, up_to: int, limit: int) -> list[Pair]:
         """Usable preferences known at cursor `up_to`, newest first."""
@@ -206,8 +142,8 @@ class Comparisons(Database):
         made = []
         for row in self._newest("group", up_to, limit, model):
             choices = self._query(
-                "SELECT answer_ids, logprobs FROM choices WHERE interaction_id = ? ORDER BY "
-                "position",
+                "SELECT unseal(answer_ids) AS answer_ids, unseal(logprobs) AS logprobs FROM "
+                "choices WHERE interaction_id = ? ORDER BY position",
                 (row["id"],),
             )
             scores = tuple(json.loads(row["said"])["scores"])
@@ -256,8 +192,9 @@ class Comparisons(Database):
         self, kind: Kind, up_to: int, limit: int, model: str | None = None
     ) -> Iterator[sqlite3.Row]:
         yield from self._query(
-            f"SELECT i.id, i.prompt_ids, c.said {NEWEST} AND c.kind = :kind AND f.unusable = '' "
-            "AND (:model IS NULL OR i.model = :model) ORDER BY c.number DESC LIMIT :limit",
+            f"SELECT i.id, unseal(i.prompt_ids) AS prompt_ids, c.said {NEWEST} AND c.kind = :kind "
+            "AND f.unusable = '' AND (:model IS NULL OR i.model = :model) ORDER BY c.number DESC "
+            "LIMIT :limit",
             {"up_to": up_to, "kind": kind, "limit": limit, "model": model},
         )
 
@@ -267,27 +204,95 @@ class Comparisons(Database):
 
 
 ANSWER = """
-SELECT i.unusable, i.prompt_ids, COALESCE(c.answer_ids, i.answer_ids) AS answer_ids
+SELECT i.unusable, unseal(i.prompt_ids) AS prompt_ids,
+       unseal(COALESCE(c.answer_ids, i.answer_ids)) AS answer_ids, i.redacted
 FROM interactions i LEFT JOIN choices c ON c.interaction_id = i.id AND c.position = :choice
 WHERE i.id = :id AND (:choice = 0 OR c.position IS NOT NULL)
 """
 
 
-def _expect_interaction(db: sqlite3.Connection, interaction_id: str) -> None:
-    if not db.execute("SELECT 1 FROM interactions WHERE id = ?", (interaction_id,)).fetchone():
-        raise UnknownInteraction(interaction_id)
+def write_preference(
+    db: sqlite3.Connection,
+    preference: Preference,
+    user: str | None,
+    max_tokens: int,
+    waited: Waited | None = None,
+) -> Receipt:
+    """The part of `add_preference` in a transaction. `waited`: as in `_add`."""
+    chosen, rejected = preference.chosen, preference.rejected
+    if chosen == rejected:
+        raise ValueError(
+            f"chosen and rejected are the same answer, {chosen}; expected two answers."
+        )
+    for answer in (chosen, rejected):
+        expect_interaction(db, answer.interaction_id, user)
+    found = [_found(db, "chosen", chosen), _found(db, "rejected", rejected)]
+    (known, prompt, first), (known_too, prompt_too, second) = found
+    if not (known or known_too) and prompt != prompt_too:
+        raise ValueError(
+            f"chosen {chosen} and rejected {rejected} answer different prompts; expected "
+            "two answers to the same messages."
+        )
+    unusable = next(
+        filter(None, (_why(one, max_tokens) for one in found)),
+        SAME_ANSWERS if first == second else "",
+    )
+    subject = " ".join(sorted((str(chosen), str(rejected))))
+    said = {"chosen": _said(chosen), "rejected": _said(rejected)}
+    about = About("preference", chosen.interaction_id, subject, user)
+    return _add(db, about, said, unusable, waited)
+
+
+def write_scores(
+    db: sqlite3.Connection,
+    scores: Scores,
+    user: str | None,
+    max_tokens: int,
+    waited: Waited | None = None,
+) -> Receipt:
+    """The part of `add_scores` in a transaction. `waited`: as in `_add`."""
+    expect_interaction(db, scores.interaction_id, user)
+    rows = db.execute(
+        "SELECT CASE WHEN i.unusable = '' AND i.redacted <> '' THEN :redacted ELSE i.unusable END, "
+        "unseal(i.prompt_ids), unseal(c.answer_ids) AS answer_ids, unseal(c.logprobs) AS logprobs "
+        "FROM choices c JOIN interactions i ON i.id = c.interaction_id WHERE i.id = :id ORDER BY "
+        "c.position",
+        {"id": scores.interaction_id, "redacted": REDACTED},
+    ).fetchall()
+    if len(rows) < 2:
+        raise ValueError(
+            f"The request of answer {scores.interaction_id} has one choice; scores are for "
+            "a request with n of 2 or more. Send `score` for a single answer."
+        )
+    if len(rows) != len(scores.scores):
+        raise ValueError(
+            f"scores has {len(scores.scores)} items; expected {len(rows)}, one for each "
+            f"choice of answer {scores.interaction_id}, in the order of `index`."
+        )
+    if not all(map(math.isfinite, scores.scores)):
+        raise ValueError("scores holds a number that is not finite; expected finite ones.")
+    unusable = next(
+        filter(None, (_why(tuple(row)[:3], max_tokens) for row in rows)),
+        NO_LOGPROBS
+        if any(len(row["logprobs"]) != len(row["answer_ids"]) for row in rows)
+        else SAME_SCORES
+        if max(scores.scores) - min(scores.scores) < SAME
+        else "",
+    )
+    about = About("group", scores.interaction_id, scores.interaction_id, user)
+    return _add(db, about, {"scores": scores.scores}, unusable, waited)
 
 
 def _found(db: sqlite3.Connection, name: str, answer: Answer) -> tuple[str, bytes, bytes]:
     """Why the answer is unusable, its prompt, its ids."""
-    _expect_interaction(db, answer.interaction_id)
     row = db.execute(ANSWER, {"id": answer.interaction_id, "choice": answer.choice}).fetchone()
     if row is None:
         raise ValueError(
             f"{name} is choice {answer.choice} of answer {answer.interaction_id}, which was not "
             "kept; expected the `index` of one of its choices."
         )
-    return row["unusable"], row["prompt_ids"], row["answer_ids"]
+    why = why_redacted(row["unusable"], row["redacted"], answer.choice)
+    return why, row["prompt_ids"], row["answer_ids"]
 
 
 def _why(found: Sequence[Any], max_tokens: int) -> str:
@@ -301,25 +306,29 @@ def _said(answer: Answer) -> list[Any]:
 
 def _add(
     db: sqlite3.Connection,
-    kind: Kind,
-    interaction_id: str,
-    subject: str,
+    about: About,
     said: dict[str, Any],
     unusable: str,
+    waited: Waited | None,
 ) -> Receipt:
+    """`waited`: feedback that was acknowledged before has its id and time."""
     document = json.dumps(said)
     newest = db.execute(
-        "SELECT f.id, c.said, f.unusable FROM comparisons c JOIN feedback f ON f.number = c.number "
-        "WHERE c.kind = ? AND c.subject = ? ORDER BY c.number DESC LIMIT 1",
-        (kind, subject),
+        "SELECT f.id, c.said, f.unusable, f.user FROM comparisons c JOIN feedback f ON f.number = "
+        "c.number WHERE c.kind = ? AND c.subject = ? ORDER BY c.number DESC LIMIT 1",
+        (about.kind, about.subject),
     ).fetchone()
-    if newest is not None and tuple(newest)[1:] == (document, unusable):
+    repeats = newest is not None and tuple(newest)[1:] == (document, unusable, about.user)
+    if repeats and waited is None:
         return Receipt(newest["id"], unusable)
-    feedback_id = f"fb-{uuid.uuid4().hex}"
+    feedback_id, at = waited or new_said()
     number = db.execute(
-        "INSERT INTO feedback (id, created_at, interaction_id, correction_ids, unusable) VALUES "
-        "(?, ?, ?, X'', ?)",
-        (feedback_id, datetime.now(UTC).isoformat(), interaction_id, unusable),
+        "INSERT INTO feedback (id, created_at, interaction_id, correction_ids, unusable, kind, "
+        "user) VALUES (?, ?, ?, X'', ?, ?, ?)",
+        (feedback_id, at, about.interaction_id, unusable, about.kind, about.user),
     ).lastrowid
-    db.execute("INSERT INTO comparisons VALUES (?, ?, ?, ?)", (number, kind, subject, document))
+    db.execute(
+        "INSERT INTO comparisons VALUES (?, ?, ?, ?)",
+        (number, about.kind, about.subject, document),
+    )
     return Receipt(feedback_id, unusable)

@@ -13,6 +13,16 @@ NOT_ONE_PROMPT = "the answer came from several prompts or from beam search"
 """Send one prompt a request."""
 NO_PROMPT = "the prompt's tokens are not known"
 """Report it: vLLM gave none."""
+ABORTED = "the client went away before the end of the answer"
+"""Nothing: what it did not read cannot be judged."""
+NOT_REDACTABLE = "its tokens could not be redacted, so they are not kept"
+"""Nothing, or another EDGE_CAPTURE__REDACTION."""
+REDACTED = "redaction changed what would be learnt"
+"""Nothing: a model must not learn to write placeholders, nor a secret."""
+TOO_OLD = "the answer was removed: it is older than this node keeps answers"
+"""Judge earlier, or raise EDGE_EXPERIENCE__RETENTION_DAYS."""
+TOO_MUCH = "the answer was removed: this node had no more room for it"
+"""Judge earlier, or raise EDGE_EXPERIENCE__MAX_MIB."""
 NO_TOKENS = "the answer has no tokens"
 """Send a correction: nothing was answered."""
 NO_VERDICT = "it says neither that the answer was right nor what would have been right"
@@ -25,6 +35,11 @@ NO_LOGPROBS = "the log-probabilities of the answers are not known"
 """Nothing to do: the engine gave none for them."""
 LIKED, DISLIKED = 1.0, 0.5
 """A score from LIKED on says that the answer was right, one below DISLIKED that it was wrong."""
+
+
+def why_redacted(known: str, redacted: str, choice: int = 0) -> str:
+    """`known`, or that redaction changed the answer. redacted: parts, as the store has them."""
+    return known or (REDACTED if str(choice) in redacted.split() else "")
 
 
 def why_unusable(known: str, prompt_tokens: int, target_tokens: int | None, max_tokens: int) -> str:

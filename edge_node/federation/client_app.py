@@ -29,7 +29,7 @@ from flwr.clientapp import ClientApp
 
 from edge_node.base_model import read_base
 from edge_node.errors import SettingsError
-from edge_node.experience import ExperienceStore
+from edge_node.experience import open_experience
 from edge_node.learning.plans import plan_round
 from edge_node.releases.evaluation import evaluation_seed
 from edge_node.releases.peft_directory import peft_files
@@ -74,14 +74,15 @@ def train_message(content: RecordDict, settings: EdgeSettings, node_id: str) -> 
     config = dict(next(iter(content.config_records.values()), {}))
     number = int(str(config.get("round", 1)))
     start = read_arrays(arrays)
-    experience = ExperienceStore(settings.data_dir / "experience.db")
+    experience = open_experience(settings)
+    cursor = experience.cursor()
     plan = plan_round(
         settings.learning,
         number=number,
         node_id=node_id,
         release=_manifest_of(start, base, version=number - 1),
-        cursor=experience.cursor(),
-        deleted=experience.deleted(),
+        cursor=cursor,
+        deleted=experience.deleted(up_to=cursor),
         max_rank=int(str(config.get("max_rank", 0))) or None,
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ from edge_node.environments import (
 )
 from edge_node.episodes import Rules
 from edge_node.errors import ServingError, SettingsError
-from edge_node.experience import ExperienceStore
+from edge_node.experience import open_experience
 from edge_node.learning import gain
 from edge_node.learning.anchors import Anchors
 from edge_node.learning.gate import patiently
@@ -88,7 +88,7 @@ def _train(
     anchors = training_anchors(settings, base, plan) if plan.anchors or warm else []
     known, warming = {}, None
     if warm is not None:
-        store = ExperienceStore(settings.data_dir / "experience.db")
+        store = open_experience(settings)
         place = or_deleted(store, plan, place)
         stored = store.examples(up_to=warm.cursor, limit=plan.max_examples)
         lessons = warm_lessons(exercises, renderer, longest, stored, place.beat)

@@ -90,7 +90,7 @@ class RoundPlan(Document):
     batch_replay: int = Field(default=0, exclude_if=lambda count: count == 0)
     """Own examples of a batch that are drawn from all earlier releases (experience/replay.py)."""
     deleted: int = Field(default=0, exclude_if=lambda count: count == 0)
-    """Interactions that had been deleted when it was planned."""
+    """Interactions, and feedback up to the cursor, that had been deleted when it was planned."""
     grpo: GrpoPlan | None = Field(default=None, exclude_if=lambda grpo: grpo is None)
     """Only of a grpo or scored round; without it and `feedback` the round is sft, as every round of
     earlier software.
@@ -108,6 +108,11 @@ class RoundPlan(Document):
         if self.feedback is not None:
             return self.feedback.method
         return "sft" if self.grpo is None else "grpo"
+
+    @property
+    def known_up_to(self) -> int:
+        """The last feedback that it may learn from."""
+        return self.grpo.warm.cursor if self.grpo and self.grpo.warm else self.cursor
 
     @property
     def takes_experience(self) -> bool:

@@ -132,6 +132,14 @@ class RoundStore:
             row = database.execute("SELECT plan FROM rounds WHERE state = 'training'").fetchone()
         return None if row is None else _read(row[0])
 
+    def reads(self) -> int:
+        """Number of the newest feedback that an unfinished round reads; 0 without one."""
+        plan = self.unfinished()
+        if plan is None:
+            return 0
+        warm = plan.grpo.warm if plan.grpo else None
+        return max(plan.cursor, warm.cursor if warm else 0)
+
     def last(self) -> RoundPlan | None:
         """The newest round, whatever became of it."""
         with self.transaction() as database:

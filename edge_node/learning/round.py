@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from edge_node.base_model import longest_context, read_base
 from edge_node.environments import Environment, EnvironmentProcess, Task
 from edge_node.errors import SettingsError
-from edge_node.experience import ExperienceStore, Pair, Thumb
+from edge_node.experience import ExperienceStore, Pair, Thumb, open_experience
 from edge_node.identity import Identity
 from edge_node.learning.anchors import Anchors, read_anchors
 from edge_node.learning.batches import Lesson
@@ -85,7 +85,7 @@ def run_round(
     trained = replace(trained, metrics=judged | trained.metrics)
     with steering.handing_over():
         if plan.takes_experience:
-            store = ExperienceStore(settings.data_dir / "experience.db")
+            store = open_experience(settings)
             expect_none_deleted(store, plan, "before it was handed over")
         return _hand_over(plan, identity, outbox, superseded, trained)
 
@@ -131,7 +131,7 @@ def _train_on_verifiers(*args: Any) -> TrainedRound:
 
 def train_on_experience(plan: RoundPlan, settings: EdgeSettings, place: Workplace) -> TrainedRound:
     """Only trains: on examples up to the plan's cursor and anchors."""
-    store = ExperienceStore(settings.data_dir / "experience.db")
+    store = open_experience(settings)
     place = or_deleted(store, plan, place)
     own = own_lessons(store, plan)
     if not own:
@@ -151,7 +151,7 @@ def train_on_experience(plan: RoundPlan, settings: EdgeSettings, place: Workplac
 
 def train_on_feedback(plan: RoundPlan, settings: EdgeSettings, place: Workplace) -> TrainedRound:
     """As `train_on_experience`, on the preferences, scored groups or thumbs up to the cursor."""
-    store = ExperienceStore(settings.data_dir / "experience.db")
+    store = open_experience(settings)
     known = {"up_to": plan.cursor, "limit": plan.max_examples}
     place = or_deleted(store, plan, place)
     if plan.method == "scored":
@@ -182,16 +182,20 @@ TRAIN: dict[Method, Callable[..., TrainedRound]] = {
 
 
 def or_deleted(store: ExperienceStore, plan: RoundPlan, place: Workplace) -> Workplace:
-    """`place`, whose round is also obsolete when an interaction was deleted since the plan: it must
-    not be learnt, and a checkpoint may hold it. Raises RoundObsolete when one was already.
+    """`place`, whose round is also obsolete when what the plan knew was deleted since.
+
+    It must not be learnt, and a checkpoint may hold it. Raises RoundObsolete when one was already.
     """
     expect_none_deleted(store, plan, "before its first step")
-    return replace(place, obsolete=lambda: store.deleted() != plan.deleted or place.obsolete())
+    return replace(
+        place,
+        obsolete=lambda: store.deleted(up_to=plan.known_up_to) != plan.deleted or place.obsolete(),
+    )
 
 
 def expect_none_deleted(store: ExperienceStore, plan: RoundPlan, when: str) -> None:
     """Raises RoundObsolete, which says `when`."""
-    if store.deleted() != plan.deleted:
+    if store.deleted(up_to=plan.known_up_to) != plan.deleted:
         raise RoundObsolete(when)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from edge_node import schedule
 from edge_node.disk import read_json
 from edge_node.errors import AdapterError, EdgeError, EnvironmentFault, StorageError
-from edge_node.experience import Counts, ExperienceStore
+from edge_node.experience import Counts, open_experience
 from edge_node.learning.beat import LOOK_S, Beat
 from edge_node.learning.orders import Orders, RoundCancelled
 from edge_node.learning.plans import RoundPlan, plan_round
@@ -72,7 +72,7 @@ class Worker:
         self._rounds = RoundStore(settings.data_dir / "learning")
         self._rounds.clear_workspaces()
         self._orders = Orders(self._rounds)
-        self._experience = ExperienceStore(settings.data_dir / "experience.db")
+        self._experience = open_experience(settings)
         self._problems = Problems(settings.data_dir)
         self._beat = Beat(settings.data_dir)
         self._beat.touch()
@@ -138,7 +138,7 @@ class Worker:
             # What feedback says is left for an sft round.
             cursor=cursors["sft"] if decision.method == "grpo" else cursor,
             method=decision.method,
-            deleted=self._experience.deleted(),
+            deleted=self._experience.deleted(up_to=cursor),
             explored=explored if decision.method == "grpo" else [],
             groups=group_sizes(
                 self._experience, cursor, cursors["scored"], model, learning.max_examples

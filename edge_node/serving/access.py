@@ -18,7 +18,7 @@ from edge_node.serving.anthropic_errors import in_anthropics_form
 from edge_node.serving.asgi import App, Message, Receive, Send, refuse
 from edge_node.serving.completion import KEY_OF_REQUEST
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.routes import ALLOWED, ANTHROPIC, OPEN, SCOPES
+from edge_node.serving.routes import ALLOWED, ANTHROPIC, OPEN, SCOPES, route_of
 
 REQUEST_ID = b"x-request-id"
 ANTHROPICS_ID = b"request-id"
@@ -89,7 +89,8 @@ async def _is_let_in(scope: Message, send: Send, sent: bytes | None, key: Key | 
 
 def _needed(path: str) -> Scope | None:
     """The scope of a route; None for a path that is none, which is 404 inside."""
-    return SCOPES.get(path, Scope.ADMIN) if path in ALLOWED else None
+    route = route_of(path)
+    return SCOPES.get(route, Scope.ADMIN) if route in ALLOWED else None
 
 
 def _sent_key(scope: Message) -> bytes | None:

@@ -16,11 +16,12 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from edge_node.capture import SERVED, Finished, Served
+from edge_node.capture import SERVED, Finished, Served, is_kept
 from edge_node.serving import events, limits, responses
 from edge_node.serving.aliases import PRIVATE
 from edge_node.serving.asgi import App, Message, Receive, Send, answer, refuse, replay
 from edge_node.serving.gateway import Gateway
+from edge_node.serving.labels import Labels, read_labels
 from edge_node.serving.refusals import (
     PROGRESS,
     UNREADABLE,
@@ -34,7 +35,6 @@ from edge_node.serving.sessions import Session
 
 LARGE_BODY_BYTES = 1 << 20
 MODEL_HEADER = b"x-lorikeet-model"
-CAPTURE_HEADER = b"x-lorikeet-capture"
 KEY_OF_REQUEST = "lorikeet.key"
 """Where the scope of a request names its access key; access.py puts it there."""
 
@@ -68,6 +68,7 @@ class Completion:
         self._capturing = False
         self._streamed = False
         self._served = Served()
+        self._labels = Labels()
         self._gone = False
         """The client hung up: what vLLM says now, `null`, is no answer."""
         self._progress = Progress()
@@ -81,6 +82,7 @@ class Completion:
 
     async def run(self, body: bytes) -> None:
         try:
+            self._labels = read_labels(self._scope["headers"])
             if len(body) < LARGE_BODY_BYTES:
                 request = read_request(body)
             else:  # checked for seconds: other requests go on meanwhile
@@ -135,19 +137,21 @@ class Completion:
 
     async def _pass_on(self, request: dict[str, Any]) -> None:
         self._request = request
+        capture, key = self._gateway.settings.capture, self._scope.get(KEY_OF_REQUEST)
+        self._capturing = (
+            self._session is None
+            and self._scope["path"] in ANSWERS
+            and is_kept(capture, key, self._scope, request)
+        )
         body = json.dumps(request).encode()
         headers = [
             (name, value)
             for name, value in self._scope["headers"]
             if name not in (b"content-length", b"x-request-id")
         ]
+        if (unkept := request.get("request_id")) is not None:
+            headers.append((b"x-request-id", unkept.encode()))
         scope = {**self._scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-        self._capturing = (
-            self._session is None
-            and self._scope["path"] in ANSWERS
-            and self._gateway.settings.capture.enabled
-            and (CAPTURE_HEADER, b"off") not in headers
-        )
         if self._model is None:
             await self._app(scope, replay(body, self._receive), self._send)
             return
@@ -164,7 +168,10 @@ class Completion:
             PROGRESS.reset(before_progress)
             SERVED.reset(before)
             self._gateway.first_tokens.left(self)
+            self._gateway.in_flight.end(self)
             self._gateway.aliases.leave(self._model)
+            if self._capturing and self._pieces:  # the client went away
+                self._gateway.recorder.offer(self._finished(aborted=True))
 
     async def _failed(self, error: Exception) -> None:
         """Answers 400 where the client has to change something; raises `error` otherwise."""
@@ -263,22 +270,27 @@ class Completion:
     async def _capture(self, message: Message) -> None:
         """Keeps the piece; the last one waits here until the interaction is on disk."""
         piece = message.get("body", b"")
+        if self._streamed and not self._pieces:
+            self._gateway.in_flight.begin(self, piece, user_of(self._scope))
         self._pieces.append(piece)
         more = message.get("more_body", False)
         if events.is_last(self._scope["path"], piece) if self._streamed else not more:
             self._capturing = False
-            now = datetime.now(UTC).isoformat()
-            await self._gateway.recorder.keep(
-                Finished(
-                    self._scope["path"],
-                    self._request,
-                    self._pieces,
-                    self._streamed,
-                    now,
-                    self._served,
-                    user_of(self._scope),
-                )
-            )
+            await self._gateway.recorder.keep(self._finished())
+
+    def _finished(self, *, aborted: bool = False) -> Finished:
+        now = datetime.now(UTC).isoformat()
+        return Finished(
+            self._scope["path"],
+            self._request,
+            self._pieces,
+            self._streamed,
+            now,
+            self._served,
+            user_of(self._scope),
+            **vars(self._labels),
+            aborted=aborted,
+        )
 
 
 def user_of(scope: Message) -> str | None:

@@ -8,6 +8,7 @@ loaded version.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from dataclasses import replace
@@ -15,14 +16,33 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edge_node.access import Keyring, Quotas
-from edge_node.capture import Recorder
+from edge_node.capture import (
+    Finished,
+    Recorder,
+    Redaction,
+    Texts,
+    load_redactor,
+    reason_of,
+    reason_of_episode,
+    to_interaction,
+)
 from edge_node.disk import read_json
-from edge_node.errors import ServingError
-from edge_node.experience import ExperienceStore, Feedback, Preference, Receipt, Scores
+from edge_node.errors import ServingError, UnknownEpisode
+from edge_node.experience import (
+    ANYONE,
+    Feedback,
+    Interaction,
+    Receipt,
+    Said,
+    Teller,
+    interactions_of,
+    open_experience,
+)
 from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
 from edge_node.serving.first_tokens import FirstTokens
+from edge_node.serving.in_flight import InFlight
 from edge_node.serving.sessions import Session, Sessions
 from edge_node.settings import EdgeSettings
 
@@ -38,11 +58,14 @@ class EngineLike(Protocol):
     @property
     def longest_text(self) -> int: ...
     @property
+    def texts(self) -> Texts: ...
+    @property
     def errored(self) -> bool: ...
     async def load(self, name: str, path: Path) -> None: ...
     async def unload(self, name: str) -> None: ...
     async def probe(self) -> None: ...
     def answer_ids(self, text: str) -> list[int] | None: ...
+    def calls_ids(self, calls: list[dict[str, Any]]) -> list[int] | None: ...
 
 
 class Gateway:
@@ -52,14 +75,17 @@ class Gateway:
         self.settings = settings
         self.engine = engine
         self.aliases = AliasTable(settings.serving.alias, engine.base_name)
-        self.store = ExperienceStore(settings.data_dir / "experience.db")
+        self.store = open_experience(settings)
+        self.redaction = Redaction(load_redactor(settings.capture.redaction), engine.texts)
         self.problems = Problems(settings.data_dir)
         self.recorder = Recorder(
             self.store,
             queue_size=settings.capture.queue_size,
             durable_timeout_s=settings.capture.durable_timeout_s,
             problems=self.problems,
+            parse=self._redacted,
         )
+        self.in_flight = InFlight()
         self.sessions = Sessions()
         self.keys = Keyring(settings, self.problems)
         self.quotas = Quotas(settings.serving.limits)
@@ -117,25 +143,37 @@ class Gateway:
         self.aliases.remove(name)
         logger.info("Adapter unloaded", extra={"release": name})
 
-    def keep_feedback(
-        self, feedback: Feedback | Preference | Scores, user: str | None = None
-    ) -> Receipt:
-        """Makes `feedback` durable, with a correction's token ids; slow. Raises as the store.
+    def keep_feedback(self, said: Said, teller: Teller = ANYONE) -> Receipt:
+        """Makes `said` durable, with a correction's token ids; slow. Raises as the store.
 
-        user: of an access key that may judge the answers to that user alone.
+        A ValueError also says that this model's template does not show tool calls.
         """
-        if user is not None:
-            for interaction_id in interactions_of(feedback):
-                self.store.expect_asked_by(user, interaction_id)
+        for interaction_id in interactions_of(said):
+            if why := reason_of(interaction_id) or self.store.why_removed(interaction_id):
+                return Receipt("", why)
+        # Before the store is asked: what is stored meanwhile is found there.
+        expects = self.in_flight.among(interactions_of(said), teller.user)
+        said = self.redaction.said(said)
+        if isinstance(said, Feedback) and said.correction is not None:
+            ids = (
+                self.engine.calls_ids(json.loads(said.correction))
+                if said.kind == "tool_calls"
+                else self.engine.answer_ids(said.correction)
+            )
+            said = replace(said, correction_ids=None if ids is None else tuple(ids))
         longest = self.engine.max_model_len
-        if isinstance(feedback, Preference):
-            return self.store.add_preference(feedback, max_tokens=longest)
-        if isinstance(feedback, Scores):
-            return self.store.add_scores(feedback, max_tokens=longest)
-        if feedback.correction is not None:
-            ids = self.engine.answer_ids(feedback.correction)
-            feedback = replace(feedback, correction_ids=None if ids is None else tuple(ids))
-        return self.store.add_feedback(feedback, max_tokens=longest)
+        teller = replace(teller, expects=expects)
+        try:
+            return self.store.give(said, max_tokens=longest, teller=teller)
+        except UnknownEpisode as error:
+            if why := reason_of_episode(self.settings.capture, error.interaction_id):
+                return Receipt("", why)
+            raise
+
+    def _redacted(self, finished: Finished) -> Interaction | None:
+        """What may be written of a finished answer; in the writer thread."""
+        interaction = to_interaction(finished)
+        return interaction and self.redaction.interaction(interaction)
 
     def open_session(self, model: str, **limits: Any) -> Session:
         """A session (sessions.py) on a loaded version or the base; raises ServingError."""
@@ -187,10 +225,3 @@ class Gateway:
 
 here: Gateway | None = None
 """Of this vLLM process; None until the plug-in has made it."""
-
-
-def interactions_of(feedback: Feedback | Preference | Scores) -> list[str]:
-    """Ids of the interactions that it judges: one, or the chosen one's and the rejected one's."""
-    if isinstance(feedback, Preference):
-        return [feedback.chosen.interaction_id, feedback.rejected.interaction_id]
-    return [feedback.interaction_id]

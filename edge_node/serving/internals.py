@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import uuid
 from argparse import Namespace
 from array import array
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_node.capture import SERVED, Generation, Made
+from edge_node.capture import SERVED, Generation, Made, TokenTexts
 from edge_node.errors import ServingError
 from edge_node.rendering import ChatFormat, Renderer, read_stop_ids
 from edge_node.serving.refusals import refusing
@@ -228,6 +229,7 @@ class Engine:
         self._renderer = Renderer(
             self._tokenizer, read_stop_ids(Path(args.model)), self.chat_format
         )
+        self.texts = TokenTexts(self._tokenizer)
         engine_client.generate = recorded(refusing(engine_client.generate))
 
     @property
@@ -269,9 +271,15 @@ class Engine:
 
     def answer_ids(self, text: str) -> list[int] | None:
         """Ids of an answer with this text and its end; None if too long. For any thread."""
-        if len(text) > self.longest_text:
-            return None
-        return self._renderer.answer_ids(text)
+        return self._renderer.answer_ids(text) if self._may_fit(text) else None
+
+    def calls_ids(self, calls: list[dict[str, Any]]) -> list[int] | None:
+        """Ids of an answer that is these tool calls, as `answer_ids`; raises ValueError."""
+        return self._renderer.calls_ids(calls) if self._may_fit(json.dumps(calls)) else None
+
+    def _may_fit(self, text: str) -> bool:
+        """Rendering and encoding take long for a text that cannot fit."""
+        return len(text) <= self.longest_text
 
 
 def recorded(generate: Generate) -> Generate:

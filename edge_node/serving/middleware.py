@@ -13,7 +13,15 @@ from edge_node.serving import gateway as gateways
 from edge_node.serving.asgi import App, Message, Receive, Send, read_body, refuse, replay
 from edge_node.serving.completion import Completion
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.routes import ALLOWED, ALWAYS, METRICS, OF_A_MODEL, WITH_BODY, unknown_route
+from edge_node.serving.routes import (
+    ALLOWED,
+    ALWAYS,
+    METRICS,
+    OF_A_MODEL,
+    WITH_BODY,
+    route_of,
+    unknown_route,
+)
 from edge_node.serving.sessions import Session
 
 
@@ -47,7 +55,7 @@ class LorikeetMiddleware:
             return
         path = scope["path"]
         gateway = self._gateway or gateways.here
-        if path not in ALLOWED:
+        if route_of(path) not in ALLOWED:
             await refuse(send, 404, "NotFoundError", unknown_route(path))
         elif path == METRICS and self._are_elsewhere(gateway):
             text = "The metrics are at a port of their own (EDGE_SERVING__METRICS_PORT)."

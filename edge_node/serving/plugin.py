@@ -7,7 +7,6 @@ at start with a clear error.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import logging
 import os
@@ -16,19 +15,17 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from edge_node.errors import ServingError, StorageError, UnknownInteraction
-from edge_node.experience import Feedback, Preference, Receipt, Scores
+from edge_node.errors import ServingError
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
 from edge_node.serving.certificate import watch_certificates
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
-from edge_node.serving.completion import user_of
 from edge_node.serving.control import ControlServer
-from edge_node.serving.feedback import read_feedback
-from edge_node.serving.gateway import Gateway, interactions_of
+from edge_node.serving.feedback_routes import FeedbackRoutes
+from edge_node.serving.gateway import Gateway
 from edge_node.serving.internals import Engine, check_contract
 from edge_node.serving.metrics_port import MetricsPort
 from edge_node.serving.middleware import LorikeetMiddleware
@@ -39,10 +36,6 @@ logger = logging.getLogger(__name__)
 
 TALKATIVE = "vllm.entrypoints.anthropic"
 """It writes errors with their stack into vLLM's log, and these may quote a prompt."""
-CHECK_STORE = (
-    "Check the disk of EDGE_DATA_DIR: its space, permissions and experience.db. "
-    "Clients may send it again."
-)
 
 
 class LorikeetPlugin:
@@ -55,7 +48,7 @@ class LorikeetPlugin:
         self._app = app
         app.add_api_route("/ready", _ready, methods=["GET"])
         app.add_api_route("/v1/models", _models, methods=["GET"])
-        app.add_api_route("/v1/feedback", _feedback, methods=["POST"])
+        FeedbackRoutes(_gateway).attach(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Raises ServingError, which ends vLLM, when its surface, or a socket of ours, fails."""
@@ -137,46 +130,7 @@ async def _models() -> JSONResponse:
     )  # fmt: skip
 
 
-async def _feedback(request: Request) -> JSONResponse:
-    try:
-        feedback = read_feedback(await request.body())
-        receipt = await asyncio.to_thread(_keep, feedback, user_of(request.scope))
-    except UnknownInteraction as error:
-        return _error(404, "NotFoundError", str(error), "id")
-    except ValueError as error:
-        return _error(400, "BadRequestError", str(error))
-    except StorageError as error:
-        await asyncio.to_thread(
-            _gateway().problems.report,
-            "feedback",
-            f"Feedback is refused with 503: {error}",
-            CHECK_STORE,
-        )
-        return _error(
-            503, "ServiceUnavailableError", "Feedback could not be stored; send it again later."
-        )
-    answer = {
-        "id": receipt.id,
-        "interaction": interactions_of(feedback)[0],
-        "usable": not receipt.unusable,
-    }
-    return JSONResponse(answer | ({"reason": receipt.unusable} if receipt.unusable else {}))
-
-
-def _keep(feedback: Feedback | Preference | Scores, user: str | None) -> Receipt:
-    receipt = _gateway().keep_feedback(feedback, user)
-    _gateway().problems.clear("feedback")
-    return receipt
-
-
 def _gateway() -> Gateway:
     if gateways.here is None:
         raise ServingError("The plug-in was asked before vLLM had initialised it.")
     return gateways.here
-
-
-def _error(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
-    return JSONResponse(
-        {"error": {"message": message, "type": kind, "param": param, "code": status}},
-        status_code=status,
-    )

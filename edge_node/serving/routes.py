@@ -19,17 +19,27 @@ ANTHROPIC = frozenset({MESSAGES, COUNT_TOKENS})
 METRICS = "/metrics"
 ALWAYS = frozenset({"/health", "/ready", METRICS, "/version"})
 """Answered while the node drains too."""
+FEEDBACK = frozenset({"/v1/feedback", "/v1/feedback/ID", "/v1/openapi.json"})
 WITH_BODY = OF_A_MODEL | {"/v1/feedback"}
-ALLOWED = WITH_BODY | ALWAYS | {"/v1/models"}
+ALLOWED = WITH_BODY | ALWAYS | {"/v1/models"} | FEEDBACK
 OPEN = frozenset({"/health", "/ready"})
 """Probes, which have no key and say nothing of anybody's work."""
-SCOPES = dict.fromkeys(OF_A_MODEL | {"/v1/models"}, Scope.INFER) | {"/v1/feedback": Scope.FEEDBACK}
+SCOPES = {
+    **dict.fromkeys(OF_A_MODEL | {"/v1/models"}, Scope.INFER),
+    **dict.fromkeys(FEEDBACK, Scope.FEEDBACK),
+}
 """What a route needs; every other one of ours needs `admin`."""
 POOLING = frozenset(
     {"/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score", "/rerank",
      "/v1/rerank", "/v2/rerank"}
 )  # fmt: skip
 """vLLM has these for models that write no text. A node's base writes, and has none of them."""
+
+
+def route_of(path: str) -> str:
+    """The route that a path belongs to: itself, but for the feedback with some id."""
+    start, _, feedback_id = path.rpartition("/")
+    return "/v1/feedback/ID" if start == "/v1/feedback" and feedback_id else path
 
 
 def unknown_route(path: str) -> str:

@@ -10,8 +10,7 @@ from flwr.app import Context
 
 from edge_node.environments import Environment
 from edge_node.environments.loader import load_environment
-from edge_node.experience import ExperienceStore
-from edge_node.experience.store import Feedback, Interaction
+from edge_node.experience import Feedback, Interaction, open_experience
 from edge_node.federation.client_app import make_client_app
 from edge_node.rendering import load_renderer
 from edge_node.settings import EdgeSettings
@@ -35,7 +34,7 @@ def remember(settings: EdgeSettings, examples: int, seed: int) -> None:
     """Fill the node's store: tasks of its own environment, each answered wrongly and corrected."""
     assert settings.base.path is not None
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    store = ExperienceStore(settings.data_dir / "experience.db")
+    store = open_experience(settings)
     try:
         if store.counts().examples >= examples:
             return

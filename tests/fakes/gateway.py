@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -14,6 +16,19 @@ from edge_node.settings import BaseModelSettings, EdgeSettings
 MODULE = "model.layers.0.self_attn.q_proj"
 
 
+class Letters:
+    """Satisfies capture.Texts: an id is a character."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def ids(self, text: str) -> list[int]:
+        return list(map(ord, text))
+
+    def pieces(self, ids: Sequence[int]) -> list[tuple[str, int]]:
+        return [(chr(token), 1) for token in ids]
+
+
 class RecordingEngine:
     """Satisfies gateway.EngineLike."""
 
@@ -22,6 +37,7 @@ class RecordingEngine:
         self.max_model_len = 512
         self.longest_text = 4096
         self.errored = False
+        self.texts = Letters()
         self.loaded: dict[str, Path] = {}
         self.refuse: str | None = None
 
@@ -39,6 +55,13 @@ class RecordingEngine:
     def answer_ids(self, text: str) -> list[int] | None:
         """One id a letter, and 0 at the end."""
         return None if len(text) > self.max_model_len else [*map(ord, text), 0]
+
+    def calls_ids(self, calls: list[dict[str, Any]]) -> list[int]:
+        """Those of their names; a model that knows no `unknown`."""
+        names = [call["function"]["name"] for call in calls]
+        if "unknown" in names:
+            raise ValueError("The chat template of this model shows no tool calls.")
+        return [*map(ord, " ".join(names)), 0]
 
 
 def make_gateway(data_dir: Path) -> Gateway:

@@ -8,6 +8,7 @@ from typing import Any
 
 from edge_node.capture import SERVED, Generation
 from edge_node.serving.asgi import Message
+from edge_node.serving.completion import KEY_OF_REQUEST
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.middleware import LorikeetMiddleware
 
@@ -67,8 +68,15 @@ class Client:
         self.on_disk_at_piece: list[bool] = []
 
     async def request(
-        self, path: str, body: Any = None, *, method: str = "POST", headers: Any = ()
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        method: str = "POST",
+        headers: Any = (),
+        key: Any = None,
     ) -> Any:
+        """`key`: the access key that it comes with."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         messages = [
             {"type": "http.request", "body": raw[:5], "more_body": True},
@@ -90,6 +98,7 @@ class Client:
                 self.pieces.append(message["body"])
 
         scope = {"type": "http", "method": method, "path": path, "headers": list(headers)}
+        scope[KEY_OF_REQUEST] = key
         await self._middleware(scope, receive, send)
         text = b"".join(self.pieces)
         return json.loads(text) if text.startswith(b"{") else text

@@ -75,6 +75,22 @@ def test_a_round_that_may_hold_what_was_deleted_is_given_up(tmp_path: Path, trai
     assert prompt_ids("w100 w101 w102") not in prompts
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_round_is_given_up_for_feedback_that_it_knew_alone(tmp_path: Path, known: bool) -> None:
+    settings, store = node_with_history(tmp_path)
+    plan = Worker(settings, NODE_ID)._next_round()
+    assert plan is not None
+    meet(settings, "v1-00000000", 1, first=200)  # after the plan
+    (told,) = store.said_of("chat-100" if known else "chat-200")
+    store.withdraw(told.id)
+    assert Worker(settings, NODE_ID).step()
+    (end,) = RoundStore(settings.data_dir / "learning").ends()
+    sent = len(outbox_of(settings).list())
+    assert (end.state, sent) == (("given up", 0) if known else ("finished", 1))
+    everything = plan.model_copy(update={"max_examples": 99, "steps": 99, "cursor": 99})
+    assert len(own_lessons(store, everything)) == 46
+
+
 def test_a_deletion_while_a_round_is_handed_over_keeps_its_update_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

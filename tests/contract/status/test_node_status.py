@@ -16,12 +16,13 @@ from fastapi import Request
 
 from edge_node.doctor import node_status
 from edge_node.errors import EnrollmentError, SettingsError, StorageError
-from edge_node.experience import Feedback, Interaction, Receipt
+from edge_node.experience import Interaction, Receipt
 from edge_node.main import own_data_dir, serve
 from edge_node.problems import Problems
-from edge_node.serving import control_socket, plugin
+from edge_node.serving import control_socket
 from edge_node.serving import gateway as gateways
 from edge_node.serving.control import ControlServer
+from edge_node.serving.feedback_routes import FeedbackRoutes
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import EdgeSettings
@@ -104,13 +105,13 @@ async def test_a_stopped_node_still_says_what_it_ended_of(settings: EdgeSettings
     assert "socket" in status["not_ready"]
 
 
-async def send_feedback(interaction: str) -> int:
+async def send_feedback(gateway: Gateway, interaction: str) -> int:
     body = f'{{"id": "{interaction}", "score": 1}}'.encode()
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    answer = await plugin._feedback(
+    answer = await FeedbackRoutes(lambda: gateway).post(
         Request({"type": "http", "method": "POST", "headers": []}, receive)
     )
     return answer.status_code
@@ -135,15 +136,15 @@ async def test_feedback_that_cannot_be_stored_is_a_problem_until_it_is(
         ]
     )
     broken = [True]
-    real = gateway.store.add_feedback
+    real = gateway.store.give
 
-    def add(feedback: Feedback, *, max_tokens: int) -> Receipt:
+    def give(*said: Any, **how: Any) -> Receipt:
         if broken:
             raise StorageError("The store cannot be written: disk full.")
-        return real(feedback, max_tokens=max_tokens)
+        return real(*said, **how)
 
-    monkeypatch.setattr(gateway.store, "add_feedback", add)
-    assert await send_feedback("c-1") == 503
+    monkeypatch.setattr(gateway.store, "give", give)
+    assert await send_feedback(gateway, "c-1") == 503
     [problem] = gateway.problems.current()
     assert (problem.room, "disk full" in problem.text, "EDGE_DATA_DIR" in problem.next_step) == (
         "feedback",
@@ -151,7 +152,7 @@ async def test_feedback_that_cannot_be_stored_is_a_problem_until_it_is(
         True,
     )
     broken.clear()
-    assert await send_feedback("c-1") == 200
+    assert await send_feedback(gateway, "c-1") == 200
     assert gateway.problems.current() == []
 
 

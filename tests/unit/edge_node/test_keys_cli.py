@@ -51,6 +51,25 @@ def test_a_key_is_made_shown_once_listed_and_ended(
     assert "sha256" not in out
 
 
+def test_answers_to_a_key_need_not_be_kept(
+    capsys: pytest.CaptureFixture[str], data_dir: Path
+) -> None:
+    run(capsys, "create", "app")
+    code, out, _ = run(capsys, "create", "private", "--no-capture", "--json")
+    assert (code, json.loads(out)["capture"]) == (0, False)
+    _, out, _ = run(capsys)
+    assert ["not captured" in line for line in out.splitlines()] == [False, True]
+    _, out, _ = run(capsys, "list", "--json")
+    assert [item["capture"] for item in json.loads(out)] == [True, False]
+    file = data_dir / "keys.json"
+    document = json.loads(file.read_text())
+    for key in document["keys"]:
+        del key["capture"]
+    file.write_text(json.dumps(document))  # as earlier software wrote it
+    _, out, _ = run(capsys, "list", "--json")
+    assert [item["capture"] for item in json.loads(out)] == [True, True]
+
+
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], data_dir: Path) -> None:
     assert run(capsys, "list")[1].startswith(f"No keys in {data_dir / 'keys.json'}")
     assert not data_dir.exists(), "to look makes nothing"

@@ -19,7 +19,7 @@ from edge_node.experience import (
     Scores,
     Thumb,
 )
-from edge_node.experience.database import SCHEMA
+from edge_node.experience.schema import SCHEMA
 from edge_node.experience.usable import SAME_ANSWERS, SAME_SCORES
 
 V1, V2 = "lorikeet@v1-aaaaaaaa", "lorikeet@v2-bbbbbbbb"

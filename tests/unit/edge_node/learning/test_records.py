@@ -106,6 +106,16 @@ def test_offer_may_lower_the_rank(offer: int | None, rank: int) -> None:
     assert make_plan(max_rank=offer).rank == rank
 
 
+def test_what_an_unfinished_round_reads_is_known(tmp_path: Path) -> None:
+    store = RoundStore(tmp_path)
+    assert store.reads() == 0
+    plan = make_plan()
+    store.begin(plan)
+    assert RoundStore(tmp_path).reads() == plan.cursor > 0
+    store.finish(plan.round_id, "update")
+    assert store.reads() == 0
+
+
 def test_round_is_durable_until_it_ends(tmp_path: Path) -> None:
     store = RoundStore(tmp_path / "learning")
     assert store.last() is None

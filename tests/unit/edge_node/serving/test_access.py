@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from edge_node.access import Keyring, Quotas, Scope, create_key, keys_file
-from edge_node.serving import plugin
 from edge_node.serving.access import AccessMiddleware
 from edge_node.serving.asgi import Message
 from edge_node.serving.completion import KEY_OF_REQUEST, user_of
+from edge_node.serving.feedback_routes import FeedbackRoutes
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.serving.routes import ALLOWED, ANTHROPIC
@@ -237,9 +237,7 @@ async def test_only_http_is_looked_at(gateway: Gateway) -> None:
     assert [scope["type"] for scope in inside.scopes] == ["lifespan"]
 
 
-async def test_the_user_of_a_key_is_kept_and_only_theirs_is_judged(
-    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_user_of_a_key_is_kept_and_only_theirs_is_judged(gateway: Gateway) -> None:
     alice = make_key(gateway, "infer", "feedback", user="alice")
     client = Client(gateway, LorikeetMiddleware(App(), gateway))
     assert await client.ask(CHAT, bearer(alice), body=QUESTION) == 200
@@ -247,14 +245,13 @@ async def test_the_user_of_a_key_is_kept_and_only_theirs_is_judged(
     assert kept is not None
     assert kept.user == "alice"
 
-    monkeypatch.setattr("edge_node.serving.gateway.here", gateway)
     bob = make_key(gateway, "feedback", user="bob", name="bob")
     desk = make_key(gateway, "feedback", name="desk")
 
     async def judge(scope: Message, receive: Any, send: Any) -> None:
         from fastapi import Request
 
-        response = await plugin._feedback(Request(scope, receive))
+        response = await FeedbackRoutes(lambda: gateway).post(Request(scope, receive))
         await response(scope, receive, send)
 
     client = Client(gateway, judge)

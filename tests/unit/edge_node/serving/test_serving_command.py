@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from edge_node.errors import ServingError
-from edge_node.experience import Answer, Feedback, Preference, Scores
+from edge_node.experience import Answer, EpisodeFeedback, Feedback, Preference, Scores
 from edge_node.serving import VllmProcess, command
 from edge_node.serving.feedback import read_feedback
 from edge_node.serving_settings import TlsSettings
@@ -304,6 +304,27 @@ async def test_the_log_says_that_everybody_may_use_the_endpoint(
         (b'\xff\xfe{"id": 1}', "not JSON"),
         (b'{"id": "a", "correction": "\\ud800"}', "correction holds half a surrogate pair"),
         (b'{"id": "\\udfff", "score": 1}', "id holds half a surrogate pair"),
+        (b'{"id": "a", "thumb": true}', 'thumb is True; expected "up" or "down"'),
+        (b'{"id": "a", "thumb": "up", "score": 1}', "has thumb and score"),
+        (b'{"episode": "e"}', "says nothing"),
+        (b'{"episode": 1, "score": 1}', "episode is 1; expected the value of the header"),
+        (b'{"episode": "e", "correction": "b"}', "'correction' of what is said of an episode"),
+        (b'{"episode": "e", "id": "a", "score": 1}', "'id' of what is said of an episode"),
+        (b'{"id": "a", "tool_calls": []}', "tool_calls is []"),
+        (b'{"id": "a", "tool_calls": [{"function": {}}]}', "tool_calls[0] is"),
+        (b'{"id": "a", "tool_calls": [{"function": {"name": "a b"}}]}', "name is 'a b'"),
+        (
+            b'{"id": "a", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}',
+            "tool_calls[0].function.arguments is '[1]'",
+        ),
+        (
+            b'{"id": "a", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1e999}}}]}',
+            "tool_calls holds what is no JSON",
+        ),
+        (
+            b'{"id": "a", "tool_calls": [{"function": {"name": "f"}}], "correction": "b"}',
+            "has correction and tool_calls",
+        ),
     ],
 )
 def test_bad_feedback_is_told_what_is_wrong(body: bytes, message: str) -> None:
@@ -325,6 +346,23 @@ def test_comparisons_are_read() -> None:
         Answer("a", 2), Answer("a", 0)
     )
     assert read_feedback(b'{"id": "a", "scores": [1, -0.5]}') == Scores("a", (1.0, -0.5))
+
+
+def test_every_kind_of_feedback_is_read() -> None:
+    assert read_feedback(b'{"id": "a", "thumb": "down"}') == Feedback("a", 0.0, form="thumb")
+    assert read_feedback(b'{"episode": "e", "thumb": "up", "comment": "c"}') == EpisodeFeedback(
+        "e", 1.0, "c", "thumb"
+    )
+    for arguments in ('{"x": 1}', json.dumps('{"x": 1}')):
+        said = f'{{"id": "a", "tool_calls": [{{"function": {{"name": "f", "arguments": {arguments}'
+        feedback = read_feedback((said + "}}]}").encode())
+        assert isinstance(feedback, Feedback)
+        assert feedback.kind == "tool_calls"
+        (call,) = json.loads(feedback.correction or "")
+        assert call["function"] == {"name": "f", "arguments": {"x": 1}}
+    assert read_feedback(b'{"id": "a", "chosen": 1.0, "rejected": 0}') == Preference(
+        Answer("a", 1), Answer("a", 0)
+    )
 
 
 def test_good_feedback_is_read() -> None:
