@@ -18,10 +18,13 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import grpc
+import sqlalchemy as sa
 
 from central import faults
+from central.calls import Calls
 from central.cohorts import CohortThreads
 from central.descriptors import allowed_connections, watch_connections
 from central.errors import ListenError
@@ -31,6 +34,8 @@ from central.fleet.presence import Presence
 from central.fleet.service import HEARTBEAT_S, FleetService
 from central.intake.admission import Admission
 from central.intake.service import UpdateService
+from central.monitoring.figures import Sources, make_registry
+from central.monitoring.port import metrics_port
 from central.operators.service import OperatorService
 from central.releases.service import ReleaseService
 from central.rooms import Rooms, open_rooms
@@ -69,7 +74,8 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         cohorts = CohortThreads(rooms.journal, run_cohort)
         stopped = threading.Event()
         try:
-            async with Services(rooms, settings, presence, failure=cohorts.failure):
+            async with Services(rooms, settings, presence, failure=cohorts.failure) as services:
+                _serve_metrics(stack, settings, rooms, services)
                 await asyncio.to_thread(cohorts.start)
                 for name, work in (
                     ("retention", rooms.collector.run),
@@ -108,15 +114,17 @@ class Services:
         self._rooms = rooms
         self._settings = settings
         self._authenticator = Authenticator(rooms.journal)
-        self._presence = presence
-        self._failure = failure
+        self.presence = presence
+        self.failure = failure
         self._fleet = FleetService(
             rooms.journal,
             self._authenticator,
-            self._presence,
+            self.presence,
             heartbeat_s,
             settings.limits.node_watches,
         )
+        self.calls = Calls()
+        """How the calls of both ports ended."""
         self._servers: list[grpc.aio.Server] = []
         self._connections = allowed_connections(settings.limits)
         self._watch: asyncio.Task[None] | None = None
@@ -188,7 +196,7 @@ class Services:
             rooms.collector.make_room,
         )
         options = server_options(self._settings.limits, self._connections)
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
+        server = grpc.aio.server(interceptors=[ErrorTranslator(self.calls)], options=options)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
         updates_pb2_grpc.add_UpdateServiceServicer_to_server(
             UpdateService(admission, rooms.uploads, authenticator, self._settings.limits), server
@@ -202,11 +210,11 @@ class Services:
                 rooms.registry,
                 rooms.blobs,
                 authenticator,
-                self._presence,
+                self.presence,
                 rooms.pki.ca_pem,
                 self._settings.channels,
                 rooms.collector,
-                self._failure,
+                self.failure,
                 rooms.space.shortage,
             ),
             server,
@@ -216,11 +224,34 @@ class Services:
     def _enrollment_server(self) -> grpc.aio.Server:
         rooms = self._rooms
         options = enrollment_options(self._settings.limits)
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
+        server = grpc.aio.server(interceptors=[ErrorTranslator(self.calls)], options=options)
         fleet_pb2_grpc.add_EnrollmentServiceServicer_to_server(
             EnrollmentService(rooms.journal, rooms.blobs, rooms.pki, rooms.base.digest), server
         )
         return server
+
+
+def _serve_metrics(
+    stack: ExitStack, settings: CentralSettings, rooms: Rooms, services: Services
+) -> None:
+    """The port for Prometheus, where one is set; raises ListenError."""
+    listen, url = settings.listen, sa.make_url(settings.journal_url)
+    if listen.metrics_port is None:
+        return
+    is_file = url.get_backend_name() == "sqlite" and url.database
+    sources = Sources(
+        rooms.journal,
+        services.presence,
+        rooms.uploads,
+        rooms.space,
+        services.calls,
+        services.failure,
+        Path(url.database) if is_file and url.database else None,
+    )
+    address = stack.enter_context(
+        metrics_port(make_registry(sources), listen.metrics_host, listen.metrics_port)
+    )
+    log.info("metrics are served", extra={"address": address})
 
 
 def _load_federation(
