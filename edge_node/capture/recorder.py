@@ -74,6 +74,9 @@ class Recorder:
         self._queue: queue.Queue[_Entry | None] = queue.Queue(queue_size)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(_Fate, 0)
+        self.prompt_tokens = 0
+        """Of what was captured, as `answer_tokens`."""
+        self.answer_tokens = 0
         self._problems = problems
         self._clock = clock
         self._causes: set[str] = set()
@@ -152,6 +155,8 @@ class Recorder:
             try:
                 self._store.add_interactions([row for _, row in rows])
                 fate, self._writes = _Fate.CAPTURED, True
+                self.prompt_tokens += sum(len(row.prompt_ids) for _, row in rows)
+                self.answer_tokens += sum(len(row.answer_ids) for _, row in rows)
                 self._calm_down()
             except Exception as error:
                 fate, self._writes = _Fate.LOST, False

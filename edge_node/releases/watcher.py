@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Protocol
@@ -20,6 +21,7 @@ import grpc
 
 from edge_node import __version__
 from edge_node.errors import AdapterError, ServingError, StorageError
+from edge_node.figures.tally import TALLY, note_heard
 from edge_node.problems import Problems
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
@@ -112,6 +114,7 @@ class ReleaseWatcher:
                     if not isinstance(event, fleet_pb2.WatchResponse):  # end of the stream
                         break
                     self._take(event)
+                    note_heard(self._settings.data_dir)
                     pause, heard = RETRY_FIRST_S, True
                     self._problems.clear("central")
                 if not heard:
@@ -193,11 +196,13 @@ class ReleaseWatcher:
             self._loaded_generation = generation
         if head is None or self._store.check(head).digest == self._pointed:
             return
+        began = time.monotonic()
         release = await self._obtain(head)
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
         self._pointed = release.release_id
+        TALLY.switched(time.monotonic() - began)
         log.info("serving release", extra={"release": release.label})
         self._spare.set()
 

@@ -14,11 +14,13 @@ import uuid
 
 from edge_node.access import Key, Scope
 from edge_node.serving import gateway as gateways
+from edge_node.serving.counts import ServingCounts
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.middleware import (
     ALLOWED,
     COMPLETIONS,
     KEY_OF_REQUEST,
+    MODEL_HEADER,
     App,
     Message,
     Receive,
@@ -47,7 +49,7 @@ class AccessMiddleware:
         if scope["type"] != "http" or gateway is None:
             await self._app(scope, receive, send)  # where WebSockets are closed, and all else 503
             return
-        scope, send = _with_request_id(scope, send)
+        scope, send = _with_request_id(scope, send, gateway.counts)
         if scope["path"] in OPEN or _is_preflight(scope):
             await self._app(scope, receive, send)
             return
@@ -117,8 +119,8 @@ def _is_preflight(scope: Message) -> bool:
     return scope["method"] == "OPTIONS" and {b"origin", b"access-control-request-method"} <= names
 
 
-def _with_request_id(scope: Message, send: Send) -> tuple[Message, Send]:
-    """The client's id, or a new one, in the request and in its answer."""
+def _with_request_id(scope: Message, send: Send, counts: ServingCounts) -> tuple[Message, Send]:
+    """The client's id, or a new one, in the request and in its answer, which is counted."""
     given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
     request_id = given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
     headers = [header for header in scope["headers"] if header[0] != REQUEST_ID]
@@ -127,6 +129,9 @@ def _with_request_id(scope: Message, send: Send) -> tuple[Message, Send]:
         if message["type"] == "http.response.start":
             others = [h for h in message.get("headers", ()) if h[0].lower() != REQUEST_ID]
             message = {**message, "headers": [*others, (REQUEST_ID, request_id)]}
+            model = next((value for name, value in others if name == MODEL_HEADER), None)
+            route = scope["path"] if scope["path"] in ALLOWED else None
+            counts.answered(route, message["status"], model)
         await send(message)
 
     return {**scope, "headers": [*headers, (REQUEST_ID, request_id)]}, send_on

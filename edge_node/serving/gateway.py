@@ -22,6 +22,7 @@ from edge_node.experience import ExperienceStore, Feedback, Preference, Receipt,
 from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
+from edge_node.serving.counts import ServingCounts
 from edge_node.serving.first_tokens import FirstTokens
 from edge_node.serving.sessions import Session, Sessions
 from edge_node.settings import EdgeSettings
@@ -61,6 +62,7 @@ class Gateway:
         self.sessions = Sessions()
         self.keys = Keyring(settings, self.problems)
         self.quotas = Quotas(settings.serving.limits)
+        self.counts = ServingCounts()
         self.draining = False
         self.last_progress = time.monotonic()
         """When the last piece of an answer went out."""

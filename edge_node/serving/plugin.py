@@ -23,6 +23,7 @@ from edge_node.errors import ServingError, StorageError, UnknownInteraction
 from edge_node.experience import Feedback, Preference, Receipt, Scores
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
+from edge_node.serving import metrics
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.serving.control import ControlServer
 from edge_node.serving.feedback import read_feedback
@@ -80,6 +81,7 @@ class LorikeetPlugin:
         state.lorikeet_control = ControlServer(started, Path(socket), requests, sessions)
         await state.lorikeet_control.start()
         started.keys.watch()
+        metrics.register(started)
         gateways.here = started
 
 
