@@ -41,6 +41,8 @@ from central.releases.service import ReleaseService
 from central.rooms import Rooms, open_rooms
 from central.rpc import ErrorTranslator, enrollment_options, server_options
 from central.settings import CentralSettings
+from central.webhooks.running import make_tellers, telling
+from central.webhooks.teller import Source, Teller
 from protos.fleet.v1 import fleet_pb2_grpc
 from protos.operators.v1 import operators_pb2_grpc
 from protos.releases.v1 import releases_pb2_grpc
@@ -75,7 +77,9 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         stopped = threading.Event()
         try:
             async with Services(rooms, settings, presence, failure=cohorts.failure) as services:
-                _serve_metrics(stack, settings, rooms, services)
+                tellers = await asyncio.to_thread(_make_tellers, settings, rooms, services)
+                _serve_metrics(stack, settings, rooms, services, tellers)
+                stack.enter_context(telling(tellers))
                 await asyncio.to_thread(cohorts.start)
                 for name, work in (
                     ("retention", rooms.collector.run),
@@ -231,8 +235,18 @@ class Services:
         return server
 
 
+def _make_tellers(settings: CentralSettings, rooms: Rooms, services: Services) -> list[Teller]:
+    """Raises SettingsError, StorageError."""
+    source = Source(rooms.journal, services.presence, services.failure, rooms.space.shortage)
+    return make_tellers(settings.webhooks, settings.data_dir, source)
+
+
 def _serve_metrics(
-    stack: ExitStack, settings: CentralSettings, rooms: Rooms, services: Services
+    stack: ExitStack,
+    settings: CentralSettings,
+    rooms: Rooms,
+    services: Services,
+    tellers: list[Teller],
 ) -> None:
     """The port for Prometheus, where one is set; raises ListenError."""
     listen, url = settings.listen, sa.make_url(settings.journal_url)
@@ -246,6 +260,7 @@ def _serve_metrics(
         rooms.space,
         services.calls,
         services.failure,
+        tellers,
         Path(url.database) if is_file and url.database else None,
     )
     address = stack.enter_context(

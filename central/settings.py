@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from central.errors import SettingsError
-from central.operations_settings import Group, ListenSettings
+from central.operations_settings import Group, ListenSettings, LogSettings, WebhookSettings
 from protos.encoding import Encoding
 
 PREFIX = "CENTRAL_"
@@ -313,6 +313,8 @@ class CentralSettings(BaseSettings):
     quarantine: QuarantineSettings = QuarantineSettings()
     limits: LimitSettings = LimitSettings()
     retention: RetentionSettings = RetentionSettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    logs: LogSettings = LogSettings()
 
     @property
     def builds_on(self) -> dict[str, str]:

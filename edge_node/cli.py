@@ -87,7 +87,9 @@ def serve() -> None:
     """
     from edge_node.main import serve
 
-    asyncio.run(serve(load_settings()))
+    settings = load_settings()
+    log_to_stderr(settings.logs.format)
+    asyncio.run(serve(settings))
 
 
 @app.command(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from central.journal import Journal
 from central.monitoring.families import counter, gauge
 from central.monitoring.state_figures import journal_figures, node_figures
 from central.space import Space
+from central.webhooks.teller import Teller
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Sources:
     space: Space
     calls: Calls
     failure: Callable[[str], str]
+    tellers: Sequence[Teller]
     journal_file: Path | None
     """SQLite's file; None for another database."""
 
@@ -64,7 +66,9 @@ class Figures(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        for part in (self._journal, self._nodes, self._uploads, self._disks, self._calls):
+        for part in (
+            self._journal, self._nodes, self._uploads, self._disks, self._calls, self._webhooks,
+        ):  # fmt: skip
             try:
                 families = list(part())
             except Exception as error:  # one part must not hide the others
@@ -126,6 +130,24 @@ class Figures(Collector):
             "Calls that ended, by method and result: OK, or why it was refused.",
             ("method", "result"),
             self._from.calls.counts(),
+        )
+
+    def _webhooks(self) -> Iterator[Metric]:
+        tellers = self._from.tellers
+        yield gauge(
+            "webhook_events_waiting",
+            "Events that a webhook has not taken yet, at least.",
+            (),
+            {(): sum(teller.waiting for teller in tellers)},
+        )
+        yield counter(
+            "webhook_tries_total",
+            "Tries to tell a webhook, by result.",
+            ("result",),
+            {
+                ("told",): sum(teller.told for teller in tellers),
+                ("failed",): sum(teller.failed for teller in tellers),
+            },
         )
 
 

@@ -373,6 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr()
     try:
         settings = load_settings()
+        log_to_stderr(settings.logs.format)
         from edge_node.identity import Identity
 
         Worker(settings, Identity.load(settings.data_dir).node_id).run()

@@ -85,6 +85,7 @@ async def test_the_life_of_a_serving_node(node: Node) -> None:
     await what_a_client_may_not_do(node)
     await an_answer_is_durable_before_its_end(node)
     await feedback(node)
+    await a_scrape_shows_vllms_figures_and_ours(node)
     await what_was_served_is_what_is_learnt(node)
     await switching_under_load_mixes_nothing(node, texts)
     await unload(node)
@@ -97,6 +98,14 @@ async def no_release_means_not_ready(node: Node) -> None:
     refused = await node.ask("w1")
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
     assert (await node.http.get("/health")).status_code == 200
+
+
+async def a_scrape_shows_vllms_figures_and_ours(node: Node) -> None:
+    text = (await node.http.get("/metrics")).text
+    assert "vllm:generation_tokens_total{" in text
+    assert f'lorikeet_node_requests_total{{code="200",route="{CHAT}"}}' in text
+    assert f'lorikeet_node_answers_total{{version="{V1}"}}' in text
+    assert 'lorikeet_node_capture_total{result="captured"}' in text
 
 
 async def load_and_point(node: Node) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import time
 from pathlib import Path
@@ -69,11 +70,15 @@ def test_silent_connections_end(
 async def test_central_serves_them_where_a_port_is_set(tmp_path: Path) -> None:
     settings = harness.make_settings(tmp_path)
     port = free_port()
-    async with process(settings, "serve", LISTEN__METRICS_PORT=str(port)) as running:
+    variables = {"LISTEN__METRICS_PORT": str(port), "LOGS__FORMAT": "json"}
+    async with process(settings, "serve", **variables) as running:
         await ready(running)
         async with outside(settings) as central:
             await central.enroll("site-a", await central.token())
             text = await asyncio.to_thread(scrape, port)
+        running.terminate()
+        lines = (await running.communicate())[1].decode().splitlines()
+    assert {"event recorded", "metrics are served"} <= {json.loads(one)["message"] for one in lines}
     found = {
         (sample.name, *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -16,33 +15,12 @@ from central.calls import Calls
 from central.errors import Reason, StorageError
 from central.fleet.presence import Presence
 from central.intake.uploads import Uploads
-from central.journal import Journal, NewEvent, State
-from central.journal.events import chain
+from central.journal import Journal
 from central.monitoring.figures import Figures, Sources
 from central.space import Disk, Space
 from protos.fleet.v1 import fleet_pb2
+from tests.fakes.state_only import StateOnly
 from tests.unit.central import builders as make
-
-
-class StateOnly:
-    """As a Journal is read; its events are applied and not stored."""
-
-    def __init__(self) -> None:
-        self.state = State()
-        self.at = make.AT
-
-    @contextmanager
-    def read(self) -> Iterator[State]:
-        yield self.state
-
-    def now(self) -> datetime:
-        return datetime.fromisoformat(self.at)
-
-    def append(self, *news: NewEvent) -> None:
-        for new in news:
-            state = self.state
-            state.apply(chain(new, state.sequence + 1, self.at, state.last_hash))
-            state.mark()
 
 
 @pytest.fixture
@@ -69,6 +47,7 @@ def read(journal: StateOnly, tmp_path: Path) -> Callable[..., dict[str, float]]:
                 "space": space,
                 "calls": Calls(),
                 "failure": lambda cohort: "",
+                "tellers": [],
                 "journal_file": None,
             }
             | fields
