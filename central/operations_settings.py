@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorikeet.logs import LogFormat
+from lorikeet.traces import wrong_endpoint
 
 EventGroup = Literal["release", "rollback", "problem"]
 
@@ -39,6 +40,20 @@ class ListenSettings(Group):
 class LogSettings(Group):
     format: LogFormat = "text"
     """Form of central's log lines: text, or json with an object a line."""
+
+
+class TraceSettings(Group):
+    endpoint: str | None = None
+    """OTLP/HTTP collector that gets traces, e.g. http://collector:4318. Unset: none are made.
+
+    Needs the extra `otel`. Headers belong into OTEL_EXPORTER_OTLP_HEADERS.
+    """
+
+    @model_validator(mode="after")
+    def _is_an_address(self) -> TraceSettings:
+        if self.endpoint is not None and (wrong := wrong_endpoint(self.endpoint)):
+            raise ValueError(f"CENTRAL_TRACES__ENDPOINT {wrong}")
+        return self
 
 
 class WebhookSettings(Group):

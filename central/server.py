@@ -23,11 +23,11 @@ from pathlib import Path
 import grpc
 import sqlalchemy as sa
 
-from central import faults
+from central import __version__, faults
 from central.calls import Calls
 from central.cohorts import CohortThreads
 from central.descriptors import allowed_connections, watch_connections
-from central.errors import ListenError
+from central.errors import ListenError, SettingsError
 from central.fleet.enrollment import EnrollmentService
 from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
@@ -41,8 +41,10 @@ from central.releases.service import ReleaseService
 from central.rooms import Rooms, open_rooms
 from central.rpc import ErrorTranslator, enrollment_options, server_options
 from central.settings import CentralSettings
+from central.tracing import JournalTracer
 from central.webhooks.running import make_tellers, telling
 from central.webhooks.teller import Source, Teller
+from lorikeet import traces
 from protos.fleet.v1 import fleet_pb2_grpc
 from protos.operators.v1 import operators_pb2_grpc
 from protos.releases.v1 import releases_pb2_grpc
@@ -60,6 +62,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
     Raises SettingsError, StorageError or ListenError when central cannot start.
     """
     faults.arm()
+    _start_traces(settings)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -80,6 +83,8 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
                 tellers = await asyncio.to_thread(_make_tellers, settings, rooms, services)
                 _serve_metrics(stack, settings, rooms, services, tellers)
                 stack.enter_context(telling(tellers))
+                if settings.traces.endpoint is not None:
+                    JournalTracer(rooms.journal).start()
                 await asyncio.to_thread(cohorts.start)
                 for name, work in (
                     ("retention", rooms.collector.run),
@@ -98,6 +103,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         finally:
             stopped.set()
             await asyncio.to_thread(cohorts.close)
+            await asyncio.to_thread(traces.stop)
 
 
 class Services:
@@ -233,6 +239,18 @@ class Services:
             EnrollmentService(rooms.journal, rooms.blobs, rooms.pki, rooms.base.digest), server
         )
         return server
+
+
+def _start_traces(settings: CentralSettings) -> None:
+    """Raises SettingsError when they are wanted and cannot be."""
+    if settings.traces.endpoint is None:
+        return
+    if not traces.is_installed():
+        raise SettingsError(
+            f"CENTRAL_TRACES__ENDPOINT is set, and {traces.NOT_INSTALLED}. Run `pip install "
+            "'lorikeet-federated[central,otel]'`, or unset it."
+        )
+    traces.start(settings.traces.endpoint, "lorikeet-central", __version__, sample=0)
 
 
 def _make_tellers(settings: CentralSettings, rooms: Rooms, services: Services) -> list[Teller]:

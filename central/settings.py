@@ -14,7 +14,13 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from central.errors import SettingsError
-from central.operations_settings import Group, ListenSettings, LogSettings, WebhookSettings
+from central.operations_settings import (
+    Group,
+    ListenSettings,
+    LogSettings,
+    TraceSettings,
+    WebhookSettings,
+)
 from protos.encoding import Encoding
 
 PREFIX = "CENTRAL_"
@@ -315,6 +321,7 @@ class CentralSettings(BaseSettings):
     retention: RetentionSettings = RetentionSettings()
     webhooks: WebhookSettings = WebhookSettings()
     logs: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
 
     @property
     def builds_on(self) -> dict[str, str]:

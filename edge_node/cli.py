@@ -86,9 +86,11 @@ def serve() -> None:
     The node also uploads what it learnt, and follows central's releases.
     """
     from edge_node.main import serve
+    from edge_node.tracing import start_traces
 
     settings = load_settings()
     log_to_stderr(settings.logs.format)
+    start_traces(settings, "node")
     asyncio.run(serve(settings))
 
 

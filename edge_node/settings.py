@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from edge_node import schedule, vllm_arguments
 from edge_node.errors import SettingsError
-from edge_node.operations_settings import LogSettings
+from edge_node.operations_settings import LogSettings, TraceSettings
 from edge_node.serving_settings import Group, ServingSettings
 from protos.encoding import Encoding
 
@@ -308,6 +308,7 @@ class EdgeSettings(BaseSettings):
     outbox: OutboxSettings = OutboxSettings()
     releases: ReleasesSettings = ReleasesSettings()
     logs: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
 
     @model_validator(mode="after")
     def _arguments_are_possible(self) -> EdgeSettings:

@@ -20,6 +20,7 @@ from edge_node.capture.answers import Finished, to_interaction
 from edge_node.errors import EdgeError
 from edge_node.experience import ExperienceStore, Interaction
 from edge_node.problems import Problems
+from lorikeet import traces
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,9 @@ class Recorder:
             self._report("capture queue is full")
             return False
         try:
-            async with asyncio.timeout(self._durable_timeout_s):
-                await entry.done
+            with traces.part("capture"):
+                async with asyncio.timeout(self._durable_timeout_s):
+                    await entry.done
         except TimeoutError:
             if self._settle(entry, _Fate.LOST):
                 self._report("disk did not keep up")

@@ -37,6 +37,7 @@ from edge_node.releases.trouble import (
 )
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
+from lorikeet import traces
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.releases.v1 import releases_pb2
 
@@ -202,7 +203,9 @@ class ReleaseWatcher:
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
         self._pointed = release.release_id
-        TALLY.switched(time.monotonic() - began)
+        TALLY.switched(took_s := time.monotonic() - began)
+        subject = release.release_id
+        traces.after("switch", subject, took_s, release_id=subject, release=release.label)
         log.info("serving release", extra={"release": release.label})
         self._spare.set()
 

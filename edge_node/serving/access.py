@@ -27,6 +27,7 @@ from edge_node.serving.middleware import (
     Send,
     refuse,
 )
+from lorikeet import traces
 
 OPEN = frozenset({"/health", "/ready"})
 """Probes, which have no key and say nothing of anybody's work."""
@@ -63,7 +64,8 @@ class AccessMiddleware:
             await refuse(send, 429, "RateLimitError", wait.text, headers=[(b"retry-after", after)])
             return
         try:
-            await self._app({**scope, KEY_OF_REQUEST: key}, receive, send)
+            with traces.request(_header(scope, b"traceparent")):
+                await self._app({**scope, KEY_OF_REQUEST: key}, receive, send)
         finally:
             gateway.quotas.leave(name)
 
@@ -113,6 +115,10 @@ def _sent_key(scope: Message) -> bytes | None:
     return other
 
 
+def _header(scope: Message, wanted: bytes) -> bytes | None:
+    return next((value for name, value in scope["headers"] if name == wanted), None)
+
+
 def _is_preflight(scope: Message) -> bool:
     """A browser asks what it may send, without a key. vLLM's CORS layer answers; no route does."""
     names = {name for name, _ in scope["headers"]}
@@ -121,7 +127,7 @@ def _is_preflight(scope: Message) -> bool:
 
 def _with_request_id(scope: Message, send: Send, counts: ServingCounts) -> tuple[Message, Send]:
     """The client's id, or a new one, in the request and in its answer, which is counted."""
-    given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+    given = _header(scope, REQUEST_ID) or b""
     request_id = given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
     headers = [header for header in scope["headers"] if header[0] != REQUEST_ID]
 
@@ -132,6 +138,8 @@ def _with_request_id(scope: Message, send: Send, counts: ServingCounts) -> tuple
             model = next((value for name, value in others if name == MODEL_HEADER), None)
             route = scope["path"] if scope["path"] in ALLOWED else None
             counts.answered(route, message["status"], model)
+            version = None if model is None else model.decode()
+            traces.say(route=route, status=message["status"], version=version)
         await send(message)
 
     return {**scope, "headers": [*headers, (REQUEST_ID, request_id)]}, send_on

@@ -32,6 +32,7 @@ from edge_node.serving.internals import Engine, check_contract
 from edge_node.serving.middleware import LorikeetMiddleware, user_of
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import load_settings
+from edge_node.tracing import start_traces
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class LorikeetPlugin:
                 f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket."
             )
         settings, engine = load_settings(), Engine(engine_client, state, args)
+        start_traces(settings, "gateway")
         started = Gateway(settings, engine)
         try:
             engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
