@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import tempfile
 from collections.abc import AsyncIterator
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.timeout(420)
 GENESIS, V1, V2 = "lorikeet@v0-00000000", "lorikeet@v1-11111111", "lorikeet@v2-22222222"
 PROMPTS = [f"w{number} w{number + 1} w{number + 2}" for number in range(8)]
 CHAT = "/v1/chat/completions"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -102,7 +104,10 @@ async def no_release_means_not_ready(node: Node) -> None:
 
 async def a_scrape_shows_vllms_figures_and_ours(node: Node) -> None:
     text = (await node.http.get("/metrics")).text
-    assert "vllm:generation_tokens_total{" in text
+    dashboard = (ROOT / "deploy" / "monitoring" / "node-dashboard.json").read_text()
+    vllms = set(re.findall(r"vllm:[a-z_]+", dashboard))
+    assert vllms
+    assert not [name for name in vllms if f"\n{name}{{" not in text]
     assert f'lorikeet_node_requests_total{{code="200",route="{CHAT}"}}' in text
     assert f'lorikeet_node_answers_total{{version="{V1}"}}' in text
     assert 'lorikeet_node_capture_total{result="captured"}' in text

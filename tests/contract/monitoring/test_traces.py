@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from central.errors import SettingsError
 from examples.ports import free_port
 from tests.contract import central_harness as harness
 from tests.contract.central_process import outside, process, ready
-
-
-class Collector:
-    """Takes OTLP over HTTP; keeps the spans."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.service = ""
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                if self.headers.get("content-encoding") == "gzip":
-                    body = gzip.decompress(body)
-                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    told = {one.key: one.value for one in resource.resource.attributes}
-                    collector.service = told["service.name"].string_value
-                    collector.spans += [s for scope in resource.scope_spans for s in scope.spans]
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *arguments: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", free_port()), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+from tests.fakes.otlp import Collector
 
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     collector = Collector()
     yield collector
-    collector.server.shutdown()
-    collector.server.server_close()
+    collector.close()
 
 
 async def admit_one(settings: Any, endpoint: str) -> tuple[str, str]:
@@ -76,7 +41,7 @@ async def admit_one(settings: Any, endpoint: str) -> tuple[str, str]:
 
 async def test_an_admission_reaches_the_collector(tmp_path: Path, collector: Collector) -> None:
     update_id, _ = await admit_one(harness.make_settings(tmp_path), collector.address)
-    assert collector.service == "lorikeet-central"
+    assert collector.services == {"lorikeet-central"}
     [span] = [span for span in collector.spans if span.name == "admission"]
     assert span.trace_id.hex() == update_id[:32]
     assert span.parent_span_id.hex() == update_id[32:48]
