@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
 from tests.fakes.metric_names import central_names, node_names
+from tests.unit.deploy.charts import container, render, stateful_set
+from tests.unit.deploy.test_charts import KUBERNETES, load_rendered
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "deploy" / "monitoring"
@@ -115,3 +118,18 @@ def test_promtool_reads_every_expression_of_the_dashboards(tmp_path: Path) -> No
     file = tmp_path / "expressions.yaml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": records}]}))
     promtool("check", "rules", str(file))
+
+
+def test_the_webhook_secret_is_a_file_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = {
+        "webhookSecret": {"secretName": "hook"},
+        "settings": {"webhooks": {"urls": ["https://alerts.example.org/x"]}},
+    }
+    objects = render("central", overrides=overrides)
+    kubernetes_validate.validate(stateful_set(objects), KUBERNETES[-1], strict=True)
+    mounts = {mount["name"]: mount for mount in container(objects)["volumeMounts"]}
+    assert mounts["webhook"] == {"name": "webhook", "mountPath": "/webhook", "readOnly": True}
+    webhooks = load_rendered("central", objects, monkeypatch).webhooks
+    assert str(webhooks.secret_file) == "/webhook/secret"
+    names = {mount["name"] for mount in container(render("central"))["volumeMounts"]}
+    assert "webhook" not in names
