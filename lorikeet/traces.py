@@ -15,7 +15,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ class Traces:
 
 
 _here: Traces | None = None
+_OFF = nullcontext()
 
 
 def is_installed() -> bool:
@@ -164,22 +165,25 @@ def after(
     span.end(ends)
 
 
-@contextmanager
-def request(traceparent: bytes | None) -> Iterator[None]:
+def request(traceparent: bytes | None) -> AbstractContextManager[None]:
     """A span around a request of a client, below the client's own where it sent one.
 
     Only a share of the requests is traced, whatever the client asks for.
     """
     if _here is None or random.random() >= _here.sample:
-        yield
-        return
+        return _OFF
+    return _request(_here.tracer, traceparent)
+
+
+@contextmanager
+def _request(tracer: Any, traceparent: bytes | None) -> Iterator[None]:
     from opentelemetry import trace
 
     parent = _sent_context(traceparent)
     above = trace.set_span_in_context(
         trace.INVALID_SPAN if parent is None else trace.NonRecordingSpan(parent)
     )
-    with _here.tracer.start_as_current_span(
+    with tracer.start_as_current_span(
         "request", above, record_exception=False, set_status_on_exception=False
     ):
         yield
@@ -194,24 +198,21 @@ def say(**attributes: Value | None) -> None:
     trace.get_current_span().set_attributes(_attributes(attributes))
 
 
-@contextmanager
-def part(name: str, **attributes: Value | None) -> Iterator[None]:
+def part(name: str, **attributes: Value | None) -> AbstractContextManager[Any]:
     """A span inside a request that is traced; nothing in one that is not."""
     if _here is None:
-        yield
-        return
+        return _OFF
     from opentelemetry import trace
 
     if not trace.get_current_span().get_span_context().is_valid:
-        yield
-        return
-    with _here.tracer.start_as_current_span(
+        return _OFF
+    started: AbstractContextManager[Any] = _here.tracer.start_as_current_span(
         name,
         attributes=_attributes(attributes),
         record_exception=False,
         set_status_on_exception=False,
-    ):
-        yield
+    )
+    return started
 
 
 def _attributes(given: dict[str, Value | None]) -> dict[str, Value]:
