@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 10.0
 """How often standing problems are looked for."""
+BATCH_S = 0.2
+"""Events come in groups; the journal is not read for each one."""
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 300.0
 AHEAD = 500
@@ -81,16 +84,21 @@ class Teller:
         """Tell until `stop`; what it raises is logged, and it goes on."""
         unsubscribe = self._from.journal.add_listener(lambda event: self._news.set())
         pauses = doubling(FIRST_PAUSE_S, LAST_PAUSE_S)
+        next_look = time.monotonic()
         try:
             while not stop.is_set():
                 self._news.clear()
                 try:
+                    if time.monotonic() >= next_look:
+                        next_look = time.monotonic() + LOOK_S
+                        self.look()
                     why = self.step()
                 except Exception as error:  # a full disk must not end it for ever
                     why = str(error) if isinstance(error, CentralError) else type(error).__name__
                 if why is None:
                     pauses = doubling(FIRST_PAUSE_S, LAST_PAUSE_S)
-                    self._news.wait(LOOK_S)
+                    self._news.wait(max(0.0, next_look - time.monotonic()))
+                    stop.wait(BATCH_S)
                     continue
                 pause_s = next(pauses)
                 self.failed += 1
@@ -108,7 +116,6 @@ class Teller:
 
     def step(self) -> str | None:
         """Tell all there is; why it stopped before the end, if it did. Raises StorageError."""
-        self._look()
         while True:
             while self._place.waiting:
                 message_id, body = self._place.waiting[0]
@@ -146,7 +153,7 @@ class Teller:
         self._place.sequence, self._place.event_hash = event.sequence, event.hash
         self._file.write(self._place)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Messages of problems that began or are over, on disk before they are sent."""
         if "problem" not in self._groups:
             return

@@ -154,6 +154,11 @@ def test_a_damaged_place_is_said(tmp_path: Path, start: Callable[..., Teller]) -
         start()
 
 
+def look_and_tell(teller: Teller) -> None:
+    teller.look()
+    teller.step()
+
+
 def test_standing_problems_begin_and_end_once_also_over_a_restart(
     receiver: Receiver, start: Callable[..., Teller]
 ) -> None:
@@ -164,15 +169,15 @@ def test_standing_problems_begin_and_end_once_also_over_a_restart(
 
     teller = start(failure=failure)
     for _ in range(5):
-        teller.step()
+        look_and_tell(teller)
     assert receiver.types == ["problem.began"]
     teller = start(failure=failure)
     for _ in range(5):
-        teller.step()
+        look_and_tell(teller)
     assert receiver.types == ["problem.began"], "it is known"
     wrong[0] = ""
     for _ in range(5):
-        teller.step()
+        look_and_tell(teller)
     assert receiver.types == ["problem.began", "problem.ended"]
 
 
@@ -182,7 +187,7 @@ def test_a_problem_that_was_not_taken_waits_on_disk(
     receiver.why = "connection refused"
     teller = start(shortage=lambda: "no room")
     for _ in range(3):
-        teller.step()
+        look_and_tell(teller)
     receiver.why = None
     teller = start()
     assert teller.step() is None
@@ -198,17 +203,17 @@ def test_a_node_in_trouble_is_one_problem_and_is_not_over_while_it_is_away(
     presence.report("a-00000000", fleet_pb2.NodeStatus(problems=rooms))
     teller = start(presence=presence)
     for _ in range(4):
-        teller.step()
+        look_and_tell(teller)
     [began] = receiver.got
     assert json.loads(began.body)["data"]["node_id"] == "a-00000000"
     presence.closed("a-00000000")
     for _ in range(4):
-        teller.step()
+        look_and_tell(teller)
     assert len(receiver.got) == 1
     presence.opened("a-00000000")
     presence.report("a-00000000", fleet_pb2.NodeStatus())
     for _ in range(4):
-        teller.step()
+        look_and_tell(teller)
     assert receiver.types == ["problem.began", "problem.ended"]
 
 
@@ -228,7 +233,7 @@ def test_problems_that_wait_are_bounded(
     teller = start(failure=lambda cohort: wrong[0])
     for turn in range(12):
         wrong[0] = "it fails" if turn % 4 < 2 else ""
-        teller.step()
+        look_and_tell(teller)
     assert teller.waiting == 3
 
 
@@ -256,3 +261,24 @@ def test_the_thread_tries_again_and_ends(
     assert teller.failed >= 3
     assert "s3cret" not in caplog.text
     assert caplog.records[0].__dict__["host"] == "example.org"
+
+
+def test_events_do_not_hurry_the_looks(
+    journal: StateOnly,
+    receiver: Receiver,
+    start: Callable[..., Teller],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two looks are ten seconds apart, however many events wake the thread."""
+    monkeypatch.setattr(tellers, "BATCH_S", 0.0)
+    teller, stop = start(shortage=lambda: "no room"), threading.Event()
+    thread = threading.Thread(target=teller.run, args=(stop,))
+    thread.start()
+    for number, name in enumerate("abc", 1):
+        with receiver.changed:
+            quarantine(journal, name)
+            assert receiver.changed.wait_for(lambda most=number: len(receiver.got) >= most, 10)
+    stop.set()
+    teller.wake()
+    thread.join(10)
+    assert receiver.types == ["problem.node_quarantined"] * 3
