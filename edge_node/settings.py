@@ -374,7 +374,8 @@ def load_settings() -> EdgeSettings:
                 mistakes.append(item["msg"].removeprefix("Value error, "))
                 continue
             variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
-            secret = "extra_args" in item["loc"]  # API keys are among them
+            # API keys are among the first; an address may have a password.
+            secret = "extra_args" in item["loc"] or item["loc"] == ("traces",)
             value = (
                 "" if secret or item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
             )
