@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import grpc
 
 from central.blobs.store import BlobLost
+from central.calls import OK, Calls
 from central.errors import REASON_KEY, CentralError, Reason, Refused, StorageError, StorageFull
 from central.journal import JournalConflict
 from central.settings import LimitSettings
@@ -91,7 +92,10 @@ def enrollment_options(limits: LimitSettings) -> Options:
 
 
 class ErrorTranslator(Interceptor):
-    """Wraps every handler of a server."""
+    """Wraps every handler of a server, and counts how its calls end."""
+
+    def __init__(self, calls: Calls | None = None) -> None:
+        self._calls = calls or Calls()
 
     async def intercept_service(
         self,
@@ -107,32 +111,49 @@ class ErrorTranslator(Interceptor):
         kind = f"{asks}_{answers}"
         make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
         wrapped: Handler = make(
-            wrap(getattr(handler, kind), handler_call_details.method),
+            wrap(getattr(handler, kind), handler_call_details.method, self._calls),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
         return wrapped
 
 
-def _single(behaviour: Any, method: str) -> Callable[[Any, Context], Awaitable[Any]]:
+def _single(behaviour: Any, method: str, calls: Calls) -> Callable[[Any, Context], Awaitable[Any]]:
     async def call(request: Any, context: Context) -> Any:
         try:
-            return await behaviour(request, context)
+            answer = await behaviour(request, context)
         except Exception as error:
+            calls.count(method, _result(error))
             await _abort(context, error, method)
+        calls.count(method, OK)
+        return answer
 
     return call
 
 
-def _streaming(behaviour: Any, method: str) -> Callable[[Any, Context], AsyncIterator[Any]]:
+def _streaming(
+    behaviour: Any, method: str, calls: Calls
+) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
             async for response in behaviour(request, context):
                 yield response
         except Exception as error:
+            calls.count(method, _result(error))
             await _abort(context, error, method)
+        calls.count(method, OK)
 
     return call
+
+
+def _result(error: Exception) -> str:
+    """Why a call failed, in a word of a short list."""
+    if isinstance(error, Refused):
+        return error.reason.value
+    for kind, word in _RESULTS:
+        if isinstance(error, kind):
+            return word
+    return "INTERNAL"
 
 
 class Repeats:
@@ -158,6 +179,15 @@ class Repeats:
 
 
 _repeats = Repeats()
+_RESULTS: tuple[tuple[type[Exception], str], ...] = (
+    (grpc.aio.AbortError, "ABORTED"),
+    (JournalConflict, "ABORTED"),
+    (BlobLost, Reason.PAYLOAD_LOST.value),
+    (StorageFull, Reason.STORAGE_FULL.value),
+    (StorageError, Reason.STORAGE_FAILED.value),
+    (CentralError, "FAILED_PRECONDITION"),
+)
+"""As `_abort` answers them; the first that fits."""
 
 
 def _log(

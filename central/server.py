@@ -18,24 +18,33 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import grpc
+import sqlalchemy as sa
 
-from central import faults
+from central import __version__, faults
+from central.calls import Calls
 from central.cohorts import CohortThreads
 from central.descriptors import allowed_connections, watch_connections
-from central.errors import ListenError
+from central.errors import ListenError, SettingsError
 from central.fleet.enrollment import EnrollmentService
 from central.fleet.identity import Authenticator
 from central.fleet.presence import Presence
 from central.fleet.service import HEARTBEAT_S, FleetService
 from central.intake.admission import Admission
 from central.intake.service import UpdateService
+from central.monitoring.figures import Sources, make_registry
+from central.monitoring.port import metrics_port
 from central.operators.service import OperatorService
 from central.releases.service import ReleaseService
 from central.rooms import Rooms, open_rooms
 from central.rpc import ErrorTranslator, enrollment_options, server_options
 from central.settings import CentralSettings
+from central.tracing import JournalTracer
+from central.webhooks.running import make_tellers, telling
+from central.webhooks.teller import Source, Teller
+from lorikeet import traces
 from protos.fleet.v1 import fleet_pb2_grpc
 from protos.operators.v1 import operators_pb2_grpc
 from protos.releases.v1 import releases_pb2_grpc
@@ -53,6 +62,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
     Raises SettingsError, StorageError or ListenError when central cannot start.
     """
     faults.arm()
+    _start_traces(settings)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -69,7 +79,12 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         cohorts = CohortThreads(rooms.journal, run_cohort)
         stopped = threading.Event()
         try:
-            async with Services(rooms, settings, presence, failure=cohorts.failure):
+            async with Services(rooms, settings, presence, failure=cohorts.failure) as services:
+                tellers = await asyncio.to_thread(_make_tellers, settings, rooms, services)
+                _serve_metrics(stack, settings, rooms, services, tellers)
+                stack.enter_context(telling(tellers))
+                if settings.traces.endpoint is not None:
+                    JournalTracer(rooms.journal).start()
                 await asyncio.to_thread(cohorts.start)
                 for name, work in (
                     ("retention", rooms.collector.run),
@@ -88,6 +103,7 @@ async def serve(settings: CentralSettings, announce: Callable[[str], None]) -> N
         finally:
             stopped.set()
             await asyncio.to_thread(cohorts.close)
+            await asyncio.to_thread(traces.stop)
 
 
 class Services:
@@ -108,15 +124,17 @@ class Services:
         self._rooms = rooms
         self._settings = settings
         self._authenticator = Authenticator(rooms.journal)
-        self._presence = presence
-        self._failure = failure
+        self.presence = presence
+        self.failure = failure
         self._fleet = FleetService(
             rooms.journal,
             self._authenticator,
-            self._presence,
+            self.presence,
             heartbeat_s,
             settings.limits.node_watches,
         )
+        self.calls = Calls()
+        """How the calls of both ports ended."""
         self._servers: list[grpc.aio.Server] = []
         self._connections = allowed_connections(settings.limits)
         self._watch: asyncio.Task[None] | None = None
@@ -188,7 +206,7 @@ class Services:
             rooms.collector.make_room,
         )
         options = server_options(self._settings.limits, self._connections)
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
+        server = grpc.aio.server(interceptors=[ErrorTranslator(self.calls)], options=options)
         fleet_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
         updates_pb2_grpc.add_UpdateServiceServicer_to_server(
             UpdateService(admission, rooms.uploads, authenticator, self._settings.limits), server
@@ -202,11 +220,11 @@ class Services:
                 rooms.registry,
                 rooms.blobs,
                 authenticator,
-                self._presence,
+                self.presence,
                 rooms.pki.ca_pem,
                 self._settings.channels,
                 rooms.collector,
-                self._failure,
+                self.failure,
                 rooms.space.shortage,
             ),
             server,
@@ -216,11 +234,57 @@ class Services:
     def _enrollment_server(self) -> grpc.aio.Server:
         rooms = self._rooms
         options = enrollment_options(self._settings.limits)
-        server = grpc.aio.server(interceptors=[ErrorTranslator()], options=options)
+        server = grpc.aio.server(interceptors=[ErrorTranslator(self.calls)], options=options)
         fleet_pb2_grpc.add_EnrollmentServiceServicer_to_server(
             EnrollmentService(rooms.journal, rooms.blobs, rooms.pki, rooms.base.digest), server
         )
         return server
+
+
+def _start_traces(settings: CentralSettings) -> None:
+    """Raises SettingsError when they are wanted and cannot be."""
+    if settings.traces.endpoint is None:
+        return
+    if not traces.is_installed():
+        raise SettingsError(
+            f"CENTRAL_TRACES__ENDPOINT is set, and {traces.NOT_INSTALLED}. Run `pip install "
+            "'lorikeet-federated[central,otel]'`, or unset it."
+        )
+    traces.start(settings.traces.endpoint, "lorikeet-central", __version__, sample=0)
+
+
+def _make_tellers(settings: CentralSettings, rooms: Rooms, services: Services) -> list[Teller]:
+    """Raises SettingsError, StorageError."""
+    source = Source(rooms.journal, services.presence, services.failure, rooms.space.shortage)
+    return make_tellers(settings.webhooks, settings.data_dir, source)
+
+
+def _serve_metrics(
+    stack: ExitStack,
+    settings: CentralSettings,
+    rooms: Rooms,
+    services: Services,
+    tellers: list[Teller],
+) -> None:
+    """The port for Prometheus, where one is set; raises ListenError."""
+    listen, url = settings.listen, sa.make_url(settings.journal_url)
+    if listen.metrics_port is None:
+        return
+    is_file = url.get_backend_name() == "sqlite" and url.database
+    sources = Sources(
+        rooms.journal,
+        services.presence,
+        rooms.uploads,
+        rooms.space,
+        services.calls,
+        services.failure,
+        tellers,
+        Path(url.database) if is_file and url.database else None,
+    )
+    address = stack.enter_context(
+        metrics_port(make_registry(sources), listen.metrics_host, listen.metrics_port)
+    )
+    log.info("metrics are served", extra={"address": address})
 
 
 def _load_federation(

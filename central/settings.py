@@ -10,17 +10,20 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from central.errors import SettingsError
+from central.operations_settings import (
+    Group,
+    ListenSettings,
+    LogSettings,
+    TraceSettings,
+    WebhookSettings,
+)
 from protos.encoding import Encoding
 
 PREFIX = "CENTRAL_"
-
-
-class Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class BaseModelSettings(Group):
@@ -29,17 +32,6 @@ class BaseModelSettings(Group):
 
     Its configuration, tokenizer and safetensors headers are read.
     """
-
-
-class ListenSettings(Group):
-    host: str = "127.0.0.1"
-    """Address that both ports listen on."""
-    port: int = Field(default=9443, ge=1, le=65535)
-    """Mutual-TLS port for enrolled nodes and operators."""
-    enrollment_port: int = Field(default=9444, ge=1, le=65535)
-    """Server-TLS port for enrolment only."""
-    names: list[str] = Field(default_factory=lambda: ["localhost", "127.0.0.1"])
-    """DNS names and addresses in central's certificate, as a JSON list."""
 
 
 class JournalSettings(Group):
@@ -327,6 +319,9 @@ class CentralSettings(BaseSettings):
     quarantine: QuarantineSettings = QuarantineSettings()
     limits: LimitSettings = LimitSettings()
     retention: RetentionSettings = RetentionSettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    logs: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
 
     @property
     def builds_on(self) -> dict[str, str]:

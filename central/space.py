@@ -101,6 +101,10 @@ class Space:
         since = self._note(bool(text))
         return f"{text} (since {since}). {NEXT_STEP}" if text else ""
 
+    def disks(self) -> dict[Path, Disk]:
+        """Every disk that central writes on, by a directory on it; raises OSError."""
+        return {place: self._disk(place) for place in self._places}
+
     def release_ballast(self) -> None:
         """Give back the room of last resort; idempotent, never raises."""
         for place in self._places:

@@ -12,7 +12,7 @@ import json
 import sqlite3
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -86,8 +86,12 @@ def serve() -> None:
     The node also uploads what it learnt, and follows central's releases.
     """
     from edge_node.main import serve
+    from edge_node.tracing import start_traces
 
-    asyncio.run(serve(load_settings()))
+    settings = load_settings()
+    log_to_stderr(settings.logs.format)
+    start_traces(settings, "node")
+    asyncio.run(serve(settings))
 
 
 @app.command(
@@ -101,7 +105,7 @@ def status(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what this node serves, holds and waits for, and what fails."""
+    """Show engine, releases, keys, queues, rounds and the last sync, and what fails."""
     settings = load_settings()
     if live:
         from edge_node.heartbeat import check_alive
@@ -109,35 +113,16 @@ def status(
         print(f"The supervisor was alive {check_alive(settings.data_dir):.0f} s ago.")
         return
     from edge_node.doctor import node_status
+    from edge_node.status import print_status
 
     status = asyncio.run(node_status(settings))
     if as_json:
         print(json.dumps(status, indent=1))
     else:
-        _print_status(status)
+        print_status(status)
     if not status["ready"]:
         raise typer.Exit(1)
     raise typer.Exit(IN_TROUBLE if status["problems"] else 0)
-
-
-def _print_status(status: dict[str, Any]) -> None:
-    for key, value in status.items():
-        if key != "problems":
-            print(f"{key.replace('_', ' '):22} {_progress(value) if key == 'round' else value}")
-    print(f"{'problems':22} {len(status['problems']) or 'none'}")
-    for problem in status["problems"]:
-        print(f"  {problem['room']}, since {problem['since']}: {problem['text']}")
-        print(f"    Next: {problem['next_step']}")
-
-
-def _progress(running: dict[str, Any] | None) -> str:
-    if running is None:
-        return "none runs"
-    return ", ".join(
-        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
-        for name, value in running.items()
-        if value not in (None, "")
-    )
 
 
 @app.command("doctor")

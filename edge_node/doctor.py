@@ -51,6 +51,7 @@ from edge_node.serving import (
 )
 from edge_node.settings import EdgeSettings
 from edge_node.sizing import describe
+from edge_node.status import engine_status, kept_status
 from edge_node.surroundings import LOW_DISK_BYTES, expect_same_time, surroundings
 from protos.releases.v1 import releases_pb2, releases_pb2_grpc
 
@@ -88,26 +89,35 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         **await asyncio.to_thread(_releases, settings, identity, unreadable),
         "ready": False,
         **_stored(settings, unreadable),
+        **await asyncio.to_thread(kept_status, settings, busy_timeout_s=STORE_TIMEOUT_S),
     }
     try:
         state = await _serving_state(settings)
     except ServingError as error:
-        return status | {
-            "not_ready": str(error),
-            "problems": _problems(settings.data_dir, identity, unreadable),
-        }
+        return (
+            status
+            | engine_status(settings, None)
+            | {
+                "not_ready": str(error),
+                "problems": _problems(settings.data_dir, identity, unreadable),
+            }
+        )
     not_ready = state.not_ready
     if not_ready is None and not await is_listening(settings.serving):
         not_ready = f"Nothing listens at {settings.serving.host}:{settings.serving.port}."
-    return status | {
-        "ready": not_ready is None,
-        "serving": state.target,
-        "loaded": sorted(state.loaded),
-        "captured": state.captured,
-        "lost": state.lost,
-        "not_ready": not_ready,
-        "problems": _problems(settings.data_dir, identity, [*unreadable, *state.problems]),
-    }
+    return (
+        status
+        | engine_status(settings, state)
+        | {
+            "ready": not_ready is None,
+            "serving": state.target,
+            "loaded": sorted(state.loaded),
+            "captured": state.captured,
+            "lost": state.lost,
+            "not_ready": not_ready,
+            "problems": _problems(settings.data_dir, identity, [*unreadable, *state.problems]),
+        }
+    )
 
 
 def _problems(

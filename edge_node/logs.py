@@ -7,10 +7,13 @@ Guarantees: a field is shown whatever vLLM's own logging looks like.
 from __future__ import annotations
 
 import logging
+import os
 
 from lorikeet.logs import FieldFormatter, stderr_handler
 
 OURS = "edge_node"
+FORMAT = "EDGE_LOGS__FORMAT"
+"""Read by itself: these processes log before they have settings, and also without any."""
 
 
 def log_beside_vllm() -> None:
@@ -23,7 +26,8 @@ def log_beside_vllm() -> None:
     """
     ours = logging.getLogger(OURS)
     if not any(isinstance(handler.formatter, FieldFormatter) for handler in ours.handlers):
-        ours.handlers = [stderr_handler()]
+        form = os.environ.get(FORMAT, "").lower()
+        ours.handlers = [stderr_handler("json" if form == "json" else "text")]
     ours.setLevel(logging.INFO)
     ours.propagate = False
     for name, logger in logging.root.manager.loggerDict.items():

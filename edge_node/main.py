@@ -36,6 +36,7 @@ from edge_node.errors import (
     StorageError,
 )
 from edge_node.experience import Trimmer, open_experience
+from edge_node.figures.gather import Gatherer, tell
 from edge_node.heartbeat import beat
 from edge_node.identity import Identity, keep_identity, request_enrollment
 from edge_node.learning import LearnerProcess, open_starts
@@ -267,6 +268,10 @@ async def serve(settings: EdgeSettings) -> None:
                 uploader.run(),
                 look_around(settings.data_dir, identity),
                 trimmer.run(),
+                tell(
+                    Gatherer(settings.data_dir, identity, vllm, outbox, experience).families,
+                    control,
+                ),
             ]
             if settings.learning.enabled:
                 rooms.append(learner.run())

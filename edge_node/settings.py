@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from edge_node import schedule, vllm_arguments
 from edge_node.errors import SettingsError
 from edge_node.experience_settings import CaptureSettings, ExperienceSettings
+from edge_node.operations_settings import LogSettings, TraceSettings
 from edge_node.round_settings import GateSettings, SdftSettings
 from edge_node.serving_settings import Group, ServingSettings
 from protos.encoding import Encoding
@@ -302,6 +303,8 @@ class EdgeSettings(BaseSettings):
     learning: LearningSettings = LearningSettings()
     outbox: OutboxSettings = OutboxSettings()
     releases: ReleasesSettings = ReleasesSettings()
+    logs: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
 
     @model_validator(mode="after")
     def _arguments_are_possible(self) -> EdgeSettings:
@@ -368,7 +371,8 @@ def load_settings() -> EdgeSettings:
                 mistakes.append(item["msg"].removeprefix("Value error, "))
                 continue
             variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
-            secret = "extra_args" in item["loc"]  # API keys are among them
+            # API keys are among the first; an address may have a password.
+            secret = "extra_args" in item["loc"] or item["loc"] == ("traces",)
             value = (
                 "" if secret or item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
             )

@@ -49,7 +49,9 @@ def serve() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from central.server import serve
 
-    asyncio.run(serve(load_settings(), lambda line: print(line, flush=True)))
+    settings = load_settings()
+    log_to_stderr(settings.logs.format)
+    asyncio.run(serve(settings, lambda line: print(line, flush=True)))
 
 
 app.add_typer(nodes.app, name="nodes")

@@ -53,7 +53,8 @@ class _File:
 
 
 class Uploads:
-    """One per central; thread-safe. Every method but `held_bytes` blocks on disk."""
+    """One per central; thread-safe. Every method but `held_bytes` and
+    `unfinished` blocks on disk."""
 
     def __init__(
         self, root: Path, node_unfinished: int = 16, clock: Callable[[], float] = steady_s
@@ -200,6 +201,12 @@ class Uploads:
                 for update_id, file in files.items()
                 if update_id != besides and update_id not in admitted
             )
+
+    def unfinished(self) -> tuple[int, int]:
+        """How many there are of all nodes, and their bytes. Does not ask the disk."""
+        with self._lock:
+            sizes = [file.size for own in self._files.values() for file in own.values()]
+        return len(sizes), sum(sizes)
 
     def path(self, node_id: str, update_id: str) -> Path:
         """Where the update's bytes lie, if any."""

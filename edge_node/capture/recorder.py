@@ -21,6 +21,7 @@ from edge_node.capture.answers import Finished, to_interaction
 from edge_node.errors import EdgeError
 from edge_node.experience import ExperienceStore, Interaction
 from edge_node.problems import Problems
+from lorikeet import traces
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,9 @@ class Recorder:
         self._queue: queue.Queue[_Entry | None] = queue.Queue(queue_size)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(_Fate, 0)
+        self.prompt_tokens = 0
+        """Of what was captured, as `answer_tokens`."""
+        self.answer_tokens = 0
         self._problems = problems
         self._clock = clock
         self._causes: set[str] = set()
@@ -95,8 +99,9 @@ class Recorder:
         if not self._put(entry):
             return False
         try:
-            async with asyncio.timeout(0 if self._stuck else self._durable_timeout_s):
-                await entry.done
+            with traces.part("capture"):
+                async with asyncio.timeout(0 if self._stuck else self._durable_timeout_s):
+                    await entry.done
         except TimeoutError:
             if self._settle(entry, _Fate.LOST):
                 self._stuck = True
@@ -164,6 +169,8 @@ class Recorder:
             try:
                 self._store.add_interactions([row for _, row in rows])
                 fate, self._writes = _Fate.CAPTURED, True
+                self.prompt_tokens += sum(len(row.prompt_ids) for _, row in rows)
+                self.answer_tokens += sum(len(row.answer_ids) for _, row in rows)
                 self._calm_down()
             except Exception as error:
                 fate, self._writes = _Fate.LOST, False

@@ -246,6 +246,12 @@ class RoundStore:
             ).fetchall()
         return [RoundEnd(_read(row[0]), *row[1:]) for row in rows]
 
+    def outcomes(self) -> dict[str, int]:
+        """How many rounds there are by state."""
+        with self.transaction() as database:
+            rows = database.execute("SELECT state, count(*) FROM rounds GROUP BY state").fetchall()
+        return {str(state): int(number) for state, number in rows}
+
     def last_was_abandoned(self) -> bool:
         """Whether the newest round that ended by itself could not be completed."""
         with self.transaction() as database:

@@ -36,6 +36,7 @@ from edge_node.problems import Problems
 from edge_node.releases.peft_directory import directory_rank
 from edge_node.releases.trouble import next_step
 from edge_node.settings import EdgeSettings, load_settings
+from edge_node.tracing import start_traces, trace_round
 from lorikeet.logs import log_to_stderr
 from lorikeet.parent import die_with_parent
 from lorikeet.pauses import doubling
@@ -268,6 +269,7 @@ class Worker:
             steering.ends()
         self._waits = doubling(FIRST_WAIT_S, LAST_WAIT_S)
         self._rounds.finish(plan.round_id, update_id)
+        trace_round(plan, update_id)
         self._problems.clear(ROOM)
         log.info("round finished", extra={"round_id": plan.round_id, "update_id": update_id})
 
@@ -375,6 +377,8 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr()
     try:
         settings = load_settings()
+        log_to_stderr(settings.logs.format)
+        start_traces(settings, "learner")
         from edge_node.identity import Identity
 
         Worker(settings, Identity.load(settings.data_dir).node_id).run()

@@ -23,6 +23,7 @@ from edge_node.identity import Identity
 from edge_node.outbox.store import Outbox, OutboxEntry, OutboxState
 from edge_node.problems import Problems
 from edge_node.settings import EdgeSettings
+from lorikeet import traces
 from lorikeet.pauses import doubling
 from protos.manifest import CHUNK_BYTES, ManifestError, ReceiptBody, verify
 from protos.updates.v1 import updates_pb2, updates_pb2_grpc
@@ -128,6 +129,7 @@ class Uploader:
 
     async def _attempt(self, entry: OutboxEntry) -> None:
         fields = {"update_id": entry.update_id, "sequence": entry.sequence}
+        began, result = self._clock(), "admitted"
         try:
             receipt = await self._upload(entry)
             self._check(receipt, entry)
@@ -136,6 +138,7 @@ class Uploader:
             )
             log.info("update admitted", extra=fields)
         except UpdateRefused as error:
+            result = error.reason
             await asyncio.to_thread(
                 self._outbox.mark_refused, entry.update_id, f"{error.reason}: {error}"
             )
@@ -146,6 +149,13 @@ class Uploader:
         except (grpc.aio.AioRpcError, TimeoutError, EdgeError, OSError, sqlite3.Error) as error:
             self._postpone(entry, error, fields)
             return
+        traces.after(
+            "upload",
+            entry.update_id,
+            self._clock() - began,
+            update_id=entry.update_id,
+            result=result,
+        )
         self._backoff.pop(entry.update_id, None)
         self._failures.pop(entry.update_id, None)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Protocol
@@ -20,6 +21,7 @@ import grpc
 
 from edge_node import __version__
 from edge_node.errors import AdapterError, ServingError, StorageError
+from edge_node.figures.tally import TALLY, note_heard
 from edge_node.problems import Problems
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
@@ -35,6 +37,7 @@ from edge_node.releases.trouble import (
 )
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
+from lorikeet import traces
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
 from protos.releases.v1 import releases_pb2
 
@@ -112,6 +115,7 @@ class ReleaseWatcher:
                     if not isinstance(event, fleet_pb2.WatchResponse):  # end of the stream
                         break
                     self._take(event)
+                    note_heard(self._settings.data_dir)
                     pause, heard = RETRY_FIRST_S, True
                     self._problems.clear("central")
                 if not heard:
@@ -193,11 +197,15 @@ class ReleaseWatcher:
             self._loaded_generation = generation
         if head is None or self._store.check(head).digest == self._pointed:
             return
+        began = time.monotonic()
         release = await self._obtain(head)
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
         self._pointed = release.release_id
+        TALLY.switched(took_s := time.monotonic() - began)
+        subject = release.release_id
+        traces.after("switch", subject, took_s, release_id=subject, release=release.label)
         log.info("serving release", extra={"release": release.label})
         self._spare.set()
 

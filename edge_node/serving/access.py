@@ -16,9 +16,11 @@ from edge_node.access import Key, Scope
 from edge_node.serving import gateway as gateways
 from edge_node.serving.anthropic_errors import in_anthropics_form
 from edge_node.serving.asgi import App, Message, Receive, Send, refuse
-from edge_node.serving.completion import KEY_OF_REQUEST
+from edge_node.serving.completion import KEY_OF_REQUEST, MODEL_HEADER
+from edge_node.serving.counts import ServingCounts
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.routes import ALLOWED, ANTHROPIC, OPEN, SCOPES, route_of
+from lorikeet import traces
 
 REQUEST_ID = b"x-request-id"
 ANTHROPICS_ID = b"request-id"
@@ -39,7 +41,7 @@ class AccessMiddleware:
         if scope["type"] != "http" or gateway is None:
             await self._app(scope, receive, send)  # where WebSockets are closed, and all else 503
             return
-        scope, send = _with_request_id(scope, send)
+        scope, send = _with_request_id(scope, send, gateway.counts)
         if scope["path"] in ANTHROPIC:
             send = in_anthropics_form(send)
         if scope["path"] in OPEN or _is_preflight(scope):
@@ -55,7 +57,8 @@ class AccessMiddleware:
             await refuse(send, 429, "RateLimitError", wait.text, headers=[(b"retry-after", after)])
             return
         try:
-            await self._app({**scope, KEY_OF_REQUEST: key}, receive, send)
+            with traces.request(_header(scope, b"traceparent")):
+                await self._app({**scope, KEY_OF_REQUEST: key}, receive, send)
         finally:
             gateway.quotas.leave(name)
 
@@ -106,15 +109,19 @@ def _sent_key(scope: Message) -> bytes | None:
     return other
 
 
+def _header(scope: Message, wanted: bytes) -> bytes | None:
+    return next((value for name, value in scope["headers"] if name == wanted), None)
+
+
 def _is_preflight(scope: Message) -> bool:
     """A browser asks what it may send, without a key. vLLM's CORS layer answers; no route does."""
     names = {name for name, _ in scope["headers"]}
     return scope["method"] == "OPTIONS" and {b"origin", b"access-control-request-method"} <= names
 
 
-def _with_request_id(scope: Message, send: Send) -> tuple[Message, Send]:
-    """The client's id, or a new one, in the request and in its answer."""
-    given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+def _with_request_id(scope: Message, send: Send, counts: ServingCounts) -> tuple[Message, Send]:
+    """The client's id, or a new one, in the request and in its answer, which is counted."""
+    given = _header(scope, REQUEST_ID) or b""
     request_id = given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
     headers = [header for header in scope["headers"] if header[0] != REQUEST_ID]
     ids = [(REQUEST_ID, request_id)]
@@ -125,6 +132,12 @@ def _with_request_id(scope: Message, send: Send) -> tuple[Message, Send]:
         if message["type"] == "http.response.start":
             others = [h for h in message.get("headers", ()) if h[0].lower() != REQUEST_ID]
             message = {**message, "headers": [*others, *ids]}
+            model = next((value for name, value in others if name == MODEL_HEADER), None)
+            asked = route_of(scope["path"])
+            route = asked if asked in ALLOWED else None
+            counts.answered(route, message["status"], model)
+            version = None if model is None else model.decode()
+            traces.say(route=route, status=message["status"], version=version)
         await send(message)
 
     return {**scope, "headers": [*headers, (REQUEST_ID, request_id)]}, send_on

@@ -145,6 +145,10 @@ class ControlClient:
         )
         return bool(answer["alive"])
 
+    async def tell_figures(self, families: list[dict[str, Any]], *, timeout_s: float) -> None:
+        """The supervisor's figures (edge_node/figures), for the next scrapes."""
+        await self._call("POST", "/figures", families, timeout_s=timeout_s)
+
     async def open_session(
         self,
         model: str,

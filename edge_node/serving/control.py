@@ -19,7 +19,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from edge_node.errors import EdgeError
+from edge_node.errors import EdgeError, ServingError
+from edge_node.figures import Family
 from edge_node.serving.client import short_path
 from edge_node.serving.embedded import EmbeddedServer
 from edge_node.serving.gateway import Gateway
@@ -42,6 +43,7 @@ class ControlServer:
             Route("/unload", self._unload, methods=["POST"]),
             Route("/drain", self._drain, methods=["POST"]),
             Route("/probe", self._probe, methods=["POST"]),
+            Route("/figures", self._figures, methods=["POST"]),
             Route("/sessions/open", self._open_session, methods=["POST"]),
             Route("/sessions/take", self._take_session, methods=["POST"]),
         ]
@@ -103,6 +105,14 @@ class ControlServer:
     async def _probe(self, request: Request) -> JSONResponse:
         body = await request.json()
         return JSONResponse({"alive": await self._gateway.probe(float(body["deadline_s"]))})
+
+    async def _figures(self, request: Request) -> JSONResponse:
+        try:
+            told = [Family.read(document) for document in await request.json()]
+        except (TypeError, ValueError) as error:
+            raise ServingError(f"Figures are not usable: {error}.") from error
+        self._gateway.counts.tell(told)
+        return JSONResponse({})
 
     async def _open_session(self, request: Request) -> JSONResponse:
         url = await self._sessions.url()

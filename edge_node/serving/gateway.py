@@ -41,6 +41,7 @@ from edge_node.experience import (
 from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
+from edge_node.serving.counts import ServingCounts
 from edge_node.serving.first_tokens import FirstTokens
 from edge_node.serving.in_flight import InFlight
 from edge_node.serving.sessions import Session, Sessions
@@ -89,6 +90,7 @@ class Gateway:
         self.sessions = Sessions()
         self.keys = Keyring(settings, self.problems)
         self.quotas = Quotas(settings.serving.limits)
+        self.counts = ServingCounts()
         self.draining = False
         self.last_progress = time.monotonic()
         """When the last piece of what the engine made went out."""

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse
 from edge_node.errors import ServingError
 from edge_node.logs import log_beside_vllm
 from edge_node.serving import gateway as gateways
+from edge_node.serving import metrics
 from edge_node.serving.certificate import watch_certificates
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.serving.control import ControlServer
@@ -31,6 +32,7 @@ from edge_node.serving.metrics_port import MetricsPort
 from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import load_settings
+from edge_node.tracing import start_traces
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class LorikeetPlugin:
                 f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket."
             )
         settings, engine = load_settings(), Engine(engine_client, state, args)
+        start_traces(settings, "gateway")
         started = Gateway(settings, engine)
         try:
             engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
@@ -82,6 +85,7 @@ class LorikeetPlugin:
         await state.lorikeet_metrics.start()
         watch_certificates()
         started.keys.watch()
+        metrics.register(started)
         gateways.here = started
 
 

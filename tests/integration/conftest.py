@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples.ports import free_port
+from tests.fakes.otlp import Collector
 from tests.fakes.tiny_model import tiny_model
 from tests.integration.harness import Program, running, wait_for
 
@@ -24,7 +25,15 @@ ENVIRONMENTS = [
 
 
 @pytest.fixture
-def central(tmp_path: Path) -> Iterator[Program]:
+def collector() -> Iterator[Collector]:
+    """Gets the traces of both programs."""
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture
+def central(tmp_path: Path, collector: Collector) -> Iterator[Program]:
     """`central serve`, ready; a file that needs another one makes its own."""
     port, enrollment_port = free_port(), free_port()
     program = Program(
@@ -34,6 +43,8 @@ def central(tmp_path: Path) -> Iterator[Program]:
             "CENTRAL_BASE__PATH": str(tiny_model()),
             "CENTRAL_LISTEN__PORT": str(port),
             "CENTRAL_LISTEN__ENROLLMENT_PORT": str(enrollment_port),
+            "CENTRAL_LISTEN__METRICS_PORT": str(free_port()),
+            "CENTRAL_TRACES__ENDPOINT": collector.address,
             "CENTRAL_MERGE__MIN_UPDATES": "1",
             "CENTRAL_MERGE__RANK": "16",
             "CENTRAL_GATE__TASKS": "8",
@@ -47,7 +58,7 @@ def central(tmp_path: Path) -> Iterator[Program]:
 
 
 @pytest.fixture
-def node(central: Program, tmp_path: Path) -> Iterator[Program]:
+def node(central: Program, tmp_path: Path, collector: Collector) -> Iterator[Program]:
     """`edge-node serve` of that central, started; it loads vLLM."""
     ports = {
         name: central.settings[f"CENTRAL_LISTEN__{name}"] for name in ("PORT", "ENROLLMENT_PORT")
@@ -72,6 +83,8 @@ def node(central: Program, tmp_path: Path) -> Iterator[Program]:
             "EDGE_LEARNING__ANCHOR_POOL": "20",
             "EDGE_LEARNING__CHECKPOINT_STEPS": "2",
             "EDGE_OUTBOX__APPROVAL": "manual",
+            "EDGE_TRACES__ENDPOINT": collector.address,
+            "EDGE_TRACES__SAMPLE": "1",
         },
         tmp_path / "node.log",
     )

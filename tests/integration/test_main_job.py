@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import httpx
 from openai import OpenAI
 
+from tests.fakes.otlp import Collector
 from tests.fakes.word_environment import NextWord
 from tests.integration.harness import Client, Program, is_ready, wait_for
 
 
-def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
+def test_once_around(central: Program, node: Program, tmp_path: Path, collector: Collector) -> None:
     url = f"http://127.0.0.1:{node.settings['EDGE_SERVING__PORT']}"
     wait_for("a ready node", lambda: is_ready(url), 180, tmp_path)
     openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -93,5 +95,52 @@ def test_once_around(central: Program, node: Program, tmp_path: Path) -> None:
     client.join(10)
     assert client.failures == []
     assert set(client.models) == {genesis, name}
+    what_a_scrape_shows(central, url, tmp_path)
     assert node.stop() == 0
     assert central.stop() == 0
+    what_the_collector_got(collector, held[0]["update_id"], released["release_id"])
+
+
+def what_a_scrape_shows(central: Program, url: str, logs: Path) -> None:
+    def of_node() -> bool:
+        text = httpx.get(f"{url}/metrics").text
+        return all(
+            line in text
+            for line in (
+                "lorikeet_node_release_switches_total 2.0",
+                'lorikeet_node_rounds_total{outcome="finished"} 1.0',
+                'lorikeet_node_outbox_updates{state="admitted"} 1.0',
+                "lorikeet_node_experiences 20.0",
+                "lorikeet_node_problems 0.0",
+                "vllm:generation_tokens_total{",
+            )
+        )
+
+    wait_for("the node's figures", of_node, 20, logs)
+    text = httpx.get(
+        f"http://127.0.0.1:{central.settings['CENTRAL_LISTEN__METRICS_PORT']}/metrics"
+    ).text
+    assert 'lorikeet_central_verdicts_total{cohort="shared",verdict="accepted"} 1.0' in text
+    assert 'lorikeet_central_channel_version{channel="stable",cohort="shared"} 0.0' in text
+    assert 'lorikeet_central_nodes{cohort="shared",presence="connected"} 1.0' in text
+
+
+def what_the_collector_got(collector: Collector, update_id: str, release_id: str) -> None:
+    """One trace of the update, one of the release, and not a word of a task."""
+    for subject, names in (
+        (update_id, ("round", "upload", "admission")),
+        (release_id, ("merge", "gate", "release", "switch")),
+    ):
+        for name in names:
+            assert subject[:32] in {span.trace_id.hex() for span in collector.named(name)}, name
+    [merge] = collector.named("merge")
+    assert [link.trace_id.hex() for link in merge.links] == [update_id[:32]]
+    assert collector.services == {
+        f"lorikeet-{n}" for n in ("central", "node", "learner", "gateway")
+    }
+    requests = {span.span_id for span in collector.named("request")}
+    assert {span.parent_span_id for span in collector.named("capture")} <= requests
+    texts = [
+        attribute.value.string_value for span in collector.spans for attribute in span.attributes
+    ]
+    assert not [text for text in texts if re.search(r"\bw\d+\b", text)]

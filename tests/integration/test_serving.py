@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import tempfile
 from collections.abc import AsyncIterator
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.timeout(420)
 GENESIS, V1, V2 = "lorikeet@v0-00000000", "lorikeet@v1-11111111", "lorikeet@v2-22222222"
 PROMPTS = [f"w{number} w{number + 1} w{number + 2}" for number in range(8)]
 CHAT = "/v1/chat/completions"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -85,6 +87,7 @@ async def test_the_life_of_a_serving_node(node: Node) -> None:
     await what_a_client_may_not_do(node)
     await an_answer_is_durable_before_its_end(node)
     await feedback(node)
+    await a_scrape_shows_vllms_figures_and_ours(node)
     await what_was_served_is_what_is_learnt(node)
     await switching_under_load_mixes_nothing(node, texts)
     await unload(node)
@@ -97,6 +100,17 @@ async def no_release_means_not_ready(node: Node) -> None:
     refused = await node.ask("w1")
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
     assert (await node.http.get("/health")).status_code == 200
+
+
+async def a_scrape_shows_vllms_figures_and_ours(node: Node) -> None:
+    text = (await node.http.get("/metrics")).text
+    dashboard = (ROOT / "deploy" / "monitoring" / "node-dashboard.json").read_text()
+    vllms = set(re.findall(r"vllm:[a-z_]+", dashboard))
+    assert vllms
+    assert not [name for name in vllms if f"\n{name}{{" not in text]
+    assert f'lorikeet_node_requests_total{{code="200",route="{CHAT}"}}' in text
+    assert f'lorikeet_node_answers_total{{version="{V1}"}}' in text
+    assert 'lorikeet_node_capture_total{result="captured"}' in text
 
 
 async def load_and_point(node: Node) -> None:

@@ -70,6 +70,10 @@ class Changes:
         self.put(index, key, (*listed, item) if wanted else left)
         return 1 if wanted else -1
 
+    def count(self, numbers: MutableMapping[K, int], key: K, moved: int) -> None:
+        """`numbers[key] += moved`, from 0."""
+        self.put(numbers, key, numbers.get(key, 0) + moved)
+
     def forget(self) -> None:
         """Forget how to take back what was done so far."""
         self._undo.clear()

@@ -74,6 +74,8 @@ class Updates(Slice[UpdateRecord]):
         """By node."""
         self.forgotten_payloads: dict[tuple[str, str], str] = {}
         """Forgotten update by cohort and digest of its payload."""
+        self.numbers: dict[tuple[str, str], int] = {}
+        """How many by cohort and state."""
         self._by_payload: dict[str, list[str]] = {}
 
     def put(self, record: UpdateRecord) -> None:
@@ -85,6 +87,9 @@ class Updates(Slice[UpdateRecord]):
         if record.state == "forgotten":
             key = (record.cohort, record.manifest.payload.digest_sha256)
             self._changes.put(self.forgotten_payloads, key, record.update_id)
+        if before is not None:
+            self._changes.count(self.numbers, (before.cohort, before.state), -1)
+        self._changes.count(self.numbers, (record.cohort, record.state), 1)
         self._changes.put(self, record.update_id, record)
         waiting = self.waiting.setdefault(record.cohort, {})
         if record.state == "waiting":
@@ -149,8 +154,18 @@ class Releases(Slice[ReleaseRecord]):
         """Version 0 by cohort, in the order of the cohorts' creation."""
         self.holding_forgotten: dict[str, None] = {}
         """Those whose own product holds something forgotten."""
+        self.numbers: dict[tuple[str, str], int] = {}
+        """How many by cohort and state."""
+        self.verdicts: dict[tuple[str, bool], int] = {}
+        """How many by cohort and whether it was accepted."""
 
     def put(self, record: ReleaseRecord) -> None:
+        before = self.get(record.release_id)
+        if before is not None:
+            self._changes.count(self.numbers, (before.cohort, before.state), -1)
+        self._changes.count(self.numbers, (record.cohort, record.state), 1)
+        if record.verdict is not None and (before is None or before.verdict is None):
+            self._changes.count(self.verdicts, (record.cohort, record.verdict.accepted), 1)
         self._changes.put(self, record.release_id, record)
 
     def put_first(self, record: ReleaseRecord) -> None:

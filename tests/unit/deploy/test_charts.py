@@ -36,7 +36,13 @@ MODEL: dict[str, type[BaseModel]] = {
     "edge-node": edge_node.settings.EdgeSettings,
 }
 SET_BY_CHART = {
-    "central": {"data_dir", "base.path", "listen.host", "journal.url"},
+    "central": {
+        "data_dir",
+        "base.path",
+        "listen.host",
+        "journal.url",
+        "webhooks.secret_file",
+    },
     "edge-node": {
         "data_dir",
         "base.path",

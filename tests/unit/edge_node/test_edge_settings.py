@@ -135,3 +135,12 @@ def test_vllm_arguments_that_are_no_list_are_not_shown(monkeypatch: pytest.Monke
 )
 def test_the_endpoint_is_reached_on_this_machine(host: str, reached: str) -> None:
     assert ServingSettings(host=host).reached_at == reached
+
+
+def test_a_collector_with_a_password_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EDGE_TRACES__ENDPOINT", "http://me:secret@collector:4318")
+    with pytest.raises(SettingsError, match="EDGE_TRACES__ENDPOINT has a user name") as caught:
+        load_settings()
+    assert "secret" not in str(caught.value)

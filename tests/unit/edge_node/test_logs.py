@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import logging.config
 from collections.abc import Iterator
@@ -78,3 +79,13 @@ def test_our_lines_appear_whatever_vllms_logging_is(
         "ERROR edge_node.some.room: Active release not loaded cause='rank 9'\n"
     )
     assert text.getvalue().count("Active release") == 1
+
+
+def test_our_lines_beside_vllm_are_json_where_the_node_is_told_so(
+    ours: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGE_LOGS__FORMAT", "json")
+    log_beside_vllm()
+    text = said(ours)
+    logging.getLogger("edge_node.some.room").warning("trouble", extra={"room": "capture"})
+    assert json.loads(text.getvalue())["room"] == "capture"

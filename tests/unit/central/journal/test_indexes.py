@@ -224,11 +224,21 @@ class Story:
         ]
 
 
+def _some(numbers: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    return {key: number for key, number in numbers.items() if number}
+
+
 def check(state: State) -> None:
     """Every question that an index answers, asked of the records."""
     updates, forgotten = (
         list(state.updates.values()),
         {u.update_id for u in state.updates.values() if u.state == "forgotten"},
+    )
+    releases = state.releases.values()
+    assert _some(state.updates.numbers) == Counter((u.cohort, u.state) for u in updates)
+    assert _some(state.releases.numbers) == Counter((r.cohort, r.state) for r in releases)
+    assert state.releases.verdicts == Counter(
+        (r.cohort, r.verdict.accepted) for r in releases if r.verdict
     )
     for cohort in COHORTS:
         members = [n.node_id for n in state.nodes.values() if n.cohort == cohort and not n.revoked]

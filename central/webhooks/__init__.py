@@ -1,0 +1,1 @@
+"""What happens at central is told to addresses outside: journal events in, signed requests out."""
