@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-import aiohttp
+import httpx
 
 END = b"data: [DONE]"
 
@@ -29,24 +29,26 @@ async def run(asked: dict[str, Any]) -> dict[str, Any]:
     failed: list[str] = []
     headers = {"authorization": f"Bearer {asked['key']}"} if asked["key"] else {}
 
-    async def client(http: aiohttp.ClientSession) -> None:
+    async def client(http: httpx.AsyncClient) -> None:
         for question in questions:
             began = time.monotonic()
             try:
                 await _ask(http, asked, question)
-            except (aiohttp.ClientError, ValueError, TimeoutError) as error:
+            except (httpx.HTTPError, ValueError) as error:
                 failed.append(repr(error))
             latencies_ms.append((time.monotonic() - began) * 1e3)
 
-    connector = aiohttp.TCPConnector(limit=asked["concurrency"])
-    async with aiohttp.ClientSession(asked["url"], connector=connector, headers=headers) as http:
+    limits = httpx.Limits(max_connections=asked["concurrency"])
+    async with httpx.AsyncClient(
+        base_url=asked["url"], headers=headers, limits=limits, timeout=120
+    ) as http:
         began = time.monotonic()
         await asyncio.gather(*(client(http) for _ in range(asked["concurrency"])))
         seconds = time.monotonic() - began
     return {"seconds": seconds, "latencies_ms": latencies_ms, "failed": failed[:5]}
 
 
-async def _ask(http: aiohttp.ClientSession, asked: dict[str, Any], question: str) -> None:
+async def _ask(http: httpx.AsyncClient, asked: dict[str, Any], question: str) -> None:
     body = {
         "model": asked["model"],
         "messages": [{"role": "user", "content": question}],
@@ -55,10 +57,10 @@ async def _ask(http: aiohttp.ClientSession, asked: dict[str, Any], question: str
         "ignore_eos": True,
         "stream": asked["stream"],
     }
-    async with http.post("/v1/chat/completions", json=body) as answer:
-        content = await answer.read()
-    if answer.status != 200:
-        raise ValueError(f"{answer.status}: {content[:200]!r}")
+    async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        content = await answer.aread()
+    if answer.status_code != 200:
+        raise ValueError(f"{answer.status_code}: {content[:200]!r}")
     if asked["stream"] and END not in content[-32:]:
         raise ValueError(f"a stream without its end: {content[-200:]!r}")
 
