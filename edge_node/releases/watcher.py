@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import AdapterError, ServingError, StorageError
+from edge_node.errors import AdapterError, NotProved, ServingError, StorageError
 from edge_node.problems import Problems
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
@@ -55,6 +55,17 @@ class Serving(Protocol):
     async def wait_ready(self) -> int: ...
 
 
+class Proves(Protocol):
+    """What the watcher needs of edge_node/proof: each raises NotProved."""
+
+    async def load(self, name: str, release: StoredRelease) -> None: ...
+    async def expect(
+        self, name: str, release: StoredRelease, before: StoredRelease | None, *, made: bool = True
+    ) -> None: ...
+    def prepare(self, release: StoredRelease, before: StoredRelease | None) -> None: ...
+    async def aclose(self) -> None: ...
+
+
 class ReleaseWatcher:
     """Long-lived: `run()` until cancelled."""
 
@@ -68,8 +79,13 @@ class ReleaseWatcher:
         evaluator: Evaluator,
         counts: Callable[[], fleet_pb2.NodeStatus],
         pinned: Callable[[], Iterable[str]],
+        proof: Proves | None = None,
     ) -> None:
-        """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from."""
+        """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from.
+
+        `proof`: None compares nothing (EDGE_RELEASES__PROOF=off).
+        """
+        self._proof = proof
         self._settings = settings
         self._channel = channel
         self._store = store
@@ -94,9 +110,15 @@ class ReleaseWatcher:
         """Why the head is not served. It judges canaries: it knows nothing of a former process."""
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for step in (self._watch, self._follow, self._offers.run, self._collect, self._report):
-                group.create_task(step(), name=step.__qualname__)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for step in (
+                    self._watch, self._follow, self._offers.run, self._collect, self._report,
+                ):  # fmt: skip
+                    group.create_task(step(), name=step.__qualname__)
+        finally:
+            if self._proof is not None:
+                await self._proof.aclose()
 
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
@@ -194,6 +216,7 @@ class ReleaseWatcher:
         if head is None or self._store.check(head).digest == self._pointed:
             return
         release = await self._obtain(head)
+        await self._expect_proof(release)
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
@@ -223,22 +246,40 @@ class ReleaseWatcher:
             release = await fetch_release(
                 self._channel, self._store, signed, self._settings.central.call_timeout_s
             )
-            await self._control.load(self.served_name(release), release.path)
+            await self._load(release)
+            if self._proof is not None:
+                self._proof.prepare(release, self._store.get(self._pointed))
         return release
+
+    async def _load(self, release: StoredRelease) -> None:
+        if self._proof is None:
+            await self._control.load(self.served_name(release), release.path)
+        else:
+            await self._proof.load(self.served_name(release), release)
+
+    async def _expect_proof(self, release: StoredRelease, *, made: bool = True) -> None:
+        """Raises NotProved unless vLLM serves the loaded `release`: the alias stays where it is."""
+        if self._proof is not None:
+            before = self._store.get(self._pointed) if self._pointed else None
+            await self._proof.expect(self.served_name(release), release, before, made=made)
 
     async def _obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
         return self.served_name(await self._obtain(signed))
 
     async def _load_kept(self, *, damage_matters: bool) -> str:
-        """Id of the active release, which the alias points at now; empty without one."""
+        """Id of the active release, which the alias points at now; empty without one.
+
+        Where vLLM does not serve it, the newest kept release that it serves takes its place.
+        """
         active = None
+        unproved: NotProved | None = None
         try:
             active = self._store.active()
             if active is not None:
-                await self._control.load(self.served_name(active), active.path)
-                await self._control.point(self.served_name(active))
-        except (ServingError, StorageError) as error:
-            if damage_matters:
+                await self._take_up(active)
+        except (ServingError, StorageError, NotProved) as error:
+            unproved = error if isinstance(error, NotProved) else None
+            if damage_matters and unproved is None:
                 raise
             log.warning(
                 "active release not loaded; the head takes its place", extra={"why": str(error)}
@@ -246,12 +287,24 @@ class ReleaseWatcher:
             active = None
         for release in self._store.newest()[: self._settings.releases.keep]:
             try:
-                await self._control.load(self.served_name(release), release.path)
-            except ServingError as error:  # an old version must not keep the node from the new one
+                await self._load(release)
+                if active is None and unproved is not None:
+                    await self._take_up(release)
+                    await asyncio.to_thread(self._store.activate, release)
+                    active = release
+            # An old version must not keep the node from the new one.
+            except (ServingError, NotProved) as error:
                 log.warning(
                     "kept release not loaded", extra={"release": release.label, "why": str(error)}
                 )
+        if active is None and unproved is not None and damage_matters:
+            raise unproved
         return active.release_id if active else ""
+
+    async def _take_up(self, release: StoredRelease) -> None:
+        await self._load(release)
+        await self._expect_proof(release, made=False)
+        await self._control.point(self.served_name(release))
 
     async def _collect(self) -> None:
         """Unload and delete old versions.

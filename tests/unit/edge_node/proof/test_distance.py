@@ -1,0 +1,94 @@
+"""What vLLM serves is the release, or it is said what it is instead."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edge_node.proof.distance import Reference, Served, Values, measure, wrong
+
+ROWS, TOKENS, PROBES = 4, 9, 3
+COLUMNS = TOKENS - 1 + PROBES
+GENERATOR = np.random.default_rng(0)
+BASE = GENERATOR.normal(-5, 1, (ROWS, COLUMNS)).astype(np.float32)
+DIRECTION = GENERATOR.choice([-1.0, 1.0], (2, ROWS, COLUMNS)).astype(np.float32)
+
+
+def rounded(values: Values, by: float = 0.004) -> Values:
+    noise = np.random.default_rng(1).normal(0, by, values.shape)
+    return (values + noise).astype(np.float32)
+
+
+def reference(apart: float) -> Reference:
+    return Reference(
+        prompts=[[1] * TOKENS] * ROWS,
+        probes=[[2] * PROBES] * ROWS,
+        release=BASE + np.float32(apart) * DIRECTION[0],
+        base=BASE,
+    )
+
+
+def served(release: Values, *, base: Values = BASE, before: Values | None = None) -> Served:
+    return Served(rounded(release), rounded(release)[:, -PROBES:], rounded(base), before)
+
+
+def verdict(known: Reference, answers: Served) -> str | None:
+    return wrong(measure(known, answers))
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.02, 0.5, 5.0])
+def test_a_release_that_is_served_with_rounding_passes(apart: float) -> None:
+    known = reference(apart)
+    assert verdict(known, served(known.release)) is None
+
+
+def test_the_rounding_of_a_quantised_base_is_allowed_for_the_release_too() -> None:
+    known = reference(1.0)
+    answers = Served(
+        rounded(known.release, 0.1), rounded(known.release, 0.1)[:, -PROBES:], rounded(BASE, 0.1),
+        None,
+    )  # fmt: skip
+    assert verdict(known, answers) is None
+
+
+def test_the_base_in_place_of_the_release_is_named() -> None:
+    known = reference(0.1)
+    assert "as the base does" in (verdict(known, served(known.base)) or "")
+
+
+def test_the_version_before_in_place_of_the_release_is_named() -> None:
+    known = reference(0.5)
+    before = BASE + 0.6 * DIRECTION[1]
+    answers = served(before, before=rounded(before))
+    assert "as the version before it does" in (verdict(known, answers) or "")
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.8, 2.0, -1.0])
+def test_a_wrong_scale_is_found(scale: float) -> None:
+    known = reference(0.5)
+    release = BASE + scale * (known.release - BASE)
+    assert verdict(known, served(release)) is not None
+
+
+def test_another_base_is_named_also_where_it_is_not_a_number() -> None:
+    known = reference(0.5)
+    other = BASE + DIRECTION[1]
+    assert "is not the base" in (verdict(known, served(known.release, base=other)) or "")
+    lost = np.full_like(BASE, np.nan)
+    assert "is not the base" in (verdict(known, served(known.release, base=lost)) or "")
+
+
+def test_one_stale_answer_from_the_prefix_cache_is_found() -> None:
+    known = reference(0.5)
+    answers = served(known.release)
+    answers.again[2] = known.base[2, -PROBES:]
+    assert "prefix cache" in (verdict(known, answers) or "")
+
+
+def test_releases_that_are_too_near_to_tell_are_said_to_be() -> None:
+    known = reference(0.01)
+    assert not measure(known, served(known.release)).tells
+    known = reference(0.5)
+    assert measure(known, served(known.release)).tells
+    near = rounded(known.release)
+    assert not measure(known, served(known.release, before=near)).tells
