@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edge_node.proof.references import NoReference
@@ -26,6 +26,7 @@ DEADLINE_S = 900.0
 """Of one reference, the start of the process included."""
 ANSWER_BYTES = 8 << 20
 """Longest answer: 8 canaries are about 40 kB."""
+COMMAND = (sys.executable, "-m", "edge_node.proof.reckoning")
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -39,7 +40,14 @@ QUIET = {
 class Reckoner:
     """`ask` one after the other; `aclose` ends the process."""
 
-    def __init__(self, *, idle_s: float = IDLE_S, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self,
+        *,
+        idle_s: float = IDLE_S,
+        deadline_s: float = DEADLINE_S,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        self._command = command
         self._idle_s = idle_s
         self._deadline_s = deadline_s
         self._child: asyncio.subprocess.Process | None = None
@@ -75,9 +83,10 @@ class Reckoner:
     async def aclose(self) -> None:
         if self._ending is not None:
             self._ending.cancel()
+        child = self._child
         self._end()
-        if self._child is not None:
-            await self._child.wait()
+        if child is not None:
+            await child.wait()
 
     async def _exchange(self, line: bytes) -> dict[str, Any]:
         try:
@@ -94,6 +103,7 @@ class Reckoner:
             raise NoReference(f"the process that makes references failed: {error!r}") from error
         if not answer.endswith(b"\n"):
             code = await self._child.wait()
+            self._child = None
             raise NoReference(
                 f"the process that makes references ended with {code}; by SIGKILL, memory ran out"
             )
@@ -106,7 +116,7 @@ class Reckoner:
         }
         self._child = await asyncio.create_subprocess_exec(
             sys.executable, "-S", "-E", parent.__file__, str(os.getpid()),
-            sys.executable, "-m", "edge_node.proof.reckoning",
+            *self._command,
             env=environment | QUIET, limit=ANSWER_BYTES, start_new_session=True,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -114,6 +124,7 @@ class Reckoner:
         self.starts += 1
 
     def _end(self) -> None:
-        if self.pid is not None:
-            assert self._child is not None
-            self._child.kill()  # it keeps nothing
+        # Forgotten at once: a process that was killed looks alive until it is reaped.
+        child, self._child = self._child, None
+        if child is not None and child.returncode is None:
+            child.kill()  # it keeps nothing
