@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,12 +55,17 @@ class Proof:
         references: References | None,
         reckoner: Reckons | None,
     ) -> None:
-        """`references`: None compares weights alone."""
+        """`references`: None compares weights alone.
+
+        The folder that it makes tells vLLM to leave the pointing to the supervisor at a start.
+        """
         self._store = store
         self._control = control
         self._references = references
         self._reckoner = reckoner
         self._problems = Problems(data_dir)
+        with suppress(OSError):  # a full disk must not keep a node from serving
+            (data_dir / "releases" / "proofs").mkdir(parents=True, exist_ok=True)
         self._preparing: set[asyncio.Task[None]] = set()
         self.last: Distances | None = None
         """Of the last release that was compared with a reference."""

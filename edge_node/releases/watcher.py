@@ -211,12 +211,10 @@ class ReleaseWatcher:
 
     async def _settle(self, head: releases_pb2.SignedManifest | None, generation: int) -> None:
         if generation != self._loaded_generation:
-            self._pointed = await self._load_kept(damage_matters=head is None)
-            self._loaded_generation = generation
+            self._pointed = await self._load_kept(generation, damage_matters=head is None)
         if head is None or self._store.check(head).digest == self._pointed:
             return
-        release = await self._obtain(head)
-        await self._expect_proof(release)
+        release = await self._obtain_proved(head)
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
@@ -251,6 +249,12 @@ class ReleaseWatcher:
                 self._proof.prepare(release, self._store.get(self._pointed))
         return release
 
+    async def _obtain_proved(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
+        """As `_obtain`, and vLLM serves it; raises NotProved, and the alias stays where it is."""
+        release = await self._obtain(signed)
+        await self._expect_proof(release)
+        return release
+
     async def _load(self, release: StoredRelease) -> None:
         if self._proof is None:
             await self._control.load(self.served_name(release), release.path)
@@ -266,29 +270,29 @@ class ReleaseWatcher:
     async def _obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
         return self.served_name(await self._obtain(signed))
 
-    async def _load_kept(self, *, damage_matters: bool) -> str:
+    async def _load_kept(self, generation: int, *, damage_matters: bool) -> str:
         """Id of the active release, which the alias points at now; empty without one.
 
-        Where vLLM does not serve it, the newest kept release that it serves takes its place.
+        Where vLLM does not serve it, the newest kept release that it serves takes its place. The
+        generation counts as loaded when the alias points somewhere, or there is no release.
         """
-        active = None
-        unproved: NotProved | None = None
+        active, failed = None, None
         try:
             active = self._store.active()
             if active is not None:
                 await self._take_up(active)
         except (ServingError, StorageError, NotProved) as error:
-            unproved = error if isinstance(error, NotProved) else None
-            if damage_matters and unproved is None:
+            failed = error
+            if damage_matters and not isinstance(error, NotProved):
                 raise
             log.warning(
-                "active release not loaded; the head takes its place", extra={"why": str(error)}
+                "active release not loaded; another takes its place", extra={"why": str(error)}
             )
             active = None
         for release in self._store.newest()[: self._settings.releases.keep]:
             try:
                 await self._load(release)
-                if active is None and unproved is not None:
+                if active is None and isinstance(failed, NotProved):
                     await self._take_up(release)
                     await asyncio.to_thread(self._store.activate, release)
                     active = release
@@ -297,11 +301,15 @@ class ReleaseWatcher:
                 log.warning(
                     "kept release not loaded", extra={"release": release.label, "why": str(error)}
                 )
-        if active is None and unproved is not None and damage_matters:
-            raise unproved
+        if active is None and failed is not None:
+            if damage_matters:
+                raise failed
+            return ""  # the head may take its place; if it cannot, this is tried again
+        self._loaded_generation = generation
         return active.release_id if active else ""
 
     async def _take_up(self, release: StoredRelease) -> None:
+        """Points the alias at a kept release, when vLLM serves it."""
         await self._load(release)
         await self._expect_proof(release, made=False)
         await self._control.point(self.served_name(release))

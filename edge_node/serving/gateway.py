@@ -200,20 +200,20 @@ class Gateway:
         return 0.0 if since is None else time.monotonic() - since
 
     async def activate(self) -> None:
-        """Loads the release of releases/active.json and points the alias at it, also offline."""
+        """Loads the release of releases/active.json, also offline, and points the alias at it.
+
+        Where the node's supervisor proves releases (edge_node/proof), it points instead.
+        """
         file = self.settings.data_dir / "releases" / "active.json"
         try:
             active = read_json(file)
             name = f"{self.aliases.alias}@{active['label']}"
             path = (self.settings.data_dir / active["path"]).absolute()
-            proof = self.settings.releases.proof
-            await self.load(name, path, proved=proof == "off")
-            if proof != "off":
-                await self.expect_held(name)
-            reference = file.parent / "proofs" / f"{active['release_id']}.json"
-            if proof == "on" and reference.is_file():
-                self._problem = "The active release is loaded, and is compared with its reference."
-                return  # the supervisor does so now, and points
+            waits = self.settings.releases.proof != "off" and (file.parent / "proofs").is_dir()
+            await self.load(name, path, proved=not waits)
+            if waits:  # for the supervisor, which proves releases there, and points at one
+                self._problem = "The active release is loaded, and is compared before it serves."
+                return
             self.point(name)
         except FileNotFoundError:
             self._problem = None

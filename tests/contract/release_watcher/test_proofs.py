@@ -10,7 +10,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from edge_node.errors import NotProved
+from edge_node.errors import NotProved, ServingError
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.releases.watcher import ReleaseWatcher
@@ -165,3 +165,39 @@ async def test_a_candidate_whose_weights_are_not_held_is_not_evaluated(
         await until(lambda: bool(central.reports))
         assert "not held" in central.reports[0].abstain_reason
         assert ("prepare", 1) in node.proofs.calls
+
+
+async def test_a_start_goes_back_to_its_release_when_the_head_fails_too(
+    store: ReleaseStore,
+    key: ec.EllipticCurvePrivateKey,
+    connect: Connect,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM does not answer at first, and central's head is one that it does not serve."""
+    monkeypatch.setattr("edge_node.releases.watcher.HEAD_RETRY_LAST_S", 0.05)
+    monkeypatch.setattr("edge_node.releases.watcher.LOOK_PERIOD_S", 0.05)
+    payload = make_payload()
+    good, bad = (make_signed(key, payload, version=number) for number in (1, 2))
+    store.activate(store.install(good, payload))
+    central = Central(payload, [head_event(bad)], cuts=0)
+    async with Node(store, await connect(central), tmp_path) as node:
+        failures, real = [1], node.control.load
+
+        async def load(name: str, path: Path) -> None:
+            if failures and node.watcher._head is not None:
+                failures.pop()
+                raise ServingError("vLLM's control socket did not answer")
+            await real(name, path)
+
+        async def ready() -> int:
+            while node.watcher._head is None:
+                await asyncio.sleep(0.01)
+            return 1
+
+        node.control.load = load  # type: ignore[method-assign]
+        node.vllm.wait_ready = ready  # type: ignore[method-assign]
+        node.proofs.wrong_answers.add(2)
+        await until(lambda: bool(node.pointed()))
+        assert node.pointed() == [named(store, good)]
+        assert "releases" in trouble(store)

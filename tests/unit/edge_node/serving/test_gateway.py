@@ -9,6 +9,7 @@ import pytest
 
 from edge_node.errors import NotHeld, ServingError
 from edge_node.serving.gateway import Gateway
+from edge_node.settings import ReleasesSettings
 from tests.fakes.gateway import make_gateway, make_version
 
 V1, V2 = "lorikeet@v1-aaaaaaaa", "lorikeet@v2-bbbbbbbb"
@@ -192,23 +193,29 @@ async def test_a_version_is_hidden_until_its_workers_hold_it(
         await gateway.expect_held("lorikeet@v9")
 
 
-async def test_a_start_points_at_no_release_that_is_not_held_or_waits_for_its_reference(
-    tmp_path: Path,
-) -> None:
+async def test_a_start_leaves_pointing_to_a_supervisor_that_proves(tmp_path: Path) -> None:
     gateway = make_gateway(tmp_path)
     make_version(tmp_path, "v1")
-    proofs = tmp_path / "releases" / "proofs"
-    proofs.mkdir(parents=True)
+    (tmp_path / "releases" / "proofs").mkdir(parents=True)
     active = {"release_id": "aa", "label": "v1-aaaaaaaa", "path": str(tmp_path / "v1")}
     (tmp_path / "releases" / "active.json").write_text(json.dumps(active))
-    gateway.engine.wrong = {"m": "other values"}  # type: ignore[attr-defined]
     await gateway.activate()
-    assert "not held as the release has them" in (gateway.not_ready() or "")
-    gateway.engine.wrong = {}  # type: ignore[attr-defined]
-    (proofs / "aa.json").write_text("{}")
-    await gateway.activate()
-    assert "compared with its reference" in (gateway.not_ready() or "")
-    (proofs / "aa.json").unlink()
+    assert "compared before it serves" in (gateway.not_ready() or "")
+    assert (list(gateway.aliases.loaded), gateway.aliases.public) == ([V1], [])
+    await gateway.expect_held(V1)
+    gateway.point(V1)
+    assert gateway.not_ready() is None
+
+
+async def test_a_start_without_proof_points_by_itself(tmp_path: Path) -> None:
+    gateway = make_gateway(tmp_path)
+    gateway.settings = gateway.settings.model_copy(
+        update={"releases": ReleasesSettings(proof="off")}
+    )
+    make_version(tmp_path, "v1")
+    (tmp_path / "releases" / "proofs").mkdir(parents=True)
+    active = {"release_id": "aa", "label": "v1-aaaaaaaa", "path": str(tmp_path / "v1")}
+    (tmp_path / "releases" / "active.json").write_text(json.dumps(active))
     await gateway.activate()
     assert gateway.aliases.target == V1
 
