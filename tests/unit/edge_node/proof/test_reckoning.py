@@ -50,6 +50,7 @@ def test_release_and_base_are_what_merging_gives(tmp_path: Path) -> None:
     for turn in (before, None):  # the second order meets a base that the first one has left clean
         answer = reckoning.answer(order(release, turn))
         prompts, probes = answer["prompts"], answer["probes"]
+        assert not [name for name, _ in reckoning._base.named_modules() if "lora" in name]
         assert np.shape(prompts) == (CANARIES, TOKENS)
         assert np.shape(probes) == (CANARIES, PROBES)
         assert np.min(prompts) >= SPECIALS.index("<user>"), "the tokenizer's own special tokens"
