@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.float32]
+Following = dict[int, float]
+"""Token -> log-probability in nats."""
 
 LEAST = 0.01
 """Distances below this are never a difference."""
@@ -30,29 +32,30 @@ MOST_ROUNDING = 0.25
 
 @dataclass(frozen=True)
 class Reference:
-    """What PEFT says. Each row is one canary: its own tokens after the first, then its probes.
+    """What PEFT says of the canaries' tokens after the first.
 
-    prompts int [canaries, tokens]; probes int [canaries, probes]: tokens that may follow.
-    release, base: float32 [canaries, tokens - 1 + probes], in nats.
+    prompts: int [canaries, tokens]. release, base: float32 [canaries, tokens - 1], in nats.
     """
 
     prompts: list[list[int]]
-    probes: list[list[int]]
     release: Values
     base: Values
 
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM answers: rows as in Reference; again: the probes alone, from the prefix cache.
+    """What vLLM answers: rows as in Reference.
 
     before: of the version that the alias points at now; None where it points at none, or at this.
+    anew, cached: the likeliest tokens that follow each canary, with their log-probabilities: as the
+    release computes them from its first token on, and with the prefix cache.
     """
 
     release: Values
-    again: Values
     base: Values
     before: Values | None
+    anew: list[Following]
+    cached: list[Following]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,6 @@ class Distances:
 
 
 def measure(reference: Reference, served: Served) -> Distances:
-    probes = served.again.shape[1]
     before = served.before
     return Distances(
         rounding=_distance(served.base, reference.base),
@@ -90,9 +92,7 @@ def measure(reference: Reference, served: Served) -> Distances:
         apart=_distance(reference.release, reference.base),
         to_before=None if before is None else _distance(served.release, before),
         apart_before=None if before is None else _distance(reference.release, before),
-        cold_to_cached=float(
-            np.abs(served.again - served.release[:, -probes:]).mean(axis=1).max(initial=0.0)
-        ),
+        cold_to_cached=max(map(_of_following, served.anew, served.cached)),
     )
 
 
@@ -120,6 +120,16 @@ def _nearest(d: Distances) -> str:
     if d.to_base <= 0.5 * d.to_release:
         return f"it answers as the base does, {d.to_base:.3g} nats a token away"
     return "it answers neither as the release nor as the base does"
+
+
+def _of_following(one: Following, other: Following) -> float:
+    """Mean over the tokens of either; one that a list lacks is at most its least likely."""
+    lowest, lowest_other = min(one.values()), min(other.values())
+    differences = [
+        abs(one.get(token, lowest) - other.get(token, lowest_other))
+        for token in one.keys() | other.keys()
+    ]
+    return sum(differences) / len(differences)
 
 
 def _distance(one: Values, other: Values) -> float:

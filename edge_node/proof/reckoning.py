@@ -33,8 +33,6 @@ from protos.base import read_layout
 CANARIES, ALWAYS = 8, 2
 POOL = ((100_000_000, 24), (2_000_000_000, 12))
 """Parameters up to -> prompts to choose from. A larger base takes the first ones."""
-PROBES = 16
-"""Tokens that may follow a canary: the likeliest ones of each model."""
 LOGITS = 1 << 22
 """Of a forward pass: 16 MiB. A large vocabulary has more for one prompt, which then is alone."""
 _PREFIX = "base_model.model."
@@ -123,49 +121,32 @@ def _fill(adapted: Any, base: Path, release: Path, name: str, scratch: Path) -> 
         raise ValueError(f"PEFT did not find a place for all factors: {missing[:1]}")
 
 
-def _log_probabilities(model: Any, prompts: torch.Tensor) -> tuple[Any, Any]:
-    """Of each prompt's tokens after the first, and of all tokens that may follow it.
-
-    float32 [prompts, tokens - 1] and [prompts, vocabulary].
-    """
-    own, following = [], []
+def _log_probabilities(model: Any, prompts: torch.Tensor) -> Any:
+    """Of each prompt's tokens after the first, float32 [prompts, tokens - 1]."""
+    found = []
     at_once = LOGITS // (prompts.shape[1] * model.get_output_embeddings().weight.shape[0])
     with torch.inference_mode():
         for part in prompts.split(max(1, at_once)):
-            logits = model(input_ids=part, use_cache=False).logits.float()
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
             values = torch.log_softmax(logits, dim=-1)
-            own.append(values[:, :-1].gather(2, part[:, 1:, None])[:, :, 0])
-            following.append(values[:, -1])
-    return torch.cat(own).numpy(), torch.cat(following).numpy()
+            found.append(values.gather(2, part[:, 1:, None])[:, :, 0])
+    return torch.cat(found).numpy()
 
 
 def _choose(prompts: torch.Tensor, release: Any, others: list[Any]) -> dict[str, Any]:
     """The canaries that tell the release best from all `others`, of which the base is first."""
-    apart = np.min([np.abs(release[0] - own).mean(axis=1) for own, _ in others], axis=0)
+    apart = np.min([np.abs(release - values).mean(axis=1) for values in others], axis=0)
     best = [row for row in np.argsort(-apart, kind="stable") if row >= ALWAYS]
     rows = [*range(ALWAYS), *best][:CANARIES]
-    probes = [_probes([values[row] for _, values in (release, *others)]) for row in rows]
-    base = others[0]
     return {
         "prompts": prompts[rows].tolist(),
-        "probes": probes,
-        "release": _rounded(release, rows, probes),
-        "base": _rounded(base, rows, probes),
+        "release": _rounded(release[rows]),
+        "base": _rounded(others[0][rows]),
     }
 
 
-def _probes(models: list[Any]) -> list[int]:
-    """The likeliest tokens of each model in turn, as many as PROBES."""
-    ranked = np.stack([np.argsort(-values, kind="stable")[:PROBES] for values in models], axis=1)
-    return [int(token) for token in dict.fromkeys(ranked.flatten().tolist())][:PROBES]
-
-
-def _rounded(values: Any, rows: list[int], probes: list[list[int]]) -> list[list[float]]:
-    own, following = values
-    return [
-        [round(float(value), 6) for value in (*own[row], *following[row][tokens])]
-        for row, tokens in zip(rows, probes, strict=True)
-    ]
+def _rounded(values: Any) -> list[list[float]]:
+    return [[round(float(value), 6) for value in row] for row in values]
 
 
 def main() -> None:

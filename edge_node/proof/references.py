@@ -136,11 +136,10 @@ def _read(body: Mapping[str, Any]) -> Reference:
     """Raises KeyError, TypeError, ValueError for what is no reference."""
     reference = Reference(
         prompts=[[int(token) for token in row] for row in body["prompts"]],
-        probes=[[int(token) for token in row] for row in body["probes"]],
         release=np.array(body["release"], np.float32),
         base=np.array(body["base"], np.float32),
     )
-    rows, columns = len(reference.prompts), len(reference.prompts[0]) - 1 + len(body["probes"][0])
+    rows, columns = len(reference.prompts), len(reference.prompts[0]) - 1
     for values in (reference.release, reference.base):
         if values.shape != (rows, columns) or not np.isfinite(values).all():
             raise ValueError(f"log-probabilities have shape {values.shape}, or are not finite")

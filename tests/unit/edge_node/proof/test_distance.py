@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from edge_node.proof.distance import Reference, Served, Values, measure, wrong
 
-ROWS, TOKENS, PROBES = 4, 9, 3
-COLUMNS = TOKENS - 1 + PROBES
+ROWS, TOKENS = 4, 12
+COLUMNS = TOKENS - 1
+FOLLOWING = [{7: -0.5, 8: -1.5, 9: -3.0}] * ROWS
 GENERATOR = np.random.default_rng(0)
 BASE = GENERATOR.normal(-5, 1, (ROWS, COLUMNS)).astype(np.float32)
 DIRECTION = GENERATOR.choice([-1.0, 1.0], (2, ROWS, COLUMNS)).astype(np.float32)
@@ -22,14 +25,13 @@ def rounded(values: Values, by: float = 0.004) -> Values:
 def reference(apart: float) -> Reference:
     return Reference(
         prompts=[[1] * TOKENS] * ROWS,
-        probes=[[2] * PROBES] * ROWS,
         release=BASE + np.float32(apart) * DIRECTION[0],
         base=BASE,
     )
 
 
 def served(release: Values, *, base: Values = BASE, before: Values | None = None) -> Served:
-    return Served(rounded(release), rounded(release)[:, -PROBES:], rounded(base), before)
+    return Served(rounded(release), rounded(base), before, list(FOLLOWING), list(FOLLOWING))
 
 
 def verdict(known: Reference, answers: Served) -> str | None:
@@ -44,10 +46,9 @@ def test_a_release_that_is_served_with_rounding_passes(apart: float) -> None:
 
 def test_the_rounding_of_a_quantised_base_is_allowed_for_the_release_too() -> None:
     known = reference(1.0)
-    answers = Served(
-        rounded(known.release, 0.1), rounded(known.release, 0.1)[:, -PROBES:], rounded(BASE, 0.1),
-        None,
-    )  # fmt: skip
+    answers = replace(
+        served(known.release), release=rounded(known.release, 0.1), base=rounded(BASE, 0.1)
+    )
     assert verdict(known, answers) is None
 
 
@@ -78,11 +79,21 @@ def test_another_base_is_named_also_where_it_is_not_a_number() -> None:
     assert "is not the base" in (verdict(known, served(known.release, base=lost)) or "")
 
 
-def test_one_stale_answer_from_the_prefix_cache_is_found() -> None:
+@pytest.mark.parametrize(
+    "stale", [{7: -1.5, 8: -0.5, 9: -3.0}, {17: -0.1, 18: -2.5, 19: -4.0}, {7: -0.1, 8: -2.5}]
+)
+def test_one_stale_answer_from_the_prefix_cache_is_found(stale: dict[int, float]) -> None:
     known = reference(0.5)
     answers = served(known.release)
-    answers.again[2] = known.base[2, -PROBES:]
+    answers.cached[2] = stale
     assert "prefix cache" in (verdict(known, answers) or "")
+
+
+def test_the_least_likely_token_may_be_another_one() -> None:
+    known = reference(0.5)
+    answers = served(known.release)
+    answers.cached[2] = {7: -0.502, 8: -1.498, 10: -3.001}
+    assert verdict(known, answers) is None
 
 
 def test_releases_that_are_too_near_to_tell_are_said_to_be() -> None:

@@ -65,9 +65,7 @@ class Known:
     """References: one that is `apart` from the base, or none."""
 
     def __init__(self, apart: float = 1.0, why: str = "") -> None:
-        self.reference = Reference(
-            [[1, 2, 3]] * 2, [[4, 5]] * 2, VALUES + np.float32(apart), VALUES
-        )
+        self.reference = Reference([[1, 2, 3, 4, 5]] * 2, VALUES + np.float32(apart), VALUES)
         self.why = why
         self.on_disk = True
         self.asked: list[str] = []
@@ -109,7 +107,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, release: Any, base: Any = VALUES)
         client: object, reference: object, name: str, base_name: str, before: str | None
     ) -> Served:
         asked.append((name, base_name, before))
-        return Served(release, release[:, -2:], base, None)
+        return Served(release, base, None, [{1: -0.5}], [{1: -0.5}])
 
     monkeypatch.setattr("edge_node.proof.proof.ask_canaries", ask)
     return asked

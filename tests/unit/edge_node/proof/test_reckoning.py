@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edge_node.learning.training import load_start
-from edge_node.proof.reckoning import ALWAYS, CANARIES, PROBES, Reckoning
+from edge_node.proof.reckoning import ALWAYS, CANARIES, Reckoning
 from edge_node.releases.peft_directory import peft_files
 from protos.base import read_base_model
 from protos.lora import LoraModule, LoraTensors
@@ -34,13 +34,12 @@ def order(release: Path, before: Path | None = None, seed: int = 5) -> dict[str,
     }  # fmt: skip
 
 
-def merged(release: Path | None, prompts: Sequence[Any], probes: Sequence[Any]) -> Any:
+def merged(release: Path | None, prompts: Sequence[Any]) -> Any:
     """The same by another way: the product of the factors added to the weights."""
     model = load_start(tiny_model(), release).eval()
     with torch.no_grad():
         values = torch.log_softmax(model(input_ids=torch.tensor(prompts)).logits, dim=-1)
-    own = values[:, :-1].gather(2, torch.tensor(prompts)[:, 1:, None])[:, :, 0]
-    return torch.cat([own, values[:, -1].gather(1, torch.tensor(probes))], dim=1).numpy()
+    return values[:, :-1].gather(2, torch.tensor(prompts)[:, 1:, None])[:, :, 0].numpy()
 
 
 def test_release_and_base_are_what_merging_gives(tmp_path: Path) -> None:
@@ -49,13 +48,12 @@ def test_release_and_base_are_what_merging_gives(tmp_path: Path) -> None:
     reckoning = Reckoning()
     for turn in (before, None):  # the second order meets a base that the first one has left clean
         answer = reckoning.answer(order(release, turn))
-        prompts, probes = answer["prompts"], answer["probes"]
+        prompts = answer["prompts"]
         assert not [name for name, _ in reckoning._base.named_modules() if "lora" in name]
         assert np.shape(prompts) == (CANARIES, TOKENS)
-        assert np.shape(probes) == (CANARIES, PROBES)
         assert np.min(prompts) >= SPECIALS.index("<user>"), "the tokenizer's own special tokens"
-        assert answer["release"] == pytest.approx(merged(release, prompts, probes), abs=1e-4)
-        assert answer["base"] == pytest.approx(merged(None, prompts, probes), abs=1e-4)
+        assert answer["release"] == pytest.approx(merged(release, prompts), abs=1e-4)
+        assert answer["base"] == pytest.approx(merged(None, prompts), abs=1e-4)
     again = Reckoning().answer(order(release))
     assert again == answer, "the same on every node"
     assert reckoning.answer(order(release, seed=6))["prompts"] != prompts
@@ -70,10 +68,7 @@ def test_canaries_tell_the_release_from_the_one_before(tmp_path: Path) -> None:
     )
     release, before = write(tmp_path / "one", tensors), write(tmp_path / "two", near)
     answer = Reckoning().answer(order(release, before))
-    own = slice(0, TOKENS - 1)
-    apart = np.abs(
-        (np.array(answer["release"]) - merged(before, answer["prompts"], answer["probes"]))[:, own]
-    ).mean(axis=1)
+    apart = np.abs(np.array(answer["release"]) - merged(before, answer["prompts"])).mean(axis=1)
     assert apart[ALWAYS:].min() > 0
     assert list(apart[ALWAYS:]) == sorted(apart[ALWAYS:], reverse=True)
     others = Reckoning().answer(order(before, release))
