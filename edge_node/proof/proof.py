@@ -119,7 +119,7 @@ class Proof:
                 "release": release.label,
                 "by": "answers and weights" if distances.tells else "weights",
                 "to_release": round(distances.to_release, 5),
-                "apart": round(distances.apart, 5),
+                "shares": [round(share.value, 3) for share in distances.shares],
                 "reference_s": round(waited_s, 3),
                 "answers_s": round(time.monotonic() - began - waited_s, 3),
             },

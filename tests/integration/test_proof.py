@@ -36,15 +36,16 @@ IN_THE_WORKER = {
 }
 """What the engine does to an adapter, and how the node calls it."""
 IN_THE_ANSWERS = {
-    "no_op": "as the base does",
-    "scaled": "neither as the release nor as the base",
-    "zeroed": "neither as the release nor as the base",
-    "prefix": "as the base does",
-    "disjoint": "as the base does",
-    "swapped": "as the version before it does",
-    "ignored": "as the base does",
+    "no_op": "it answers as the base does",
+    "scaled": "of the way from the base to the release",
+    "prefix": "it answers as the base does",
+    "disjoint": "it answers as the base does",
+    "swapped": "it answers as the version before it does",
+    "ignored": "it answers as the base does",
 }
-"""not_delivered is not among them: a request would end the engine."""
+"""not_delivered is not among them, as a request would end the engine; nor is one zeroed module of
+14, which changes as little as rounding does: the weights tell it.
+"""
 
 
 def strength(seed: int, by: float) -> LoraTensors:

@@ -9,7 +9,7 @@ import pytest
 
 from edge_node.proof.distance import Reference, Served, Values, measure, wrong
 
-ROWS, TOKENS = 4, 12
+ROWS, TOKENS = 8, 144
 COLUMNS = TOKENS - 1
 FOLLOWING = [{7: -0.5, 8: -1.5, 9: -3.0}] * ROWS
 GENERATOR = np.random.default_rng(0)
@@ -54,21 +54,37 @@ def test_the_rounding_of_a_quantised_base_is_allowed_for_the_release_too() -> No
 
 def test_the_base_in_place_of_the_release_is_named() -> None:
     known = reference(0.1)
-    assert "as the base does" in (verdict(known, served(known.base)) or "")
+    assert verdict(known, served(known.base)) == "it answers as the base does"
 
 
 def test_the_version_before_in_place_of_the_release_is_named() -> None:
     known = reference(0.5)
     before = BASE + 0.6 * DIRECTION[1]
     answers = served(before, before=rounded(before))
-    assert "as the version before it does" in (verdict(known, answers) or "")
+    assert verdict(known, answers) == "it answers as the version before it does"
 
 
-@pytest.mark.parametrize("scale", [0.5, 0.8, 2.0, -1.0])
-def test_a_wrong_scale_is_found(scale: float) -> None:
+def test_a_version_before_that_is_near_is_told_too() -> None:
+    """A release is a small step from the one before: their way from the base is the same."""
     known = reference(0.5)
-    release = BASE + scale * (known.release - BASE)
-    assert verdict(known, served(release)) is not None
+    before = known.release + np.float32(0.05) * DIRECTION[1]
+    assert verdict(known, served(known.release, before=rounded(before))) is None
+    answers = served(before, before=rounded(before))
+    assert verdict(known, answers) == "it answers as the version before it does"
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75, 2.0, -1.0])
+@pytest.mark.parametrize("apart", [0.05, 0.5])
+def test_a_wrong_scale_is_found(scale: float, apart: float) -> None:
+    known = reference(apart)
+    release = BASE + np.float32(scale) * (known.release - BASE)
+    assert f"it goes {scale:.2f} of the way" in (verdict(known, served(release)) or "")
+
+
+def test_answers_that_go_astray_on_the_right_way_are_found() -> None:
+    known = reference(0.5)
+    astray = known.release + np.float32(0.3) * DIRECTION[1] * np.sign(known.release.mean())
+    assert "nats a token from the release's" in (verdict(known, served(astray)) or "")
 
 
 def test_another_base_is_named_also_where_it_is_not_a_number() -> None:
@@ -97,7 +113,9 @@ def test_the_least_likely_token_may_be_another_one() -> None:
 
 
 def test_releases_that_are_too_near_to_tell_are_said_to_be() -> None:
-    known = reference(0.01)
+    known = reference(0.001)
+    assert not measure(known, served(known.release)).tells
+    known = reference(0.0)
     assert not measure(known, served(known.release)).tells
     known = reference(0.5)
     assert measure(known, served(known.release)).tells
