@@ -1,7 +1,7 @@
 """Silent failures of an engine, made on purpose: a `vllm.general_plugins` entry point of the tests.
 
-In: the name of a fault in the file that LORIKEET_TEST_FAULT names, read at each load. Out: vLLM's
-own worker, which does that to the adapter and says nothing.
+In: the file that LORIKEET_TEST_FAULT names, read at each load: a fault, another directory. Out:
+vLLM's own worker, which does that to the adapter and says nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def install() -> None:
     ignored: set[int] = set()
 
     def load_adapter(self: Any, request: Any) -> Any:
-        fault, _, argument = _fault().partition(" ")
+        fault = _fault()
         if fault == "swapped":
-            request = type(request)(request.lora_name, request.lora_int_id, argument)
+            request = type(request)(request.lora_name, request.lora_int_id, _other())
         adapter = load(self, request)
         if fault in CHANGES:
             CHANGES[fault](adapter.loras)
@@ -55,8 +55,17 @@ def install() -> None:
 
 
 def _fault() -> str:
+    return _words()[0]
+
+
+def _other() -> str:
+    """The directory that is read instead."""
+    return _words()[1]
+
+
+def _words() -> list[str]:
     path = Path(os.environ["LORIKEET_TEST_FAULT"])
-    return path.read_text() if path.is_file() else ""
+    return path.read_text().split() if path.is_file() else [""]
 
 
 def _rename(loras: dict[str, Any], name: Callable[[str], str]) -> None:

@@ -33,6 +33,7 @@ from protos.lora import LoraTensors, encode
 from tests.fakes.signed_releases import make_signed
 from tests.fakes.tiny_model import POSITIONS, tiny_model
 
+ROOT = str(Path(__file__).parents[2])
 FAULTS = "lorikeet_test_faults"
 ENTRY_POINTS = f"[vllm.general_plugins]\n{FAULTS} = tests.fakes.engine_faults:install\n"
 
@@ -100,7 +101,7 @@ async def proving_node(environment: Mapping[str, str] | None = None) -> AsyncIte
             data_dir, store, control, References(data_dir, base, reckoner, POSITIONS), reckoner
         )
         variables = {
-            "PYTHONPATH": f"{plugins}{os.pathsep}{os.environ.get('PYTHONPATH', str(Path.cwd()))}",
+            "PYTHONPATH": os.pathsep.join([str(plugins), ROOT, os.environ.get("PYTHONPATH", "")]),
             "VLLM_PLUGINS": FAULTS,
             "LORIKEET_TEST_FAULT": str(data_dir / "fault"),
         }
