@@ -24,7 +24,7 @@ from edge_node.problems import Problems
 from edge_node.proof.canaries import CONNECTIONS, ask_canaries
 from edge_node.proof.distance import Distances, Reference, measure, wrong
 from edge_node.proof.reckoner import Reckoner
-from edge_node.proof.references import NoReference, References
+from edge_node.proof.references import NoReference, NoRoom, References
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
@@ -64,6 +64,7 @@ class Proof:
         self._references = references
         self._reckoner = reckoner
         self._problems = Problems(data_dir)
+        self._has_no_room = False
         with suppress(OSError):  # a full disk must not keep a node from serving
             (data_dir / "releases" / "proofs").mkdir(parents=True, exist_ok=True)
         self._preparing: set[asyncio.Task[None]] = set()
@@ -152,11 +153,16 @@ class Proof:
             if not made:
                 return await asyncio.to_thread(self._references.kept, release)
             reference = await self._references.of(release, before)
+        except NoRoom as error:
+            if not self._has_no_room:
+                log.info("releases are compared by their weights alone", extra={"why": str(error)})
+            self._has_no_room = True
+            return None
         except NoReference as error:
             self._problems.report(
                 ROOM,
                 f"Release {release.label} was compared by its weights alone, because {error}.",
-                "Give the node more memory, or accept it with EDGE_RELEASES__PROOF=checksums.",
+                "It is tried again at the next release. EDGE_RELEASES__PROOF=checksums accepts it.",
             )
             return None
         return reference

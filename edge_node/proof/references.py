@@ -38,6 +38,10 @@ class NoReference(Exception):
     """Why there is none: weights alone are compared."""
 
 
+class NoRoom(NoReference):
+    """The base does not fit into memory a second time: no trouble, but a property of the node."""
+
+
 class Reckons(Protocol):
     """What References needs of the process that computes."""
 
@@ -92,7 +96,7 @@ class References:
         parameters = await asyncio.to_thread(count_parameters, self._base.path)
         needed, free = needed_bytes(parameters), await asyncio.to_thread(free_bytes)
         if needed > free:
-            raise NoReference(
+            raise NoRoom(
                 f"a second copy of the base needs {needed / 2**30:.1f} GiB of memory, and "
                 f"{free / 2**30:.1f} GiB are free"
             )

@@ -20,7 +20,7 @@ from edge_node.identity import Identity
 from edge_node.problems import Problems
 from edge_node.proof.distance import Reference, Served
 from edge_node.proof.proof import Proof, make_proof
-from edge_node.proof.references import NoReference
+from edge_node.proof.references import NoReference, NoRoom
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.settings import EdgeSettings, ReleasesSettings
 from protos.base import BaseModelInfo
@@ -73,7 +73,7 @@ class Known:
     async def of(self, release: StoredRelease, before: StoredRelease | None) -> Reference:
         self.asked.append(release.label)
         if self.why:
-            raise NoReference(self.why)
+            raise (NoRoom if self.why.startswith("a second copy") else NoReference)(self.why)
         return self.reference
 
     def kept(self, release: StoredRelease) -> Reference | None:
@@ -189,18 +189,35 @@ async def test_a_version_that_the_alias_points_at_stays_loaded(
 async def test_without_a_reference_the_weights_decide_and_the_node_says_so(
     tmp_path: Path, store: ReleaseStore, release: StoredRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control, known = Control(), Known(why="a second copy of the base needs 19.3 GiB")
+    control, known = Control(), Known(why="the process ended with -9")
     proof = make(tmp_path, store, control, known)
     asked = answering(monkeypatch, VALUES)
     await proof.expect(NAME, release, None)
     (problem,) = Problems(tmp_path).current()
     assert (problem.room, asked) == ("proof", [])
-    assert "by its weights alone, because a second copy" in problem.text
+    assert "by its weights alone, because the process ended" in problem.text
     assert "EDGE_RELEASES__PROOF=checksums" in problem.next_step
     known.why = ""
     answering(monkeypatch, known.reference.release)
     await proof.expect(NAME, release, None)
     assert Problems(tmp_path).current() == []
+
+
+async def test_a_base_without_room_for_a_copy_is_no_problem(
+    tmp_path: Path,
+    store: ReleaseStore,
+    release: StoredRelease,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    proof = make(tmp_path, store, Control(), Known(why="a second copy of the base needs 19 GiB"))
+    asked = answering(monkeypatch, VALUES)
+    for _ in range(2):
+        await proof.expect(NAME, release, None)
+    assert (asked, Problems(tmp_path).current()) == ([], [])
+    said = [one for one in caplog.records if one.message.endswith("by their weights alone")]
+    assert len(said) == 1
 
 
 async def test_a_start_waits_for_no_reference_that_is_not_there(

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edge_node.identity import Identity
 from edge_node.proof import references as room
-from edge_node.proof.references import NoReference, References
+from edge_node.proof.references import NoReference, NoRoom, References
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from protos.base import BaseModelInfo
 from tests.fakes.signed_releases import BASE, SHAPES, make_payload, make_signed
@@ -123,7 +123,7 @@ async def test_a_base_too_large_for_a_second_copy_is_not_loaded(
     monkeypatch.setattr(room, "free_bytes", lambda: 10 << 30)
     monkeypatch.setattr(room, "count_parameters", lambda path: 8_000_000_000)
     reckoner = Counting()
-    with pytest.raises(NoReference, match=r"needs 19\.\d GiB of memory, and 10\.0 GiB are free"):
+    with pytest.raises(NoRoom, match=r"needs 19\.\d GiB of memory, and 10\.0 GiB are free"):
         await make(tmp_path, reckoner).of(release, None)
     assert reckoner.orders == []
 
