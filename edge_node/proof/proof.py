@@ -127,8 +127,11 @@ class Proof:
         )
 
     def prepare(self, release: StoredRelease, before: StoredRelease | None) -> None:
-        """Makes the reference meanwhile, so that a switch need not wait for it."""
-        if self._references is not None:
+        """Makes the reference meanwhile, so that a switch need not wait for it.
+
+        One at a time: a switch to another release would wait for all of them.
+        """
+        if self._references is not None and not self._preparing:
             task = asyncio.create_task(self._prepare(release, before))
             self._preparing.add(task)
             task.add_done_callback(self._preparing.discard)

@@ -239,9 +239,12 @@ async def test_a_reference_is_made_ahead(
 ) -> None:
     known = Known(why="it could not be made")
     proof = make(tmp_path, store, Control(), known)
-    proof.prepare(release, None)
+    for _ in range(3):
+        proof.prepare(release, None)
     while not known.asked:
         await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert known.asked == [release.label], "a switch would wait for all of them"
     await proof.aclose()
 
 
