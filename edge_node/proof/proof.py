@@ -18,11 +18,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from edge_node import vllm_arguments
 from edge_node.base_model import longest_context
 from edge_node.errors import NotHeld, NotProved, ServingError, StorageError
 from edge_node.problems import Problems
 from edge_node.proof.canaries import CONNECTIONS, ask_canaries
-from edge_node.proof.distance import Distances, Reference, measure, wrong
+from edge_node.proof.distance import (
+    MOST_QUANTISED,
+    MOST_ROUNDING,
+    Distances,
+    Reference,
+    measure,
+    wrong,
+)
 from edge_node.proof.reckoner import Reckoner
 from edge_node.proof.references import NoReference, NoRoom, References
 from edge_node.releases.store import ReleaseStore, StoredRelease
@@ -33,6 +41,8 @@ from protos.base import BaseModelInfo
 log = logging.getLogger(__name__)
 
 ROOM = "proof"
+QUANTISING = frozenset({"--quantization", "-q"})
+"""vLLM's arguments that quantise the base."""
 AGAIN = (
     "The node tries it again. If it goes on, start the node again; then ask the operator of "
     "central to roll the release back."
@@ -54,6 +64,7 @@ class Proof:
         control: ControlClient,
         references: References | None,
         reckoner: Reckons | None,
+        most_rounding: float = MOST_ROUNDING,
     ) -> None:
         """`references`: None compares weights alone.
 
@@ -63,6 +74,7 @@ class Proof:
         self._control = control
         self._references = references
         self._reckoner = reckoner
+        self._most_rounding = most_rounding
         self._problems = Problems(data_dir)
         self._has_no_room = False
         with suppress(OSError):  # a full disk must not keep a node from serving
@@ -110,7 +122,7 @@ class Proof:
         async with self._control.requests(CONNECTIONS) as client:
             served = await ask_canaries(client, reference, name, state.base, target)
         self.last = distances = measure(reference, served)
-        if (mistake := wrong(distances)) is not None:
+        if (mistake := wrong(distances, self._most_rounding)) is not None:
             await self._put_away(name, release)
             raise NotProved(f"vLLM does not serve release {release.label}: {mistake}. {AGAIN}")
         self._problems.clear(ROOM)
@@ -193,4 +205,6 @@ def make_proof(
     reckoner = Reckoner()
     context = longest_context(settings, base.path)
     references = References(settings.data_dir, base, reckoner, context)
-    return Proof(settings.data_dir, store, control, references, reckoner)
+    plain = QUANTISING.isdisjoint(vllm_arguments.names(settings.serving.extra_args))
+    most = MOST_ROUNDING if plain else MOST_QUANTISED
+    return Proof(settings.data_dir, store, control, references, reckoner, most)

@@ -7,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_node.proof.distance import Reference, Served, Values, measure, wrong
+from edge_node.proof.distance import (
+    MOST_QUANTISED,
+    Reference,
+    Served,
+    Values,
+    measure,
+    wrong,
+)
 
 ROWS, TOKENS = 8, 144
 COLUMNS = TOKENS - 1
@@ -110,6 +117,16 @@ def test_the_least_likely_token_may_be_another_one() -> None:
     answers = served(known.release)
     answers.cached[2] = {7: -0.502, 8: -1.498, 10: -3.001}
     assert verdict(known, answers) is None
+
+
+def test_a_base_that_vllm_quantises_may_be_further_from_its_reference() -> None:
+    known = reference(2.0)
+    answers = replace(
+        served(known.release), release=rounded(known.release, 0.4), base=rounded(BASE, 0.4)
+    )
+    distances = measure(known, answers)
+    assert "is not the base" in (wrong(distances) or "")
+    assert wrong(distances, MOST_QUANTISED) is None
 
 
 def test_releases_that_are_too_near_to_tell_are_said_to_be() -> None:

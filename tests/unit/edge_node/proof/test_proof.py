@@ -18,11 +18,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from edge_node.errors import NotHeld, NotProved, ServingError
 from edge_node.identity import Identity
 from edge_node.problems import Problems
-from edge_node.proof.distance import Reference, Served
+from edge_node.proof.distance import MOST_QUANTISED, MOST_ROUNDING, Reference, Served
 from edge_node.proof.proof import Proof, make_proof
 from edge_node.proof.references import NoReference, NoRoom
 from edge_node.releases.store import ReleaseStore, StoredRelease
-from edge_node.settings import EdgeSettings, ReleasesSettings
+from edge_node.settings import EdgeSettings, ReleasesSettings, ServingSettings
 from protos.base import BaseModelInfo
 from tests.fakes.signed_releases import BASE, SHAPES, make_payload, make_signed
 
@@ -254,8 +254,12 @@ async def test_the_setting_decides_what_is_compared(
     (tmp_path / "config.json").write_text("{}")
     base = BaseModelInfo(tmp_path, BASE, SHAPES)
 
-    def proof(setting: Any) -> Proof | None:
-        settings = EdgeSettings(data_dir=tmp_path, releases=ReleasesSettings(proof=setting))
+    def proof(setting: Any, *extra: str) -> Proof | None:
+        settings = EdgeSettings(
+            data_dir=tmp_path,
+            releases=ReleasesSettings(proof=setting),
+            serving=ServingSettings(extra_args=list(extra)),
+        )
         return make_proof(settings, base, store, Control())  # type: ignore[arg-type]
 
     assert proof("off") is None
@@ -267,4 +271,9 @@ async def test_the_setting_decides_what_is_compared(
     assert asked == []
     both = proof("on")
     assert both is not None
+    assert both._most_rounding == MOST_ROUNDING
     await both.aclose()
+    quantised = proof("on", "--quantization=fp8")
+    assert quantised is not None
+    assert quantised._most_rounding == MOST_QUANTISED
+    await quantised.aclose()
