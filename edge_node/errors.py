@@ -6,8 +6,10 @@ EdgeError
 +-- CentralUnreachable (ConnectionError)  exit 4: central did not answer
 +-- StorageError (OSError)           exit 5: a path cannot be written or read
 +-- ServingError (RuntimeError)      exit 6: vLLM cannot start or a port is taken
+|   +-- NotHeld                    a worker of vLLM holds other weights than the adapter has
 +-- AdapterError (ValueError)        a payload is not usable here
 |   +-- NothingToMeasure           an evaluation asks for no environment of this node
+|   +-- NotProved                  vLLM does not serve the release that it was given
 +-- EnvironmentFault (RuntimeError)  a plug-in raised, hung or broke its contract; not its words,
 |                                    which may quote a task
 +-- UnknownInteraction (LookupError) feedback for an id that the node does not hold
@@ -67,8 +69,16 @@ class ServingError(EdgeError, RuntimeError):
     exit_code = 6
 
 
+class NotHeld(ServingError):
+    """A worker of vLLM holds other weights than the adapter that it loaded."""
+
+
 class AdapterError(EdgeError, ValueError):
     pass
+
+
+class NotProved(AdapterError):
+    """vLLM loaded a release and does not serve it: the alias must not point at it."""
 
 
 class NothingToMeasure(AdapterError):

@@ -43,6 +43,7 @@ from edge_node.learning import LearnerProcess, open_starts
 from edge_node.learning.records import RoundStore
 from edge_node.outbox import Outbox, Uploader
 from edge_node.problems import Problems
+from edge_node.proof import make_proof
 from edge_node.releases.evaluation import Evaluator, evaluation_seed
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.trouble import next_step, words
@@ -257,6 +258,7 @@ async def serve(settings: EdgeSettings) -> None:
                 evaluator,
                 counts,
                 lambda: open_starts(settings.data_dir),
+                proof=make_proof(settings, base, store, control),
             )
             log.info(
                 "edge node starts", extra={"node_id": identity.node_id, "cohort": identity.cohort}

@@ -267,6 +267,12 @@ class ReleasesSettings(Group):
     """
     keep: int = Field(default=8, ge=2)
     """Newest release directories that stay loaded and on disk."""
+    proof: Literal["on", "checksums", "off"] = "on"
+    """What the node compares before the alias points at a release that vLLM loaded. on: the weights
+    in vLLM's workers with the release, and what vLLM serves with a PEFT reference, which a process
+    of its own makes on the CPU, once for each release. checksums: the weights alone; so it is where
+    the base does not fit into memory a second time. off: nothing.
+    """
     max_rank: int | None = Field(default=None, ge=1)
     """Largest rank that this node serves (at most EDGE_SERVING__MAX_LORA_RANK). Of a larger release
     it serves the first pairs, which approximate it best. Unset: whole releases.

@@ -63,6 +63,7 @@ REFUSED: dict[str, str] = {
     "--hf-overrides": _FILES,
     "--model-class-overrides": _FILES,
     # Processes.
+    "--worker-extension-cls": "the node extends the workers itself, to see which weights they hold",
     "--shutdown-timeout": "the node drains vLLM itself before it stops it",
     "--api-server-count": _ONE_ENGINE,
     "-asc": _ONE_ENGINE,

@@ -21,14 +21,14 @@ _RENAMES = {rf"^{re.escape(prefix)}": "model." for prefix in WRAPPER_PREFIXES} |
 }
 
 
-def load_text_model(path: Path) -> Any:
-    """The text model with its weights, float32.
+def load_text_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The text model with its weights in `dtype`.
 
     Raises SettingsError when the checkpoint does not have all of them.
     """
     wrapped = bool(read_layout(path).wrapper_prefix)
     model, loading = AutoModelForCausalLM.from_pretrained(
-        path, config=_config(path), key_mapping=_RENAMES if wrapped else None, dtype=torch.float32,
+        path, config=_config(path), key_mapping=_RENAMES if wrapped else None, dtype=dtype,
         local_files_only=True, output_loading_info=True,
     )  # fmt: skip
     if missing := sorted(loading["missing_keys"]):

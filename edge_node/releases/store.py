@@ -24,7 +24,7 @@ from edge_node.identity import Identity
 from edge_node.releases.peft_directory import directory_rank, peft_files
 from lorikeet.durable import sync
 from protos.base import BaseModelInfo
-from protos.lora import LoraCodecError, decode
+from protos.lora import LoraCodecError, LoraTensors, decode
 from protos.manifest import ManifestError, ReleaseManifest, verify
 from protos.prefix import prefix
 from protos.releases.v1 import releases_pb2
@@ -55,6 +55,8 @@ class ReleaseStore:
         self._max_rank = max_rank
         self._identity = identity
         self._base = base
+        self._digests: dict[str, dict[str, str]] = {}
+        """Of each release's PEFT files, made from its payload; by id and name."""
         try:
             for name in ("versions", "partial"):
                 (self._root / name).mkdir(parents=True, exist_ok=True)
@@ -152,13 +154,7 @@ class ReleaseStore:
                 f"{manifest.payload.digest_sha256[:12]}. It is downloaded again."
             )
         try:
-            whole = decode(payload)
-            served = (
-                prefix(whole, min(whole.rank, self._max_rank)).tensors
-                if whole.rank and self._max_rank
-                else whole
-            )
-            files = peft_files(served, self._base.module_shapes)
+            whole, files = self._files(payload)
         except LoraCodecError as error:
             raise AdapterError(
                 f"Payload of release {manifest.label} is not usable: {error}"
@@ -189,6 +185,43 @@ class ReleaseStore:
                 "EDGE_DATA_DIR."
             ) from error
         return StoredRelease(manifest.digest, manifest, final)
+
+    def differs(self, release: StoredRelease) -> str | None:
+        """A file of the version directory that is not what central signed; None: all are.
+
+        The manifest's digest is the release's id, which the caller has from central.
+        """
+        try:
+            manifest = ReleaseManifest.from_bytes((release.path / "manifest.json").read_bytes())
+            if manifest.digest != release.release_id:
+                return "manifest.json"
+            payload = (release.path / "payload.safetensors").read_bytes()
+            if hashlib.sha256(payload).hexdigest() != manifest.payload.digest_sha256:
+                return "payload.safetensors"
+            if release.release_id not in self._digests:
+                self._digests[release.release_id] = {
+                    name: hashlib.sha256(content).hexdigest()
+                    for name, content in self._files(payload)[1].items()
+                }
+            for name, digest in self._digests[release.release_id].items():
+                if hashlib.sha256((release.path / name).read_bytes()).hexdigest() != digest:
+                    return name
+        except (OSError, ManifestError, LoraCodecError, AdapterError) as error:
+            return f"{release.path.name} ({type(error).__name__})"
+        return None
+
+    def _files(self, payload: bytes) -> tuple[LoraTensors, dict[str, bytes]]:
+        """The payload whole, and as the PEFT directory that this node serves.
+
+        Raises LoraCodecError, AdapterError.
+        """
+        whole = decode(payload)
+        served = (
+            prefix(whole, min(whole.rank, self._max_rank)).tensors
+            if whole.rank and self._max_rank
+            else whole
+        )
+        return whole, peft_files(served, self._base.module_shapes)
 
     def _rank_fits(self, manifest: ReleaseManifest, folder: Path) -> bool:
         wanted = manifest.rank if self._max_rank is None else min(manifest.rank, self._max_rank)
@@ -257,6 +290,7 @@ class ReleaseStore:
 
     def remove(self, release: StoredRelease) -> None:
         """Delete a version directory; the caller made sure that nothing refers to it."""
+        self._digests.pop(release.release_id, None)
         doomed = self._root / "partial" / f"{release.release_id}.directory"
         release.path.rename(doomed)
         shutil.rmtree(doomed)

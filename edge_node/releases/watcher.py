@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import AdapterError, ServingError, StorageError
+from edge_node.errors import AdapterError, NotProved, ServingError, StorageError
 from edge_node.figures.tally import TALLY, note_heard
 from edge_node.problems import Problems
 from edge_node.releases.download import fetch_release
@@ -58,6 +58,17 @@ class Serving(Protocol):
     async def wait_ready(self) -> int: ...
 
 
+class Proves(Protocol):
+    """What the watcher needs of edge_node/proof: each raises NotProved."""
+
+    async def load(self, name: str, release: StoredRelease) -> None: ...
+    async def expect(
+        self, name: str, release: StoredRelease, before: StoredRelease | None, *, made: bool = True
+    ) -> None: ...
+    def prepare(self, release: StoredRelease, before: StoredRelease | None) -> None: ...
+    async def aclose(self) -> None: ...
+
+
 class ReleaseWatcher:
     """Long-lived: `run()` until cancelled."""
 
@@ -71,8 +82,13 @@ class ReleaseWatcher:
         evaluator: Evaluator,
         counts: Callable[[], fleet_pb2.NodeStatus],
         pinned: Callable[[], Iterable[str]],
+        proof: Proves | None = None,
     ) -> None:
-        """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from."""
+        """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from.
+
+        `proof`: None compares nothing (EDGE_RELEASES__PROOF=off).
+        """
+        self._proof = proof
         self._settings = settings
         self._channel = channel
         self._store = store
@@ -97,9 +113,15 @@ class ReleaseWatcher:
         """Why the head is not served. It judges canaries: it knows nothing of a former process."""
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for step in (self._watch, self._follow, self._offers.run, self._collect, self._report):
-                group.create_task(step(), name=step.__qualname__)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for step in (
+                    self._watch, self._follow, self._offers.run, self._collect, self._report,
+                ):  # fmt: skip
+                    group.create_task(step(), name=step.__qualname__)
+        finally:
+            if self._proof is not None:
+                await self._proof.aclose()
 
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
@@ -193,12 +215,11 @@ class ReleaseWatcher:
 
     async def _settle(self, head: releases_pb2.SignedManifest | None, generation: int) -> None:
         if generation != self._loaded_generation:
-            self._pointed = await self._load_kept(damage_matters=head is None)
-            self._loaded_generation = generation
+            self._pointed = await self._load_kept(generation, damage_matters=head is None)
         if head is None or self._store.check(head).digest == self._pointed:
             return
         began = time.monotonic()
-        release = await self._obtain(head)
+        release = await self._obtain_proved(head)
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
@@ -231,35 +252,75 @@ class ReleaseWatcher:
             release = await fetch_release(
                 self._channel, self._store, signed, self._settings.central.call_timeout_s
             )
-            await self._control.load(self.served_name(release), release.path)
+            await self._load(release)
+            if self._proof is not None:
+                self._proof.prepare(release, self._store.get(self._pointed))
         return release
+
+    async def _obtain_proved(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
+        """As `_obtain`, and vLLM serves it; raises NotProved, and the alias stays where it is."""
+        release = await self._obtain(signed)
+        await self._expect_proof(release)
+        return release
+
+    async def _load(self, release: StoredRelease) -> None:
+        if self._proof is None:
+            await self._control.load(self.served_name(release), release.path)
+        else:
+            await self._proof.load(self.served_name(release), release)
+
+    async def _expect_proof(self, release: StoredRelease, *, made: bool = True) -> None:
+        """Raises NotProved unless vLLM serves the loaded `release`: the alias stays where it is."""
+        if self._proof is not None:
+            before = self._store.get(self._pointed) if self._pointed else None
+            await self._proof.expect(self.served_name(release), release, before, made=made)
 
     async def _obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
         return self.served_name(await self._obtain(signed))
 
-    async def _load_kept(self, *, damage_matters: bool) -> str:
-        """Id of the active release, which the alias points at now; empty without one."""
-        active = None
+    async def _load_kept(self, generation: int, *, damage_matters: bool) -> str:
+        """Id of the active release, which the alias points at now; empty without one.
+
+        Where vLLM does not serve it, the newest kept release that it serves takes its place. The
+        generation counts as loaded when the alias points somewhere, or there is no release.
+        """
+        active, failed = None, None
         try:
             active = self._store.active()
             if active is not None:
-                await self._control.load(self.served_name(active), active.path)
-                await self._control.point(self.served_name(active))
-        except (ServingError, StorageError) as error:
-            if damage_matters:
+                await self._take_up(active)
+        except (ServingError, StorageError, NotProved) as error:
+            failed = error
+            if damage_matters and not isinstance(error, NotProved):
                 raise
             log.warning(
-                "active release not loaded; the head takes its place", extra={"why": str(error)}
+                "active release not loaded; another takes its place", extra={"why": str(error)}
             )
             active = None
         for release in self._store.newest()[: self._settings.releases.keep]:
             try:
-                await self._control.load(self.served_name(release), release.path)
-            except ServingError as error:  # an old version must not keep the node from the new one
+                await self._load(release)
+                if active is None and isinstance(failed, NotProved):
+                    await self._take_up(release)
+                    await asyncio.to_thread(self._store.activate, release)
+                    active = release
+            # An old version must not keep the node from the new one.
+            except (ServingError, NotProved) as error:
                 log.warning(
                     "kept release not loaded", extra={"release": release.label, "why": str(error)}
                 )
+        if active is None and failed is not None:
+            if damage_matters:
+                raise failed
+            return ""  # the head may take its place; if it cannot, this is tried again
+        self._loaded_generation = generation
         return active.release_id if active else ""
+
+    async def _take_up(self, release: StoredRelease) -> None:
+        """Points the alias at a kept release, when vLLM serves it."""
+        await self._load(release)
+        await self._expect_proof(release, made=False)
+        await self._control.point(self.served_name(release))
 
     async def _collect(self) -> None:
         """Unload and delete old versions.

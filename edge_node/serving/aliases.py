@@ -27,6 +27,7 @@ class AliasTable:
         self.in_flight: Counter[str] = Counter()
         self._loaded: dict[str, Path] = {}
         self._retiring: set[str] = set()
+        self._unproved: set[str] = set()
         self._left = asyncio.Event()
 
     @property
@@ -37,11 +38,15 @@ class AliasTable:
     @property
     def public(self) -> list[str]:
         """Names of the versions that clients may know."""
-        return [name for name in self.loaded if not name.startswith(PRIVATE)]
+        return [name for name in self.loaded if not self.hidden(name)]
 
     def resolve(self, model: str | None) -> str | None:
         """Exact name for a request. No model means the alias; None: it points nowhere yet."""
         return self.target if model is None or model in ("", self.alias) else model
+
+    def hidden(self, name: str) -> bool:
+        """Clients may not name it: it is the learner's, or was not proved yet."""
+        return name.startswith(PRIVATE) or name in self._unproved
 
     def retiring(self, name: str) -> bool:
         return name in self._retiring
@@ -81,8 +86,15 @@ class AliasTable:
             )
         return name not in self._loaded
 
-    def add(self, name: str, path: Path) -> None:
+    def add(self, name: str, path: Path, *, proved: bool = True) -> None:
+        """`proved`: False hides it until `show`."""
         self._loaded[name] = path
+        if not proved:
+            self._unproved.add(name)
+
+    def show(self, name: str) -> None:
+        """It was proved: clients may name it, and the alias may point at it."""
+        self._unproved.discard(name)
 
     def point(self, name: str) -> None:
         if name not in self.public:
@@ -115,6 +127,7 @@ class AliasTable:
 
     def remove(self, name: str) -> None:
         self._retiring.discard(name)
+        self._unproved.discard(name)
         self._loaded.pop(name, None)
 
     def reinstate(self, name: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from edge_node.errors import ServingError
+from edge_node.errors import NotHeld, ServingError
 from edge_node.problems import Problem
 from edge_node.serving.aliases import PRIVATE
 
@@ -122,9 +122,19 @@ class ControlClient:
         self._socket = path
         self._timeout_s = timeout_s
 
-    async def load(self, name: str, path: Path) -> None:
-        """Loads the immutable PEFT directory `path` as alias@label; idempotent."""
-        await self._call("POST", "/load", {"name": name, "path": str(path.absolute())})
+    async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
+        """Loads the immutable PEFT directory `path` as alias@label; idempotent.
+
+        `proved`: False hides a new version from clients until `expect_held`.
+        """
+        body = {"name": name, "path": str(path.absolute()), "proved": proved}
+        await self._call("POST", "/load", body)
+
+    async def expect_held(self, name: str) -> None:
+        """Raises NotHeld unless vLLM's workers hold the version `name` as its directory has it."""
+        answer = await self._call("POST", "/held", {"name": name})
+        if answer["wrong"]:
+            raise NotHeld(answer["wrong"])
 
     async def point(self, name: str) -> None:
         """The alias means `name` for every request that arrives from now on."""

@@ -27,6 +27,7 @@ MIDDLEWARE = (
 )
 """Ours, from the inside out."""
 CPU_WORKER = "edge_node.serving.cpu_worker.CpuWorker"
+WORKER_EXTENSION = "edge_node.serving.held.HeldWeights"
 SHUTDOWN_TIMEOUT_S = 20
 """How long vLLM finishes what is in flight after SIGTERM."""
 KV_CACHE_ARGUMENT = "--kv-cache-memory-bytes"
@@ -90,6 +91,7 @@ def serving_command(settings: EdgeSettings, base: BaseModelInfo, *, on_cpu: bool
         "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S),
         "--disable-uvicorn-access-log",
         "--disable-fastapi-docs",
+        "--worker-extension-cls", WORKER_EXTENSION,
     ]  # fmt: skip
     if base.is_wrapped:
         command += [

@@ -18,8 +18,8 @@ from typing import Any
 
 from edge_node.capture import SERVED, Finished, Served, is_kept
 from edge_node.serving import events, limits, responses
-from edge_node.serving.aliases import PRIVATE
 from edge_node.serving.asgi import App, Message, Receive, Send, answer, refuse, replay
+from edge_node.serving.fingerprint import WEIGHTS, WEIGHTS_HEADER
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.labels import Labels, read_labels
 from edge_node.serving.refusals import (
@@ -109,7 +109,7 @@ class Completion:
                     self._gateway.not_ready() or "Not ready.",
                 )
                 return
-            if self._model.startswith(PRIVATE) and not self._of_the_node:
+            if self._gateway.aliases.hidden(self._model) and not self._of_the_node:
                 # As vLLM says it of a name that it does not know.
                 text = f"The model `{self._model}` does not exist."
                 await refuse(self._send, 404, "NotFoundError", text, param="model")
@@ -159,6 +159,7 @@ class Completion:
         if request.get("stream") is True and not self._of_the_node:
             self._gateway.first_tokens.begin(self)
         before = SERVED.set(self._recorded())
+        weights = WEIGHTS.set(self._gateway.weights.get(self._model, ""))
         before_progress = PROGRESS.set(self._progress)
         try:
             await self._app(scope, replay(body, self._hear), self._send_on)
@@ -167,6 +168,7 @@ class Completion:
         finally:
             PROGRESS.reset(before_progress)
             SERVED.reset(before)
+            WEIGHTS.reset(weights)
             self._gateway.first_tokens.left(self)
             self._gateway.in_flight.end(self)
             self._gateway.aliases.leave(self._model)
@@ -218,6 +220,7 @@ class Completion:
         self._capturing = self._capturing and self._answered
         if self._answered:
             headers.append((MODEL_HEADER, (self._model or "").encode()))
+            headers.append((WEIGHTS_HEADER, WEIGHTS.get().encode()))
         elif start["status"] == 500 and self._catches() and not self._progress.in_engine:
             self._refused = True
             error = ValueError("it failed before the engine had it")

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from edge_node.errors import EdgeError, ServingError
+from edge_node.errors import EdgeError, NotHeld, ServingError
 from edge_node.figures import Family
 from edge_node.serving.client import short_path
 from edge_node.serving.embedded import EmbeddedServer
@@ -39,6 +39,7 @@ class ControlServer:
         routes = [
             Route("/state", self._state),
             Route("/load", self._load, methods=["POST"]),
+            Route("/held", self._held, methods=["POST"]),
             Route("/point", self._point, methods=["POST"]),
             Route("/unload", self._unload, methods=["POST"]),
             Route("/drain", self._drain, methods=["POST"]),
@@ -87,8 +88,16 @@ class ControlServer:
 
     async def _load(self, request: Request) -> JSONResponse:
         body = await request.json()
-        await self._gateway.load(body["name"], Path(body["path"]))
+        proved = bool(body.get("proved", True))
+        await self._gateway.load(body["name"], Path(body["path"]), proved=proved)
         return JSONResponse({})
+
+    async def _held(self, request: Request) -> JSONResponse:
+        try:
+            await self._gateway.expect_held((await request.json())["name"])
+        except NotHeld as error:
+            return JSONResponse({"wrong": str(error)})
+        return JSONResponse({"wrong": ""})
 
     async def _point(self, request: Request) -> JSONResponse:
         self._gateway.point((await request.json())["name"])

@@ -27,7 +27,7 @@ from edge_node.capture import (
     to_interaction,
 )
 from edge_node.disk import read_json
-from edge_node.errors import ServingError, UnknownEpisode
+from edge_node.errors import NotHeld, ServingError, UnknownEpisode
 from edge_node.experience import (
     ANYONE,
     Feedback,
@@ -42,7 +42,9 @@ from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
 from edge_node.serving.counts import ServingCounts
+from edge_node.serving.fingerprint import weights_digest
 from edge_node.serving.first_tokens import FirstTokens
+from edge_node.serving.held import Held
 from edge_node.serving.in_flight import InFlight
 from edge_node.serving.sessions import Session, Sessions
 from edge_node.settings import EdgeSettings
@@ -64,6 +66,7 @@ class EngineLike(Protocol):
     def errored(self) -> bool: ...
     async def load(self, name: str, path: Path) -> None: ...
     async def unload(self, name: str) -> None: ...
+    async def held(self, name: str, path: Path) -> Held: ...
     async def probe(self) -> None: ...
     def answer_ids(self, text: str) -> list[int] | None: ...
     def calls_ids(self, calls: list[dict[str, Any]]) -> list[int] | None: ...
@@ -95,6 +98,8 @@ class Gateway:
         self.last_progress = time.monotonic()
         """When the last piece of what the engine made went out."""
         self.first_tokens = FirstTokens()
+        self.weights: dict[str, str] = {}
+        """Served name -> digest of its weights (fingerprint.py)."""
         self._probes: list[float] = []
         """Since when each probe waits for its token."""
         self._problem: str | None = None
@@ -110,16 +115,41 @@ class Gateway:
             return self._problem or "No release is active yet."
         return None
 
-    async def load(self, name: str, path: Path) -> None:
-        """Loads directory `path` as `name`; idempotent; on ServingError nothing has changed."""
+    async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
+        """Loads directory `path` as `name`; idempotent; on ServingError nothing has changed.
+
+        `proved`: False hides a new version from clients until `expect_held`.
+        """
         async with self._changing:
             if not self.aliases.check_new(name, path):
                 return
             if self.settings.base.path is not None:
                 await asyncio.to_thread(check_adapter, path, self.settings.base.path)
+            weights = await asyncio.to_thread(weights_digest, path)
             await self.engine.load(name, path)
-            self.aliases.add(name, path)
+            self.weights[name] = weights
+            self.aliases.add(name, path, proved=proved)
             logger.info("Adapter loaded", extra={"release": name})
+
+    async def expect_held(self, name: str) -> None:
+        """Raises ServingError unless each worker holds `name` as its directory has it.
+
+        From then on clients may name it.
+        """
+        path = self.aliases.loaded.get(name)
+        if path is None:
+            raise ServingError(f"{name} is not loaded, so nothing of it can be compared.")
+        try:
+            held = await self.engine.held(name, path)
+        except Exception as error:  # of a worker: it may be any
+            raise ServingError(f"vLLM's workers did not compare {name}: {error!r}.") from error
+        if held.wrong or not held.modules:
+            first = next((f"{key}: {why}" for key, why in sorted(held.wrong.items())), "none")
+            raise NotHeld(
+                f"vLLM loaded {name} without an error, but {len(held.wrong)} of its "
+                f"{held.modules} modules are not held as the release has them; the first is {first}"
+            )
+        self.aliases.show(name)
 
     def point(self, name: str) -> None:
         """From now on the alias means `name`; requests that have arrived keep their version."""
@@ -143,6 +173,7 @@ class Gateway:
             self.aliases.reinstate(name)
             raise
         self.aliases.remove(name)
+        self.weights.pop(name, None)
         logger.info("Adapter unloaded", extra={"release": name})
 
     def keep_feedback(self, said: Said, teller: Teller = ANYONE) -> Receipt:
@@ -211,12 +242,20 @@ class Gateway:
         return 0.0 if since is None else time.monotonic() - since
 
     async def activate(self) -> None:
-        """Loads the release of releases/active.json and points the alias at it, also offline."""
+        """Loads the release of releases/active.json, also offline, and points the alias at it.
+
+        Where the node's supervisor proves releases (edge_node/proof), it points instead.
+        """
         file = self.settings.data_dir / "releases" / "active.json"
         try:
             active = read_json(file)
             name = f"{self.aliases.alias}@{active['label']}"
-            await self.load(name, (self.settings.data_dir / active["path"]).absolute())
+            path = (self.settings.data_dir / active["path"]).absolute()
+            waits = self.settings.releases.proof != "off" and (file.parent / "proofs").is_dir()
+            await self.load(name, path, proved=not waits)
+            if waits:  # for the supervisor, which proves releases there, and points at one
+                self._problem = "The active release is loaded, and is compared before it serves."
+                return
             self.point(name)
         except FileNotFoundError:
             self._problem = None

@@ -7,6 +7,7 @@ at start with a clear error.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import logging
 import os
@@ -26,6 +27,7 @@ from edge_node.serving.certificate import watch_certificates
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.serving.control import ControlServer
 from edge_node.serving.feedback_routes import FeedbackRoutes
+from edge_node.serving.fingerprint import name_weights
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.internals import Engine, check_contract
 from edge_node.serving.metrics_port import MetricsPort
@@ -33,6 +35,7 @@ from edge_node.serving.middleware import LorikeetMiddleware
 from edge_node.serving.session_port import SessionPort
 from edge_node.settings import load_settings
 from edge_node.tracing import start_traces
+from protos.base import read_base_model
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +65,11 @@ class LorikeetPlugin:
             raise ServingError(
                 f"{CONTROL_SOCKET_VARIABLE} is not set; expected the path of the control socket."
             )
+        name_weights()
         settings, engine = load_settings(), Engine(engine_client, state, args)
         start_traces(settings, "gateway")
         started = Gateway(settings, engine)
+        await asyncio.to_thread(_name_base, started)
         try:
             engine.chat_format.write(settings.data_dir)  # for the learner, which renders anchors
             started.problems.clear("chat-format")
@@ -87,6 +92,20 @@ class LorikeetPlugin:
         started.keys.watch()
         metrics.register(started)
         gateways.here = started
+
+
+def _name_base(started: Gateway) -> None:
+    """The base's digest names its answers; ServingError when its files are not those any more."""
+    path, name = started.settings.base.path, started.engine.base_name
+    if path is None:
+        return
+    digest = read_base_model(path, memory=started.settings.data_dir).digest
+    if name != f"base@{digest[:8]}":
+        raise ServingError(
+            f"The base model in {path} has digest {digest[:8]} now, and the node started with "
+            f"{name}. Restore its files, or start the node again."
+        )
+    started.weights[name] = digest
 
 
 def _without_middleware(app: FastAPI) -> FastAPI:

@@ -18,8 +18,8 @@ from edge_node.errors import ServingError
 from edge_node.serving import ControlClient, SessionAccess, Turn
 from edge_node.serving.control import ControlServer
 from edge_node.serving.gateway import Gateway
-from edge_node.serving.internals import recorded
 from edge_node.serving.middleware import LorikeetMiddleware
+from edge_node.serving.recording import recorded
 from edge_node.serving.session_port import SessionPort
 from tests.fakes.gateway import make_gateway, make_version
 

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from edge_node.errors import ServingError
 from edge_node.serving.gateway import Gateway
+from edge_node.serving.held import Held
 from edge_node.settings import BaseModelSettings, EdgeSettings
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -40,6 +41,8 @@ class RecordingEngine:
         self.texts = Letters()
         self.loaded: dict[str, Path] = {}
         self.refuse: str | None = None
+        self.wrong: dict[str, str] = {}
+        """What its workers do not hold, by module."""
 
     async def load(self, name: str, path: Path) -> None:
         if self.refuse is not None:
@@ -48,6 +51,9 @@ class RecordingEngine:
 
     async def unload(self, name: str) -> None:
         del self.loaded[name]
+
+    async def held(self, name: str, path: Path) -> Held:
+        return Held(modules=1, wrong=dict(self.wrong))
 
     async def probe(self) -> None:
         return None

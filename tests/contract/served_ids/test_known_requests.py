@@ -201,7 +201,7 @@ def test_choices_are_kept_as_served_and_can_be_compared(
 async def test_a_client_that_goes_away_ends_its_generation(tmp_path: Path) -> None:
     """The recording around `generate` must pass the end on: else the engine goes on for nobody."""
     from edge_node.capture import SERVED, Served
-    from edge_node.serving.internals import recorded
+    from edge_node.serving.recording import recorded
     from tests.fakes.vllm_server import CountingEngine
 
     class Parameters:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from edge_node.errors import ServingError
+from edge_node.errors import NotHeld, ServingError
 from edge_node.serving.gateway import Gateway
+from edge_node.settings import ReleasesSettings
 from tests.fakes.gateway import make_gateway, make_version
 
 V1, V2 = "lorikeet@v1-aaaaaaaa", "lorikeet@v2-bbbbbbbb"
@@ -170,3 +172,56 @@ async def test_a_probe_that_waits_behind_others_is_no_hang(gateway: Gateway) -> 
     assert not await gateway.probe(0.01)
     gateway.last_progress += 3600
     assert await gateway.probe(0.01)
+
+
+async def test_a_version_is_hidden_until_its_workers_hold_it(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    name = "lorikeet@v3-cccccccc"
+    await gateway.load(name, make_version(tmp_path, "v3"), proved=False)
+    with pytest.raises(ServingError, match="not loaded"):
+        gateway.point(name)
+    gateway.engine.wrong = {"model.layers.0.mlp.up_proj": "other values"}  # type: ignore[attr-defined]
+    with pytest.raises(NotHeld, match=r"1 of its 1 modules .*up_proj: other values"):
+        await gateway.expect_held(name)
+    assert name not in gateway.aliases.public
+    gateway.engine.wrong = {}  # type: ignore[attr-defined]
+    await gateway.expect_held(name)
+    gateway.point(name)
+    assert gateway.aliases.target == name
+    with pytest.raises(ServingError, match="nothing of it can be compared"):
+        await gateway.expect_held("lorikeet@v9")
+
+
+async def test_a_start_leaves_pointing_to_a_supervisor_that_proves(tmp_path: Path) -> None:
+    gateway = make_gateway(tmp_path)
+    make_version(tmp_path, "v1")
+    (tmp_path / "releases" / "proofs").mkdir(parents=True)
+    active = {"release_id": "aa", "label": "v1-aaaaaaaa", "path": str(tmp_path / "v1")}
+    (tmp_path / "releases" / "active.json").write_text(json.dumps(active))
+    await gateway.activate()
+    assert "compared before it serves" in (gateway.not_ready() or "")
+    assert (list(gateway.aliases.loaded), gateway.aliases.public) == ([V1], [])
+    await gateway.expect_held(V1)
+    gateway.point(V1)
+    assert gateway.not_ready() is None
+
+
+async def test_a_start_without_proof_points_by_itself(tmp_path: Path) -> None:
+    gateway = make_gateway(tmp_path)
+    gateway.settings = gateway.settings.model_copy(
+        update={"releases": ReleasesSettings(proof="off")}
+    )
+    make_version(tmp_path, "v1")
+    (tmp_path / "releases" / "proofs").mkdir(parents=True)
+    active = {"release_id": "aa", "label": "v1-aaaaaaaa", "path": str(tmp_path / "v1")}
+    (tmp_path / "releases" / "active.json").write_text(json.dumps(active))
+    await gateway.activate()
+    assert gateway.aliases.target == V1
+
+
+async def test_each_version_has_the_digest_of_its_weights(gateway: Gateway, tmp_path: Path) -> None:
+    file = (tmp_path / "v1" / "adapter_model.safetensors").read_bytes()
+    assert gateway.weights[V1] == hashlib.sha256(file).hexdigest()
+    await gateway.unload(V1)
+    assert V1 not in gateway.weights

@@ -8,6 +8,7 @@ import pytest
 
 from edge_node.capture import SERVED
 from edge_node.serving.asgi import Message
+from edge_node.serving.fingerprint import WEIGHTS
 from edge_node.serving.first_tokens import FirstTokens
 from edge_node.serving.gateway import Gateway
 from edge_node.serving_settings import LimitsSettings
@@ -61,6 +62,7 @@ async def test_the_version_is_fixed_at_arrival(gateway: Gateway, asked: dict[str
     answer = await client.request(CHAT, QUESTION | asked)
     assert answer["model"] == V1
     assert client.headers[b"x-lorikeet-model"] == V1.encode()
+    assert client.headers[b"x-lorikeet-weights"] == gateway.weights[V1].encode()
     interaction = gateway.store.interaction("chatcmpl-1")
     assert interaction is not None
     assert (interaction.model, interaction.answer, interaction.messages) == (
@@ -70,6 +72,20 @@ async def test_the_version_is_fixed_at_arrival(gateway: Gateway, asked: dict[str
     )
     assert (interaction.prompt_ids, interaction.answer_ids) == ((5, 6), (7, 2))
     assert not gateway.aliases.in_flight
+
+
+async def test_vllm_can_write_the_weights_of_its_request_into_the_body(gateway: Gateway) -> None:
+    seen: list[str] = []
+    app = App()
+
+    async def look() -> None:
+        seen.append(WEIGHTS.get())
+
+    app.during = look
+    for model in (V1, V2, "unknown"):
+        await Client(app, gateway).request(CHAT, QUESTION | {"model": model})
+        assert WEIGHTS.get() == ""
+    assert seen == [gateway.weights[V1], gateway.weights[V2], ""]
 
 
 async def test_the_body_waits_for_the_disk(gateway: Gateway) -> None:
@@ -148,6 +164,20 @@ async def test_a_policy_of_the_learner_is_for_the_node_alone(
     await own.request(CHAT, QUESTION | {"model": policy})
     assert (own.status, app.requests[0]["model"]) == (200, policy)
     assert gateway.aliases.public == [V1, V2]
+
+
+async def test_a_version_that_was_not_proved_is_for_the_node_alone(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    name = "lorikeet@v3-cccccccc"
+    await gateway.load(name, make_version(tmp_path, "v3"), proved=False)
+    client = Client(App(), gateway)
+    answer = await client.request(CHAT, QUESTION | {"model": name})
+    assert (client.status, "does not exist" in answer["error"]["message"]) == (404, True)
+    await gateway.expect_held(name)
+    client = Client(App(), gateway)
+    await client.request(CHAT, QUESTION | {"model": name})
+    assert client.status == 200
 
 
 async def test_draining_and_no_release_are_503_with_retry_after(
