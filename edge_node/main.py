@@ -40,6 +40,7 @@ from edge_node.learning import LearnerProcess, open_starts
 from edge_node.outbox import Outbox, Uploader
 from edge_node.problems import Problems
 from edge_node.releases.evaluation import Evaluator, evaluation_seed
+from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.trouble import next_step, words
 from edge_node.releases.watcher import ReleaseWatcher
@@ -211,7 +212,8 @@ async def serve(settings: EdgeSettings) -> None:
         experience = ExperienceStore(settings.data_dir / "experience.db")
         outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval)
         socket = control_socket(settings.data_dir)
-        vllm = VllmProcess(settings, base, socket)
+        probation = Probation(settings, store)
+        vllm = VllmProcess(settings, base, socket, ended=probation.ended)
         learner = LearnerProcess(settings)
 
         def counts() -> fleet_pb2.NodeStatus:
@@ -248,6 +250,7 @@ async def serve(settings: EdgeSettings) -> None:
                 evaluator,
                 counts,
                 lambda: open_starts(settings.data_dir),
+                probation,
             )
             log.info(
                 "edge node starts", extra={"node_id": identity.node_id, "cohort": identity.cohort}

@@ -271,6 +271,12 @@ class ReleasesSettings(Group):
     """
     keep: int = Field(default=8, ge=2)
     """Newest release directories that stay loaded and on disk."""
+    probation_s: float = Field(default=600, gt=0)
+    """How long vLLM must serve a new release before it has proved itself."""
+    crashes: int = Field(default=3, ge=1)
+    """After so many ends of vLLM during a release's probation, the node serves the last release
+    that proved itself, until central names another one.
+    """
     max_rank: int | None = Field(default=None, ge=1)
     """Largest rank that this node serves (at most EDGE_SERVING__MAX_LORA_RANK). Of a larger release
     it serves the first pairs, which approximate it best. Unset: whole releases.

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class ReleaseStore:
         self._max_rank = max_rank
         self._identity = identity
         self._base = base
+        self._installing = threading.Lock()
+        """A cancelled download leaves its thread at work, and the same release may come again."""
         try:
             for name in ("versions", "partial"):
                 (self._root / name).mkdir(parents=True, exist_ok=True)
@@ -142,9 +145,12 @@ class ReleaseStore:
             StorageError: the disk refused.
         """
         manifest = self.check(signed)
-        stored = self.get(manifest.digest)
-        if stored is not None:
-            return stored
+        with self._installing:
+            return self.get(manifest.digest) or self._install(signed, manifest, payload)
+
+    def _install(
+        self, signed: releases_pb2.SignedManifest, manifest: ReleaseManifest, payload: bytes
+    ) -> StoredRelease:
         digest = hashlib.sha256(payload).hexdigest()
         if digest != manifest.payload.digest_sha256:
             raise AdapterError(

@@ -24,6 +24,7 @@ from edge_node.problems import Problems
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.offers import OfferedEvaluations
+from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.releases.trouble import (
     CHECK_CENTRAL,
@@ -68,8 +69,12 @@ class ReleaseWatcher:
         evaluator: Evaluator,
         counts: Callable[[], fleet_pb2.NodeStatus],
         pinned: Callable[[], Iterable[str]],
+        probation: Probation | None = None,
     ) -> None:
-        """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from."""
+        """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from.
+
+        `probation`: which vLLM's supervisor tells of each end; None: nobody does.
+        """
         self._settings = settings
         self._channel = channel
         self._store = store
@@ -78,6 +83,7 @@ class ReleaseWatcher:
         self._evaluator = evaluator
         self._counts = counts
         self._pinned = pinned
+        self._probation = probation or Probation(settings, store)
         self._fleet = fleet_pb2_grpc.FleetServiceStub(channel)
         self._head: releases_pb2.SignedManifest | None = None
         self._head_changed = asyncio.Event()
@@ -191,15 +197,44 @@ class ReleaseWatcher:
         if generation != self._loaded_generation:
             self._pointed = await self._load_kept(damage_matters=head is None)
             self._loaded_generation = generation
-        if head is None or self._store.check(head).digest == self._pointed:
+        if self._pointed and self._vllm.generation == generation:
+            self._probation.serves(self._pointed)
+        if head is None:
             return
-        release = await self._obtain(head)
+        digest = self._store.check(head).digest
+        self._probation.named([digest])
+        if digest == self._pointed:
+            return
+        release = await self._obtain_unless_it_changes(head)
+        if release is None:
+            return
+        await asyncio.to_thread(self._probation.switching, release)
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
         await self._control.point(self.served_name(release))
         self._pointed = release.release_id
         log.info("serving release", extra={"release": release.label})
         self._spare.set()
+
+    async def _obtain_unless_it_changes(
+        self, head: releases_pb2.SignedManifest
+    ) -> StoredRelease | None:
+        """As `_obtain`. None when central names another head meanwhile.
+
+        The way back to a loaded version must not wait for the download of the one that it replaces.
+        """
+        obtaining = asyncio.ensure_future(self._obtain(head))
+        try:
+            while self._head == head:
+                self._head_changed.clear()
+                changing = asyncio.ensure_future(self._head_changed.wait())
+                await asyncio.wait({obtaining, changing}, return_when=asyncio.FIRST_COMPLETED)
+                changing.cancel()
+                if obtaining.done():
+                    return obtaining.result()
+            return None
+        finally:
+            obtaining.cancel()
 
     def served_name(self, release: StoredRelease) -> str:
         """The exact version's model name."""
@@ -211,6 +246,8 @@ class ReleaseWatcher:
         Head and evaluation may want the same one at once: one after the other.
         """
         manifest = self._store.check(signed)
+        if (why := self._probation.why_avoided(manifest.digest)) is not None:
+            raise AdapterError(why)
         rank = min(manifest.rank, self._settings.releases.max_rank or manifest.rank)
         most = self._settings.serving.max_lora_rank
         if rank > most:
@@ -245,6 +282,8 @@ class ReleaseWatcher:
             )
             active = None
         for release in self._store.newest()[: self._settings.releases.keep]:
+            if self._probation.why_avoided(release.release_id) is not None:
+                continue
             try:
                 await self._control.load(self.served_name(release), release.path)
             except ServingError as error:  # an old version must not keep the node from the new one
@@ -277,6 +316,8 @@ class ReleaseWatcher:
         return {
             self._pointed,
             *([active.release_id] if active else []),
+            *([self._store.check(self._head).digest] if self._head else []),
+            *self._probation.needed,
             *self._offers.in_use,
             *self._pinned(),
         }

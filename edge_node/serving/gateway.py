@@ -23,6 +23,7 @@ from edge_node.problems import Problems
 from edge_node.serving.adapters import check_adapter
 from edge_node.serving.aliases import AliasTable
 from edge_node.serving.first_tokens import FirstTokens
+from edge_node.serving.loading import forget_loading, note_loading
 from edge_node.serving.sessions import Session, Sessions
 from edge_node.settings import EdgeSettings
 
@@ -80,14 +81,29 @@ class Gateway:
             return self._problem or "No release is active yet."
         return None
 
+    def refusal(self) -> str | None:
+        """Why no request may begin now, whatever it asks for; None when one may."""
+        if self.draining:
+            return "The node is draining; send the request to another node."
+        if self.engine.errored:
+            return "vLLM's engine has ended and is started again. Send the request again later."
+        return None
+
     async def load(self, name: str, path: Path) -> None:
         """Loads directory `path` as `name`; idempotent; on ServingError nothing has changed."""
+        if not self.aliases.check_new(name, path):
+            return  # a way back must not wait behind another version's load
         async with self._changing:
             if not self.aliases.check_new(name, path):
                 return
             if self.settings.base.path is not None:
                 await asyncio.to_thread(check_adapter, path, self.settings.base.path)
-            await self.engine.load(name, path)
+            note_loading(self.settings.data_dir, name)
+            try:
+                await self.engine.load(name, path)
+            finally:
+                if not self.engine.errored:  # else the supervisor reads what ended it
+                    forget_loading(self.settings.data_dir)
             self.aliases.add(name, path)
             logger.info("Adapter loaded", extra={"release": name})
 

@@ -53,6 +53,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
         "EndpointPlugin.init_state": ("engine_client", "state", "args"),
     },
     "vllm.entrypoints.launchers.api_server.entry": {"main": ()},
+    "vllm.entrypoints.launchers.launcher": {"create_server_socket": ("addr", "reuse_port")},
     "vllm.platforms": {"current_platform.is_cpu": ()},
     "vllm": {
         "SamplingParams": ("output_kind", "n", "logprobs", "logprob_token_ids"),

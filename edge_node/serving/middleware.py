@@ -88,9 +88,8 @@ class LorikeetMiddleware:
         elif gateway is None:
             text = "The lorikeet plug-in of vLLM is not loaded."
             await refuse(send, 503, "ServiceUnavailableError", text)
-        elif gateway.draining and path not in ALWAYS:
-            text = "The node is draining; send the request to another node."
-            await refuse(send, 503, "ServiceUnavailableError", text)
+        elif path not in ALWAYS and (reason := gateway.refusal()) is not None:
+            await refuse(send, 503, "ServiceUnavailableError", reason)
         elif path in WITH_BODY and scope["method"] == "POST":
             most_mib = gateway.settings.serving.limits.body_mib
             most_bytes = math.inf if self._of_the_node else most_mib << 20
@@ -182,7 +181,7 @@ class _Completion:
         asked = request.get("model")
         if asked is None or isinstance(asked, str):
             self._model = self._gateway.aliases.resolve(asked)
-            if self._model is None:
+            if self._model is None or self._gateway.refusal() is not None:
                 await refuse(
                     self._send,
                     503,
@@ -275,6 +274,9 @@ class _Completion:
     def _begin(self, start: Message) -> None:
         headers = start["headers"] = list(start.get("headers", ()))
         self._capturing = self._capturing and start["status"] == 200
+        if start["status"] == 500 and self._gateway.engine.errored:  # another one is started
+            start["status"] = 503
+            headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
         if start["status"] == 200:
             headers.append((MODEL_HEADER, (self._model or "").encode()))
         self._streamed = any(
@@ -287,7 +289,8 @@ class _Completion:
         start, self._held = self._held, None
         if (error := _error_of(event)) is not None:
             self._refused = self._started = True
-            await _answer(self._send, _status_of(error), {"error": error})
+            ended = self._gateway.engine.errored
+            await _answer(self._send, 503 if ended else _status_of(error), {"error": error})
         elif start is not None:
             await self._start(start)
         return self._refused

@@ -25,8 +25,8 @@ import os, sys
 from aiohttp import web
 import signal
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
-port, mode = int(sys.argv[1]), open(sys.argv[2]).read()
-if mode != "good":
+mode = open(sys.argv[1]).read()
+if mode not in ("good", "hangs"):
     print("(APIServer pid=7) WARNING 11-26 19:12:43 [x.py:1] Found ulimit of 9: "
           "errors like `OSError: [Errno 24] Too many`")
     exec(mode)
@@ -35,7 +35,7 @@ async def state(request):
         alias="a", base="b", target=None, loaded={}, in_flight={}, captured=0, lost=0, skipped=0,
         draining=False, not_ready=None, problems=[]))
 async def probe(request):
-    return web.json_response(dict(alive=True))
+    return web.json_response(dict(alive=mode != "hangs"))
 async def health(request):
     return web.Response()
 async def main():
@@ -45,7 +45,9 @@ async def main():
     app.add_routes([web.post("/probe", probe), web.post("/drain", probe)])
     runner = web.AppRunner(app)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    import socket
+    inherited = socket.socket(fileno=int(os.environ["LORIKEET_LISTEN_FD"]))
+    await web.SockSite(runner, inherited).start()
     await web.UnixSite(runner, os.environ["LORIKEET_CONTROL_SOCKET"]).start()
     await asyncio.Event().wait()
 import asyncio
@@ -68,7 +70,6 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeSettings:
     command = [
         sys.executable,
         str(tmp_path / "stand_in.py"),
-        str(settings.serving.port),
         str(tmp_path / "mode"),
     ]
     monkeypatch.setattr("edge_node.serving.process.serving_command", lambda *_, **__: command)
