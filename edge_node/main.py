@@ -47,7 +47,7 @@ from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.serving import ControlClient, VllmProcess, control_socket
 from edge_node.settings import EdgeSettings
 from edge_node.sizing import expect_trainable
-from edge_node.surroundings import look_around
+from edge_node.surroundings import give_room, look_around
 from lorikeet.durable import remove_temporary_files
 from lorikeet.locks import locked
 from lorikeet.pauses import doubling
@@ -95,6 +95,7 @@ def own_data_dir(data_dir: Path) -> Iterator[None]:
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(data_dir / "supervisor.lock"))
+            give_room(data_dir)
             for room in WITH_FILES:
                 remove_temporary_files(data_dir / room)
         except BlockingIOError as error:

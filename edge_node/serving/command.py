@@ -21,9 +21,9 @@ from protos.base import BaseModelInfo
 
 VLLM_SERIES = "0.32"
 VLLM_ENTRY = "vllm.entrypoints.launchers.api_server.entry"
-ENTRY = "edge_node.serving.entry"
+ENTRY = "edge_node.serving.vllm_entry"
 LISTEN_VARIABLE = "LORIKEET_LISTEN_FD"
-"""Names the descriptor of the public port's socket to entry.py."""
+"""Names the descriptor of the public port's socket to vllm_entry.py."""
 MIDDLEWARE = (
     "edge_node.serving.middleware.LorikeetMiddleware",
     "edge_node.serving.access.AccessMiddleware",

@@ -36,6 +36,7 @@ from edge_node.serving.endpoint import start_problem
 from edge_node.serving.failure import raised_at, startup_reason
 from edge_node.serving.loading import forget_loading
 from edge_node.settings import EdgeSettings
+from edge_node.surroundings import give_room
 from lorikeet import parent
 from lorikeet.pauses import doubling
 from protos.base import BaseModelInfo
@@ -208,6 +209,7 @@ class VllmProcess:
         environment = serving_environment(
             self._settings, self._socket, os.environ, command=command, on_cpu=on_cpu
         )
+        give_room(self._settings.data_dir)
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             if self._log.exists():

@@ -10,18 +10,11 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 from openai import (
     AsyncOpenAI,
     AuthenticationError,
@@ -43,6 +36,7 @@ from protos.base import read_base_model
 from protos.lora import LoraTensors
 from tests.fakes.identity import make_identity
 from tests.fakes.tiny_model import tiny_adapter, tiny_model, write_peft
+from tests.fakes.tls import make_certificate
 from tests.fakes.word_environment import NextWord
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.slow]
@@ -303,19 +297,3 @@ async def a_hung_vllm_is_said_at_once(guarded: Guarded) -> None:
             await ControlClient(control_socket(guarded.settings.data_dir), timeout_s=1).state()
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for localhost, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.now(UTC)
-    names = x509.SubjectAlternativeName(
-        [x509.DNSName("localhost"), x509.IPAddress(IPv4Address("127.0.0.1"))]
-    )
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-    signed = builder.add_extension(names, critical=False).sign(key, SHA256())
-    certificate, private = folder / "tls.pem", folder / "tls.key"
-    certificate.write_bytes(signed.public_bytes(Encoding.PEM))
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return certificate, private

@@ -327,7 +327,9 @@ async def a_release_that_ends_vllm_is_left(node: Node) -> None:
     async with asyncio.timeout(30):
         while not told():
             await asyncio.sleep(0.1)
-    problems = {problem.room: problem.text for problem in Problems(node.settings.data_dir).current()}
+    problems = {
+        problem.room: problem.text for problem in Problems(node.settings.data_dir).current()
+    }
     assert f"soon after it got release {label}" in problems["releases"]
     assert node.names[1] not in (await node.control.state()).loaded
     # Central names another one, and then the bad one again: now it is tried.

@@ -13,6 +13,7 @@ import grpc
 
 from edge_node.problems import Problem, Problems
 from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.settings import EdgeSettings, EnvironmentSpec
@@ -120,8 +121,11 @@ async def watching(
     control: Control,
     environments: Any = IDLE,
     evaluation_url: str = "http://127.0.0.1:9",
+    probation: Probation | None = None,
+    made: list[ReleaseWatcher] | None = None,
     **settings: Any,
 ) -> AsyncIterator[asyncio.Task[None]]:
+    """`made`: gets the watcher."""
     watcher = ReleaseWatcher(
         EdgeSettings(data_dir=store.partial("x").parents[2], **settings),
         channel,
@@ -131,7 +135,10 @@ async def watching(
         Evaluator(at(evaluation_url), dict(environments)),
         fleet_pb2.NodeStatus,
         tuple,
+        probation,
     )
+    if made is not None:
+        made.append(watcher)
     task = asyncio.create_task(watcher.run())
     try:
         yield task

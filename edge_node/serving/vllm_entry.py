@@ -1,4 +1,4 @@
-"""vLLM's server on a socket that listens already: `python -m edge_node.serving.entry ARGUMENTS`.
+"""vLLM's server on a socket that listens already: `python -m edge_node.serving.vllm_entry ARGUMENTS`.
 
 In: vLLM's own arguments, and the descriptor of a listening socket (LISTEN_VARIABLE), which
 doorway.py keeps open from one vLLM to the next. Out: vLLM's server. Without the variable vLLM opens
