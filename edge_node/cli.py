@@ -122,7 +122,10 @@ def status(
 
 def _print_status(status: dict[str, Any]) -> None:
     for key, value in status.items():
-        if key != "problems":
+        if key == "versions":
+            for name, counts in value.items():
+                print(f"{'answers of ' + name:22} {_progress(counts)}")
+        elif key != "problems":
             print(f"{key.replace('_', ' '):22} {_progress(value) if key == 'round' else value}")
     print(f"{'problems':22} {len(status['problems']) or 'none'}")
     for problem in status["problems"]:

@@ -100,6 +100,8 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
     return status | {
         "ready": not_ready is None,
         "serving": state.target,
+        "canary": state.canary,
+        "versions": state.versions,
         "loaded": sorted(state.loaded),
         "captured": state.captured,
         "lost": state.lost,

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from edge_node import schedule, vllm_arguments
 from edge_node.errors import SettingsError
+from edge_node.releases_settings import ReleasesSettings
 from edge_node.serving_settings import Group, ServingSettings
 from protos.encoding import Encoding
 
@@ -258,31 +259,6 @@ class OutboxSettings(Group):
     """
 
 
-class ReleasesSettings(Group):
-    channel: Literal["stable", "canary"] = "stable"
-    """Channel that the alias follows."""
-    evaluate: bool = True
-    """Evaluate candidates for central on this node's environments."""
-    max_answer_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens of an answer in the node's own evaluations. Unset: an answer ends as it does for
-    a client that sets no max_tokens, but a base that has not learnt to stop writes to the end of
-    EDGE_SERVING__MAX_MODEL_LEN, and the evaluation takes as long. With a bound the verifier sees a
-    cut answer: choose one above the longest right answer.
-    """
-    keep: int = Field(default=8, ge=2)
-    """Newest release directories that stay loaded and on disk."""
-    probation_s: float = Field(default=600, gt=0)
-    """How long vLLM must serve a new release before it has proved itself."""
-    crashes: int = Field(default=3, ge=1)
-    """After so many ends of vLLM during a release's probation, the node serves the last release
-    that proved itself, until central names another one.
-    """
-    max_rank: int | None = Field(default=None, ge=1)
-    """Largest rank that this node serves (at most EDGE_SERVING__MAX_LORA_RANK). Of a larger release
-    it serves the first pairs, which approximate it best. Unset: whole releases.
-    """
-
-
 class EdgeSettings(BaseSettings):
     """One frozen group per room."""
 
@@ -333,6 +309,7 @@ class EdgeSettings(BaseSettings):
     def _adapters_fit(self) -> EdgeSettings:
         # Kept ones, a candidate, its reference, and an old version that a rollback made active.
         needed = self.releases.keep + 3
+        needed += self.releases.has_canary
         if self.learning.enabled and any(spec.rollouts for spec in self.environments):
             needed += 2  # the policy, and the one before it while it is unloaded
         if self.serving.max_cpu_loras < needed:

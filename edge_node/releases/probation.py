@@ -94,9 +94,17 @@ class Probation:
             if before is not None and before.release_id not in record.on_probation:
                 record.last_good = before.release_id
             # The new one takes the place of one that has not proved itself.
-            on_probation = [] if release.release_id == record.last_good else [release.release_id]
-            record.on_probation = on_probation
-            self._since.clear()
+            gone = {before.release_id if before else "", release.release_id}
+            new = [] if release.release_id == record.last_good else [release.release_id]
+            record.on_probation = [one for one in record.on_probation if one not in gone] + new
+            self._since.pop(release.release_id, None)
+            self._write()
+
+    def trying(self, release: StoredRelease) -> None:
+        """A part of the requests is about to get `release`. Raises StorageError."""
+        with self._lock:
+            others = [one for one in self._record.on_probation if one != release.release_id]
+            self._record.on_probation = [*others, release.release_id]
             self._write()
 
     def serves(self, release_id: str) -> None:
@@ -109,7 +117,9 @@ class Probation:
                 return
             self._record.on_probation.remove(release_id)
             self._record.crashes.pop(release_id, None)
-            self._record.last_good = release_id
+            active = self._active()
+            if active is not None and active.release_id == release_id:
+                self._record.last_good = release_id
             log.info("release has proved itself", extra={"release_id": release_id})
             self._keep()
 

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -21,6 +22,7 @@ import grpc
 from edge_node import __version__
 from edge_node.errors import AdapterError, ServingError, StorageError
 from edge_node.problems import Problems
+from edge_node.releases.canary import Canary
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.offers import OfferedEvaluations
@@ -96,13 +98,25 @@ class ReleaseWatcher:
         self._offers = OfferedEvaluations(
             settings, channel, vllm.wait_ready, evaluator, self._obtain_name, self._spare.set
         )
+        self._canary = Canary(
+            store, control, self._probation, self._problems, self._obtain, self.served_name
+        )
         self._head_problem = ""
         """Why the head is not served. It judges canaries: it knows nothing of a former process."""
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for step in (self._watch, self._follow, self._offers.run, self._collect, self._report):
-                group.create_task(step(), name=step.__qualname__)
+            steps = [self._watch, self._follow, self._offers.run, self._collect, self._report]
+            if self._settings.releases.has_canary:
+                steps.append(partial(self._canary.run, self._vllm.wait_ready, self._stable))
+            for step in steps:
+                group.create_task(step())
+
+    def _stable(self, generation: int) -> releases_pb2.SignedManifest | None:
+        """The head, once this vLLM serves it: a canary goes when stable has taken its place."""
+        if self._head is None or self._loaded_generation != generation:
+            return None
+        return self._head if self._store.check(self._head).digest == self._pointed else None
 
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
@@ -146,6 +160,8 @@ class ReleaseWatcher:
         if kind == "head" and event.head.channel == self._settings.releases.channel:
             self._head = event.head.head
             self._head_changed.set()
+        elif kind == "head" and self._settings.releases.has_canary:
+            self._canary.head = event.head.head
         elif kind == "standing":
             self._store.keep_standing(event.standing.quarantine)
             if event.standing.quarantine:
@@ -202,7 +218,8 @@ class ReleaseWatcher:
         if head is None:
             return
         digest = self._store.check(head).digest
-        self._probation.named([digest])
+        if self._canary.head is not None or not self._settings.releases.has_canary:
+            self._probation.named([digest, *self._canary.named])
         if digest == self._pointed:
             return
         release = await self._obtain_unless_it_changes(head)
@@ -317,6 +334,8 @@ class ReleaseWatcher:
             self._pointed,
             *([active.release_id] if active else []),
             *([self._store.check(self._head).digest] if self._head else []),
+            *self._canary.named,
+            self._canary.release_id,
             *self._probation.needed,
             *self._offers.in_use,
             *self._pinned(),

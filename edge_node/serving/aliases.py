@@ -24,6 +24,8 @@ class AliasTable:
         self.alias = alias
         self.base = base
         self.target: str | None = None
+        self.canary: str | None = None
+        """What a share of the alias's requests means (versions.py); None: there is no canary."""
         self.in_flight: Counter[str] = Counter()
         self._loaded: dict[str, Path] = {}
         self._retiring: set[str] = set()
@@ -92,11 +94,23 @@ class AliasTable:
             )
         self.target = name
 
+    def point_canary(self, name: str | None) -> None:
+        """None: from now on all requests for the alias get its target."""
+        if name is not None and name not in self.public:
+            raise ServingError(
+                f"{name} is not loaded, so it cannot be the canary. Loaded: {self._names()}."
+            )
+        self.canary = name
+
+    def knows(self, name: str) -> bool:
+        """Is it the base, or a loaded version?"""
+        return name == self.base or name in self._loaded
+
     def retire(self, name: str) -> bool:
         """Refuses new requests for `name`; False when it is not loaded.
 
-        Raises ServingError for the alias's target, and while an earlier retirement waits: who is
-        told that a version is gone deletes its directory.
+        Raises ServingError for the alias's target and the canary, and while an earlier retirement
+        waits: who is told that a version is gone deletes its directory.
         """
         if name in self._retiring:
             raise ServingError(
@@ -107,6 +121,10 @@ class AliasTable:
             raise ServingError(
                 f"{self.alias} points at {name}. Point it at another version before unloading "
                 "this one."
+            )
+        if name == self.canary:
+            raise ServingError(
+                f"{name} is the canary. Name another one, or none, before unloading it."
             )
         if name not in self._loaded:
             return False

@@ -25,6 +25,7 @@ from edge_node.serving.aliases import AliasTable
 from edge_node.serving.first_tokens import FirstTokens
 from edge_node.serving.loading import forget_loading, note_loading
 from edge_node.serving.sessions import Session, Sessions
+from edge_node.serving.versions import Versions
 from edge_node.settings import EdgeSettings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Gateway:
         self.settings = settings
         self.engine = engine
         self.aliases = AliasTable(settings.serving.alias, engine.base_name)
+        self.versions = Versions(self.aliases, settings.releases)
         self.store = ExperienceStore(settings.data_dir / "experience.db")
         self.problems = Problems(settings.data_dir)
         self.recorder = Recorder(

@@ -104,14 +104,9 @@ class LorikeetMiddleware:
                 await refuse(send, 413, "BadRequestError", text)
             elif path in COMPLETIONS:
                 completion = _Completion(
-                    gateway,
-                    self._app,
-                    scope,
-                    receive,
-                    send,
-                    of_the_node=self._of_the_node,
-                    session=self._session,
-                )
+                    gateway, self._app, scope, receive, send,
+                    of_the_node=self._of_the_node, session=self._session,
+                )  # fmt: skip
                 await completion.run(body)
             else:
                 await self._app(scope, _replay(body, receive), send)
@@ -135,13 +130,8 @@ class _Completion:
     ) -> None:
         self._of_the_node = of_the_node
         self._session = session
-        self._gateway, self._app, self._scope, self._receive, self._send = (
-            gateway,
-            app,
-            scope,
-            receive,
-            send,
-        )
+        self._gateway, self._app, self._scope = gateway, app, scope
+        self._receive, self._send = receive, send
         self._request: dict[str, Any] = {}
         self._model: str | None = None
         self._pieces: list[bytes] = []
@@ -180,7 +170,8 @@ class _Completion:
             return
         asked = request.get("model")
         if asked is None or isinstance(asked, str):
-            self._model = self._gateway.aliases.resolve(asked)
+            key = self._scope.get(KEY_OF_REQUEST)
+            self._model = self._gateway.versions.choose(asked, key, request.get("user"))
             if self._model is None or self._gateway.refusal() is not None:
                 await refuse(
                     self._send,
@@ -223,7 +214,7 @@ class _Completion:
         if self._model is None:
             await self._app(scope, _replay(body, self._receive), self._send)
             return
-        self._gateway.aliases.enter(self._model)
+        self._answer = self._gateway.versions.enter(self._model)
         if request.get("stream") is True and not self._of_the_node:
             self._gateway.first_tokens.begin(self)
         before = SERVED.set(self._recorded())
@@ -234,12 +225,13 @@ class _Completion:
         except UNREADABLE as error:
             if progress.in_engine or self._started:
                 raise
+            self._answer.status = 400
             await self._refuse(explain(self._scope["path"], request, error))
         finally:
             PROGRESS.reset(before_progress)
             SERVED.reset(before)
             self._gateway.first_tokens.left(self)
-            self._gateway.aliases.leave(self._model)
+            self._gateway.versions.leave(self._answer)
 
     def _recorded(self) -> Served | None:
         """Where the engine leaves the ids of this request."""
@@ -277,6 +269,7 @@ class _Completion:
         if start["status"] == 500 and self._gateway.engine.errored:  # another one is started
             start["status"] = 503
             headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        self._answer.status = start["status"]
         if start["status"] == 200:
             headers.append((MODEL_HEADER, (self._model or "").encode()))
         self._streamed = any(
@@ -289,8 +282,8 @@ class _Completion:
         start, self._held = self._held, None
         if (error := _error_of(event)) is not None:
             self._refused = self._started = True
-            ended = self._gateway.engine.errored
-            await _answer(self._send, 503 if ended else _status_of(error), {"error": error})
+            self._answer.status = 503 if self._gateway.engine.errored else _status_of(error)
+            await _answer(self._send, self._answer.status, {"error": error})
         elif start is not None:
             await self._start(start)
         return self._refused

@@ -1,4 +1,4 @@
-"""vLLM's server on a socket that listens already: `python -m edge_node.serving.vllm_entry ARGUMENTS`.
+"""vLLM's server on a socket that listens already; run with `python -m`.
 
 In: vLLM's own arguments, and the descriptor of a listening socket (LISTEN_VARIABLE), which
 doorway.py keeps open from one vLLM to the next. Out: vLLM's server. Without the variable vLLM opens
@@ -32,7 +32,8 @@ def inherit(descriptor: int) -> None:
         os.set_inheritable(descriptor, False)  # its own children need none
         return socket.socket(fileno=descriptor)
 
-    importlib.import_module(LAUNCHER).create_server_socket = create_server_socket
+    launcher: Any = importlib.import_module(LAUNCHER)
+    launcher.create_server_socket = create_server_socket
 
 
 if __name__ == "__main__":

@@ -71,6 +71,9 @@ class Control:
     async def point(self, name: str) -> None:
         self.calls.append(("point", name))
 
+    async def canary(self, name: str | None) -> None:
+        self.calls.append(("canary", name or ""))
+
     async def unload(self, name: str) -> None:
         self.calls.append(("unload", name))
 
@@ -85,8 +88,10 @@ class Vllm:
 Connect = Callable[[Central], Awaitable[grpc.aio.Channel]]
 
 
-def head_event(signed: releases_pb2.SignedManifest) -> fleet_pb2.WatchResponse:
-    return fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="stable", head=signed))
+def head_event(
+    signed: releases_pb2.SignedManifest, channel: str = "stable"
+) -> fleet_pb2.WatchResponse:
+    return fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel=channel, head=signed))
 
 
 def evaluation_event(
