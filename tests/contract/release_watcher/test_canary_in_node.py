@@ -1,4 +1,4 @@
-"""A node of channel `stable` gives a part of its requests to the canary, and only while it is one."""
+"""A node of channel `stable` gives a part of its requests to the canary, while there is one."""
 
 from __future__ import annotations
 
