@@ -101,6 +101,7 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         "ready": not_ready is None,
         "serving": state.target,
         "canary": state.canary,
+        "own_adapter": state.own,
         "versions": state.versions,
         "loaded": sorted(state.loaded),
         "captured": state.captured,

@@ -25,6 +25,14 @@ class ReleasesSettings(Group):
     """
     keep: int = Field(default=8, ge=2)
     """Newest release directories that stay loaded and on disk."""
+    serve: Literal["release", "best"] = "release"
+    """Which adapter answers the alias. best: the node's own newest one, while a grpo round's local
+    gate found it better than the release that is served; else that release.
+    """
+    serve_keys: dict[str, Literal["release", "best"]] = Field(default_factory=dict)
+    """The same for the requests of single access keys, by the key's name, as a JSON object. Give
+    each environment or tenant a key of its own.
+    """
     canary_share: float = Field(default=0, ge=0, le=1)
     """Share of this node's requests for the alias that the canary channel's release answers, while
     there is one: of keys and users where they are known, else of requests. With `channel: canary`
@@ -51,6 +59,11 @@ class ReleasesSettings(Group):
                 "set; expected one of them"
             )
         return self
+
+    @property
+    def may_serve_own(self) -> bool:
+        """Some request may get the node's own adapter."""
+        return "best" in (self.serve, *self.serve_keys.values())
 
     @property
     def has_canary(self) -> bool:

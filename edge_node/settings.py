@@ -309,7 +309,7 @@ class EdgeSettings(BaseSettings):
     def _adapters_fit(self) -> EdgeSettings:
         # Kept ones, a candidate, its reference, and an old version that a rollback made active.
         needed = self.releases.keep + 3
-        needed += self.releases.has_canary
+        needed += self.releases.has_canary + 2 * self.releases.may_serve_own
         if self.learning.enabled and any(spec.rollouts for spec in self.environments):
             needed += 2  # the policy, and the one before it while it is unloaded
         if self.serving.max_cpu_loras < needed:

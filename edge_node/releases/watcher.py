@@ -26,6 +26,7 @@ from edge_node.releases.canary import Canary
 from edge_node.releases.download import fetch_release
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.offers import OfferedEvaluations
+from edge_node.releases.own import OwnAdapter
 from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.releases.trouble import (
@@ -36,6 +37,7 @@ from edge_node.releases.trouble import (
     next_step,
     words,
 )
+from edge_node.releases.way_back import while_it_holds
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
 from protos.fleet.v1 import fleet_pb2, fleet_pb2_grpc
@@ -109,14 +111,21 @@ class ReleaseWatcher:
             steps = [self._watch, self._follow, self._offers.run, self._collect, self._report]
             if self._settings.releases.has_canary:
                 steps.append(partial(self._canary.run, self._vllm.wait_ready, self._stable))
+            if self._settings.releases.may_serve_own:
+                ready = self._vllm.wait_ready
+                steps.append(OwnAdapter(self._settings, self._control, ready, self._served).run)
             for step in steps:
                 group.create_task(step())
 
     def _stable(self, generation: int) -> releases_pb2.SignedManifest | None:
         """The head, once this vLLM serves it: a canary goes when stable has taken its place."""
-        if self._head is None or self._loaded_generation != generation:
-            return None
-        return self._head if self._store.check(self._head).digest == self._pointed else None
+        head = self._head
+        is_served = head and self._store.check(head).digest == self._served(generation)
+        return head if is_served else None
+
+    def _served(self, generation: int) -> str:
+        """Id of the release that the alias of this vLLM points at; empty: not yet."""
+        return self._pointed if self._loaded_generation == generation else ""
 
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
@@ -222,7 +231,9 @@ class ReleaseWatcher:
             self._probation.named([digest, *self._canary.named])
         if digest == self._pointed:
             return
-        release = await self._obtain_unless_it_changes(head)
+        release = await while_it_holds(
+            self._obtain(head), self._head_changed, lambda: self._head == head
+        )
         if release is None:
             return
         await asyncio.to_thread(self._probation.switching, release)
@@ -232,26 +243,6 @@ class ReleaseWatcher:
         self._pointed = release.release_id
         log.info("serving release", extra={"release": release.label})
         self._spare.set()
-
-    async def _obtain_unless_it_changes(
-        self, head: releases_pb2.SignedManifest
-    ) -> StoredRelease | None:
-        """As `_obtain`. None when central names another head meanwhile.
-
-        The way back to a loaded version must not wait for the download of the one that it replaces.
-        """
-        obtaining = asyncio.ensure_future(self._obtain(head))
-        try:
-            while self._head == head:
-                self._head_changed.clear()
-                changing = asyncio.ensure_future(self._head_changed.wait())
-                await asyncio.wait({obtaining, changing}, return_when=asyncio.FIRST_COMPLETED)
-                changing.cancel()
-                if obtaining.done():
-                    return obtaining.result()
-            return None
-        finally:
-            obtaining.cancel()
 
     def served_name(self, release: StoredRelease) -> str:
         """The exact version's model name."""

@@ -89,6 +89,8 @@ class ControlState:
     problems: list[Problem]
     canary: str | None = None
     """What a share of the alias's requests means; None: there is no canary here."""
+    own: str | None = None
+    """The node's own adapter, where a policy serves it; None: there is none."""
     versions: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of each version since vLLM's start: `requests`, `errors` and `seconds`."""
 
@@ -137,6 +139,10 @@ class ControlClient:
     async def canary(self, name: str | None) -> None:
         """A share of the alias's requests means `name` from now on; None: no request does."""
         await self._call("POST", "/canary", {"name": name})
+
+    async def own(self, name: str | None) -> None:
+        """The node's own adapter is `name`, until the alias points elsewhere; None: none is."""
+        await self._call("POST", "/own", {"name": name})
 
     async def unload(self, name: str) -> None:
         """Returns when no request uses `name` and the engine has forgotten it; idempotent."""

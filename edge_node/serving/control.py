@@ -40,6 +40,7 @@ class ControlServer:
             Route("/load", self._load, methods=["POST"]),
             Route("/point", self._point, methods=["POST"]),
             Route("/canary", self._canary, methods=["POST"]),
+            Route("/own", self._own, methods=["POST"]),
             Route("/unload", self._unload, methods=["POST"]),
             Route("/drain", self._drain, methods=["POST"]),
             Route("/probe", self._probe, methods=["POST"]),
@@ -72,6 +73,7 @@ class ControlServer:
                 "base": gateway.aliases.base,
                 "target": gateway.aliases.target,
                 "canary": gateway.aliases.canary,
+                "own": gateway.aliases.own,
                 "versions": gateway.versions.counts(),
                 "loaded": {name: str(path) for name, path in gateway.aliases.loaded.items()},
                 "in_flight": dict(gateway.aliases.in_flight),
@@ -97,6 +99,10 @@ class ControlServer:
 
     async def _canary(self, request: Request) -> JSONResponse:
         self._gateway.aliases.point_canary((await request.json())["name"])
+        return JSONResponse({})
+
+    async def _own(self, request: Request) -> JSONResponse:
+        self._gateway.aliases.point_own((await request.json())["name"])
         return JSONResponse({})
 
     async def _unload(self, request: Request) -> JSONResponse:

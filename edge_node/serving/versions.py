@@ -1,8 +1,9 @@
 """Which version answers a request for the alias, and how each version does.
 
-In: the alias table, access keys, the share of the canary. Out: the exact version for a request, and
-counts by version since vLLM's start. Guarantees: one key, or one user of it, gets the same version
-from all its requests while the canary stays the same; a request that names a version gets that one.
+In: the alias table, access keys, the share of the canary, the policy of the node's own adapter.
+Out: the exact version for a request, and counts by version since vLLM's start. Guarantees: one key,
+or one user of it, gets the same version from all its requests while the canary stays the same; a
+request that names a version gets that one.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Versions:
         """`chance`: a number from [0, 1) for a request that nobody is known to have sent."""
         self._aliases = aliases
         self._share = settings.canary_share
+        self._serve = settings.serve
+        self._serve_keys = settings.serve_keys
         self._keys = frozenset(settings.canary_keys)
         self._chance = chance
         self._clock = clock
@@ -61,12 +64,16 @@ class Versions:
 
         `user`: what the request itself calls its user. The user of the key counts before it.
         """
-        canary = self._aliases.canary
-        if canary is None or model not in (None, "", self._aliases.alias):
+        canary, own, name = self._aliases.canary, self._aliases.own, key.name if key else ""
+        if model not in (None, "", self._aliases.alias):
             return self._aliases.resolve(model)
-        if key is not None and key.name in self._keys:
+        if canary is not None and name in self._keys:
             return canary
-        who = (key and key.user) or (user if isinstance(user, str) else "") or (key and key.name)
+        if own is not None and self._serve_keys.get(name, self._serve) == "best":
+            return own
+        if canary is None:
+            return self._aliases.target
+        who = (key and key.user) or (user if isinstance(user, str) else "") or name
         chance = _of(canary, who) if who else self._chance()
         return canary if chance < self._share else self._aliases.target
 

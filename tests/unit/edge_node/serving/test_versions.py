@@ -141,3 +141,33 @@ def test_a_node_follows_canary_in_one_way() -> None:
         ReleasesSettings(channel="canary", canary_share=0.1)
     assert not ReleasesSettings(channel="canary").has_canary
     assert ReleasesSettings(canary_keys=["a"]).has_canary
+
+
+def test_the_nodes_own_adapter_answers_where_the_policy_says_so() -> None:
+    own = "lorikeet@own-r1"
+    versions = make(serve="best", serve_keys={"plain": "release"}, canary_keys=["testers"])
+    versions._aliases.add(own, Path("own"))
+    versions._aliases.point_own(own)
+    asked = {None: own, "desk": own, "plain": STABLE, "testers": CANARY}
+    for name, expected in asked.items():
+        assert versions.choose("lorikeet", make_key(name) if name else None) == expected
+    assert versions.choose(STABLE, None) == STABLE
+    with pytest.raises(ServingError, match="is the node's own adapter"):
+        versions._aliases.retire(own)
+    versions._aliases.point(STABLE)
+    assert versions._aliases.own == own, "the same release again"
+    versions._aliases.point_canary(None)
+    versions._aliases.point(CANARY)
+    assert versions._aliases.own is None, "it was better than the release before"
+    assert versions.choose("lorikeet", make_key("desk")) == CANARY
+
+
+def test_one_key_alone_may_get_it() -> None:
+    versions = make(serve_keys={"desk": "best"})
+    versions._aliases.point_own(CANARY)
+    versions._aliases.point_canary(None)
+    assert versions.choose("lorikeet", make_key("desk")) == CANARY
+    assert versions.choose("lorikeet", make_key("other")) == STABLE
+    assert versions.choose("lorikeet", None) == STABLE
+    with pytest.raises(ServingError, match="own adapter"):
+        versions._aliases.point_own("lorikeet@own-r9")
