@@ -76,6 +76,7 @@ class Probation:
         self._record = _read(settings.data_dir)
         self._since: dict[str, float] = {}
         """When the vLLM that runs began to serve a release that is on probation."""
+        self._unwritten = False
         self._lock = threading.RLock()
 
     @property
@@ -98,7 +99,10 @@ class Probation:
             new = [] if release.release_id == record.last_good else [release.release_id]
             record.on_probation = [one for one in record.on_probation if one not in gone] + new
             self._since.pop(release.release_id, None)
-            self._write()
+            if new:
+                self._write()
+            else:  # the way back does not wait for the disk
+                self._unwritten = True
 
     def trying(self, release: StoredRelease) -> None:
         """A part of the requests is about to get `release`. Raises StorageError."""
@@ -110,6 +114,8 @@ class Probation:
     def serves(self, release_id: str) -> None:
         """vLLM serves it now; said again and again."""
         with self._lock:
+            if self._unwritten:
+                self._keep()
             if release_id not in self._record.on_probation:
                 return
             since = self._since.setdefault(release_id, self._clock())
@@ -212,6 +218,7 @@ class Probation:
 
     def _write(self) -> None:
         write_file(self._settings.data_dir / FILE, self._record.model_dump_json().encode())
+        self._unwritten = False
 
 
 def avoided_releases(data_dir: Path) -> dict[str, str]:

@@ -83,11 +83,11 @@ class Node:
         return ControlClient(self.settings.data_dir / "control.sock")
 
     async def serves(self, number: int, timeout_s: float = 60) -> float:
-        """Seconds until a new request is answered by that release."""
+        """Seconds until each new request for the alias gets that release."""
         started = time.monotonic()
         async with asyncio.timeout(timeout_s):
             while (await self.control.state()).target != self.names[number]:
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.02)
         return time.monotonic() - started
 
 

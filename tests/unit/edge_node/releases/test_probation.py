@@ -123,6 +123,15 @@ def test_the_way_back_passes_over_what_never_proved_itself(story: Story) -> None
     assert story.active == 0
 
 
+def test_the_way_back_is_remembered_though_it_did_not_wait_for_the_disk(story: Story) -> None:
+    story.switch(1)
+    story.switch(0)
+    story.serve(0, 1)
+    story.restart()
+    assert story.probation.needed == {story.releases[0].release_id}
+    assert not story.crash()
+
+
 def test_another_head_ends_it(story: Story) -> None:
     story.switch(1)
     for _ in range(3):
