@@ -58,7 +58,7 @@ class Doorway:
         """Every request gets 503 from now on; idempotent."""
         if self._server is not None or self._socket is None:
             return
-        self._server = EmbeddedServer(_answer, **_tls(self._serving))
+        self._server = EmbeddedServer(_answer, log_level="warning", **_tls(self._serving))
         await self._server.start(self._socket.dup())
 
     async def leave(self) -> None:

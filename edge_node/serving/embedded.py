@@ -21,11 +21,11 @@ KEEP_ALIVE_S = 75
 class EmbeddedServer:
     """start() once; ends with the process or with aclose()."""
 
-    def __init__(self, app: Any, **tls: Any) -> None:
-        """`tls`: uvicorn's ssl_* settings; none: plain HTTP."""
+    def __init__(self, app: Any, **more: Any) -> None:
+        """`more`: further settings of uvicorn's, such as ssl_certfile."""
         config = uvicorn.Config(
             app, interface="asgi3", ws="none", lifespan="off", proxy_headers=False,
-            log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, **tls,
+            log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, **more,
         )  # fmt: skip
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
