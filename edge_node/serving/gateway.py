@@ -41,6 +41,7 @@ class EngineLike(Protocol):
     def errored(self) -> bool: ...
     async def load(self, name: str, path: Path) -> None: ...
     async def unload(self, name: str) -> None: ...
+    def stop_listening(self) -> None: ...
     async def probe(self) -> None: ...
     def answer_ids(self, text: str) -> list[int] | None: ...
 
@@ -163,8 +164,12 @@ class Gateway:
         return self.sessions.open(model, **limits)
 
     async def drain(self) -> None:
-        """Refuses new requests and returns when the last answer has gone out."""
+        """Refuses new requests and returns when the last answer has gone out.
+
+        New connections are the supervisor's (doorway.py): vLLM drops what it has when it ends.
+        """
         self.draining = True
+        self.engine.stop_listening()
         await self.aliases.idle()
 
     async def probe(self, deadline_s: float) -> bool:

@@ -215,6 +215,7 @@ class Engine:
 
     def __init__(self, engine_client: Any, state: Any, args: Namespace) -> None:
         self._client = engine_client
+        self._state = state
         self._models = state.openai_serving_models
         self._next_id = 1
         self.base_name = str(args.served_model_name[0])
@@ -248,6 +249,12 @@ class Engine:
         if request is not None:
             # Goes through the engine's queue behind the aborts of requests whose clients went away.
             await self._client.remove_lora(request.lora_int_id)
+
+    def stop_listening(self) -> None:
+        """Takes no new connection from the public port; those that are open go on."""
+        server = getattr(self._state, "server", None)  # vLLM sets it when it begins to listen
+        for listening in getattr(server, "servers", ()):
+            listening.close()
 
     async def probe(self) -> None:
         """One token from the base model; returns when the engine has made it."""

@@ -187,13 +187,13 @@ class VllmProcess:
         process = self._process
         if process is None or process.returncode is not None:
             return
+        await self._doorway.answer()  # who comes from now on is told so
         if self._ready.is_set():
             try:
                 async with asyncio.timeout(SHUTDOWN_TIMEOUT_S):
                     await self._control.drain()
             except (TimeoutError, ServingError) as error:
                 logger.warning("vLLM did not drain", extra={"cause": repr(error)})
-        await self._doorway.answer()  # who comes while vLLM ends is told so
         if process.returncode is None:
             process.terminate()
         try:

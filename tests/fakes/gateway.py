@@ -32,6 +32,9 @@ class RecordingEngine:
     async def unload(self, name: str) -> None:
         del self.loaded[name]
 
+    def stop_listening(self) -> None:
+        return None
+
     async def probe(self) -> None:
         return None
 

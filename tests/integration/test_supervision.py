@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import grpc
@@ -127,7 +128,7 @@ async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
         probation = Probation(settings, store)
         socket = settings.data_dir / "control.sock"
         vllm = VllmProcess(
-            settings, base, socket, ended=probation.ended, probe_period_s=1, probe_deadline_s=3
+            settings, base, socket, ended=probation.ended, probe_period_s=2, probe_deadline_s=8
         )
         async with (
             grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
@@ -185,6 +186,8 @@ class Load:
             self.headers.append(answer.headers)
             if answer.status_code != 200:
                 await asyncio.sleep(0.02)
+            elif 'data: {"error"' in answer.text:
+                self.broken.append("a stream that ends with an error")
             elif not body["stream"]:
                 self.kept[answer.json()["id"]] = answer.json()["model"]
             elif answer.text.endswith("data: [DONE]\n\n"):
@@ -215,8 +218,13 @@ def expect_all_is_kept(node: Node, load: Load) -> None:
         assert interaction.model == model
 
 
-def children(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+def engine_of(node: Node) -> int:
+    """Process id of vLLM's engine core."""
+    pid = node.vllm.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    named = {one: Path(f"/proc/{one}/cmdline").read_text() for one in children}
+    (found,) = [int(one) for one, line in named.items() if "EngineCore" in line]
+    return found
 
 
 async def test_a_vllm_in_trouble_under_load(node: Node) -> None:
@@ -231,26 +239,33 @@ async def test_a_vllm_in_trouble_under_load(node: Node) -> None:
 
 
 async def it_goes_back_in_less_than_a_second(node: Node) -> None:
-    first, second = node.releases
-    took = []
+    """To a version that is still loaded; median, since others may keep this machine busy."""
+    quiet = await ways_back(node, None)
     async with Load(node) as load:
+        busy = await ways_back(node, load)
         await load.answers(5)
-        await node.central.heads.put(second)
-        print("first switch", await node.serves(1))
-        for _ in range(5):
-            await load.answers(5)
-            await node.central.heads.put(first)
-            took.append(await node.serves(0))
-            await load.answers(5)
-            await node.central.heads.put(second)
-            await node.serves(1)
-        await node.central.heads.put(first)
-        await node.serves(0)
-    print("rollback under load, s", sorted(took))
-    assert max(took) < 1
+    print("rollback, s: quiet", quiet, "under load", busy)
+    assert median(quiet) < 1
+    assert median(busy) < 1
     assert load.broken == []
     assert set(load.statuses) == {200}
     assert set(load.kept.values()) == set(node.names)
+
+
+async def ways_back(node: Node, load: Load | None) -> list[float]:
+    """Seconds from central's word to the alias, of five."""
+    first, second = node.releases
+    took = []
+    for _ in range(5):
+        await node.central.heads.put(second)
+        await node.serves(1)
+        if load is not None:
+            await load.answers(5)
+        await node.central.heads.put(first)
+        took.append(round(await node.serves(0), 3))
+        if load is not None:
+            await load.answers(5)
+    return sorted(took)
 
 
 async def killed(node: Node, pid: int, text: str) -> Load:
@@ -281,23 +296,19 @@ async def a_killed_server_is_answered_for(node: Node, text: str) -> None:
 
 
 async def a_killed_engine_is_answered_for(node: Node, text: str) -> None:
-    assert node.vllm.pid is not None
-    (engine,) = children(node.vllm.pid)
-    load = await killed(node, engine, text)
+    load = await killed(node, engine_of(node), text)
     assert len(load.broken) <= 6, load.broken
 
 
 async def an_engine_that_hangs_is_started_again(node: Node, text: str) -> None:
     generation = node.vllm.generation
-    assert node.vllm.pid is not None
-    (engine,) = children(node.vllm.pid)
-    os.kill(engine, signal.SIGSTOP)
+    os.kill(engine_of(node), signal.SIGSTOP)
     assert (await node.http.get("/health")).status_code == 200, "its HTTP server is well"
     async with asyncio.timeout(120):
         while node.vllm.generation == generation:
             await asyncio.sleep(0.05)
     problems = {problem.room: problem for problem in Problems(node.settings.data_dir).current()}
-    assert "hung: 2 probes of 3 s without a token" in problems["serving"].text
+    assert "hung: 2 probes of 8 s without a token" in problems["serving"].text
     await node.vllm.wait_ready()
     answer = (await node.http.post(CHAT, json=QUESTION)).json()
     assert answer["choices"][0]["message"]["content"] == text
@@ -308,6 +319,9 @@ async def a_release_that_ends_vllm_is_left(node: Node) -> None:
     await node.central.heads.put(node.releases[1])
     await node.serves(1)
     for _ in range(2):
+        async with asyncio.timeout(60):  # while one is loaded, that one would be to blame
+            while not {*node.names} <= {*(await node.control.state()).loaded}:
+                await asyncio.sleep(0.05)
         pid = node.vllm.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
