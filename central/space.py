@@ -24,6 +24,7 @@ from central import faults
 from central.disk import storage
 from central.errors import Reason, Refused, SettingsError
 from central.journal import utc_now
+from lorikeet.ballast import BALLAST, give_back, take
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,6 @@ RESERVE_SHARE = 20
 """The default reserve: a twentieth of the disk, at most MAX_RESERVE_BYTES."""
 LEAST_FILES = 100
 """Free inodes below which uploads are refused."""
-BALLAST = "room.ballast"
-BALLAST_BYTES = 8 << 20
-BALLAST_SHARE = 40
-"""The ballast is a fortieth of the disk, at most BALLAST_BYTES, and at most half of what is free.
-"""
-LEAST_BALLAST_BYTES = 64 << 10
 NEXT_STEP = "Run `central retention --apply`, remove other files there, or give it a larger disk."
 
 
@@ -109,7 +104,7 @@ class Space:
         """Give back the room of last resort; idempotent, never raises."""
         for place in self._places:
             try:
-                (place / BALLAST).unlink(missing_ok=True)
+                give_back(place)
             except OSError:
                 log.exception("ballast not removed", extra={"path": str(place / BALLAST)})
         faults.reach("space.ballast_released")
@@ -118,7 +113,8 @@ class Space:
         """Keep the room of last resort, as much as there is; idempotent, never raises."""
         for place in self._places:
             try:
-                _allocate(place / BALLAST, self._disk(place))
+                disk = self._disk(place)
+                take(place, total=disk.total, free=disk.free)
             except OSError:
                 log.warning("no room for the ballast", extra={"path": str(place / BALLAST)})
 
@@ -156,17 +152,3 @@ def storage_full(text: str) -> Refused:
         Reason.STORAGE_FULL,
         f"{text.rstrip('.')}. Try again later; central's operator has to make room.",
     )
-
-
-def _allocate(path: Path, disk: Disk) -> None:
-    size = min(BALLAST_BYTES, disk.total // BALLAST_SHARE, disk.free // 2)
-    if path.exists() or size < LEAST_BALLAST_BYTES:
-        return
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError:
-        path.unlink()
-        raise
-    finally:
-        os.close(descriptor)

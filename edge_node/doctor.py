@@ -38,6 +38,7 @@ from edge_node.identity import Identity, clock_advice
 from edge_node.learning.anchors import read_anchors, summary
 from edge_node.outbox import Outbox
 from edge_node.problems import Problem, Problems
+from edge_node.releases.probation import avoided_releases
 from edge_node.releases.store import ReleaseStore
 from edge_node.rounds import newest_round
 from edge_node.serving import (
@@ -111,6 +112,9 @@ async def node_status(settings: EdgeSettings) -> dict[str, Any]:
         | {
             "ready": not_ready is None,
             "serving": state.target,
+            "canary": state.canary,
+            "own_adapter": state.own,
+            "versions": state.versions,
             "loaded": sorted(state.loaded),
             "captured": state.captured,
             "lost": state.lost,
@@ -155,6 +159,7 @@ def _releases(
 ) -> dict[str, Any]:
     """What is active, and why updates are kept aside. What cannot be read is a problem."""
     known: dict[str, Any] = {"active_release": None, "quarantine": None}
+    known["avoided_releases"] = sorted(avoided_releases(settings.data_dir))
     if identity is None:
         return known
     try:

@@ -45,13 +45,14 @@ from edge_node.outbox import Outbox, Uploader
 from edge_node.problems import Problems
 from edge_node.proof import make_proof
 from edge_node.releases.evaluation import Evaluator, evaluation_seed
+from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.trouble import next_step, words
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.serving import ControlClient, VllmProcess, control_socket
 from edge_node.settings import EdgeSettings
 from edge_node.sizing import expect_trainable
-from edge_node.surroundings import look_around
+from edge_node.surroundings import give_room, look_around
 from lorikeet.durable import remove_temporary_files
 from lorikeet.locks import locked
 from lorikeet.pauses import doubling
@@ -99,6 +100,7 @@ def own_data_dir(data_dir: Path) -> Iterator[None]:
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(data_dir / "supervisor.lock"))
+            give_room(data_dir)
             for room in WITH_FILES:
                 remove_temporary_files(data_dir / room)
         except BlockingIOError as error:
@@ -221,7 +223,8 @@ async def serve(settings: EdgeSettings) -> None:
         await asyncio.to_thread(trimmer.prepare)
         outbox = Outbox(settings.data_dir / "outbox", settings.outbox.approval)
         socket = control_socket(settings.data_dir)
-        vllm = VllmProcess(settings, base, socket)
+        probation = Probation(settings, store)
+        vllm = VllmProcess(settings, base, socket, ended=probation.ended)
         learner = LearnerProcess(settings)
 
         def counts() -> fleet_pb2.NodeStatus:
@@ -259,6 +262,7 @@ async def serve(settings: EdgeSettings) -> None:
                 counts,
                 lambda: open_starts(settings.data_dir),
                 proof=make_proof(settings, base, store, control),
+                probation=probation,
             )
             log.info(
                 "edge node starts", extra={"node_id": identity.node_id, "cohort": identity.cohort}

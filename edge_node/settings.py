@@ -18,6 +18,7 @@ from edge_node import schedule, vllm_arguments
 from edge_node.errors import SettingsError
 from edge_node.experience_settings import CaptureSettings, ExperienceSettings
 from edge_node.operations_settings import LogSettings, TraceSettings
+from edge_node.releases_settings import ReleasesSettings
 from edge_node.round_settings import GateSettings, SdftSettings
 from edge_node.serving_settings import Group, ServingSettings
 from protos.encoding import Encoding
@@ -254,31 +255,6 @@ class OutboxSettings(Group):
     """
 
 
-class ReleasesSettings(Group):
-    channel: Literal["stable", "canary"] = "stable"
-    """Channel that the alias follows."""
-    evaluate: bool = True
-    """Evaluate candidates for central on this node's environments."""
-    max_answer_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens of an answer in the node's own evaluations. Unset: an answer ends as it does for
-    a client that sets no max_tokens, but a base that has not learnt to stop writes to the end of
-    EDGE_SERVING__MAX_MODEL_LEN, and the evaluation takes as long. With a bound the verifier sees a
-    cut answer: choose one above the longest right answer.
-    """
-    keep: int = Field(default=8, ge=2)
-    """Newest release directories that stay loaded and on disk."""
-    proof: Literal["on", "checksums", "off"] = "on"
-    """What the node compares before the alias points at a release that vLLM loaded. on: the weights
-    in vLLM's workers with the release, and what vLLM serves with a PEFT reference, which a process
-    of its own makes on the CPU, once for each release. checksums: the weights alone; so it is where
-    the base does not fit into memory a second time. off: nothing.
-    """
-    max_rank: int | None = Field(default=None, ge=1)
-    """Largest rank that this node serves (at most EDGE_SERVING__MAX_LORA_RANK). Of a larger release
-    it serves the first pairs, which approximate it best. Unset: whole releases.
-    """
-
-
 class EdgeSettings(BaseSettings):
     """One frozen group per room."""
 
@@ -332,6 +308,7 @@ class EdgeSettings(BaseSettings):
     def _adapters_fit(self) -> EdgeSettings:
         # Kept ones, a candidate, its reference, and an old version that a rollback made active.
         needed = self.releases.keep + 3
+        needed += self.releases.has_canary + 2 * self.releases.may_serve_own
         judges = bool(self.learning.gate.tasks and self.environments)
         if self.learning.enabled and (judges or any(one.rollouts for one in self.environments)):
             needed += 2  # the policy, and the one before it while it is unloaded

@@ -1,12 +1,14 @@
 """What no room of the node looks after, though all need it: space on the disk, a valid certificate.
 
 In: the data directory and the node's identity. Out: the problems of rooms `disk` and
-`certificate`, every PERIOD_S. `doctor` compares the clocks too.
+`certificate`, every PERIOD_S. `doctor` compares the clocks too. Room of last resort is kept on the
+disk: the node and its vLLM start in it when something else has filled the rest.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,9 @@ from edge_node.certificate import certificate_problem
 from edge_node.errors import SettingsError
 from edge_node.identity import Identity
 from edge_node.problems import Problems
+from lorikeet import ballast
+
+log = logging.getLogger(__name__)
 
 PERIOD_S = 10.0
 LOW_DISK_BYTES = 2 << 30
@@ -30,7 +35,25 @@ async def look_around(data_dir: Path, identity: Identity) -> None:
                 problems.clear(room)
             else:
                 problems.report(room, *wrong)
+        await asyncio.to_thread(keep_room, data_dir)
         await asyncio.sleep(PERIOD_S)
+
+
+def give_room(data_dir: Path) -> None:
+    """Before a start: what it writes may find the disk full. Idempotent, never raises."""
+    try:
+        ballast.give_back(data_dir)
+    except OSError as error:
+        log.warning("no room given back", extra={"cause": str(error)})
+
+
+def keep_room(data_dir: Path) -> None:
+    """Keep room for the next start, as much as there is. Idempotent, never raises."""
+    try:
+        disk = shutil.disk_usage(data_dir)
+        ballast.take(data_dir, total=disk.total, free=disk.free)
+    except OSError as error:
+        log.debug("no room for the next start", extra={"cause": str(error)})
 
 
 def surroundings(

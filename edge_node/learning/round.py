@@ -21,6 +21,7 @@ from edge_node.identity import Identity
 from edge_node.learning.anchors import Anchors, read_anchors
 from edge_node.learning.batches import Lesson
 from edge_node.learning.gate import pass_local_gate
+from edge_node.learning.own import keep_own
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.policy import Method
 from edge_node.learning.records import RoundImpossible
@@ -70,10 +71,11 @@ def run_round(
         return known.update_id
     identity = Identity.load(settings.data_dir)
     superseded = outbox.last_for_start(plan.release_id)
+    release = release_directory(settings.data_dir, plan.release_id, plan.release_rank)
     place = find_workplace(
         plan,
         settings,
-        release_directory(settings.data_dir, plan.release_id, plan.release_rank),
+        release,
         workspace,
         obsolete=lambda: superseded is not None and active() != plan.release_id,
         beat=beat,
@@ -87,6 +89,7 @@ def run_round(
         if plan.takes_experience:
             store = open_experience(settings)
             expect_none_deleted(store, plan, "before it was handed over")
+        keep_own(settings, plan, release, trained.tensors, trained.metrics)
         return _hand_over(plan, identity, outbox, superseded, trained)
 
 

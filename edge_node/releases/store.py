@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class ReleaseStore:
         self._base = base
         self._digests: dict[str, dict[str, str]] = {}
         """Of each release's PEFT files, made from its payload; by id and name."""
+        self._installing = threading.Lock()
+        """A cancelled download leaves its thread at work, and the same release may come again."""
         try:
             for name in ("versions", "partial"):
                 (self._root / name).mkdir(parents=True, exist_ok=True)
@@ -144,9 +147,12 @@ class ReleaseStore:
             StorageError: the disk refused.
         """
         manifest = self.check(signed)
-        stored = self.get(manifest.digest)
-        if stored is not None:
-            return stored
+        with self._installing:
+            return self.get(manifest.digest) or self._install(signed, manifest, payload)
+
+    def _install(
+        self, signed: releases_pb2.SignedManifest, manifest: ReleaseManifest, payload: bytes
+    ) -> StoredRelease:
         digest = hashlib.sha256(payload).hexdigest()
         if digest != manifest.payload.digest_sha256:
             raise AdapterError(

@@ -12,21 +12,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import asdict
-from typing import Protocol
-from weakref import WeakValueDictionary
+from functools import partial
+from typing import Any, Protocol
 
 import grpc
 
 from edge_node import __version__
-from edge_node.errors import AdapterError, NotProved, ServingError, StorageError
+from edge_node.errors import StorageError
 from edge_node.figures.tally import TALLY, note_heard
 from edge_node.problems import Problems
-from edge_node.releases.download import fetch_release
+from edge_node.releases.canary import Canary
 from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.loaded import LoadedReleases, Proves
 from edge_node.releases.offers import OfferedEvaluations
-from edge_node.releases.store import ReleaseStore, StoredRelease
+from edge_node.releases.own import OwnAdapter
+from edge_node.releases.probation import Probation
+from edge_node.releases.store import ReleaseStore
 from edge_node.releases.trouble import (
     CHECK_CENTRAL,
     RETRY_FIRST_S,
@@ -35,6 +38,7 @@ from edge_node.releases.trouble import (
     next_step,
     words,
 )
+from edge_node.releases.way_back import while_it_holds
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
 from lorikeet import traces
@@ -58,17 +62,6 @@ class Serving(Protocol):
     async def wait_ready(self) -> int: ...
 
 
-class Proves(Protocol):
-    """What the watcher needs of edge_node/proof: each raises NotProved."""
-
-    async def load(self, name: str, release: StoredRelease) -> None: ...
-    async def expect(
-        self, name: str, release: StoredRelease, before: StoredRelease | None, *, made: bool = True
-    ) -> None: ...
-    def prepare(self, release: StoredRelease, before: StoredRelease | None) -> None: ...
-    async def aclose(self) -> None: ...
-
-
 class ReleaseWatcher:
     """Long-lived: `run()` until cancelled."""
 
@@ -83,45 +76,63 @@ class ReleaseWatcher:
         counts: Callable[[], fleet_pb2.NodeStatus],
         pinned: Callable[[], Iterable[str]],
         proof: Proves | None = None,
+        probation: Probation | None = None,
     ) -> None:
         """`counts`: of outbox and experience; `pinned`: where unfinished rounds start from.
 
-        `proof`: None compares nothing (EDGE_RELEASES__PROOF=off).
+        `proof`: None compares nothing (EDGE_RELEASES__PROOF=off). `probation`: which vLLM's
+        supervisor tells of each end; None: nobody does.
         """
         self._proof = proof
         self._settings = settings
-        self._channel = channel
         self._store = store
         self._vllm = vllm
         self._control = control
         self._evaluator = evaluator
         self._counts = counts
         self._pinned = pinned
+        self._probation = probation or Probation(settings, store)
         self._fleet = fleet_pb2_grpc.FleetServiceStub(channel)
         self._head: releases_pb2.SignedManifest | None = None
         self._head_changed = asyncio.Event()
-        self._loaded_generation = 0
-        self._pointed = ""
-        """Release that the alias of the loaded generation points at."""
         self._spare = asyncio.Event()
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._problems = Problems(settings.data_dir)
+        self._loaded = LoadedReleases(settings, channel, store, control, self._probation, proof)
         self._offers = OfferedEvaluations(
-            settings, channel, vllm.wait_ready, evaluator, self._obtain_name, self._spare.set
+            settings, channel, vllm.wait_ready, evaluator, self._loaded.obtain_name, self._spare.set
         )
+        self._canary = Canary(
+            store, control, self._probation, self._problems,
+            self._loaded.obtain_proved, self._loaded.name_of,
+        )  # fmt: skip
         self._head_problem = ""
         """Why the head is not served. It judges canaries: it knows nothing of a former process."""
 
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                for step in (
-                    self._watch, self._follow, self._offers.run, self._collect, self._report,
-                ):  # fmt: skip
-                    group.create_task(step(), name=step.__qualname__)
+                for step in self._steps():
+                    group.create_task(step(), name=getattr(step, "__qualname__", repr(step)))
         finally:
             if self._proof is not None:
                 await self._proof.aclose()
+
+    def _steps(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        steps: list[Callable[[], Coroutine[Any, Any, None]]] = [
+            self._watch, self._follow, self._offers.run, self._collect, self._report,
+        ]  # fmt: skip
+        if self._settings.releases.has_canary:
+            steps.append(partial(self._canary.run, self._vllm.wait_ready, self._stable))
+        if self._settings.releases.may_serve_own:
+            ready = self._vllm.wait_ready
+            steps.append(OwnAdapter(self._settings, self._control, ready, self._loaded.served).run)
+        return steps
+
+    def _stable(self, generation: int) -> releases_pb2.SignedManifest | None:
+        """The head, once this vLLM serves it: a canary goes when stable has taken its place."""
+        head = self._head
+        is_served = head and self._store.check(head).digest == self._loaded.served(generation)
+        return head if is_served else None
 
     async def _watch(self) -> None:
         pause = RETRY_FIRST_S
@@ -166,6 +177,8 @@ class ReleaseWatcher:
         if kind == "head" and event.head.channel == self._settings.releases.channel:
             self._head = event.head.head
             self._head_changed.set()
+        elif kind == "head" and self._settings.releases.has_canary:
+            self._canary.head = event.head.head
         elif kind == "standing":
             self._store.keep_standing(event.standing.quarantine)
             if event.standing.quarantine:
@@ -214,113 +227,31 @@ class ReleaseWatcher:
                 pass
 
     async def _settle(self, head: releases_pb2.SignedManifest | None, generation: int) -> None:
-        if generation != self._loaded_generation:
-            self._pointed = await self._load_kept(generation, damage_matters=head is None)
-        if head is None or self._store.check(head).digest == self._pointed:
+        loaded = self._loaded
+        if generation != loaded.generation:
+            await loaded.load_kept(generation, damage_matters=head is None)
+        if loaded.pointed and self._vllm.generation == generation:
+            self._probation.serves(loaded.pointed)
+        if head is None:
+            return
+        digest = self._store.check(head).digest
+        if self._canary.head is not None or not self._settings.releases.has_canary:
+            self._probation.named([digest, *self._canary.named])
+        if digest == loaded.pointed:
             return
         began = time.monotonic()
-        release = await self._obtain_proved(head)
-        # Named first, pointed second: a vLLM that starts in between serves what the alias will.
-        await asyncio.to_thread(self._store.activate, release)
-        await self._control.point(self.served_name(release))
-        self._pointed = release.release_id
+        release = await while_it_holds(
+            loaded.obtain_proved(head), self._head_changed, lambda: self._head == head
+        )
+        if release is None:
+            return
+        await asyncio.to_thread(self._probation.switching, release)
+        await loaded.point(release)
         TALLY.switched(took_s := time.monotonic() - began)
         subject = release.release_id
         traces.after("switch", subject, took_s, release_id=subject, release=release.label)
         log.info("serving release", extra={"release": release.label})
         self._spare.set()
-
-    def served_name(self, release: StoredRelease) -> str:
-        """The exact version's model name."""
-        return f"{self._settings.serving.alias}@{release.label}"
-
-    async def _obtain(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
-        """The release on disk and in vLLM.
-
-        Head and evaluation may want the same one at once: one after the other.
-        """
-        manifest = self._store.check(signed)
-        rank = min(manifest.rank, self._settings.releases.max_rank or manifest.rank)
-        most = self._settings.serving.max_lora_rank
-        if rank > most:
-            raise AdapterError(
-                f"Release {manifest.label} has rank {rank}; this node accepts at most {most}. "
-                "Raise EDGE_SERVING__MAX_LORA_RANK, or set EDGE_RELEASES__MAX_RANK to serve its "
-                "first pairs, and restart the node."
-            )
-        async with self._lock(manifest.digest):
-            release = await fetch_release(
-                self._channel, self._store, signed, self._settings.central.call_timeout_s
-            )
-            await self._load(release)
-            if self._proof is not None:
-                self._proof.prepare(release, self._store.get(self._pointed))
-        return release
-
-    async def _obtain_proved(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
-        """As `_obtain`, and vLLM serves it; raises NotProved, and the alias stays where it is."""
-        release = await self._obtain(signed)
-        await self._expect_proof(release)
-        return release
-
-    async def _load(self, release: StoredRelease) -> None:
-        if self._proof is None:
-            await self._control.load(self.served_name(release), release.path)
-        else:
-            await self._proof.load(self.served_name(release), release)
-
-    async def _expect_proof(self, release: StoredRelease, *, made: bool = True) -> None:
-        """Raises NotProved unless vLLM serves the loaded `release`: the alias stays where it is."""
-        if self._proof is not None:
-            before = self._store.get(self._pointed) if self._pointed else None
-            await self._proof.expect(self.served_name(release), release, before, made=made)
-
-    async def _obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
-        return self.served_name(await self._obtain(signed))
-
-    async def _load_kept(self, generation: int, *, damage_matters: bool) -> str:
-        """Id of the active release, which the alias points at now; empty without one.
-
-        Where vLLM does not serve it, the newest kept release that it serves takes its place. The
-        generation counts as loaded when the alias points somewhere, or there is no release.
-        """
-        active, failed = None, None
-        try:
-            active = self._store.active()
-            if active is not None:
-                await self._take_up(active)
-        except (ServingError, StorageError, NotProved) as error:
-            failed = error
-            if damage_matters and not isinstance(error, NotProved):
-                raise
-            log.warning(
-                "active release not loaded; another takes its place", extra={"why": str(error)}
-            )
-            active = None
-        for release in self._store.newest()[: self._settings.releases.keep]:
-            try:
-                await self._load(release)
-                if active is None and isinstance(failed, NotProved):
-                    await self._take_up(release)
-                    await asyncio.to_thread(self._store.activate, release)
-                    active = release
-            # An old version must not keep the node from the new one.
-            except (ServingError, NotProved) as error:
-                log.warning(
-                    "kept release not loaded", extra={"release": release.label, "why": str(error)}
-                )
-        if active is None and failed is not None:
-            if damage_matters:
-                raise failed
-            return ""  # the head may take its place; if it cannot, this is tried again
-        self._loaded_generation = generation
-        return active.release_id if active else ""
-
-    async def _take_up(self, release: StoredRelease) -> None:
-        """Points the alias at a kept release, when vLLM serves it."""
-        await self._load(release)
-        await self._expect_proof(release, made=False)
-        await self._control.point(self.served_name(release))
 
     async def _collect(self) -> None:
         """Unload and delete old versions.
@@ -332,9 +263,9 @@ class ReleaseWatcher:
             self._spare.clear()
             try:
                 for release in self._store.newest()[self._settings.releases.keep :]:
-                    async with self._lock(release.release_id):
+                    async with self._loaded.lock(release.release_id):
                         if release.release_id not in await asyncio.to_thread(self._needed):
-                            await self._control.unload(self.served_name(release))
+                            await self._control.unload(self._loaded.name_of(release))
                             await asyncio.to_thread(self._store.remove, release)
                 self._problems.clear("old-releases")
             except Exception as error:  # supervision: it is still there at the next chance
@@ -344,14 +275,15 @@ class ReleaseWatcher:
     def _needed(self) -> set[str]:
         active = self._store.active()
         return {
-            self._pointed,
+            self._loaded.pointed,
             *([active.release_id] if active else []),
+            *([self._store.check(self._head).digest] if self._head else []),
+            *self._canary.named,
+            self._canary.release_id,
+            *self._probation.needed,
             *self._offers.in_use,
             *self._pinned(),
         }
-
-    def _lock(self, release_id: str) -> asyncio.Lock:
-        return self._locks.setdefault(release_id, asyncio.Lock())
 
     async def _report(self) -> None:
         while True:
@@ -391,6 +323,7 @@ class ReleaseWatcher:
 
         A canary that does this to a node is not ready for the others.
         """
-        if self._loaded_generation and self._vllm.generation != self._loaded_generation:
+        generation = self._loaded.generation
+        if generation and self._vllm.generation != generation:
             return "vLLM was started anew and has not loaded the release yet"
         return self._head_problem

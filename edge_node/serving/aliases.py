@@ -24,6 +24,10 @@ class AliasTable:
         self.alias = alias
         self.base = base
         self.target: str | None = None
+        self.canary: str | None = None
+        """What a share of the alias's requests means (versions.py); None: there is no canary."""
+        self.own: str | None = None
+        """The node's own adapter, which is built on the target; None: there is none."""
         self.in_flight: Counter[str] = Counter()
         self._loaded: dict[str, Path] = {}
         self._retiring: set[str] = set()
@@ -102,13 +106,36 @@ class AliasTable:
                 f"{name} is not loaded, so {self.alias} cannot point at it. Loaded: "
                 f"{self._names()}."
             )
+        if name != self.target:
+            self.own = None  # it is better than the version that was the target
         self.target = name
+
+    def point_own(self, name: str | None) -> None:
+        """None: there is no own adapter any more."""
+        if name is not None and name not in self.public:
+            raise ServingError(
+                f"{name} is not loaded, so it cannot be the node's own adapter. Loaded: "
+                f"{self._names()}."
+            )
+        self.own = name
+
+    def point_canary(self, name: str | None) -> None:
+        """None: from now on all requests for the alias get its target."""
+        if name is not None and name not in self.public:
+            raise ServingError(
+                f"{name} is not loaded, so it cannot be the canary. Loaded: {self._names()}."
+            )
+        self.canary = name
+
+    def knows(self, name: str) -> bool:
+        """Is it the base, or a loaded version?"""
+        return name == self.base or name in self._loaded
 
     def retire(self, name: str) -> bool:
         """Refuses new requests for `name`; False when it is not loaded.
 
-        Raises ServingError for the alias's target, and while an earlier retirement waits: who is
-        told that a version is gone deletes its directory.
+        Raises ServingError for the alias's target and the canary, and while an earlier retirement
+        waits: who is told that a version is gone deletes its directory.
         """
         if name in self._retiring:
             raise ServingError(
@@ -120,6 +147,9 @@ class AliasTable:
                 f"{self.alias} points at {name}. Point it at another version before unloading "
                 "this one."
             )
+        if name in (self.canary, self.own):
+            what = "the canary" if name == self.canary else "the node's own adapter"
+            raise ServingError(f"{name} is {what}. Name another one, or none, before unloading it.")
         if name not in self._loaded:
             return False
         self._retiring.add(name)

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,12 @@ class ControlState:
     first_token_s: float
     """Longest time that a stream of a user waited for its first piece, of late; or 0."""
     problems: list[Problem]
+    canary: str | None = None
+    """What a share of the alias's requests means; None: there is no canary here."""
+    own: str | None = None
+    """The node's own adapter, where a policy serves it; None: there is none."""
+    versions: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each version since vLLM's start: `requests`, `errors` and `seconds`."""
 
     def users_in_flight(self) -> int:
         """Requests on releases and on the base; the learner's own are left out."""
@@ -139,6 +145,14 @@ class ControlClient:
     async def point(self, name: str) -> None:
         """The alias means `name` for every request that arrives from now on."""
         await self._call("POST", "/point", {"name": name})
+
+    async def canary(self, name: str | None) -> None:
+        """A share of the alias's requests means `name` from now on; None: no request does."""
+        await self._call("POST", "/canary", {"name": name})
+
+    async def own(self, name: str | None) -> None:
+        """The node's own adapter is `name`, until the alias points elsewhere; None: none is."""
+        await self._call("POST", "/own", {"name": name})
 
     async def unload(self, name: str) -> None:
         """Returns when no request uses `name` and the engine has forgotten it; idempotent."""
@@ -201,7 +215,8 @@ class ControlClient:
         """
         limits = httpx.Limits(max_connections=connections)
         with short_path(self._socket) as path:
-            transport = httpx.AsyncHTTPTransport(uds=path, limits=limits)
+            # There is no TLS here, and a context of trusted certificates costs 20 ms of CPU.
+            transport = httpx.AsyncHTTPTransport(uds=path, limits=limits, verify=False)
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://node", timeout=None
             ) as client:

@@ -20,7 +20,10 @@ from edge_node.settings import EdgeSettings
 from protos.base import BaseModelInfo
 
 VLLM_SERIES = "0.32"
-ENTRY = "vllm.entrypoints.launchers.api_server.entry"
+VLLM_ENTRY = "vllm.entrypoints.launchers.api_server.entry"
+ENTRY = "edge_node.serving.vllm_entry"
+LISTEN_VARIABLE = "LORIKEET_LISTEN_FD"
+"""Names the descriptor of the public port's socket to vllm_entry.py."""
 MIDDLEWARE = (
     "edge_node.serving.middleware.LorikeetMiddleware",
     "edge_node.serving.access.AccessMiddleware",

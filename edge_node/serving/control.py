@@ -41,6 +41,8 @@ class ControlServer:
             Route("/load", self._load, methods=["POST"]),
             Route("/held", self._held, methods=["POST"]),
             Route("/point", self._point, methods=["POST"]),
+            Route("/canary", self._canary, methods=["POST"]),
+            Route("/own", self._own, methods=["POST"]),
             Route("/unload", self._unload, methods=["POST"]),
             Route("/drain", self._drain, methods=["POST"]),
             Route("/probe", self._probe, methods=["POST"]),
@@ -73,6 +75,9 @@ class ControlServer:
                 "alias": gateway.aliases.alias,
                 "base": gateway.aliases.base,
                 "target": gateway.aliases.target,
+                "canary": gateway.aliases.canary,
+                "own": gateway.aliases.own,
+                "versions": gateway.versions.counts(),
                 "loaded": {name: str(path) for name, path in gateway.aliases.loaded.items()},
                 "in_flight": dict(gateway.aliases.in_flight),
                 "captured": counts.captured,
@@ -101,6 +106,14 @@ class ControlServer:
 
     async def _point(self, request: Request) -> JSONResponse:
         self._gateway.point((await request.json())["name"])
+        return JSONResponse({})
+
+    async def _canary(self, request: Request) -> JSONResponse:
+        self._gateway.aliases.point_canary((await request.json())["name"])
+        return JSONResponse({})
+
+    async def _own(self, request: Request) -> JSONResponse:
+        self._gateway.aliases.point_own((await request.json())["name"])
         return JSONResponse({})
 
     async def _unload(self, request: Request) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""A server of our own on the event loop of vLLM's server.
+"""A server of our own on an event loop that has other work: that of vLLM's server, or the node's.
 
 In: an ASGI app and a bound socket. Out: answers. Guarantees: it takes no signal, writes no log and
 trusts no header about who asks.
@@ -21,10 +21,11 @@ KEEP_ALIVE_S = 75
 class EmbeddedServer:
     """start() once; ends with the process or with aclose()."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, **more: Any) -> None:
+        """`more`: further settings of uvicorn's, such as ssl_certfile."""
         config = uvicorn.Config(
             app, interface="asgi3", ws="none", lifespan="off", proxy_headers=False,
-            log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S,
+            log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, **more,
         )  # fmt: skip
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
@@ -46,4 +47,4 @@ class EmbeddedServer:
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals are vLLM's
+        yield  # signals are for the process around it

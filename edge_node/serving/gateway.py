@@ -46,7 +46,9 @@ from edge_node.serving.fingerprint import weights_digest
 from edge_node.serving.first_tokens import FirstTokens
 from edge_node.serving.held import Held
 from edge_node.serving.in_flight import InFlight
+from edge_node.serving.loading import forget_loading, note_loading
 from edge_node.serving.sessions import Session, Sessions
+from edge_node.serving.versions import Versions
 from edge_node.settings import EdgeSettings
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class EngineLike(Protocol):
     async def load(self, name: str, path: Path) -> None: ...
     async def unload(self, name: str) -> None: ...
     async def held(self, name: str, path: Path) -> Held: ...
+    def stop_listening(self) -> None: ...
     async def probe(self) -> None: ...
     def answer_ids(self, text: str) -> list[int] | None: ...
     def calls_ids(self, calls: list[dict[str, Any]]) -> list[int] | None: ...
@@ -79,6 +82,7 @@ class Gateway:
         self.settings = settings
         self.engine = engine
         self.aliases = AliasTable(settings.serving.alias, engine.base_name)
+        self.versions = Versions(self.aliases, settings.releases)
         self.store = open_experience(settings)
         self.redaction = Redaction(load_redactor(settings.capture.redaction), engine.texts)
         self.problems = Problems(settings.data_dir)
@@ -115,18 +119,33 @@ class Gateway:
             return self._problem or "No release is active yet."
         return None
 
+    def refusal(self) -> str | None:
+        """Why no request may begin now, whatever it asks for; None when one may."""
+        if self.draining:
+            return "The node is draining; send the request to another node."
+        if self.engine.errored:
+            return "vLLM's engine has ended and is started again. Send the request again later."
+        return None
+
     async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
         """Loads directory `path` as `name`; idempotent; on ServingError nothing has changed.
 
         `proved`: False hides a new version from clients until `expect_held`.
         """
+        if not self.aliases.check_new(name, path):
+            return  # a way back must not wait behind another version's load
         async with self._changing:
             if not self.aliases.check_new(name, path):
                 return
             if self.settings.base.path is not None:
                 await asyncio.to_thread(check_adapter, path, self.settings.base.path)
             weights = await asyncio.to_thread(weights_digest, path)
-            await self.engine.load(name, path)
+            note_loading(self.settings.data_dir, name)
+            try:
+                await self.engine.load(name, path)
+            finally:
+                if not self.engine.errored:  # else the supervisor reads what ended it
+                    forget_loading(self.settings.data_dir)
             self.weights[name] = weights
             self.aliases.add(name, path, proved=proved)
             logger.info("Adapter loaded", extra={"release": name})
@@ -218,8 +237,12 @@ class Gateway:
         return self.sessions.open(model, **limits)
 
     async def drain(self) -> None:
-        """Refuses new requests and returns when the last answer has gone out."""
+        """Refuses new requests and returns when the last answer has gone out.
+
+        New connections are the supervisor's (doorway.py): vLLM drops what it has when it ends.
+        """
         self.draining = True
+        self.engine.stop_listening()
         await self.aliases.idle()
 
     async def probe(self, deadline_s: float) -> bool:

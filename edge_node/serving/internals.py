@@ -55,6 +55,7 @@ SURFACE: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.entrypoints.launchers.launcher": {
         "SSLCertRefresher": ("ssl_context", "key_path", "cert_path", "ca_path"),
         "SSLCertRefresher.stop": (),
+        "create_server_socket": ("addr", "reuse_port"),
     },
     "vllm.v1.metrics.prometheus": {"get_prometheus_registry": ()},
     "vllm.platforms": {"current_platform.is_cpu": ()},
@@ -216,6 +217,7 @@ class Engine:
 
     def __init__(self, engine_client: Any, state: Any, args: Namespace) -> None:
         self._client = engine_client
+        self._state = state
         self._models = state.openai_serving_models
         self._next_id = 1
         self.base_name = str(args.served_model_name[0])
@@ -264,6 +266,12 @@ class Engine:
             return await self._client.collective_rpc(method, args=arguments)
 
         return await compare_held(call, adapter_id, path)
+
+    def stop_listening(self) -> None:
+        """Takes no new connection from the public port; those that are open go on."""
+        server = getattr(self._state, "server", None)  # vLLM sets it when it begins to listen
+        for listening in getattr(server, "servers", ()):
+            listening.close()
 
     async def probe(self) -> None:
         """One token from the base model; returns when the engine has made it."""

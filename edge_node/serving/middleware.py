@@ -63,9 +63,8 @@ class LorikeetMiddleware:
         elif gateway is None:
             text = "The lorikeet plug-in of vLLM is not loaded."
             await refuse(send, 503, "ServiceUnavailableError", text)
-        elif gateway.draining and path not in ALWAYS:
-            text = "The node is draining; send the request to another node."
-            await refuse(send, 503, "ServiceUnavailableError", text)
+        elif path not in ALWAYS and (reason := gateway.refusal()) is not None:
+            await refuse(send, 503, "ServiceUnavailableError", reason)
         elif path in WITH_BODY and scope["method"] == "POST":
             most_mib = gateway.settings.serving.limits.body_mib
             most_bytes = math.inf if self._of_the_node else most_mib << 20

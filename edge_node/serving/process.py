@@ -3,8 +3,9 @@
 In: settings, the base model, a path for the control socket. Out: a serving process, started again
 when it exits or hangs. That is the problem of room `serving` until another one has run for a while
 (problems.calm_s). Guarantees: at most one vLLM at a time; it dies with this process, also of
-`kill -9`; its log is in data_dir/logs/vllm.log. Create it in the event loop of the main thread:
-Linux ties a child's life to that thread.
+`kill -9`; while none serves, the port answers 503 (doorway.py); its log is in
+data_dir/logs/vllm.log. Create it in the event loop of the main thread: Linux ties a child's life to
+that thread.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 
@@ -23,14 +25,18 @@ from edge_node.errors import ServingError, StorageError
 from edge_node.problems import Problems, calm_s
 from edge_node.serving.client import ControlClient, socket_problem
 from edge_node.serving.command import (
+    LISTEN_VARIABLE,
     SHUTDOWN_TIMEOUT_S,
     runs_on_cpu,
     serving_command,
     serving_environment,
 )
-from edge_node.serving.endpoint import is_listening, port_problem, start_problem
+from edge_node.serving.doorway import Doorway
+from edge_node.serving.endpoint import start_problem
 from edge_node.serving.failure import raised_at, startup_reason
+from edge_node.serving.loading import forget_loading
 from edge_node.settings import EdgeSettings
+from edge_node.surroundings import give_room
 from lorikeet import parent
 from lorikeet.pauses import doubling
 from protos.base import BaseModelInfo
@@ -44,6 +50,16 @@ LOG_END_BYTES = 1 << 20
 """How much of a log is read for the reason: one that has served for weeks is long."""
 
 
+class Ended(Protocol):
+    """What is told of each end; True: another start may do better, also the first one's."""
+
+    def __call__(self, cause: str, *, served: bool) -> bool: ...
+
+
+def _no_one_else(cause: str, *, served: bool) -> bool:
+    return False
+
+
 class VllmProcess:
     """run() supervises until aclose(); wait_ready() says when a (new) vLLM serves."""
 
@@ -55,6 +71,7 @@ class VllmProcess:
         *,
         probe_period_s: float = 10,
         probe_deadline_s: float = 60,
+        ended: Ended = _no_one_else,
     ) -> None:
         self._settings = settings
         self._base = base
@@ -62,6 +79,8 @@ class VllmProcess:
         self._control = ControlClient(self._socket)
         self._probe_period_s = probe_period_s
         self._probe_deadline_s = probe_deadline_s
+        self._ended = ended
+        self._doorway = Doorway(settings.serving)
         self._process: asyncio.subprocess.Process | None = None
         self._log = settings.data_dir / "logs" / "vllm.log"
         self._ready = asyncio.Event()
@@ -98,9 +117,10 @@ class VllmProcess:
                     "Everybody who reaches the endpoint may ask and teach this node",
                     extra={"EDGE_SERVING__ACCESS": "open", "host": self._settings.serving.host},
                 )
+            self._doorway.open()
+            await self._doorway.answer()
             while not self._closing.is_set():
                 started = time.monotonic()
-                await self._free_port()
                 try:
                     await self._start()
                     cause = await self._watch()
@@ -110,10 +130,14 @@ class VllmProcess:
                     cause = str(error)
                 finally:
                     self._ready.clear()
+                    await self._doorway.answer()
                     await self._kill_group()
                 if self._closing.is_set():
                     return
-                if not self._served_once and not cause.startswith("killed"):
+                another = self._process is not None and self._ended(
+                    cause, served=self._ready_at is not None
+                )
+                if not self._served_once and not another and not cause.startswith("killed"):
                     raise ServingError(
                         f"vLLM did not start: {cause}. {self._said(cause)}See {self._log}."
                     )
@@ -143,6 +167,7 @@ class VllmProcess:
         finally:
             self._failure = self._failure or ServingError("vLLM was stopped.")
             self._ready.set()
+            await self._doorway.aclose()
 
     async def wait_ready(self) -> int:
         """The start number of the vLLM that serves now; ServingError when there will be none."""
@@ -162,6 +187,7 @@ class VllmProcess:
         process = self._process
         if process is None or process.returncode is not None:
             return
+        await self._doorway.answer()  # who comes from now on is told so
         if self._ready.is_set():
             try:
                 async with asyncio.timeout(SHUTDOWN_TIMEOUT_S):
@@ -183,6 +209,7 @@ class VllmProcess:
         environment = serving_environment(
             self._settings, self._socket, os.environ, command=command, on_cpu=on_cpu
         )
+        give_room(self._settings.data_dir)
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             if self._log.exists():
@@ -194,13 +221,15 @@ class VllmProcess:
             ) from error
         self._process = self._ready_at = None
         self._socket.unlink(missing_ok=True)
+        forget_loading(self._settings.data_dir)
+        environment[LISTEN_VARIABLE] = str(self._doorway.fd)
         with log:
             # A session of its own: Ctrl-C reaches the supervisor only, which drains first, and the
             # group can be killed whole.
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-S", "-E", parent.__file__, str(os.getpid()), *command,
                 env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                start_new_session=True, pass_fds=(self._doorway.fd,),
             )  # fmt: skip
         self.generation += 1
         logger.info("vLLM started", extra={"pid": self._process.pid, "generation": self.generation})
@@ -218,6 +247,7 @@ class VllmProcess:
                 if time.monotonic() > deadline:
                     return f"not ready after {self._settings.serving.startup_timeout_s:g} s"
             self._served_once = True
+            await self._doorway.leave()
             self._ready.set()
             logger.info("vLLM is ready", extra={"generation": self.generation})
             misses, self._ready_at = 0, time.monotonic()
@@ -241,10 +271,9 @@ class VllmProcess:
             return False
         try:
             async with asyncio.timeout(self._probe_deadline_s), self._control.requests(1) as vllm:
-                healthy = (await vllm.get("/health")).status_code == 200
+                return (await vllm.get("/health")).status_code == 200
         except (httpx.HTTPError, OSError):
             return False
-        return healthy and await is_listening(self._settings.serving)
 
     async def _alive(self, exited: asyncio.Future[int]) -> bool:
         probe = asyncio.ensure_future(self._control.probe(self._probe_deadline_s))
@@ -269,15 +298,6 @@ class VllmProcess:
             pass
         await process.wait()
         self._socket.unlink(missing_ok=True)
-
-    async def _free_port(self) -> None:
-        """Waits for a port that our dying vLLM holds; ServingError when another program has it."""
-        for _ in range(50 if self.generation else 1):
-            problem = port_problem(self._settings.serving)
-            if problem is None or self._closing.is_set():
-                return
-            await self._pause(READY_POLL_S)
-        raise ServingError(problem or "")
 
     async def _pause(self, seconds: float) -> None:
         try:

@@ -79,7 +79,7 @@ class KillTest:
 
         Raises TimeoutError when a moment never comes or a recovery never ends.
         """
-        learner, vllm = "edge_node.learning.worker", "vllm.entrypoints"
+        learner, vllm = "edge_node.learning.worker", "serving.vllm_entry"
 
         async def learner_in_round() -> int | None:
             return self._child_of("A", learner) if self._in_round("A") else None

@@ -63,6 +63,29 @@ def guarded_vllm() -> FastAPI:
     return app
 
 
+async def test_the_canary_and_the_own_adapter_are_loaded_versions_and_stay(
+    gateway: Gateway, socket: Path, tmp_path: Path
+) -> None:
+    client = ControlClient(socket)
+    await client.load(V1, make_version(tmp_path, "v1"))
+    await client.load(V2, make_version(tmp_path, "v2"))
+    await client.point(V1)
+    for name, change in (("canary", client.canary), ("own", client.own)):
+        assert getattr(await client.state(), name) is None
+        with pytest.raises(ServingError, match="is not loaded"):
+            await change("lorikeet@v9")
+        await change(V2)
+        assert getattr(await client.state(), name) == V2
+        with pytest.raises(ServingError, match="before unloading it"):
+            await client.unload(V2)
+        await change(None)
+    gateway.versions.leave(gateway.versions.enter(V2))
+    assert set((await client.state()).versions) == {V2}
+    assert (await client.state()).versions[V2]["requests"] == 1
+    await client.unload(V2)
+    assert (await client.state()).versions == {}
+
+
 async def test_load_point_unload(gateway: Gateway, socket: Path, tmp_path: Path) -> None:
     client = ControlClient(socket)
     await client.load(V1, make_version(tmp_path, "v1"))

@@ -19,7 +19,8 @@ from central.faults import VARIABLE
 from central.journal import EventKind, Journal, NewEvent
 from central.journal.payloads import stored_blobs
 from central.settings import CentralSettings
-from central.space import BALLAST, Disk, Space
+from central.space import Disk, Space
+from lorikeet.ballast import BALLAST
 from protos.lora import LoraModule, LoraTensors, encode
 from protos.operators.v1 import operators_pb2
 from protos.updates.v1 import updates_pb2

@@ -5,28 +5,34 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from edge_node.errors import ServingError
 from edge_node.problems import Problem, Problems
 from edge_node.serving import VllmProcess
+from edge_node.serving.doorway import Doorway
+from edge_node.serving_settings import TlsSettings
 from edge_node.settings import EdgeSettings
 from examples.ports import free_port
 from protos.base import BaseModelInfo
+from tests.fakes.certificates import make_certificate
 
 STAND_IN = """
 import os, sys
 from aiohttp import web
 import signal
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(1))
-port, mode = int(sys.argv[1]), open(sys.argv[2]).read()
-if mode != "good":
+mode = open(sys.argv[1]).read()
+if mode not in ("good", "hangs"):
     print("(APIServer pid=7) WARNING 11-26 19:12:43 [x.py:1] Found ulimit of 9: "
           "errors like `OSError: [Errno 24] Too many`")
     exec(mode)
@@ -35,7 +41,7 @@ async def state(request):
         alias="a", base="b", target=None, loaded={}, in_flight={}, captured=0, lost=0, skipped=0,
         draining=False, not_ready=None, problems=[]))
 async def probe(request):
-    return web.json_response(dict(alive=True))
+    return web.json_response(dict(alive=mode != "hangs"))
 async def health(request):
     return web.Response()
 async def main():
@@ -45,7 +51,9 @@ async def main():
     app.add_routes([web.post("/probe", probe), web.post("/drain", probe)])
     runner = web.AppRunner(app)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    import socket
+    inherited = socket.socket(fileno=int(os.environ["LORIKEET_LISTEN_FD"]))
+    await web.SockSite(runner, inherited).start()
     await web.UnixSite(runner, os.environ["LORIKEET_CONTROL_SOCKET"]).start()
     await asyncio.Event().wait()
 import asyncio
@@ -68,7 +76,6 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeSettings:
     command = [
         sys.executable,
         str(tmp_path / "stand_in.py"),
-        str(settings.serving.port),
         str(tmp_path / "mode"),
     ]
     monkeypatch.setattr("edge_node.serving.process.serving_command", lambda *_, **__: command)
@@ -77,12 +84,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EdgeSettings:
 
 
 @asynccontextmanager
-async def running(settings: EdgeSettings) -> AsyncIterator[tuple[VllmProcess, asyncio.Task[None]]]:
+async def running(
+    settings: EdgeSettings, **options: Any
+) -> AsyncIterator[tuple[VllmProcess, asyncio.Task[None]]]:
     with (
         tempfile.TemporaryDirectory() as directory
     ):  # short: tmp_path may be longer than a socket path
         base = BaseModelInfo(settings.data_dir, "ab" * 32, {})
-        vllm = VllmProcess(settings, base, Path(directory) / "s", probe_period_s=0.05)
+        vllm = VllmProcess(settings, base, Path(directory) / "s", probe_period_s=0.05, **options)
         task = asyncio.create_task(vllm.run())
         try:
             yield vllm, task
@@ -167,3 +176,99 @@ async def test_a_later_start_that_fails_is_told_with_its_words(settings: EdgeSet
         assert vllm.pid is not None
         os.kill(vllm.pid, signal.SIGKILL)
         await until(lambda: "the base is gone" in getattr(trouble(settings), "text", ""))
+
+
+async def test_while_no_vllm_serves_the_port_answers_503_and_refuses_nobody(
+    settings: EdgeSettings,
+) -> None:
+    answers: list[httpx.Response] = []
+    url = f"http://127.0.0.1:{settings.serving.port}"
+
+    async def ask(http: httpx.AsyncClient) -> None:
+        while True:  # a refused connection raises
+            body = {"messages": [], "max_tokens": 1 << 16, "x": "y" * (1 << 17)}
+            answers.append(await http.post(f"{url}/v1/chat/completions", json=body))
+            answers.append(await http.get(f"{url}/ready"))
+            await asyncio.sleep(0.01)
+
+    async with running(settings) as (vllm, _), httpx.AsyncClient() as http:
+        asking = asyncio.create_task(ask(http))
+        await vllm.wait_ready()
+        assert (await http.get(f"{url}/health")).status_code == 200, "vLLM alone answers"
+        assert answers[0].status_code == 503, "also at the first start"
+        asking.cancel()  # what is in flight on a killed vLLM breaks
+        await asyncio.gather(asking, return_exceptions=True)
+        answers.clear()
+        assert vllm.pid is not None
+        os.kill(vllm.pid, signal.SIGKILL)
+        await until(lambda: trouble(settings) is not None)
+        asking = asyncio.create_task(ask(http))
+        await until(lambda: vllm.generation == 2 and len(answers) > 4)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await vllm.wait_ready()
+        assert (await http.get(f"{url}/health")).status_code == 200
+    early = [answer for answer in answers if answer.status_code == 503]
+    assert len(early) > 2
+    for answer in early:
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+    with pytest.raises(httpx.ConnectError):
+        async with httpx.AsyncClient() as http:
+            await http.get(f"{url}/ready")
+
+
+async def test_the_503_comes_by_tls_where_vllm_has_it(
+    settings: EdgeSettings, tmp_path: Path
+) -> None:
+    certificate, key = make_certificate(tmp_path)
+    tls = TlsSettings(cert_file=certificate, key_file=key)
+    serving = settings.serving.model_copy(update={"tls": tls})
+    doorway = Doorway(serving)
+    doorway.open()
+    trust = ssl.create_default_context(cafile=str(certificate))
+    try:
+        for _ in range(2):
+            await doorway.answer()
+            async with httpx.AsyncClient(verify=trust, trust_env=False) as http:
+                answer = await http.get(f"https://localhost:{serving.port}/v1/models")
+            assert answer.status_code == 503
+            await doorway.leave()
+    finally:
+        await doorway.aclose()
+
+
+async def test_a_vllm_that_makes_no_token_is_started_again(settings: EdgeSettings) -> None:
+    mode = settings.data_dir / "mode"
+    mode.write_text("hangs")
+    async with running(settings) as (vllm, _):
+        await vllm.wait_ready()
+        mode.write_text("good")
+        await until(lambda: trouble(settings) is not None)
+        problem = trouble(settings)
+        assert problem is not None
+        assert "hung: 2 probes of 60 s without a token" in problem.text
+        await until(lambda: trouble(settings) is None)
+        assert vllm.generation == 2
+
+
+async def test_each_end_is_told_and_a_first_start_is_tried_again_where_that_may_help(
+    settings: EdgeSettings,
+) -> None:
+    mode = settings.data_dir / "mode"
+    mode.write_text("raise OSError('the adapter is bad')")
+    told: list[tuple[str, bool]] = []
+
+    def ended(cause: str, *, served: bool) -> bool:
+        told.append((cause, served))
+        mode.write_text("good")
+        return True
+
+    async with running(settings, ended=ended) as (vllm, _):
+        await vllm.wait_ready()
+        assert told == [("it exited with code 1", False)]
+        assert vllm.pid is not None
+        os.kill(vllm.pid, signal.SIGKILL)
+        await until(lambda: len(told) == 2)
+        assert told[1] == ("killed by SIGKILL", True)
+    assert len(told) == 2, "an end that was ordered is none"

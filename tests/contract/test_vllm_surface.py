@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -18,7 +19,7 @@ from vllm.model_executor.models import registry
 
 from edge_node.base_model import check_base
 from edge_node.errors import ServingError, SettingsError
-from edge_node.serving import internals
+from edge_node.serving import internals, vllm_entry
 from edge_node.serving.command import MIDDLEWARE, serving_command
 from edge_node.settings import BaseModelSettings, EdgeSettings
 from lorikeet import parent
@@ -66,6 +67,28 @@ def test_vllm_finds_both_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(plugin, EndpointPlugin)
     (guard,) = entry_points(group="vllm.general_plugins", name="lorikeet")
     assert callable(guard.load())
+
+
+def test_vllm_takes_the_socket_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.entrypoints.launchers import launcher
+
+    monkeypatch.setattr(launcher, "create_server_socket", launcher.create_server_socket)
+    given = socket.create_server(("127.0.0.1", 0))
+    port = given.getsockname()[1]
+    vllm_entry.inherit(os.dup(given.fileno()))
+    arguments = SimpleNamespace(
+        tool_parser_plugin=None, reasoning_parser_plugin=None, uds=None, host="127.0.0.1",
+        port=port, ssl_keyfile=None, ssl_certfile=None, enable_auto_tool_choice=False,
+        structured_outputs_config=SimpleNamespace(reasoning_parser=None), model="m",
+        model_tag=None, api_server_count=1, tool_call_parser=None,
+    )  # fmt: skip
+    monkeypatch.setattr(launcher, "validate_api_server_args", lambda _: None)
+    monkeypatch.setattr(launcher, "log_non_default_args", lambda _: None)
+    _, taken = launcher.setup_server(arguments, reuse_port=False)
+    with taken, given:
+        assert taken.getsockname() == given.getsockname()
+        with socket.create_connection(("127.0.0.1", port)):
+            taken.accept()[0].close()
 
 
 def test_vllm_understands_our_command_line(tmp_path: Path) -> None:

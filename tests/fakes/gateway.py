@@ -55,6 +55,9 @@ class RecordingEngine:
     async def held(self, name: str, path: Path) -> Held:
         return Held(modules=1, wrong=dict(self.wrong))
 
+    def stop_listening(self) -> None:
+        return None
+
     async def probe(self) -> None:
         return None
 

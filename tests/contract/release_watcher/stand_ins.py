@@ -13,6 +13,7 @@ import grpc
 
 from edge_node.problems import Problem, Problems
 from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.settings import EdgeSettings, EnvironmentSpec
@@ -70,6 +71,9 @@ class Control:
     async def point(self, name: str) -> None:
         self.calls.append(("point", name))
 
+    async def canary(self, name: str | None) -> None:
+        self.calls.append(("canary", name or ""))
+
     async def unload(self, name: str) -> None:
         self.calls.append(("unload", name))
 
@@ -84,8 +88,10 @@ class Vllm:
 Connect = Callable[[Central], Awaitable[grpc.aio.Channel]]
 
 
-def head_event(signed: releases_pb2.SignedManifest) -> fleet_pb2.WatchResponse:
-    return fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel="stable", head=signed))
+def head_event(
+    signed: releases_pb2.SignedManifest, channel: str = "stable"
+) -> fleet_pb2.WatchResponse:
+    return fleet_pb2.WatchResponse(head=fleet_pb2.ChannelHead(channel=channel, head=signed))
 
 
 def evaluation_event(
@@ -120,8 +126,11 @@ async def watching(
     control: Control,
     environments: Any = IDLE,
     evaluation_url: str = "http://127.0.0.1:9",
+    probation: Probation | None = None,
+    made: list[ReleaseWatcher] | None = None,
     **settings: Any,
 ) -> AsyncIterator[asyncio.Task[None]]:
+    """`made`: gets the watcher."""
     watcher = ReleaseWatcher(
         EdgeSettings(data_dir=store.partial("x").parents[2], **settings),
         channel,
@@ -131,7 +140,10 @@ async def watching(
         Evaluator(at(evaluation_url), dict(environments)),
         fleet_pb2.NodeStatus,
         tuple,
+        probation,
     )
+    if made is not None:
+        made.append(watcher)
     task = asyncio.create_task(watcher.run())
     try:
         yield task

@@ -59,7 +59,9 @@ async def gateway(
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 42, free=size)
+    )
 
 
 def rooms(status: dict[str, Any]) -> list[str]:

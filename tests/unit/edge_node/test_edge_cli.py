@@ -117,11 +117,14 @@ def test_status_shows_each_problem_and_its_exit_code_says_so(
     code: int,
 ) -> None:
     async def status(settings: EdgeSettings) -> dict[str, Any]:
-        return {"node_id": "n-1", "ready": ready, "not_ready": None, "problems": problems}
+        versions = {"lorikeet@v1": {"requests": 7, "errors": 0, "seconds": 1.25}}
+        shown = {"node_id": "n-1", "ready": ready, "not_ready": None, "problems": problems}
+        return shown | {"versions": versions}
 
     monkeypatch.setattr("edge_node.doctor.node_status", status)
     ended, text = run(capsys, "status")
     assert ended == code
+    assert "answers of lorikeet@v1 requests 7, errors 0, seconds 1.25" in text
     assert ("uploads, since 2026-11-26T00:00:00+00:00: It is away." in text) == bool(problems)
     assert ("Next: Wait." in text) == bool(problems)
     ended, text = run(capsys, "status", "--json")

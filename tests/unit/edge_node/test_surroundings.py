@@ -13,14 +13,23 @@ import pytest
 from edge_node.certificate import NEAR_END
 from edge_node.identity import clock_advice
 from edge_node.problems import Problems
-from edge_node.surroundings import LOW_DISK_BYTES, look_around, surroundings
+from edge_node.surroundings import (
+    LOW_DISK_BYTES,
+    give_room,
+    keep_room,
+    look_around,
+    surroundings,
+)
+from lorikeet.ballast import BALLAST
 from tests.fakes.identity import LIFETIME, make_identity
 
 DAY = timedelta(days=1)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 42, free=size)
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,3 +85,22 @@ async def test_both_are_looked_at_again_and_again(
         while problems.current():
             await asyncio.sleep(0.01)
     looking.cancel()
+
+
+def test_room_for_a_start_is_kept_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / BALLAST
+    keep_room(tmp_path)
+    assert file.stat().st_blocks * 512 >= file.stat().st_size == 8 << 20, "its blocks are allocated"
+    keep_room(tmp_path)
+    give_room(tmp_path)
+    assert not file.exists()
+    give_room(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, free=4096)
+    )
+    keep_room(tmp_path)
+    assert not file.exists(), "not the last bytes of a disk that is full"
+    keep_room(tmp_path / "absent")
+    give_room(tmp_path / "absent")

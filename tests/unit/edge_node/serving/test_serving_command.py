@@ -33,7 +33,7 @@ def test_the_command_says_what_the_settings_say(tmp_path: Path) -> None:
     )
     line = " ".join(command.serving_command(settings, BASE, on_cpu=True))
     for part in (
-        "-m vllm.entrypoints.launchers.api_server.entry", "--model /models/base",
+        "-m edge_node.serving.vllm_entry", "--model /models/base",
         "--served-model-name base@01234567", "--port 8123", "--enable-lora", "--max-loras 5",
         "--max-lora-rank 64", "--max-cpu-loras 32", "--enforce-eager",
         "--generation-config vllm", "--api-server-count 1", "--max-model-len 256",
