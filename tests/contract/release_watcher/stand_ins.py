@@ -140,7 +140,7 @@ async def watching(
         Evaluator(at(evaluation_url), dict(environments)),
         fleet_pb2.NodeStatus,
         tuple,
-        probation,
+        probation=probation,
     )
     if made is not None:
         made.append(watcher)
