@@ -156,6 +156,8 @@ def _difference(
     if all(pair is None for pair in pairs):
         if kept is not None:
             return "vLLM holds values for it, and the adapter has none"
+        if not hasattr(layer, "n_slices"):  # embeddings and head, which no adapter here has
+            return None
     elif kept is None:
         return "vLLM holds no values for it"
     else:

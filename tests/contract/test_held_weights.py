@@ -160,6 +160,13 @@ async def test_modules_that_a_release_has_not_are_zero(tmp_path: Path) -> None:
     assert set(await compare(folder, one)) == {f"{LAYER}.mlp.down_proj"}, "beyond its rank"
 
 
+async def test_layers_that_no_adapter_has_are_passed_over(tmp_path: Path) -> None:
+    """vLLM wraps embeddings and head too; those have no slices."""
+    one = worker(factors())
+    one.manager.modules["model.embed_tokens"] = torch.nn.Module()
+    assert await compare(write(tmp_path, factors()), one) == {}
+
+
 async def test_what_is_not_delivered_or_has_no_place_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path, factors())
     empty = worker(factors())
