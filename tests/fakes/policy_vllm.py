@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from edge_node.capture import SERVED, Generation
 from edge_node.learning.policies import read_release
 from edge_node.serving import control_socket
 from edge_node.serving.control import ControlServer
@@ -65,8 +66,13 @@ class SamplingVllm(RecordingEngine):
         body = await self._heard(request)
         ids = self._sampler.prompt_ids(body["messages"])
         (answer,) = self._sampler.answers(
-            ids, samples=1, seed=0, max_tokens=body["max_tokens"], greedy=True
-        )
+            ids, samples=1, seed=body.get("seed", 0), max_tokens=body["max_tokens"],
+            greedy=body["temperature"] == 0,
+        )  # fmt: skip
+        if (served := SERVED.get()) is not None:  # of a session
+            served.generations.append(
+                Generation(True, ids, answer.token_ids, logprobs=answer.logprobs, finished=True)
+            )
         message = {"role": "assistant", "content": answer.text}
         return JSONResponse({"model": body["model"], "choices": [{"message": message}]})
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from edge_node.learning.agent_rollouts import AgentRollouts, RunAsk, RunResult
 
 from edge_node.environments import Agents, EnvironmentProcess
-from edge_node.learning.agent_rollouts import AgentRollouts, RunAsk, RunResult
 from edge_node.settings import EnvironmentSpec
 from tests.integration.serving_node import COMPLETIONS, ServingNode, serving_node
 
