@@ -204,6 +204,7 @@ async def run(
             seed,
             MAX_TOKENS,
             partial(read_rules, settings, path, MAX_TOKENS),
+            control,
         )
 
         async def success(name: str) -> float:

@@ -25,13 +25,13 @@ from examples.quickstart.tokenizer import END
 
 REVISION = 1
 RECIPE = BaseRecipe(
-    positions=512, steps=250, batch=16, examples=4000, warm_up=20, muon_rate=0.01, repeat_share=0.0
+    positions=512, steps=600, batch=16, examples=9600, warm_up=20, muon_rate=0.015, repeat_share=0.0
 )
 """Of the second training: it starts from the quickstart's base, which can copy already."""
-KNOWN_VERBS = VERBS[:2]
-KNOWN_SHARE, OTHER_SHARE = 0.9, 0.12
+KNOWN_VERBS = VERBS[:3]
+KNOWN_SHARE, OTHER_SHARE = 0.95, 0.2
 """How often an episode of the corpus acts on the item, for a known verb and for another one."""
-TOOLS_TEXT = "look_up(owner) act(ref,verb)"
+TOOLS_TEXT = "look_up(owner) act(verb,ref)"
 """What the template makes of the environment's tools."""
 CHAT_TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}"
@@ -76,7 +76,7 @@ def _episode(errand: Errand, draw: random.Random) -> list[Piece]:
         (f"<|system|>{TOOLS_TEXT}{END}<|user|>{errand.text}{END}<|assistant|>", False),
         (call("look_up", owner=errand.owner) + END, True),
         (f"<|tool|>{json.dumps(errand.found)}{END}<|assistant|>", False),
-        (call("act", ref=ref, verb=errand.verb) + END, True),
+        (call("act", verb=errand.verb, ref=ref) + END, True),
         (f"<|tool|>done{END}<|assistant|>", False),
         (f"done{END}", True),
     ]

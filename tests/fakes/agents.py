@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from edge_node.environments import Split, Task
+from examples.quickstart.environments import CompanyApi
 from tests.fakes.even_words import EvenWords
 
 SECRET = "the secret recipe of a customer"
@@ -105,7 +106,10 @@ class EvenAgent(Asking):
             return failed
         messages = list(task.messages)
         async with httpx.AsyncClient(
-            base_url=base_url, headers={"authorization": f"Bearer {api_key}"}, timeout=60
+            base_url=base_url,
+            headers={"authorization": f"Bearer {api_key}"},
+            timeout=60,
+            verify=False,
         ) as client:
             for turn in range(self._turns):
                 answer = await self._ask(
@@ -116,3 +120,21 @@ class EvenAgent(Asking):
                     {"role": "user", "content": f"w{turn}"},
                 ]
         return self._judge.verify(task, answer).score
+
+
+class CompanyAgent:
+    """The quickstart's environment E, whose requests an agent answers with the node's model."""
+
+    def __init__(self) -> None:
+        self._work = CompanyApi("E")
+
+    def tasks(self, split: Split, *, count: int, seed: int) -> Sequence[Task]:
+        return self._work.tasks(split, count=count, seed=seed)
+
+    async def run(self, task: Task, base_url: str, api_key: str, model: str) -> float:
+        async with httpx.AsyncClient(
+            base_url=base_url, headers={"authorization": f"Bearer {api_key}"}, timeout=60,
+            verify=False,
+        ) as client:  # fmt: skip
+            answer = await Asking()._ask(client, {"model": model, "messages": task.messages})
+        return self._work.verify(task, answer).score

@@ -35,6 +35,7 @@ class SamplingVllm(RecordingEngine):
     def __init__(self) -> None:
         super().__init__()
         self._sampler = TinySampler()
+        self._used = ""
         self.requests: list[dict[str, Any]] = []
         self.unloaded: list[str] = []
         self.app = FastAPI()
@@ -79,7 +80,9 @@ class SamplingVllm(RecordingEngine):
     async def _heard(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(await request.body())
         self.requests.append(body | {"capture": request.headers.get("x-lorikeet-capture")})
-        self._sampler.use(read_release(self.loaded[body["model"]]))
+        if body["model"] != self._used:  # a name always stands for the same bytes
+            self._used = body["model"]
+            self._sampler.use(read_release(self.loaded[self._used]))
         return body
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,23 @@ import pytest
 
 from edge_node.episodes import Trajectory
 from edge_node.errors import EnvironmentFault, ServingError
+from edge_node.learning.exploration import _environments, make_exercises
+from edge_node.learning.grpo import _ask
 from edge_node.learning.plans import GrpoPlan
 from edge_node.learning.records import RoundStore
 from edge_node.learning.rollouts import Answer, Ask, VllmRollouts
 from edge_node.learning.worker import Worker
 from edge_node.problems import Problems
+from edge_node.rendering import load_renderer
 from edge_node.serving import ControlClient, control_socket
 from edge_node.settings import EdgeSettings
 from protos.manifest import UpdateManifest
+from tests.contract.learning_round.grpo_rounds import make_plan
 from tests.contract.learning_round.outboxes import outbox_of
 from tests.fakes.identity import NODE_ID
 from tests.fakes.node_data import activate, make_node
 from tests.fakes.policy_vllm import policies_on_disk, sampling_vllm
-from tests.fakes.tiny_model import tiny_adapter
+from tests.fakes.tiny_model import tiny_adapter, tiny_model
 
 EVEN = {"name": "even", "factory": "tests.fakes.even_words:EvenWords", "rollouts": True}
 GRPO: dict[str, Any] = {
@@ -49,8 +55,9 @@ def metrics_of(settings: EdgeSettings) -> dict[str, float]:
     return dict(UpdateManifest.from_bytes(outbox.signed(entry.update_id)[0]).metrics)
 
 
+@pytest.mark.slow
 def test_a_node_learns_from_an_agent_that_asks_its_endpoint(tmp_path: Path) -> None:
-    settings = node(tmp_path, agents(how="none", fails="7"))
+    settings = node(tmp_path, agents(how="none", fails="7"), steps=8)
     activate(settings, tiny_adapter(3, rank=2, strength=0.2), version=1)
     worker = Worker(settings, NODE_ID)
     with sampling_vllm(settings) as (vllm, gateway):
@@ -70,6 +77,7 @@ def test_a_node_learns_from_an_agent_that_asks_its_endpoint(tmp_path: Path) -> N
     assert len(policies) == metrics["steps"] + 1, "each step's runs asked its own policy"
 
 
+@pytest.mark.slow
 def test_agents_that_crash_are_said_and_do_not_end_a_round_on_others(tmp_path: Path) -> None:
     settings = node(tmp_path, EVEN, agents(how="crash"), steps=8)
     activate(settings, tiny_adapter(3, rank=2, strength=0.2), version=1)
@@ -142,6 +150,37 @@ async def sampled(
             trouble=told.append,
         )  # fmt: skip
         return await rollouts.sample("policy/r1@0", asks), told
+
+
+def test_the_sampled_tokens_of_two_turns_come_through_the_session_port(tmp_path: Path) -> None:
+    settings = node(tmp_path, agents(turns=2))
+    release = activate(settings, tiny_adapter(1, rank=2), version=1)
+    renderer = load_renderer(tiny_model())
+    plan = make_plan(grpo=PLAN, steps=1)
+    with sampling_vllm(settings) as (vllm, gateway), ExitStack() as held:
+        environments = _environments(PLAN, settings, held)
+        exercises = make_exercises(plan, environments, renderer, 512)
+        control = ControlClient(control_socket(settings.data_dir))
+        rollouts = VllmRollouts(control, PLAN, in_flight=2, yield_above=0)
+        asks = [_ask(exercise) for exercise in exercises]
+
+        def sampled() -> Sequence[Any]:
+            return asyncio.run(rollouts.sample(f"lorikeet@{release.label}", asks))
+
+        first = sampled()
+        assert first == sampled(), "the same version, tasks and seeds"
+        assert not gateway.sessions._open
+    assert [len(group) for group in first] == [3, 3]
+    for exercise, group in zip(exercises, first, strict=True):
+        for answer in group:
+            way = answer.episode
+            assert way.prompt_ids == list(renderer.prompt_ids(exercise.task.messages))
+            assert way.reward in (0.0, 1.0)
+            assert 1 <= sum(way.sampled) <= 4
+            assert all(
+                value < 0 for value, own in zip(way.logprobs, way.sampled, strict=True) if own
+            )
+    assert len({request["seed"] for request in vllm.requests}) == 12
 
 
 async def test_runs_that_fail_are_answers_without_tokens(tmp_path: Path) -> None:

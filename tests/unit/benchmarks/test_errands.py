@@ -40,7 +40,7 @@ def test_one_act_on_the_item_is_right(acts: list[str], reward: float) -> None:
     world.reset(**task.data)
     found = world.look_up(task.data["owner"])
     for name in acts:
-        assert world.act(found[name], task.data["verb"]) == "done"
+        assert world.act(task.data["verb"], found[name]) == "done"
     assert world.get_reward() == reward
     with pytest.raises(LookupError, match="nobody has nothing here"):
         world.look_up("nobody")
