@@ -121,7 +121,7 @@ class AgentRuns:
             try:
                 await batch[0].wait()
                 await self._run(batch)
-            except Exception as error:  # whoever waits for a run must hear of it
+            except Exception as error:  # one that blocked or crashed, or ours: all must hear of it
                 for one in batch:
                     one.fail(error)
             finally:
@@ -150,23 +150,17 @@ class AgentRuns:
                 else:
                     opened.append((one, access))
             if opened:
-                rewards += await self._rewards(opened)
+                rewards += await in_own_thread(
+                    self._agents.run_all,
+                    [
+                        AgentRun(one.task, access.base_url, access.api_key, access.model)
+                        for one, access in opened
+                    ],
+                )
         finally:
             turns = [await self._take(access) for _, access in opened]
         for (one, _), reward, told in zip(opened, rewards, turns, strict=True):
             one.settle(reward, told)
-
-    async def _rewards(
-        self, opened: Sequence[tuple[_Asked, SessionAccess]]
-    ) -> Sequence[float | EnvironmentFault | None]:
-        runs = [
-            AgentRun(one.task, access.base_url, access.api_key, access.model)
-            for one, access in opened
-        ]
-        try:
-            return await in_own_thread(self._agents.run_all, runs)
-        except EnvironmentFault as fault:
-            return [fault] * len(runs)
 
     async def _take(self, access: SessionAccess) -> Sequence[Turn] | None:
         try:
