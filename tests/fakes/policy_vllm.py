@@ -35,7 +35,7 @@ class SamplingVllm(RecordingEngine):
     def __init__(self) -> None:
         super().__init__()
         self._sampler = TinySampler()
-        self._used = ""
+        self._used: Path | None = None
         self.requests: list[dict[str, Any]] = []
         self.unloaded: list[str] = []
         self.app = FastAPI()
@@ -80,9 +80,10 @@ class SamplingVllm(RecordingEngine):
     async def _heard(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(await request.body())
         self.requests.append(body | {"capture": request.headers.get("x-lorikeet-capture")})
-        if body["model"] != self._used:  # a name always stands for the same bytes
-            self._used = body["model"]
-            self._sampler.use(read_release(self.loaded[self._used]))
+        folder = self.loaded[body["model"]]
+        if folder != self._used:  # it is immutable
+            self._sampler.use(read_release(folder))
+            self._used = folder
         return body
 
 
