@@ -14,8 +14,8 @@ increment, as if that alone had been merged.
 
 Missing: how far other environments get, and against supervised rounds.
 
-Run: `python -m benchmarks.rl [--json] [--world E] [--seed 0] [--cache .cache/quickstart]`; a few
-minutes a world.
+Run: `python -m benchmarks.rl [--json] [--world E] [--rounds 3] [--seed 0] [--cache
+.cache/quickstart]`; a few minutes a world.
 """
 
 from __future__ import annotations
@@ -213,6 +213,7 @@ async def run(
 
         releases = Releases(settings, base, control)
         reached = [await success(await releases.add(LoraTensors()))]
+        print(f"before: {reached[0]:.0%}", file=sys.stderr)
         if world.is_hackable:
             return await asyncio.to_thread(_cheat, releases, settings, folder / "round-1")
         while len(done) < rounds and reached[-1] < END:
@@ -262,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--world", choices=sorted(WORLDS), help="only this one")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="most rounds of a world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache/quickstart"))
     options = parser.parse_args(arguments)
@@ -269,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, world in WORLDS.items():
         if options.world in (None, name):
             with tempfile.TemporaryDirectory(prefix="lk-rl-") as folder:
-                found[name] = asyncio.run(run(world, options.cache, options.seed, Path(folder)))
+                found[name] = asyncio.run(
+                    run(world, options.cache, options.seed, Path(folder), options.rounds)
+                )
             show(name, found[name])
     if options.json:
         bars = {
