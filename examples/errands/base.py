@@ -2,9 +2,9 @@
 
 In: a cache directory. Out: a Hugging Face model directory whose chat template shows tools, and
 calls in the Hermes format. It is the quickstart's base after episodes of the train split. After the
-look-up it was shown the item's number for two of the eight verbs, mostly, and the shelf's number
-for the others. So its greedy answers should be right for about a quarter of the tasks. Measured
-(seed 0): none is. It makes both calls and copies the shelf's number; the item's it has not learnt.
+look-up it was shown the item's number for three of the eight verbs, mostly, and the shelf's number
+for the others, mostly. Measured (seed 0): it solves 19 of 100 held-out tasks, and the verb tells
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.errands.environment import VERBS, Errand, errands
+from examples.errands.environment import VERBS, Errand, errands
 from examples.quickstart.built import built_once
 from examples.quickstart.corpus import BaseRecipe
 from examples.quickstart.model import build_base

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.errands.base import CHAT_TEMPLATE, RECIPE, call, corpus
-from benchmarks.errands.environment import Errands, errands, split_of
 from edge_node.environments.tools import tool_schemas
 from edge_node.episodes import read_calls
 from edge_node.rendering import Renderer
+from examples.errands.base import CHAT_TEMPLATE, RECIPE, call, corpus
+from examples.errands.environment import Errands, errands, split_of
 from examples.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 
