@@ -7,15 +7,15 @@ increment, as if that alone had been merged.
 
 - E: the quickstart's base and environment E, which writes words as they are, in one of three key
   styles; the base rarely takes that one.
-- errands: a task of two tool calls, look up and then act (`benchmarks/errands`). Its base knows the
-  calls, and acts on the wrong one of two numbers for most verbs.
+- errands: a task of two tool calls, look up and then act (`examples/errands`). Its base knows the
+  calls, and mostly acts on the wrong one of two numbers.
 - hackable: one round from the quickstart's base asks a verifier that can be cheated (hackable.py);
   the local gate is to stop it.
 
 Missing: how far other environments get, and against supervised rounds.
 
-Run: `python -m benchmarks.rl [--json] [--world E] [--seed 0] [--cache .cache/quickstart]`; a few
-minutes a world.
+Run: `python -m benchmarks.rl [--json] [--world E] [--rounds 3] [--seed 0] [--cache
+.cache/quickstart]`; a few minutes a world.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import describe_machine, hackable
-from benchmarks.errands.base import build_errands_base
 from edge_node.environments import EnvironmentProcess
 from edge_node.episodes import read_rules
 from edge_node.learning.plans import RoundPlan, plan_round
@@ -47,6 +46,7 @@ from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.releases.peft_directory import peft_files
 from edge_node.serving import ControlClient, VllmProcess, control_socket
 from edge_node.settings import EdgeSettings
+from examples.errands.base import build_errands_base
 from examples.ports import free_port
 from examples.quickstart.model import build_base
 from protos.base import BaseModelInfo, read_base_model
@@ -92,10 +92,10 @@ WORLDS = {
         },
     ),
     "errands": World(
-        environment={"name": "errands", "factory": "benchmarks.errands.environment:Errands"},
+        environment={"name": "errands", "factory": "examples.errands.environment:Errands"},
         build=build_errands_base,
         context=512,
-        grpo={"max_turns": 4, "prompts": 8, "steps": 20},
+        grpo={"max_turns": 4, "prompts": 8, "steps": 24, "learning_rate": 4e-3},
         bars={
             "base_solves_10_to_40_percent": lambda before, after: 0.10 <= before <= 0.40,
             "up_by_30_points": lambda before, after: after - before >= 0.30,
@@ -209,6 +209,7 @@ async def run(
             seed,
             MAX_TOKENS,
             partial(read_rules, settings, path, MAX_TOKENS),
+            control,
         )
 
         async def success(name: str) -> float:
@@ -217,6 +218,7 @@ async def run(
 
         releases = Releases(settings, base, control)
         reached = [await success(await releases.add(LoraTensors()))]
+        print(f"before: {reached[0]:.0%}", file=sys.stderr)
         if world.is_hackable:
             return await asyncio.to_thread(_cheat, releases, settings, folder / "round-1")
         while len(done) < rounds and reached[-1] < END:
@@ -266,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--world", choices=sorted(WORLDS), help="only this one")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="most rounds of a world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache/quickstart"))
     options = parser.parse_args(arguments)
@@ -273,7 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, world in WORLDS.items():
         if options.world in (None, name):
             with tempfile.TemporaryDirectory(prefix="lk-rl-") as folder:
-                found[name] = asyncio.run(run(world, options.cache, options.seed, Path(folder)))
+                found[name] = asyncio.run(
+                    run(world, options.cache, options.seed, Path(folder), options.rounds)
+                )
             show(name, found[name])
     if options.json:
         bars = {

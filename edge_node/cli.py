@@ -28,6 +28,7 @@ from lorikeet.program import Json, complain, new_program, run
 
 if TYPE_CHECKING:
     from edge_node.environments.checking import Findings
+    from edge_node.environments.checking_levels import Level
     from edge_node.outbox import Outbox
 
 Update = Annotated[
@@ -273,6 +274,10 @@ def _print_findings(found: Findings) -> None:
             else f"reference answers: {found.reference_answers}; scores seen"
         )
         print(f"  {of}: {low:g} to {high:g}")
+    if found.weights is not None:
+        print(f"  weights of train tasks: {found.weights[0]:g} to {found.weights[1]:g}")
+    for level in found.levels:
+        print(f"  {_level_line(level)}")
     if found.tasks_ms is not None:
         what = "an episode" if found.tools else "verify"
         verify = "" if found.verify_ms is None else f", {what} {found.verify_ms:.2f} ms a call"
@@ -280,6 +285,19 @@ def _print_findings(found: Findings) -> None:
     for wrong in found.wrong:
         print(f"  Wrong: {wrong.what}")
         print(f"    Next: {wrong.next_step}")
+
+
+def _level_line(level: Level) -> str:
+    name = "none" if level.difficulty is None else level.difficulty
+    means = [
+        f"{mean:.3g} {of}"
+        for mean, of in (
+            (level.reference, "for reference answers"),
+            (level.useless, "for nothing of use"),
+        )
+        if mean is not None
+    ]
+    return f"difficulty {name}: {level.tasks} tasks; mean reward {', '.join(means)}"
 
 
 def _open_outbox() -> Outbox:

@@ -105,7 +105,7 @@ class GrpoSettings(Group):
     """
     in_flight: int = Field(default=16, ge=1)
     """Most rollout requests in vLLM at once; each is for all samples of one task. With tools: most
-    tasks at once, with a request for each sample.
+    tasks at once, with a request for each sample. Of agents: most runs at once, but never above 16.
     """
     yield_above: int = Field(default=8, ge=0)
     """While more requests of users than this are in flight, no new rollout starts."""

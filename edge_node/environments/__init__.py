@@ -17,6 +17,7 @@ from edge_node.environments.contract import (
     TextEnvironment,
     ToolEnvironment,
 )
+from edge_node.environments.drawing import by_weight
 from edge_node.environments.process import EnvironmentProcess, in_own_thread, verify_all
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Task",
     "TextEnvironment",
     "ToolEnvironment",
+    "by_weight",
     "in_own_thread",
     "verify_all",
 ]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edge_node.environments.checking_agents import try_agents
+from edge_node.environments.checking_levels import Level, levels
 from edge_node.environments.contract import (
     Agents,
     AnyEnvironment,
@@ -54,6 +55,10 @@ class Findings:
     """Their names, in the order that a model sees."""
     scores: tuple[float, float] | None = None
     """Lowest and highest that was seen; of an environment with tools, when nothing was called."""
+    levels: list[Level] = field(default_factory=list)
+    """Rewards by difficulty, where the environment gives one."""
+    weights: tuple[float, float] | None = None
+    """Lowest and highest of the train tasks, where they differ."""
     tasks_ms: float | None = None
     verify_ms: float | None = None
     """A verdict; of an environment with tools, an episode without a call."""
@@ -115,6 +120,9 @@ def _check(
                 "smaller count.",
                 "Draw one after the other, and cut at the count.",
             )
+    if not isinstance(environment, TextEnvironment):
+        weights = {t.weight for t in environment.tasks("train", count=count, seed=SEEDS[0])}
+        found.weights = (min(weights), max(weights)) if len(weights) > 1 else None
     found.shared = len(texts["train"] & texts["held_out"])
     if found.shared:
         _wrong(
@@ -166,6 +174,7 @@ def _check_verdicts(
             "Return one from reference_answer, or set anchor to false.",
         )
     scores: list[float] = []
+    rewarded: dict[bool, list[tuple[Task, float]]] = {True: [], False: []}
     began, calls = time.perf_counter(), 0
     tries: list[tuple[str, list[tuple[Task, str]], bool]] = [
         ("the reference answer", right, True),
@@ -176,6 +185,9 @@ def _check_verdicts(
         outcomes = verify_all(process, answers)
         calls += len(answers)
         scores += [outcome.score for outcome in outcomes]
+        rewarded[expected] += [
+            (task, outcome.score) for (task, _), outcome in zip(answers, outcomes, strict=True)
+        ]
         wrong = [
             task.id
             for (task, _), outcome in zip(answers, outcomes, strict=True)
@@ -191,6 +203,7 @@ def _check_verdicts(
     if calls:
         found.verify_ms = 1000 * (time.perf_counter() - began) / calls
         found.scores = min(scores), max(scores)
+    found.levels = levels(rewarded[True], rewarded[False])
 
 
 def _check_episodes(found: Findings, spec: EnvironmentSpec, episodes: Episodes, count: int) -> None:
@@ -218,6 +231,8 @@ def _check_episodes(found: Findings, spec: EnvironmentSpec, episodes: Episodes, 
         found.verify_ms = 1000 * (time.perf_counter() - began) / (2 * len(tasks))
     if known:
         found.scores = min(known), max(known)
+    pairs = zip(tasks, rewards, strict=True)
+    found.levels = levels([], [(task, reward) for task, reward in pairs if reward is not None])
     if differ:
         _wrong(
             found,
@@ -253,6 +268,7 @@ def _check_runs(found: Findings, agents: Agents, count: int) -> None:
     tasks = agents.tasks("train", count=count, seed=SEEDS[0])
     tried = try_agents(agents, tasks, ("", GARBAGE))
     found.verify_ms = tried.run_ms
+    found.levels = levels([], tried.known)
     if tried.rewards:
         found.scores = min(tried.rewards), max(tried.rewards)
     if passed := sum(reward == 1 for reward in tried.rewards):
@@ -275,9 +291,7 @@ def _draw(environment: AnyEnvironment, split: Split, count: int, seed: int) -> l
     """Tasks without what is sealed: pickles of equal values may differ."""
     if isinstance(environment, TextEnvironment):
         return list(environment.documents(split, count=count, seed=seed))
-    return [
-        Task(task.id, task.messages) for task in environment.tasks(split, count=count, seed=seed)
-    ]
+    return [replace(task, data={}) for task in environment.tasks(split, count=count, seed=seed)]
 
 
 def _text(item: Item) -> str:

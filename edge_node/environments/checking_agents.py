@@ -20,12 +20,16 @@ RUNS = 4
 
 @dataclass
 class Tried:
-    """rewards: of runs that knew one. failed: what the others said."""
+    """known: runs that knew a reward. failed: what the others said."""
 
-    rewards: list[float] = field(default_factory=list)
+    known: list[tuple[Task, float]] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     runs: int = 0
     run_ms: float = 0.0
+
+    @property
+    def rewards(self) -> list[float]:
+        return [reward for _, reward in self.known]
 
 
 def try_agents(agents: Agents, tasks: Sequence[Task], answers: Sequence[str]) -> Tried:
@@ -37,11 +41,11 @@ def try_agents(agents: Agents, tasks: Sequence[Task], answers: Sequence[str]) ->
     for answer in answers:
         with stub_endpoint(answer) as url:
             runs = [AgentRun(task, url, "none", "stub") for task in tasks[:RUNS]]
-            for reward in agents.run_all(runs):
+            for run, reward in zip(runs, agents.run_all(runs), strict=True):
                 tried.runs += 1
                 if isinstance(reward, EnvironmentFault):
                     tried.failed.append(str(reward))
                 elif reward is not None:
-                    tried.rewards.append(reward)
+                    tried.known.append((run.task, reward))
     tried.run_ms = 1000 * (time.perf_counter() - began) / max(1, tried.runs)
     return tried

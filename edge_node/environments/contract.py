@@ -27,12 +27,16 @@ class Task:
     """A request as a client would send it.
 
     `data` is what the verifier needs and no client sees. Of a ToolEnvironment it is the keyword
-    arguments of `reset`.
+    arguments of `reset`. A plug-in's task may leave out what has a default here.
     """
 
     id: str
     messages: list[dict[str, str]]
     data: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    """How often it is drawn for training, against the others of its environment; above 0."""
+    difficulty: int | None = None
+    """A level for people, who see the rewards of each one apart; 0 is the easiest."""
 
 
 @dataclass(frozen=True)

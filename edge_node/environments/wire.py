@@ -20,6 +20,8 @@ from edge_node.environments.contract import Document, Outcome, Task
 
 SEALED = "sealed"
 """Key in the `data` of a task at the node."""
+MAX_WEIGHT = 1e6
+MAX_DIFFICULTY = 1000
 SHOWN = 80
 """Characters of a task's id that a message shows."""
 
@@ -35,7 +37,16 @@ def plain_tasks(made: object, count: int) -> list[dict[str, Any]]:
 
 def read_tasks(plain: Sequence[Mapping[str, Any]]) -> list[Task]:
     """The opposite of `plain_tasks`, with sealed data."""
-    return [Task(task["id"], task["messages"], {SEALED: str(task[SEALED])}) for task in plain]
+    return [
+        Task(
+            task["id"],
+            task["messages"],
+            {SEALED: str(task[SEALED])},
+            weight=float(task["weight"]),
+            difficulty=task["difficulty"],
+        )
+        for task in plain
+    ]
 
 
 def plain_documents(made: object, count: int) -> list[dict[str, Any]]:
@@ -89,7 +100,7 @@ def plain_answer(answer: object, name: str = "reference_answer") -> str | None:
 
 def plain_reward(reward: object) -> float | None:
     """A number from 0 to 1, or None; raises ContractBroken."""
-    value = reward.item() if hasattr(reward, "item") else reward
+    value = _number(reward)
     if value is None:
         return None
     if not isinstance(value, int | float):
@@ -168,7 +179,39 @@ def _plain_task(task: object, name: str) -> dict[str, Any]:
             f"{where} with data that cannot be kept ({type(error).__name__} of pickle); expected "
             "plain values: numbers, texts, lists, dictionaries."
         ) from error
-    return {"id": name, "messages": [dict(message) for message in messages], SEALED: sealed}
+    return {
+        "id": name,
+        "messages": [dict(message) for message in messages],
+        SEALED: sealed,
+        "weight": _plain_weight(task, where),
+        "difficulty": _plain_difficulty(task, where),
+    }
+
+
+def _plain_weight(task: object, where: str) -> float:
+    value = _number(getattr(task, "weight", 1.0))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ContractBroken(f"{where} whose weight is a {_kind(value)}; expected a number.")
+    if not 0 < value <= MAX_WEIGHT:  # not what is no number either
+        raise ContractBroken(
+            f"{where} whose weight is {value:g}; expected more than 0, and {MAX_WEIGHT:g} at most."
+        )
+    return float(value)
+
+
+def _plain_difficulty(task: object, where: str) -> int | None:
+    value = _number(getattr(task, "difficulty", None))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ContractBroken(
+            f"{where} whose difficulty is a {_kind(value)}; expected a whole number, or None."
+        )
+    if not 0 <= value <= MAX_DIFFICULTY:
+        raise ContractBroken(
+            f"{where} whose difficulty is out of range; expected 0 to {MAX_DIFFICULTY}."
+        )
+    return int(value)
 
 
 def _expect_unicode(text: str, where: str) -> None:
@@ -188,8 +231,11 @@ def _plain(outcome: object, name: str) -> Any:
             f"gave a {_kind(outcome)} without {name}; expected passed, score, reason and "
             "correction."
         )
-    value = getattr(outcome, name)
-    # A number of numpy or torch becomes one of Python.
+    return _number(getattr(outcome, name))
+
+
+def _number(value: Any) -> Any:
+    """A number of numpy or torch becomes one of Python; another value stays."""
     return value.item() if hasattr(value, "item") else value
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from edge_node.agent_runs import ROOM, AgentRuns
 from edge_node.base_model import longest_context, read_base
 from edge_node.environments import (
     Agents,
@@ -22,9 +23,10 @@ from edge_node.environments import (
     Episodes,
     Split,
     Task,
+    by_weight,
 )
 from edge_node.episodes import Rules
-from edge_node.errors import ServingError, SettingsError
+from edge_node.errors import EnvironmentFault, ServingError, SettingsError
 from edge_node.experience import open_experience
 from edge_node.learning import gain
 from edge_node.learning.anchors import Anchors
@@ -39,12 +41,14 @@ from edge_node.learning.round import or_deleted, training_anchors
 from edge_node.learning.training import TrainedRound
 from edge_node.learning.warm import warm_lessons, warm_start
 from edge_node.learning.workplace import Workplace
+from edge_node.problems import Problems
+from edge_node.releases.trouble import next_step
 from edge_node.rendering import ChatFormat, Renderer, load_renderer
 from edge_node.serving import ControlClient, control_socket
 from edge_node.settings import EdgeSettings
 from protos.lora import LoraTensors
 
-Judging = Environment | Episodes
+Judging = Environment | Episodes | AgentRuns
 
 
 def train_on_verifiers(plan: RoundPlan, settings: EdgeSettings, place: Workplace) -> TrainedRound:
@@ -126,6 +130,7 @@ def _train(
                 yield_first_token_s=settings.learning.yield_first_token_s,
                 yield_at_most_s=settings.learning.yield_at_most_s,
                 beat=place.beat,
+                trouble=partial(_tell, settings, plan),
             ),
             publish=publish,
         )
@@ -147,12 +152,18 @@ def make_exercises(
 ) -> list[Exercise]:
     """steps x prompts train tasks, the environments in turns; each again where there are too few.
 
+    Where tasks of an environment differ in weight, they are drawn by it.
+
     A task whose prompt leaves no room for the longest answer is left out; raises RoundImpossible
     when an environment has no other.
     """
     assert plan.grpo is not None
     wanted = plan.steps * plan.grpo.prompts
-    pools = _rendered(plan, "train", wanted, environments, renderer, limit)
+    rendered = _rendered(plan, "train", wanted, environments, renderer, limit)
+    pools = [
+        by_weight(pool, [one.task.weight for one in pool], -(-wanted // len(rendered)), plan.seed)
+        for pool in rendered
+    ]
     exercises = []
     for number in range(wanted):
         pool = pools[number % len(pools)]
@@ -182,27 +193,42 @@ def _rendered(
     share, room = -(-count // len(environments)), limit - plan.grpo.max_answer_tokens
     pools = []
     for name, environment in environments.items():
-        rules, tools = None, None
-        if isinstance(environment, Episodes):
-            tools = environment.schemas
-            _expect_tools(renderer, name, tools)
-            longest = plan.grpo.max_answer_tokens
-            rules = Rules(renderer, plan.grpo.max_turns, longest, limit)
         tasks = environment.tasks(split, count=share, seed=plan.seed)
-        found = [
-            Exercise(name, environment, task, _ids(renderer, name, task, tools), 0, rules)
-            for task in tasks
-        ]
-        fit = [exercise for exercise in found if len(exercise.prompt_ids) <= room]
+        if isinstance(environment, AgentRuns):
+            fit = [Exercise(name, environment, task, (), 0) for task in tasks]
+        else:
+            exercises = _with_prompts(plan, name, environment, tasks, renderer, limit)
+            fit = [one for one in exercises if len(one.prompt_ids) <= room]
         if not fit:
             raise RoundImpossible(
-                f"Environment {name!r} has rollouts, and of its {len(found)} {split} tasks none "
+                f"Environment {name!r} has rollouts, and of its {len(tasks)} {split} tasks none "
                 f"leaves room for an answer: prompts may have {room} tokens here.",
                 "Let it have shorter tasks, lower EDGE_LEARNING__GRPO__MAX_ANSWER_TOKENS, or set "
                 "its rollouts to false; then restart the node.",
             )
         pools.append(fit)
     return pools
+
+
+def _with_prompts(
+    plan: RoundPlan,
+    name: str,
+    environment: Environment | Episodes,
+    tasks: Sequence[Task],
+    renderer: Renderer,
+    limit: int,
+) -> list[Exercise]:
+    assert plan.grpo is not None
+    rules, tools = None, None
+    if isinstance(environment, Episodes):
+        tools = environment.schemas
+        _expect_tools(renderer, name, tools)
+        longest = plan.grpo.max_answer_tokens
+        rules = Rules(renderer, plan.grpo.max_turns, longest, limit)
+    return [
+        Exercise(name, environment, task, _ids(renderer, name, task, tools), 0, rules)
+        for task in tasks
+    ]
 
 
 def _expect_tools(renderer: Renderer, name: str, tools: Sequence[Mapping[str, Any]]) -> None:
@@ -260,14 +286,12 @@ def _environments(plan: GrpoPlan, settings: EdgeSettings, held: ExitStack) -> di
         name: held.enter_context(EnvironmentProcess(specs[name])).environment()
         for name in plan.environments
     }
-    if agents := sorted(name for name, one in found.items() if isinstance(one, Agents)):
-        raise RoundImpossible(
-            f"Environment {', '.join(agents)} has rollouts, and is one of agents: a round does not "
-            "learn from their runs yet.",
-            "Set its rollouts to false in EDGE_ENVIRONMENTS, and restart the node.",
-        )
+    control = ControlClient(control_socket(settings.data_dir))
+    most = settings.learning.grpo.in_flight
     environments: dict[str, Judging] = {
-        name: one for name, one in found.items() if isinstance(one, Environment | Episodes)
+        name: AgentRuns(control, specs[name], one, most) if isinstance(one, Agents) else one
+        for name, one in found.items()
+        if isinstance(one, Environment | Episodes | Agents)
     }
     if texts := sorted(found.keys() - environments.keys()):
         raise RoundImpossible(
@@ -276,6 +300,16 @@ def _environments(plan: GrpoPlan, settings: EdgeSettings, held: ExitStack) -> di
             "Set its rollouts to false in EDGE_ENVIRONMENTS, and restart the node.",
         )
     return environments
+
+
+def _tell(settings: EdgeSettings, plan: RoundPlan, fault: EnvironmentFault | None) -> None:
+    """What status shows of an environment of agents, after each step."""
+    problems = Problems(settings.data_dir)
+    if fault is None:
+        problems.clear(ROOM)
+    else:
+        text = f"Round {plan.round_id} learns nothing from an environment of agents. {fault}"
+        problems.report(ROOM, text, next_step(fault))
 
 
 def _seed(text: str) -> int:

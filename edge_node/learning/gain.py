@@ -1,9 +1,10 @@
 """What a grpo round has to gain: is the policy better than its start on tasks it has not seen?
 
 In: two served versions, held-out tasks. Out: a Gain, from the scores of both on the same tasks,
-answered greedily through the serving path; a task with tools is played to its end, as rollouts are.
-A task is left out when the verifier raises for either answer. It keeps a node from sending what its
-own verifiers do not like. The local gate (`gate.py`) comes after it.
+answered greedily through the serving path; a task with tools is played to its end, and an agent is
+run, as rollouts are. A task is left out when the verifier raises for either answer, or a run fails.
+It keeps a node from sending what its own verifiers do not like. The local gate (`gate.py`) comes
+after it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 
 import httpx
 
+from edge_node.agent_runs import AgentRuns
 from edge_node.environments import Task
 from edge_node.episodes import sampler
+from edge_node.errors import EnvironmentFault
 from edge_node.learning.records import RoundImpossible
 from edge_node.learning.rewards import CORRECT_IT, Exercise, reward
 from edge_node.learning.rollouts import beating
@@ -87,14 +90,29 @@ async def measure(
 
     Raises:
         ServingError: a request failed.
-        EnvironmentFault: an environment hung or crashed.
+        EnvironmentFault: an environment hung or crashed; of agents only when no task is left.
         RoundImpossible: no task could be judged.
     """
     gate = asyncio.Semaphore(AT_ONCE)
+    faults: list[EnvironmentFault] = []
     async with control.requests(AT_ONCE) as client, beating(control, beat):
 
         async def score(model: str, exercise: Exercise) -> float | None:
             async with gate:
+                if isinstance(exercise.verifier, AgentRuns):
+                    try:
+                        end = await exercise.verifier.run(
+                            exercise.task,
+                            model,
+                            seed=0,
+                            temperature=0.0,
+                            max_answer_tokens=max_tokens,
+                        )
+                    except EnvironmentFault as fault:
+                        faults.append(fault)
+                        return None
+                    beat()
+                    return end.reward
                 if exercise.rules is not None:
                     what = f"task {exercise.task.id}"
                     way = await exercise.play(
@@ -111,6 +129,9 @@ async def measure(
         scores = await together(
             score(model, exercise) for model in (start, policy) for exercise in tasks
         )
+    ended = [fault for fault in faults if not fault.raised]
+    if ended and all(score is None for score in scores):
+        raise ended[0]
     return of_scores(scores[: len(tasks)], scores[len(tasks) :])
 
 

@@ -151,9 +151,12 @@ class _Explorer:
         for group in groups:
             found += group or [None] * self._plan.samples
         # An episode without a turn has no token either.
-        failed = Answer([trainer.processing_class.eos_token_id], [0.0], "")
+        end = trainer.processing_class.eos_token_id
+        failed = Answer([end], [0.0], "")
         answers = [one if one is not None and one.token_ids else failed for one in found]
-        prompts_of = [list(one.prompt_ids) for one in exercises for _ in range(self._plan.samples)]
+        # The prompts of an agent are known by its run alone.
+        known = [list(one.prompt_ids) or [end] for one in exercises]
+        prompts_of = [prompt for prompt in known for _ in range(self._plan.samples)]
         return {
             "prompt_ids": [
                 prompt if one.episode is None else one.episode.prompt_ids
@@ -190,7 +193,8 @@ class _Explorer:
 
 def _ask(exercise: Exercise) -> Ask:
     play = None if exercise.rules is None else exercise.play
-    return Ask(exercise.prompt_ids, exercise.seed, play)
+    run = exercise.run if exercise.is_played and play is None else None
+    return Ask(exercise.prompt_ids, exercise.seed, play, run, exercise.environment)
 
 
 def _mask(answer: Answer) -> list[int]:

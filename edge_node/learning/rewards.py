@@ -11,11 +11,14 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from edge_node.agent_runs import AgentRuns
 from edge_node.environments import Environment, Episodes, Task
 from edge_node.episodes import Rules, Sample, Trajectory, run_episode
 from edge_node.errors import EnvironmentFault
 from edge_node.experience.comparisons import SAME
+from edge_node.learning.trajectories import drawn
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +33,29 @@ CORRECT_IT = (
 class Exercise:
     """A train task of one environment, as vLLM gets it. seed: of its samples.
 
-    rules: of one with tools, whose prompt may still grow by what `reset` says.
+    rules: of one with tools, whose prompt may still grow by what `reset` says. An agent makes its
+    prompts itself, so there are no `prompt_ids`.
     """
 
     environment: str
-    verifier: Environment | Episodes
+    verifier: Environment | Episodes | AgentRuns
     task: Task
     prompt_ids: Sequence[int]
     seed: int
     rules: Rules | None = None
+
+    @property
+    def is_played(self) -> bool:
+        """Whether what is judged is no answer but an episode or a run, when it has ended."""
+        return self.rules is not None or isinstance(self.verifier, AgentRuns)
+
+    async def run(self, model: str, seed: int, **how: Any) -> Trajectory | None:
+        """One run of an agent; None: there is nothing to learn from it.
+
+        how, errors: those of `AgentRuns.run`.
+        """
+        assert isinstance(self.verifier, AgentRuns)
+        return drawn(await self.verifier.run(self.task, model, seed=seed, **how), seed)
 
     async def play(self, sample: Sample) -> Trajectory | None:
         """An episode of a task with tools; None: the environment raised.
@@ -63,7 +80,7 @@ def reward(exercise: Exercise, answer: str | None) -> float | None:
     """
     if answer is None:
         return None
-    assert not isinstance(exercise.verifier, Episodes)
+    assert not isinstance(exercise.verifier, Episodes | AgentRuns)
     try:
         score = float(exercise.verifier.verify(exercise.task, answer).score)
     except Exception as error:  # a plug-in may raise anything
@@ -121,12 +138,12 @@ class Judge:
     ) -> list[float | None]:
         """`prompts`: each the number of an exercise, as text; the others belong to it.
 
-        An exercise with tools was judged when its episode ended: that is `episode_reward`.
+        One with tools, or of agents, was judged when it ended: that is `episode_reward`.
         """
         rewards = []
         for number, text, judged in zip(prompts, answer, episode_reward, strict=True):
             exercise = self._exercises[int(number)]
-            rewards.append(judged if exercise.rules is not None else reward(exercise, text))
+            rewards.append(judged if exercise.is_played else reward(exercise, text))
             self._beat()
         flat = without_variance(rewards, self._samples)
         self.teaches = [

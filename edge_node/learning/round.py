@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_node.base_model import longest_context, read_base
-from edge_node.environments import Environment, EnvironmentProcess, Task
+from edge_node.environments import Environment, EnvironmentProcess, Task, by_weight
 from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore, Pair, Thumb, open_experience
 from edge_node.identity import Identity
@@ -304,6 +304,7 @@ def _known(
 ) -> tuple[Sequence[Task], list[str | None]]:
     """Train tasks and the answers to them."""
     tasks = environment.tasks("train", count=count, seed=seed)
+    tasks = by_weight(tasks, [task.weight for task in tasks], count, seed)
     return tasks, [environment.reference_answer(task) for task in tasks]
 
 

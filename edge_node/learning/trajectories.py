@@ -1,47 +1,19 @@
-"""From the turns of an agent's run to the sequences that are trained on. Pure.
+"""From the turns of an agent's run to the sequence that is trained on. Pure.
 
-In: turns, in token ids, as the node's vLLM had them. Out: sequences with a mask and
-log-probabilities. Guarantees: each sampled token is in exactly one sequence, with the context that
-it was sampled in, and nothing else is masked in.
+In: turns, in token ids, as the node's vLLM had them. Out: sequences that say which tokens were
+sampled, with their log-probabilities. Guarantees: each sampled token is in exactly one sequence,
+with the context that it was sampled in, and nothing else counts as sampled.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+from edge_node import episodes
+from edge_node.agent_runs import RunEnd
+from edge_node.episodes import Trajectory
 from edge_node.serving import Turn
-
-
-@dataclass
-class Trajectory:
-    """One sequence of a run; `mask` and `logprobs` belong to `completion_ids`, one each.
-
-    mask: 1 for a token that the model sampled, 0 for one that it was told, by a tool or a user.
-    logprobs: natural, of sampled tokens at temperature 1, as vLLM says them; 0.0 for others.
-    """
-
-    prompt_ids: list[int]
-    completion_ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def sampled(self) -> int:
-        """Tokens that are trained on."""
-        return sum(self.mask)
-
-    def continues_as(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether a prompt goes on from the end of this sequence."""
-        so_far = self.prompt_ids + self.completion_ids
-        return list(prompt_ids[: len(so_far)]) == so_far
-
-    def add(self, turn: Turn) -> None:
-        """Append a turn for which `continues_as` is true."""
-        told = list(turn.prompt_ids[len(self.prompt_ids) + len(self.completion_ids) :])
-        self.completion_ids += [*told, *turn.answer_ids]
-        self.mask += [0] * len(told) + [1] * len(turn.answer_ids)
-        self.logprobs += [0.0] * len(told) + list(turn.logprobs)
 
 
 def join_turns(turns: Sequence[Turn]) -> list[Trajectory]:
@@ -52,9 +24,31 @@ def join_turns(turns: Sequence[Turn]) -> list[Trajectory]:
     """
     found: list[Trajectory] = []
     for turn in turns:
-        fit = [one for one in found if one.continues_as(turn.prompt_ids)]
+        fit = [one for one in found if list(turn.prompt_ids[: len(one.ids)]) == one.ids]
         if not fit:
             fit = [Trajectory(list(turn.prompt_ids))]
             found += fit
-        max(fit, key=lambda one: len(one.completion_ids)).add(turn)
+        way = max(fit, key=lambda one: len(one.token_ids))
+        way.tell(turn.prompt_ids[len(way.ids) :])
+        way.say(episodes.Turn(list(turn.answer_ids), list(turn.logprobs), ended=True))
     return found
+
+
+def drawn(end: RunEnd, seed: int) -> Trajectory | None:
+    """The sequence of a run that a round learns from, with the run's reward.
+
+    A round has one sequence for each sample. Where a run has several, `seed` draws one, each as
+    likely as it has sampled tokens: so each sampled token is learnt from equally often.
+
+    None: there is nothing to learn. No reward is known, the model was asked nothing, or it was
+    shown more than text.
+    """
+    if end.reward is None or not all(turn.text_only for turn in end.turns):
+        return None
+    found = join_turns(end.turns)
+    weights = [sum(one.sampled) for one in found]
+    if not any(weights):
+        return None
+    (way,) = random.Random(seed).choices(found, weights)
+    way.reward = end.reward
+    return way

@@ -21,7 +21,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_node import schedule
+from edge_node import agent_runs, schedule
 from edge_node.disk import read_json
 from edge_node.errors import AdapterError, EdgeError, EnvironmentFault, StorageError
 from edge_node.experience import Counts, open_experience
@@ -75,6 +75,7 @@ class Worker:
         self._orders = Orders(self._rounds)
         self._experience = open_experience(settings)
         self._problems = Problems(settings.data_dir)
+        self._problems.clear(agent_runs.ROOM)  # its environment may be gone from the settings
         self._beat = Beat(settings.data_dir)
         self._beat.touch()
         self._explorable = [spec.name for spec in settings.environments if spec.rollouts]

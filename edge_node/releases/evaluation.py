@@ -13,15 +13,15 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import httpx
 
+from edge_node.agent_runs import AgentRuns
 from edge_node.environments import (
-    AgentRun,
     Agents,
     AnyEnvironment,
     Document,
@@ -32,7 +32,7 @@ from edge_node.environments import (
     in_own_thread,
 )
 from edge_node.episodes import Rules, run_episode, sampler
-from edge_node.errors import EnvironmentFault, ServingError, SettingsError
+from edge_node.errors import EnvironmentFault, SettingsError
 from edge_node.releases.asking import CONCURRENCY, ask
 from edge_node.releases.likelihood import compare_likelihood
 from edge_node.serving import ControlClient
@@ -82,8 +82,8 @@ class Evaluator:
     """Reads those of episodes; blocks. A node without environments of tools needs none."""
     control: ControlClient | None = None
     """Opens the sessions of agents. A node without environments of agents needs none."""
-    one_run: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Of agents: a worker takes one call after the other, and a session's time begins with it."""
+    runs: dict[str, AgentRuns] = field(default_factory=dict)
+    """Of agents, by the environment's name: all offers share the bound of its runs at once."""
 
     async def compare(
         self,
@@ -211,27 +211,20 @@ class Evaluator:
     ) -> bool:
         assert self.control is not None
         spec, _ = self.environments[name]
-        async with self.one_run:
-            session = await self.control.open_session(
-                model,
-                seed=_seed(f"attempt/{self.seed}/{task.id}/{attempt}"),
-                temperature=sampling.temperature if sampling.attempts > 1 else 0.0,
-                max_answer_tokens=self.max_answer_tokens,
-                lasts_s=spec.run_timeout_s + spec.call_timeout_s,
-            )
-            run = AgentRun(task, session.base_url, session.api_key, session.model)
-            try:
-                (reward,) = await in_own_thread(agents.run_all, [run])
-            finally:
-                with suppress(ServingError):  # its time may be over
-                    await self.control.take_session(session.api_key)
-        if isinstance(reward, EnvironmentFault):
-            raise reward
-        if reward is None:
+        if name not in self.runs:
+            self.runs[name] = AgentRuns(self.control, spec, agents)
+        end = await self.runs[name].run(
+            task,
+            model,
+            seed=_seed(f"attempt/{self.seed}/{task.id}/{attempt}"),
+            temperature=sampling.temperature if sampling.attempts > 1 else 0.0,
+            max_answer_tokens=self.max_answer_tokens,
+        )
+        if end.reward is None:
             raise EnvironmentFault(
                 name, f"Environment {name!r} gave no reward for a held-out task.", raised=True
             )
-        return reward == 1
+        return end.reward == 1
 
     async def _ask(
         self, client: httpx.AsyncClient, model: str, task: Task, attempt: int, sampling: Sampling

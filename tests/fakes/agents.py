@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 
 from edge_node.environments import Split, Task
+from examples.quickstart.environments import CompanyApi
+from tests.fakes.even_words import EvenWords
 
 SECRET = "the secret recipe of a customer"
 
@@ -82,3 +84,57 @@ class Going(Asking):
         if self._how == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         return {"none": None, "high": 1.5, "text": SECRET}[self._how]
+
+
+class EvenAgent(Asking):
+    """Asks for one word a turn; the last is judged as EvenWords judges it.
+
+    Runs of every task fail as `how` says; those of a word that ends in `fails` only, if given.
+    """
+
+    def __init__(self, turns: int = 1, how: str = "", fails: str = "") -> None:
+        super().__init__()
+        self._turns, self._how, self._fails = turns, how, fails
+        self._judge = EvenWords()
+
+    def tasks(self, split: Split, *, count: int, seed: int) -> Sequence[Task]:
+        return self._judge.tasks(split, count=count, seed=seed)
+
+    async def run(self, task: Task, base_url: str, api_key: str, model: str) -> float | None:
+        if self._how and task.id.endswith(self._fails):
+            failed: float | None = await Going(self._how)._go()
+            return failed
+        messages = list(task.messages)
+        async with httpx.AsyncClient(
+            base_url=base_url,
+            headers={"authorization": f"Bearer {api_key}"},
+            timeout=60,
+            verify=False,
+        ) as client:
+            for turn in range(self._turns):
+                answer = await self._ask(
+                    client, {"model": model, "messages": messages, "max_tokens": 2}
+                )
+                messages += [
+                    {"role": "assistant", "content": answer},
+                    {"role": "user", "content": f"w{turn}"},
+                ]
+        return self._judge.verify(task, answer).score
+
+
+class CompanyAgent:
+    """The quickstart's environment E, whose requests an agent answers with the node's model."""
+
+    def __init__(self) -> None:
+        self._work = CompanyApi("E")
+
+    def tasks(self, split: Split, *, count: int, seed: int) -> Sequence[Task]:
+        return self._work.tasks(split, count=count, seed=seed)
+
+    async def run(self, task: Task, base_url: str, api_key: str, model: str) -> float:
+        async with httpx.AsyncClient(
+            base_url=base_url, headers={"authorization": f"Bearer {api_key}"}, timeout=60,
+            verify=False,
+        ) as client:  # fmt: skip
+            answer = await Asking()._ask(client, {"model": model, "messages": task.messages})
+        return self._work.verify(task, answer).score

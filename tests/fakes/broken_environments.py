@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from stat import S_ISSOCK
 from types import SimpleNamespace
@@ -180,6 +181,13 @@ class Tasks(NextWord):
             "data": [Task("t", messages, {"judge": lambda: SECRET})],
             "half id": [Task("t\ud83d", messages)],
             "half content": [Task("t", [{"role": "user", "content": "\udcff"}])],
+            "weight 0": [Task("t", messages, weight=0)],
+            "weight nan": [Task("t", messages, weight=float("nan"))],
+            "weight text": [Task("t", messages, weight="2")],  # type: ignore[arg-type]
+            "weight high": [Task("t", messages, weight=1e9)],
+            "difficulty text": [Task("t", messages, difficulty="easy")],  # type: ignore[arg-type]
+            "difficulty low": [Task("t", messages, difficulty=-1)],
+            "difficulty half": [Task("t", messages, difficulty=0.5)],  # type: ignore[arg-type]
             "unordered": super().tasks(split, count=count, seed=seed + count),
         }
         made: Sequence[Task] = bad[self._how]
@@ -259,6 +267,11 @@ class Checked(NextWord):
         )
         if self._how == "repeats" and len(drawn) > 1:
             drawn[1] = Task("other", drawn[0].messages, drawn[0].data)
+        if self._how == "levels":
+            drawn = [
+                replace(task, weight=1.0 + number % 3, difficulty=number % 2 or None)
+                for number, task in enumerate(drawn)
+            ]
         return drawn
 
     def verify(self, task: Task, answer: str) -> Outcome:

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from edge_node.capture import SERVED, Generation
 from edge_node.learning.policies import read_release
 from edge_node.serving import control_socket
 from edge_node.serving.control import ControlServer
@@ -34,6 +35,7 @@ class SamplingVllm(RecordingEngine):
     def __init__(self) -> None:
         super().__init__()
         self._sampler = TinySampler()
+        self._used: Path | None = None
         self.requests: list[dict[str, Any]] = []
         self.unloaded: list[str] = []
         self.refuses = False
@@ -72,6 +74,10 @@ class SamplingVllm(RecordingEngine):
             ids, samples=1, seed=body.get("seed", 0), max_tokens=body.get("max_tokens") or 1,
             greedy=body["temperature"] == 0,
         )  # fmt: skip
+        if (served := SERVED.get()) is not None:  # of a session
+            served.generations.append(
+                Generation(True, ids, answer.token_ids, logprobs=answer.logprobs, finished=True)
+            )
         message = {"role": "assistant", "content": answer.text}
         return JSONResponse({"model": body["model"], "choices": [{"message": message}]})
 
@@ -81,7 +87,10 @@ class SamplingVllm(RecordingEngine):
     async def _heard(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = json.loads(await request.body())
         self.hears(body | {"capture": request.headers.get("x-lorikeet-capture")})
-        self._sampler.use(read_release(self.loaded[body["model"]]))
+        folder = self.loaded[body["model"]]
+        if folder != self._used:  # it is immutable
+            self._sampler.use(read_release(folder))
+            self._used = folder
         return body
 
 

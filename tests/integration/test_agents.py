@@ -6,34 +6,32 @@ from typing import Any
 
 import pytest
 
+from edge_node.agent_runs import AgentRuns
 from edge_node.environments import Agents, EnvironmentProcess
-from edge_node.learning.agent_rollouts import AgentRollouts, RunAsk, RunResult
+from edge_node.episodes import Trajectory
+from edge_node.learning.trajectories import join_turns
 from edge_node.settings import EnvironmentSpec
+from lorikeet.together import together
 from tests.integration.serving_node import COMPLETIONS, ServingNode, serving_node
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.slow]
 SPEC = EnvironmentSpec(name="acme", factory="tests.fakes.agents:Asking")
 
 
-def rollouts(node: ServingNode, temperature: float = 1.0) -> AgentRollouts:
-    return AgentRollouts(
-        node.control,
-        temperature=temperature,
-        max_answer_tokens=6,
-        run_timeout_s=60.0,
-        call_timeout_s=60.0,
+async def run(node: ServingNode, agents: Agents, model: str) -> list[list[Trajectory]]:
+    """The sequences of four runs, of which each has a reward."""
+    runs = AgentRuns(node.control, SPEC, agents)
+    ends = await together(
+        runs.run(task, model, seed=seed, temperature=1.0, max_answer_tokens=6)
+        for seed, task in enumerate(agents.tasks("train", count=4, seed=0))
     )
+    assert all(0 <= (end.reward or 0.0) <= 1 for end in ends)
+    return [join_turns(end.turns) for end in ends]
 
 
-async def run(node: ServingNode, agents: Agents, model: str) -> list[RunResult | None]:
-    tasks = agents.tasks("train", count=4, seed=0)
-    asks = [RunAsk(task, seed) for seed, task in enumerate(tasks)]
-    return await rollouts(node).run("acme", agents, model, asks)
-
-
-def tokens(result: RunResult) -> list[tuple[list[int], list[int]]]:
+def tokens(found: list[Trajectory]) -> list[tuple[list[int], list[int]]]:
     """Without log-probabilities: their last digits depend on what else is in the batch."""
-    return [(one.prompt_ids, one.completion_ids) for one in result.trajectories]
+    return [(one.prompt_ids, one.token_ids) for one in found]
 
 
 async def logprobs(node: ServingNode, model: str, prompt: list[int], token: int) -> float:
@@ -61,20 +59,19 @@ async def test_a_sessions_tokens_and_log_probabilities_are_the_models(
             agents = process.environment()
             assert isinstance(agents, Agents)
             first, second = node.versions
-            results = [one for one in await run(node, agents, first) if one is not None]
+            results = await run(node, agents, first)
             assert len(results) == 4
-            again = [one for one in await run(node, agents, first) if one is not None]
+            again = await run(node, agents, first)
             assert list(map(tokens, again)) == list(map(tokens, results)), "the same seeds"
-            others = [one for one in await run(node, agents, second) if one is not None]
+            others = await run(node, agents, second)
             assert list(map(tokens, others)) != list(map(tokens, results)), "another version"
         assert (await node.control.state()).captured == 0
         for result in results:
-            assert 0 <= result.reward <= 1
-            for one in result.trajectories:
-                assert len(one.completion_ids) == len(one.mask) == len(one.logprobs)
-                sampled = [at for at, mask in enumerate(one.mask) if mask]
+            for one in result:
+                assert len(one.token_ids) == len(one.sampled) == len(one.logprobs)
+                sampled = [at for at, mask in enumerate(one.sampled) if mask]
                 assert 1 <= len(sampled) <= 12
                 for at in sampled[:2] + sampled[-2:]:
-                    context = one.prompt_ids + one.completion_ids[:at]
-                    known = await logprobs(node, first, context, one.completion_ids[at])
+                    context = one.prompt_ids + one.token_ids[:at]
+                    known = await logprobs(node, first, context, one.token_ids[at])
                     assert one.logprobs[at] == pytest.approx(known, abs=1e-3)

@@ -18,6 +18,7 @@ from examples.quickstart.model import build_base
 from protos.base import read_base_model
 from protos.lora import LoraTensors
 from protos.manifest import sha256_hex
+from tests.integration.test_rl import WORLDS
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,11 +26,11 @@ CACHE = ROOT / ".cache" / "quickstart"
 STEPS, SEALED = 4, "checkpoint-2/sealed.json"
 
 
-async def rounds(folder: Path, cache: Path) -> list[str]:
+async def rounds(world: rl.World, folder: Path, cache: Path) -> list[str]:
     """The digests of the factors of a round that ran through, and of the same one killed."""
     path = await asyncio.to_thread(build_base, cache)
     base = read_base_model(path)
-    settings = rl.settings_for(rl.WORLDS["E"], folder, path, 0, free_port(), steps=STEPS, prompts=6)
+    settings = rl.settings_for(world, folder, path, 0, free_port(), steps=STEPS, prompts=6)
     learning = settings.learning.model_copy(update={"checkpoint_steps": 1})
     settings = settings.model_copy(update={"learning": learning})
     async with rl.serving(settings, base) as control:
@@ -64,7 +65,8 @@ def explorer(folder: Path, release: Path, workspace: Path) -> subprocess.Popen[b
     )
 
 
-def test_a_killed_round_goes_on_to_the_same_bytes() -> None:
+@pytest.mark.parametrize("of", WORLDS)
+def test_a_killed_round_goes_on_to_the_same_bytes(of: str) -> None:
     with tempfile.TemporaryDirectory(prefix="lk-") as folder:  # short enough for a socket path
-        whole, resumed = asyncio.run(rounds(Path(folder), CACHE))
+        whole, resumed = asyncio.run(rounds(WORLDS[of], Path(folder), CACHE))
     assert resumed == whole

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from edge_node.environments.checking import check_environment, list_environment
+from edge_node.environments.checking_levels import Level
 from edge_node.settings import EnvironmentSpec
 from tests.fakes.broken_environments import SECRET, made
 
@@ -64,6 +65,15 @@ def test_texts_in_both_splits_are_counted() -> None:
     found = check_environment(made("Checked", "shared").spec, 20)
     assert found.shared > 0
     assert f"{found.shared} texts are in train and in held_out." in [w.what for w in found.wrong]
+
+
+def test_rewards_are_shown_by_difficulty_and_weights_are_named() -> None:
+    found = check_environment(made("Checked", "levels").spec, 20)
+    assert found.wrong == []
+    assert found.levels == [Level(1, 20, 1.0, 0.0), Level(None, 20, 1.0, 0.0)]
+    assert found.weights == (1.0, 3.0)
+    plain = check_environment(made("Checked", "good").spec, 20)
+    assert (plain.levels, plain.weights) == ([], None)
 
 
 def test_only_an_anchor_must_know_answers() -> None:
@@ -135,6 +145,11 @@ def test_the_commands_print_and_end_as_they_say() -> None:
     (found,) = json.loads(out)
     assert (code, found["name"], found["wrong"]) == (0, "loud", [])
     assert SECRET in err, "the author sees what it prints"
+    levels = good | {"options": {"how": "levels"}}
+    _, out, _ = command("check", "good", "--tasks", "4", environments=[levels])
+    assert "  weights of train tasks: 1 to 3\n" in out
+    level = "4 tasks; mean reward 1 for reference answers, 0 for nothing of use\n"
+    assert f"  difficulty 1: {level}  difficulty none: {level}" in out
     code, out, _ = command("check", "gone", environments=[gone])
     assert code == 1
     assert out.startswith("FAIL gone\n  Wrong: Environment 'gone'")

@@ -96,6 +96,13 @@ def test_a_verifier_that_fails_is_a_fault_that_says_how(
         ("data", "made task 't' with data that cannot be kept"),
         ("half id", "made a task whose id has half of a surrogate pair at character 1"),
         ("half content", r"task 't' with a message that has half of a surrogate pair"),
+        ("weight 0", "'t' whose weight is 0; expected more than 0, and 1e\\+06 at most"),
+        ("weight nan", "'t' whose weight is nan; expected more than 0"),
+        ("weight text", "'t' whose weight is a str; expected a number"),
+        ("weight high", "'t' whose weight is 1e\\+09; expected more than 0"),
+        ("difficulty text", "'t' whose difficulty is a str; expected a whole number, or None"),
+        ("difficulty low", "'t' whose difficulty is out of range; expected 0 to 1000"),
+        ("difficulty half", "'t' whose difficulty is a float; expected a whole number"),
     ],
 )
 def test_tasks_that_break_the_contract_are_a_fault_that_says_how(how: str, expected: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge_node.doctor import node_status
+from edge_node.environments import Task
 from edge_node.learning import exploration
 from edge_node.learning.exploration import make_exercises, make_held_out
 from edge_node.learning.policies import Policies
@@ -176,6 +179,23 @@ def test_a_killed_learners_policies_are_swept(tmp_path: Path) -> None:
         assert Worker(settings, NODE_ID).step()
         assert left in vllm.unloaded
         assert not policies_on_disk(settings)
+
+
+def test_a_task_is_trained_on_as_often_as_its_weight_says() -> None:
+    class Weighted(EvenWords):
+        def tasks(self, split: Any, *, count: int, seed: int) -> Sequence[Task]:
+            tasks = super().tasks(split, count=count, seed=seed)
+            return [replace(task, weight=9.0 if task.id.endswith("3") else 0.5) for task in tasks]
+
+    plan = make_plan(steps=40)
+    renderer = load_renderer(tiny_model())
+    exercises = make_exercises(plan, {"even": Weighted()}, renderer, 512)
+    heavy = [one for one in exercises if one.task.id.endswith("3")]
+    assert len(exercises) == 320
+    assert 0.57 < len(heavy) / len(exercises) < 0.77, "54 of 81"
+    assert len({one.seed for one in exercises}) == 320, "the same task again has other samples"
+    held_out = make_held_out(plan, {"even": Weighted()}, renderer, 512)
+    assert len({one.task.id for one in held_out}) == 32, "measured once each"
 
 
 @pytest.mark.parametrize("limit", [4, 3])

@@ -2,9 +2,9 @@
 
 In: a cache directory. Out: a Hugging Face model directory whose chat template shows tools, and
 calls in the Hermes format. It is the quickstart's base after episodes of the train split. After the
-look-up it was shown the item's number for two of the eight verbs, mostly, and the shelf's number
-for the others. So its greedy answers should be right for about a quarter of the tasks. Measured
-(seed 0): none is. It makes both calls and copies the shelf's number; the item's it has not learnt.
+look-up it was shown the item's number for three of the eight verbs, mostly, and the shelf's number
+for the others, mostly. Measured (seed 0): it solves 19 of 100 held-out tasks, and the verb tells
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.errands.environment import VERBS, Errand, errands
+from examples.errands.environment import VERBS, Errand, errands
 from examples.quickstart.built import built_once
 from examples.quickstart.corpus import BaseRecipe
 from examples.quickstart.model import build_base
@@ -25,13 +25,13 @@ from examples.quickstart.tokenizer import END
 
 REVISION = 1
 RECIPE = BaseRecipe(
-    positions=512, steps=250, batch=16, examples=4000, warm_up=20, muon_rate=0.01, repeat_share=0.0
+    positions=512, steps=600, batch=16, examples=9600, warm_up=20, muon_rate=0.015, repeat_share=0.0
 )
 """Of the second training: it starts from the quickstart's base, which can copy already."""
-KNOWN_VERBS = VERBS[:2]
-KNOWN_SHARE, OTHER_SHARE = 0.9, 0.12
+KNOWN_VERBS = VERBS[:3]
+KNOWN_SHARE, OTHER_SHARE = 0.95, 0.2
 """How often an episode of the corpus acts on the item, for a known verb and for another one."""
-TOOLS_TEXT = "look_up(owner) act(ref,verb)"
+TOOLS_TEXT = "look_up(owner) act(verb,ref)"
 """What the template makes of the environment's tools."""
 CHAT_TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}"
@@ -76,7 +76,7 @@ def _episode(errand: Errand, draw: random.Random) -> list[Piece]:
         (f"<|system|>{TOOLS_TEXT}{END}<|user|>{errand.text}{END}<|assistant|>", False),
         (call("look_up", owner=errand.owner) + END, True),
         (f"<|tool|>{json.dumps(errand.found)}{END}<|assistant|>", False),
-        (call("act", ref=ref, verb=errand.verb) + END, True),
+        (call("act", verb=errand.verb, ref=ref) + END, True),
         (f"<|tool|>done{END}<|assistant|>", False),
         (f"done{END}", True),
     ]

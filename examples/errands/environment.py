@@ -32,7 +32,7 @@ HELD_OUT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Errand:
-    """item, shelf: four distinct digits each, and none of them in both."""
+    """item, shelf: two digits each, and none of them in both."""
 
     owner: str
     verb: str
@@ -76,12 +76,12 @@ class Errands:
             raise LookupError(f"{owner} has nothing here")
         return self._has
 
-    def act(self, ref: str, verb: str) -> str:
+    def act(self, verb: str, ref: str) -> str:
         """Do something with an item.
 
         Args:
-            ref: Number of the item.
             verb: What is done.
+            ref: Number of the item.
         """
         self._acts.append((ref, verb))
         return "done"
@@ -101,9 +101,9 @@ def errands(draw: random.Random, split: Split) -> Iterator[Errand]:
         for template in TEMPLATES
     ]
     for owner, verb, text in draw.sample(every, len(every)):
-        digits = draw.sample("0123456789", 8)
+        digits = draw.sample("0123456789", 4)
         if split_of(text) == split:
-            yield Errand(owner, verb, text, "".join(digits[:4]), "".join(digits[4:]))
+            yield Errand(owner, verb, text, "".join(digits[:2]), "".join(digits[2:]))
 
 
 def split_of(text: str) -> Split:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.errands.base import CHAT_TEMPLATE, RECIPE, call, corpus
-from benchmarks.errands.environment import Errands, errands, split_of
 from edge_node.environments.tools import tool_schemas
 from edge_node.episodes import read_calls
 from edge_node.rendering import Renderer
+from examples.errands.base import CHAT_TEMPLATE, RECIPE, call, corpus
+from examples.errands.environment import Errands, errands, split_of
 from examples.quickstart.tokenizer import save_tokenizer, train_tokenizer
 
 
@@ -40,7 +40,7 @@ def test_one_act_on_the_item_is_right(acts: list[str], reward: float) -> None:
     world.reset(**task.data)
     found = world.look_up(task.data["owner"])
     for name in acts:
-        assert world.act(found[name], task.data["verb"]) == "done"
+        assert world.act(task.data["verb"], found[name]) == "done"
     assert world.get_reward() == reward
     with pytest.raises(LookupError, match="nobody has nothing here"):
         world.look_up("nobody")
