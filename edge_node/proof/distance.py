@@ -131,14 +131,15 @@ def wrong(distances: Distances, most_rounding: float = MOST_ROUNDING) -> str | N
             f"the base that vLLM serves is not the base of EDGE_BASE__PATH: they are "
             f"{d.rounding:.3g} nats a token apart, and rounding makes at most {most_rounding}"
         )
-    for share in reversed(d.shares):
-        if share.tells and not abs(share.value - 1) <= MISSED:
-            if abs(share.value) <= MISSED:
-                return f"it answers as {share.what} does"
-            return (
-                f"it goes {share.value:.2f} of the way from {share.what} to the release; "
-                f"expected 1, within {MISSED}"
-            )
+    if missed := [one for one in d.shares if one.tells and not abs(one.value - 1) <= MISSED]:
+        # What is served instead of the release lies on some of the way from the other one as well.
+        share = min(missed, key=lambda one: abs(one.value))
+        if abs(share.value) <= MISSED:
+            return f"it answers as {share.what} does"
+        return (
+            f"it goes {share.value:.2f} of the way from {share.what} to the release; "
+            f"expected 1, within {MISSED}"
+        )
     if not d.to_release <= d.allowed:
         return (
             f"its answers are {d.to_release:.3g} nats a token from the release's, and at most "

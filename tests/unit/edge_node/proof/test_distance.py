@@ -71,6 +71,14 @@ def test_the_version_before_in_place_of_the_release_is_named() -> None:
     assert verdict(known, answers) == "it answers as the version before it does"
 
 
+def test_the_base_in_place_of_the_release_is_named_beside_a_version_before() -> None:
+    """The base lies half-way from a version before that goes the other way."""
+    known = reference(0.5)
+    before = BASE - (known.release - BASE)
+    answers = served(BASE, before=rounded(before))
+    assert verdict(known, answers) == "it answers as the base does"
+
+
 def test_a_version_before_that_is_near_is_told_too() -> None:
     """A release is a small step from the one before: their way from the base is the same."""
     known = reference(0.5)
