@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import grpc
 
 from edge_node.errors import AdapterError, NotProved, ServingError, StorageError
+from edge_node.figures.tally import TALLY
 from edge_node.releases.download import fetch_release
 from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore, StoredRelease
@@ -110,13 +113,16 @@ class LoadedReleases:
         if self._proof is None:
             await self._control.load(self.name_of(release), release.path)
         else:
-            await self._proof.load(self.name_of(release), release)
+            with _counted():
+                await self._proof.load(self.name_of(release), release)
 
     async def _expect_proof(self, release: StoredRelease, *, made: bool = True) -> None:
         """Raises NotProved unless vLLM serves the loaded `release`: the alias stays where it is."""
         if self._proof is not None:
             before = self._store.get(self.pointed) if self.pointed else None
-            await self._proof.expect(self.name_of(release), release, before, made=made)
+            with _counted():
+                await self._proof.expect(self.name_of(release), release, before, made=made)
+            TALLY.proved("passed")
 
     async def obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
         return self.name_of(await self.obtain(signed))
@@ -173,3 +179,13 @@ class LoadedReleases:
 
     def lock(self, release_id: str) -> asyncio.Lock:
         return self._locks.setdefault(release_id, asyncio.Lock())
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """A proof that fails is in the node's figures."""
+    try:
+        yield
+    except NotProved:
+        TALLY.proved("failed")
+        raise

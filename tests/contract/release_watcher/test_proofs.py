@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_node.errors import NotProved, ServingError
+from edge_node.figures.tally import TALLY
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.releases.watcher import ReleaseWatcher
@@ -107,6 +108,7 @@ async def test_the_alias_stays_where_it_is_and_central_hears_why(
     good, bad = (make_signed(key, payload, version=number) for number in (1, 2))
     store.activate(store.install(good, payload))
     central = Central(payload, [head_event(bad)], cuts=0)
+    before = dict(TALLY.proofs)
     async with Node(store, await connect(central), tmp_path) as node:
         getattr(node.proofs, kind).add(2)
         await until(lambda: "releases" in trouble(store))
@@ -121,6 +123,8 @@ async def test_the_alias_stays_where_it_is_and_central_hears_why(
         await until(lambda: node.pointed()[-1:] == [named(store, bad)])
         await until(lambda: not trouble(store))
         assert (2, 1, True) in node.proofs.calls, "compared with the release before it"
+    for result in ("passed", "failed"):
+        assert TALLY.proofs[result] > before.get(result, 0), "Prometheus sees it"
     assert node.proofs.closed
 
 
