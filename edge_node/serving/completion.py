@@ -18,7 +18,16 @@ from typing import Any
 
 from edge_node.capture import SERVED, Finished, Served, is_kept
 from edge_node.serving import events, limits, responses
-from edge_node.serving.asgi import App, Message, Receive, Send, answer, refuse, replay
+from edge_node.serving.asgi import (
+    RETRY_AFTER_S,
+    App,
+    Message,
+    Receive,
+    Send,
+    answer,
+    refuse,
+    replay,
+)
 from edge_node.serving.fingerprint import WEIGHTS, WEIGHTS_HEADER
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.labels import Labels, read_labels
@@ -32,6 +41,7 @@ from edge_node.serving.refusals import (
 )
 from edge_node.serving.routes import ANSWERS, ANTHROPIC, RESPONSES
 from edge_node.serving.sessions import Session
+from edge_node.serving.versions import Answer
 
 LARGE_BODY_BYTES = 1 << 20
 MODEL_HEADER = b"x-lorikeet-model"
@@ -63,6 +73,8 @@ class Completion:
             send,
         )
         self._request: dict[str, Any] = {}
+        self._answer = Answer("", 0.0)
+        """How it goes; of no version until one is chosen."""
         self._model: str | None = None
         self._pieces: list[bytes] = []
         self._capturing = False
@@ -100,8 +112,8 @@ class Completion:
             return
         asked = request.get("model")
         if asked is None or isinstance(asked, str):
-            self._model = self._gateway.aliases.resolve(asked)
-            if self._model is None:
+            self._model = self._choose(asked, request)
+            if self._model is None or self._gateway.refusal() is not None:
                 await refuse(
                     self._send,
                     503,
@@ -125,6 +137,13 @@ class Completion:
         # The id of an answer names its interaction, so it is the node's to give.
         request.pop("request_id", None)
         await self._pass_on(request)
+
+    def _choose(self, asked: str | None, request: dict[str, Any]) -> str | None:
+        """The exact version; the node's own requests never get the canary in place of the alias."""
+        if self._of_the_node or self._session is not None:
+            return self._gateway.aliases.resolve(asked)
+        key = self._scope.get(KEY_OF_REQUEST)
+        return self._gateway.versions.choose(asked, key, request.get("user"))
 
     def _bound(self, request: dict[str, Any]) -> None:
         """Raises Unreadable for a request that asks more than a client may."""
@@ -155,7 +174,7 @@ class Completion:
         if self._model is None:
             await self._app(scope, replay(body, self._receive), self._send)
             return
-        self._gateway.aliases.enter(self._model)
+        self._answer = self._gateway.versions.enter(self._model)
         if request.get("stream") is True and not self._of_the_node:
             self._gateway.first_tokens.begin(self)
         before = SERVED.set(self._recorded())
@@ -171,7 +190,7 @@ class Completion:
             WEIGHTS.reset(weights)
             self._gateway.first_tokens.left(self)
             self._gateway.in_flight.end(self)
-            self._gateway.aliases.leave(self._model)
+            self._gateway.versions.leave(self._answer)
             if self._capturing and self._pieces:  # the client went away
                 self._gateway.recorder.offer(self._finished(aborted=True))
 
@@ -216,6 +235,10 @@ class Completion:
 
     async def _begin(self, start: Message) -> None:
         headers = start["headers"] = list(start.get("headers", ()))
+        if start["status"] == 500 and self._gateway.engine.errored:  # another one is started
+            start["status"] = 503
+            headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        self._answer.status = start["status"]
         self._answered = start["status"] == 200
         self._capturing = self._capturing and self._answered
         if self._answered:
@@ -251,10 +274,11 @@ class Completion:
         held, self._held = self._held, []
         if (error := events.error_of(event)) is not None:
             self._refused = self._started = True
-            status = events.status_of(error)
+            status = 503 if self._gateway.engine.errored else events.status_of(error)
             if status == 500 and self._progress.refused is not None:
                 await self._refuse(Unreadable(self._progress.refused))
             else:
+                self._answer.status = status
                 await answer(self._send, status, {"error": error})
             return True
         for one in held:
@@ -268,6 +292,7 @@ class Completion:
         await self._send(message)
 
     async def _refuse(self, mistake: Unreadable) -> None:
+        self._answer.status = 400
         await refuse(self._send, 400, "BadRequestError", str(mistake), mistake.param)
 
     async def _capture(self, message: Message) -> None:
