@@ -44,6 +44,8 @@ CPU_KV_CEILING_BYTES = 2**30
 """vLLM touches the whole cache at its start: a gibibyte cost a tiny model 3 CPU-seconds."""
 MAX_SAMPLES = 128
 """Most answers that a round asks for at once (EDGE_LEARNING__GRPO__SAMPLES)."""
+GROUPS = ("base", "serving", "capture", "experience", "releases", "traces")
+"""What of our settings the plug-in reads."""
 NEVER_PASSED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # anybody could load an adapter from any path of the server
     "VLLM_SERVER_DEV_MODE",  # routes that change the engine
@@ -169,7 +171,7 @@ def serving_environment(
         if not name.upper().startswith("EDGE_") and name not in NEVER_PASSED
     }
     # The join token is a setting too, so only these groups go to vLLM.
-    for group in ("base", "serving", "capture", "releases"):
+    for group in GROUPS:
         environment[f"EDGE_{group.upper()}"] = getattr(settings, group).model_dump_json()
     plugins = [
         name
