@@ -66,7 +66,8 @@ async def answer(
     body = json.dumps(document).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 503:
-        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        # Closed, so that no next request comes on it while a server that stops closes it.
+        headers += [(b"retry-after", str(RETRY_AFTER_S).encode()), (b"connection", b"close")]
     headers += more_headers
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
