@@ -128,6 +128,8 @@ def _words(key: str, value: Any) -> str:
     if key == "aliases":
         return ", ".join(f"{alias} -> {version or 'nothing yet'}" for alias, version in
                          value.items()) or "-"  # fmt: skip
+    if key == "versions":
+        return "; ".join(f"{name}: {_named(counts)}" for name, counts in value.items()) or "none"
     if isinstance(value, Mapping):
         return _named(value) or "none"
     if isinstance(value, list):
