@@ -62,8 +62,8 @@ class LoadedReleases:
         """Start number of the vLLM that has them; 0: none yet."""
         self.pointed = ""
         """Id of the release that its alias points at; empty: none."""
-        self._answered: set[str] = set()
-        """Ids of those whose answers this vLLM has proved."""
+        self._proved: set[str] = set()
+        """Ids of those that were proved in this vLLM, and loaded since."""
 
     def served(self, generation: int) -> str:
         """Id of the release that the alias of this vLLM points at; empty: not yet."""
@@ -77,12 +77,16 @@ class LoadedReleases:
         """The alias points at a loaded release from now on."""
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
-        await self._control.point(self.name_of(release))
+        try:
+            await self._control.point(self.name_of(release))
+        except ServingError:
+            self._proved.discard(release.release_id)
+            raise
         self.pointed = release.release_id
 
     async def unload(self, release: StoredRelease) -> None:
         """vLLM forgets the release when no request uses it; raises ServingError."""
-        self._answered.discard(release.release_id)
+        self._proved.discard(release.release_id)
         await self._control.unload(self.name_of(release))
 
     async def obtain(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
@@ -117,26 +121,30 @@ class LoadedReleases:
         return release
 
     async def _load(self, release: StoredRelease) -> None:
-        if self._proof is None:
+        """Into vLLM. What this vLLM has proved is not compared again.
+
+        Comparing takes as long as the weights are large, and canaries stand behind users' requests;
+        the way back must not wait for either.
+        """
+        if release.release_id in self._proved:
+            # Hidden where it was not there any more: then the alias cannot point at it.
+            await self._control.load(self.name_of(release), release.path, proved=False)
+        elif self._proof is None:
             await self._control.load(self.name_of(release), release.path)
         else:
             with _counted():
                 await self._proof.load(self.name_of(release), release)
 
     async def _expect_proof(self, release: StoredRelease, *, made: bool = True) -> None:
-        """Raises NotProved unless vLLM serves the loaded `release`: the alias stays where it is.
-
-        Its answers are asked once in each vLLM, so that the way back to a release does not wait
-        behind users' requests: its weights were compared again when it was loaded.
-        """
-        if self._proof is not None and release.release_id not in self._answered:
+        """Raises NotProved unless vLLM serves the loaded `release`: the alias stays where it is."""
+        if self._proof is not None and release.release_id not in self._proved:
             generation = self.generation
             before = self._store.get(self.pointed) if self.pointed else None
             with _counted():
                 await self._proof.expect(self.name_of(release), release, before, made=made)
             TALLY.proved("passed")
             if generation == self.generation:
-                self._answered.add(release.release_id)
+                self._proved.add(release.release_id)
 
     async def obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
         return self.name_of(await self.obtain(signed))
@@ -152,7 +160,7 @@ class LoadedReleases:
     async def _load_kept(self, generation: int, *, damage_matters: bool) -> str:
         """Id of the release that the alias points at now; empty without one."""
         active, failed = None, None
-        self._answered.clear()
+        self._proved.clear()
         try:
             active = self._store.active()
             if active is not None:
