@@ -131,8 +131,8 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="sft: prompt and completion. kto: with a label. dpo: chosen and rejected. groups: "
-            "completions with scores. all: everything that is kept.",
+            help="Which form. sft: prompt and completion. kto: with a label. dpo: chosen and "
+            "rejected. groups: completions with scores. all: everything that is kept.",
         ),
     ] = Format.all,
     out: Annotated[

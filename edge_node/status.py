@@ -93,7 +93,10 @@ def print_status(status: Mapping[str, Any], now: datetime | None = None) -> None
 def lines(status: Mapping[str, Any], now: datetime) -> Iterator[str]:
     """A line a value, the problems last."""
     for key, value in status.items():
-        if key != "problems":
+        if key == "versions":
+            for name, counts in value.items():
+                yield f"{'answers of ' + name:{WIDTH}} {_named(counts)}"
+        elif key != "problems":
             yield f"{key.replace('_', ' '):{WIDTH}}{_coloured(key, value, now)}"
     problems = status["problems"]
     number = typer.style(str(len(problems)), BAD) if problems else typer.style("none", GOOD)
@@ -128,8 +131,6 @@ def _words(key: str, value: Any) -> str:
     if key == "aliases":
         return ", ".join(f"{alias} -> {version or 'nothing yet'}" for alias, version in
                          value.items()) or "-"  # fmt: skip
-    if key == "versions":
-        return "; ".join(f"{name}: {_named(counts)}" for name, counts in value.items()) or "none"
     if isinstance(value, Mapping):
         return _named(value) or "none"
     if isinstance(value, list):

@@ -121,9 +121,10 @@ POSITIONS = 2048
 
 
 def make_base(target: Path, style: str) -> Path:
-    """Tokenizer, config and generation config of a tiny Llama, all that an API server reads."""
+    """A tiny random Llama with a byte tokenizer: all that an API server reads."""
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     template, end_of_turn = STYLES[style]
     letters = {
@@ -148,6 +149,7 @@ def make_base(target: Path, style: str) -> Path:
         eos_token_id=stops[0], pad_token_id=fast.pad_token_id, architectures=["LlamaForCausalLM"],
         dtype="float32",
     )  # fmt: skip
-    config.save_pretrained(target)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(target)
     (target / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     return target

@@ -20,7 +20,7 @@ from edge_node.serving import gateway as gateways
 from edge_node.serving.command import serving_command
 from edge_node.serving.gateway import Gateway
 from edge_node.settings import EdgeSettings
-from protos.base import BaseModelInfo
+from protos.base import read_base_model
 
 VERSION = "lorikeet@v1-aaaaaaaa"
 
@@ -118,7 +118,7 @@ async def api_server(base: Path, data_dir: Path, *extra_args: str) -> AsyncItera
     settings = EdgeSettings.model_validate(
         {"data_dir": data_dir, "base": {"path": base}, "serving": {"extra_args": list(extra_args)}}
     )
-    command = serving_command(settings, BaseModelInfo(base, "ab" * 32, {}), on_cpu=True)
+    command = serving_command(settings, read_base_model(base), on_cpu=True)
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
     validate_parsed_serve_args(arguments)
     variables = {

@@ -152,7 +152,6 @@ async def what_a_client_may_not_do(node: Node) -> None:
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
     for path in (
         "/invocations",
-        "/tokenizer_info",
         "/v1/load_lora_adapter",
         "/docs",
         "/openapi.json",

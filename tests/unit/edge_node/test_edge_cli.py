@@ -124,7 +124,7 @@ def test_status_shows_each_problem_and_its_exit_code_says_so(
     monkeypatch.setattr("edge_node.doctor.node_status", status)
     ended, text = run(capsys, "status")
     assert ended == code
-    assert "answers of lorikeet@v1 requests 7, errors 0, seconds 1.25" in text
+    assert "answers of lorikeet@v1   requests 7, errors 0, seconds 1.25" in text
     assert ("uploads, since 2026-11-26T00:00:00+00:00: It is away." in text) == bool(problems)
     assert ("Next: Wait." in text) == bool(problems)
     ended, text = run(capsys, "status", "--json")
