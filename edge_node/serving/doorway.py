@@ -17,7 +17,7 @@ from typing import Any
 
 from edge_node.errors import ServingError
 from edge_node.serving.anthropic_errors import in_anthropics_form
-from edge_node.serving.asgi import refuse
+from edge_node.serving.asgi import REQUEST_ID, refuse, request_id_of
 from edge_node.serving.embedded import EmbeddedServer
 from edge_node.serving.endpoint import port_problem
 from edge_node.serving.routes import ANTHROPIC
@@ -113,4 +113,5 @@ async def _answer(scope: Any, receive: Any, send: Any) -> None:
             break
     if scope["path"] in ANTHROPIC:
         send = in_anthropics_form(send)
-    await refuse(send, 503, "ServiceUnavailableError", TEXT)
+    ids = [(REQUEST_ID, request_id_of(scope))]
+    await refuse(send, 503, "ServiceUnavailableError", TEXT, headers=ids)

@@ -202,8 +202,13 @@ async def test_anthropics_clients_get_their_form_from_the_doorway(
     doorway.open()
     await doorway.answer()
     async with httpx.AsyncClient() as client:
-        answer = await client.post(f"http://127.0.0.1:{port}{path}", json={"model": "lorikeet"})
+        answer = await client.post(
+            f"http://127.0.0.1:{port}{path}",
+            json={"model": "lorikeet"},
+            headers={"x-request-id": "mine"},
+        )
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.headers["x-request-id"] == "mine"
     assert answer.json()["type"] == "error"
     assert answer.json()["error"]["type"] == "overloaded_error"
     await doorway.aclose()
