@@ -159,11 +159,12 @@ class LoadedReleases:
 
     async def _load_kept(self, generation: int, *, damage_matters: bool) -> str:
         """Id of the release that the alias points at now; empty without one."""
-        active, failed = None, None
+        active, failed, wanted = None, None, ""
         self._proved.clear()
         try:
             active = self._store.active()
             if active is not None:
+                wanted = active.release_id
                 await self._take_up(active)
         except (ServingError, StorageError, NotProved) as error:
             failed = error
@@ -181,6 +182,7 @@ class LoadedReleases:
                 if active is None and isinstance(failed, NotProved):
                     await self._take_up(release)
                     await asyncio.to_thread(self._store.activate, release)
+                    self._probation.not_served(wanted)
                     active = release
             # An old version must not keep the node from the new one.
             except (ServingError, NotProved) as error:

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from edge_node.errors import NotProved, ServingError
 from edge_node.figures.tally import TALLY
 from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.settings import EdgeSettings
@@ -63,7 +64,13 @@ class Proofs:
 
 
 class Node:
-    def __init__(self, store: ReleaseStore, channel: grpc.aio.Channel, tmp_path: Path) -> None:
+    def __init__(
+        self,
+        store: ReleaseStore,
+        channel: grpc.aio.Channel,
+        tmp_path: Path,
+        probation: Probation | None = None,
+    ) -> None:
         self.control, self.vllm = Control(), Vllm()
         self.proofs = Proofs(self.control)
         self.watcher = ReleaseWatcher(
@@ -76,6 +83,7 @@ class Node:
             fleet_pb2.NodeStatus,
             tuple,
             proof=self.proofs,
+            probation=probation,
         )
 
     async def __aenter__(self) -> Node:
@@ -146,6 +154,23 @@ async def test_a_start_serves_the_newest_release_that_is_proved(
         assert all(not made for *_, made in node.proofs.calls if made in (True, False))
 
 
+async def test_a_release_that_was_not_proved_is_not_to_blame_for_an_end_of_vllm(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
+) -> None:
+    payload = make_payload()
+    good, bad = (store.install(make_signed(key, payload, version=n), payload) for n in (1, 2))
+    store.activate(good)
+    probation = Probation(EdgeSettings(data_dir=tmp_path), store)
+    probation.switching(bad)
+    store.activate(bad)
+    async with Node(store, await connect(Central(payload, [])), tmp_path, probation) as node:
+        node.proofs.wrong_answers.add(2)
+        await until(lambda: node.pointed() == [f"lorikeet@{good.label}"])
+        await until(lambda: bad.release_id not in probation.needed)
+    assert not probation.ended("killed by SIGKILL", served=True)
+    assert probation.why_avoided(bad.release_id) is None
+
+
 async def test_a_start_without_any_proved_release_points_nowhere_and_says_so(
     store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
 ) -> None:
@@ -188,7 +213,7 @@ async def test_a_start_goes_back_to_its_release_when_the_head_fails_too(
     async with Node(store, await connect(central), tmp_path) as node:
         failures, real = [1], node.control.load
 
-        async def load(name: str, path: Path) -> None:
+        async def load(name: str, path: Path, *, proved: bool = True) -> None:
             if failures and node.watcher._head is not None:
                 failures.pop()
                 raise ServingError("vLLM's control socket did not answer")
