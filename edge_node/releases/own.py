@@ -139,9 +139,10 @@ class OwnAdapter:
         return True
 
     async def _serve(self, own: Own, name: str) -> None:
-        if self._served == name:
+        # Where the alias moved away and back, vLLM has it, and nobody gets it.
+        if self._served == name and (await self._control.state()).own == name:
             return
-        old = self._served
+        old = self._served if self._served != name else ""
         self._tried = name  # a load may be what ends vLLM
         await self._load(own, name)
         await self._control.own(name)

@@ -38,8 +38,16 @@ GAIN = {"held_out_tasks": 32.0, "held_out_start": 0.25, "held_out_policy": 0.5}
 
 
 class OwnControl(Control):
+    """Like vLLM's alias table, it forgets the own adapter when the alias moves."""
+
+    answers: str | None = None
+
     async def own(self, name: str | None) -> None:
         self.calls.append(("own", name or ""))
+        self.answers = name
+
+    async def state(self) -> Any:
+        return SimpleNamespace(own=self.answers)
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +115,25 @@ async def test_it_is_served_on_its_start_and_gone_with_it(
         await until(lambda: control.calls[-1] == ("unload", "lorikeet@own-r2"))
         assert control.calls[-2] == ("own", "")
         await until(lambda: not (own_folder(tmp_path) / "r1").exists())
+    assert trouble(store) == {}
+
+
+async def test_it_answers_again_when_the_alias_moved_away_and_back(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
+) -> None:
+    """In less time than the node takes to look."""
+    payload, heads, _ = releases(store, key, 1)
+    stored = store.install(heads[0], payload)
+    store.activate(stored)
+    keep(tmp_path, store, stored.release_id, "r1")
+    control = OwnControl()
+    async with watching(store, await connect(Naming(payload)), control, releases=SETTINGS):
+        await until(lambda: ("own", "lorikeet@own-r1") in control.calls)
+        control.calls.clear()
+        control.answers = None
+        await until(lambda: ("own", "lorikeet@own-r1") in control.calls)
+        await asyncio.sleep(0.1)
+        assert ("unload", "lorikeet@own-r1") not in control.calls
     assert trouble(store) == {}
 
 
