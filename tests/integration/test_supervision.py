@@ -312,6 +312,7 @@ async def an_engine_that_hangs_is_started_again(node: Node, text: str) -> None:
     problems = {problem.room: problem for problem in Problems(node.settings.data_dir).current()}
     assert "hung: 2 probes of 8 s without a token" in problems["serving"].text
     await node.vllm.wait_ready()
+    await node.serves(0)
     answer = (await node.http.post(CHAT, json=QUESTION)).json()
     assert answer["choices"][0]["message"]["content"] == text
 
