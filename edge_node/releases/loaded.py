@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import grpc
 
-from edge_node.errors import AdapterError, NotProved, ServingError, StorageError
+from edge_node.errors import AdapterError, Damaged, NotProved, ServingError, StorageError
 from edge_node.figures.tally import TALLY
 from edge_node.releases.download import fetch_release
 from edge_node.releases.probation import Probation
@@ -109,7 +109,11 @@ class LoadedReleases:
             release = await fetch_release(
                 self._channel, self._store, signed, self._settings.central.call_timeout_s
             )
-            await self._load(release)
+            try:
+                await self._load(release)
+            except Damaged:  # central is there: the next try downloads it
+                await asyncio.to_thread(self._store.remove, release)
+                raise
             if self._proof is not None:
                 self._proof.prepare(release, self._store.get(self.pointed))
         return release

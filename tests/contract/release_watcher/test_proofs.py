@@ -10,7 +10,7 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from edge_node.errors import NotProved, ServingError
+from edge_node.errors import Damaged, NotProved, ServingError
 from edge_node.figures.tally import TALLY
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.probation import Probation
@@ -42,8 +42,13 @@ class Proofs:
         self.wrong_answers: set[int] = set()
         self.calls: list[tuple[Any, ...]] = []
         self.closed = False
+        self.damaged: list[int] = []
+        """How many times it finds a directory damaged."""
 
     async def load(self, name: str, release: StoredRelease) -> None:
+        if self.damaged:
+            self.damaged = [self.damaged[0] - 1] if self.damaged[0] > 1 else []
+            raise Damaged(f"Release {release.label} is damaged on disk")
         await self.control.load(name, release.path)
         if release.manifest.version in self.wrong_weights:
             raise NotProved("3 of its modules are not held")
@@ -169,6 +174,34 @@ async def test_a_release_that_was_not_proved_is_not_to_blame_for_an_end_of_vllm(
         await until(lambda: bad.release_id not in probation.needed)
     assert not probation.ended("killed by SIGKILL", served=True)
     assert probation.why_avoided(bad.release_id) is None
+
+
+async def test_a_damaged_release_stays_until_central_can_give_it_again(
+    store: ReleaseStore,
+    key: ec.EllipticCurvePrivateKey,
+    connect: Connect,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk that could not be read for a moment must not cost the only release."""
+    monkeypatch.setattr("edge_node.releases.watcher.HEAD_RETRY_LAST_S", 0.05)
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    stored = store.install(signed, payload)
+    store.activate(stored)
+    alone = Central(payload, [], cuts=0)
+    async with Node(store, await connect(alone), tmp_path) as node:
+        node.proofs.damaged = [5]
+        await until(lambda: not node.proofs.damaged and bool(node.pointed()))
+        assert stored.path.exists()
+    assert alone.offsets == []
+    named_again = Central(payload, [head_event(signed)], cuts=0)
+    async with Node(store, await connect(named_again), tmp_path) as node:
+        node.proofs.damaged = [1000]
+        await until(lambda: bool(named_again.offsets))
+        assert "damaged on disk" in trouble(store)["releases"].text
+        node.proofs.damaged = []
+        await until(lambda: bool(node.pointed()))
 
 
 async def test_a_start_without_any_proved_release_points_nowhere_and_says_so(
