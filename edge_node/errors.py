@@ -81,6 +81,10 @@ class NotProved(AdapterError):
     """vLLM loaded a release and does not serve it: the alias must not point at it."""
 
 
+class Damaged(NotProved):
+    """A version directory is not what central signed; it was not loaded."""
+
+
 class NothingToMeasure(AdapterError):
     """No trouble: other nodes measure what the evaluation asks for."""
 

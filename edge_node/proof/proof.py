@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from edge_node import vllm_arguments
 from edge_node.base_model import longest_context
-from edge_node.errors import NotHeld, NotProved, ServingError, StorageError
+from edge_node.errors import Damaged, NotHeld, NotProved, ServingError
 from edge_node.problems import Problems
 from edge_node.proof.canaries import CONNECTIONS, ask_canaries
 from edge_node.proof.distance import (
@@ -86,14 +86,15 @@ class Proof:
     async def load(self, name: str, release: StoredRelease) -> None:
         """Loads the release, hidden from clients until its weights were compared.
 
-        Raises NotProved, ServingError, StorageError.
+        Raises NotProved, ServingError; Damaged for a directory that is not what central signed.
         """
         different = await asyncio.to_thread(self._store.differs, release)
         if different:
-            await self._put_away(name, release, damaged=True)
-            raise NotProved(
+            await self._put_away(name, release)
+            raise Damaged(
                 f"Release {release.label} is damaged on disk: {different} is not what central "
-                "signed. It was deleted, and is downloaded again."
+                "signed. It is downloaded again as soon as central names it: check "
+                "EDGE_CENTRAL__ADDRESS."
             )
         await self._control.load(name, release.path, proved=False)
         try:
@@ -182,12 +183,10 @@ class Proof:
             return None
         return reference
 
-    async def _put_away(self, name: str, release: StoredRelease, *, damaged: bool = False) -> None:
+    async def _put_away(self, name: str, release: StoredRelease) -> None:
         try:
             await self._control.unload(name)
-            if damaged:
-                await asyncio.to_thread(self._store.remove, release)
-        except (ServingError, StorageError, OSError) as error:  # the alias points at it already
+        except (ServingError, OSError) as error:  # the alias points at it already
             log.warning(
                 "version that failed its proof stays loaded",
                 extra={"release": release.label, "why": str(error)},

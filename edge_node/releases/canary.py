@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from edge_node.problems import Problems
 from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore, StoredRelease
-from edge_node.releases.trouble import next_step, words
+from edge_node.releases.trouble import RETRY_LAST_S, next_step, words
 from edge_node.serving import ControlClient
+from lorikeet.pauses import doubling
 from protos.releases.v1 import releases_pb2
 
 log = logging.getLogger(__name__)
@@ -60,14 +62,26 @@ class Canary:
         stable: Callable[[int], Signed | None],
     ) -> None:
         """`vllm_ready`: the start number of the vLLM that serves; `stable`: the head it serves."""
+        pauses, failed = doubling(LOOK_PERIOD_S, RETRY_LAST_S), None
         while True:
             generation = await vllm_ready()
-            if (head := stable(generation)) is not None:
-                await self.follow(head, generation)
-            await asyncio.sleep(LOOK_PERIOD_S)
+            if (head := stable(generation)) is None or await self.follow(head, generation):
+                failed = None
+            elif failed != self.head:
+                pauses, failed = doubling(LOOK_PERIOD_S, RETRY_LAST_S), self.head
+            await self._pause(next(pauses) if failed else LOOK_PERIOD_S, failed)
 
-    async def follow(self, stable: Signed, generation: int) -> None:
-        """Bring the alias table to the head. `stable`: the other channel's head. Raises nothing."""
+    async def _pause(self, seconds: float, head: Signed | None) -> None:
+        """Shorter where central names another head than `head`, which failed."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and (head is None or head == self.head):
+            await asyncio.sleep(min(left, LOOK_PERIOD_S))
+
+    async def follow(self, stable: Signed, generation: int) -> bool:
+        """Bring the alias table to the head. `stable`: the other channel's head. Raises nothing.
+
+        False: it failed, each time perhaps after a load and a proof.
+        """
         if generation != self._generation:  # another vLLM, which has no canary
             self._generation, self.release_id = generation, ""
         try:
@@ -75,6 +89,8 @@ class Canary:
         except Exception as error:  # supervision: stable goes on being served
             text = f"The release of channel 'canary' gets no request here: {words(error)}"
             self._problems.report("canary", text, next_step(error))
+            return False
+        return True
 
     async def _follow(self, stable: Signed) -> None:
         head = self.head

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import grpc
 
-from edge_node.errors import AdapterError, NotProved, ServingError, StorageError
+from edge_node.errors import AdapterError, Damaged, NotProved, ServingError, StorageError
 from edge_node.figures.tally import TALLY
 from edge_node.releases.download import fetch_release
 from edge_node.releases.probation import Probation
@@ -62,6 +62,8 @@ class LoadedReleases:
         """Start number of the vLLM that has them; 0: none yet."""
         self.pointed = ""
         """Id of the release that its alias points at; empty: none."""
+        self._proved: set[str] = set()
+        """Ids of those that were proved in this vLLM, and loaded since."""
 
     def served(self, generation: int) -> str:
         """Id of the release that the alias of this vLLM points at; empty: not yet."""
@@ -75,8 +77,17 @@ class LoadedReleases:
         """The alias points at a loaded release from now on."""
         # Named first, pointed second: a vLLM that starts in between serves what the alias will.
         await asyncio.to_thread(self._store.activate, release)
-        await self._control.point(self.name_of(release))
+        try:
+            await self._control.point(self.name_of(release))
+        except ServingError:
+            self._proved.discard(release.release_id)
+            raise
         self.pointed = release.release_id
+
+    async def unload(self, release: StoredRelease) -> None:
+        """vLLM forgets the release when no request uses it; raises ServingError."""
+        self._proved.discard(release.release_id)
+        await self._control.unload(self.name_of(release))
 
     async def obtain(self, signed: releases_pb2.SignedManifest) -> StoredRelease:
         """The release on disk and in vLLM.
@@ -98,7 +109,11 @@ class LoadedReleases:
             release = await fetch_release(
                 self._channel, self._store, signed, self._settings.central.call_timeout_s
             )
-            await self._load(release)
+            try:
+                await self._load(release)
+            except Damaged:  # central is there: the next try downloads it
+                await asyncio.to_thread(self._store.remove, release)
+                raise
             if self._proof is not None:
                 self._proof.prepare(release, self._store.get(self.pointed))
         return release
@@ -110,7 +125,15 @@ class LoadedReleases:
         return release
 
     async def _load(self, release: StoredRelease) -> None:
-        if self._proof is None:
+        """Into vLLM. What this vLLM has proved is not compared again.
+
+        Comparing takes as long as the weights are large, and canaries stand behind users' requests;
+        the way back must not wait for either.
+        """
+        if release.release_id in self._proved:
+            # Hidden where it was not there any more: then the alias cannot point at it.
+            await self._control.load(self.name_of(release), release.path, proved=False)
+        elif self._proof is None:
             await self._control.load(self.name_of(release), release.path)
         else:
             with _counted():
@@ -118,11 +141,14 @@ class LoadedReleases:
 
     async def _expect_proof(self, release: StoredRelease, *, made: bool = True) -> None:
         """Raises NotProved unless vLLM serves the loaded `release`: the alias stays where it is."""
-        if self._proof is not None:
+        if self._proof is not None and release.release_id not in self._proved:
+            generation = self.generation
             before = self._store.get(self.pointed) if self.pointed else None
             with _counted():
                 await self._proof.expect(self.name_of(release), release, before, made=made)
             TALLY.proved("passed")
+            if generation == self.generation:
+                self._proved.add(release.release_id)
 
     async def obtain_name(self, signed: releases_pb2.SignedManifest) -> str:
         return self.name_of(await self.obtain(signed))
@@ -137,10 +163,12 @@ class LoadedReleases:
 
     async def _load_kept(self, generation: int, *, damage_matters: bool) -> str:
         """Id of the release that the alias points at now; empty without one."""
-        active, failed = None, None
+        active, failed, wanted = None, None, ""
+        self._proved.clear()
         try:
             active = self._store.active()
             if active is not None:
+                wanted = active.release_id
                 await self._take_up(active)
         except (ServingError, StorageError, NotProved) as error:
             failed = error
@@ -158,6 +186,7 @@ class LoadedReleases:
                 if active is None and isinstance(failed, NotProved):
                     await self._take_up(release)
                     await asyncio.to_thread(self._store.activate, release)
+                    self._probation.not_served(wanted)
                     active = release
             # An old version must not keep the node from the new one.
             except (ServingError, NotProved) as error:

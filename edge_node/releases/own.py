@@ -21,11 +21,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge_node.disk import read_json, write_file
-from edge_node.errors import ServingError
+from edge_node.errors import NotHeld, ServingError
 from edge_node.problems import Problems
-from edge_node.releases.trouble import next_step, words
+from edge_node.releases.trouble import RETRY_LAST_S, next_step, words
 from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
+from lorikeet.pauses import doubling
 
 log = logging.getLogger(__name__)
 
@@ -95,23 +96,28 @@ class OwnAdapter:
         self._generation = 0
         self._served = ""
         """Its name in vLLM; empty: none is loaded."""
+        self._tried = ""
+        """The one whose load began last in this vLLM."""
         self._ends: dict[str, int] = {}
         """How many vLLM ended with it."""
 
     async def run(self) -> None:
+        pauses = doubling(LOOK_PERIOD_S, RETRY_LAST_S)
         while True:
             generation = await self._vllm_ready()
-            if pointed := self._pointed(generation):
-                await self._follow(pointed, generation)
-            await asyncio.sleep(LOOK_PERIOD_S)
+            pointed = self._pointed(generation)
+            if not pointed or await self._follow(pointed, generation):
+                pauses = doubling(LOOK_PERIOD_S, RETRY_LAST_S)
+            await asyncio.sleep(next(pauses))
 
-    async def _follow(self, pointed: str, generation: int) -> None:
+    async def _follow(self, pointed: str, generation: int) -> bool:
+        """False: it failed, and is tried again after a while."""
         own = await asyncio.to_thread(read_own, self._settings.data_dir)
         name = f"{self._settings.serving.alias}@{own.label}" if own else ""
         if generation != self._generation:  # another vLLM, which has none
-            if own and self._served == name:
+            if own and name in (self._served, self._tried):
                 self._ends[name] = self._ends.get(name, 0) + 1
-            self._generation, self._served = generation, ""
+            self._generation, self._served, self._tried = generation, "", ""
         try:
             if own is not None and self._ends.get(name, 0) >= self._settings.releases.crashes:
                 self._problems.report(
@@ -123,18 +129,22 @@ class OwnAdapter:
                 own = None
             elif own is not None and own.start_release == pointed:
                 await self._serve(own, name)
-                return
+                return True
             await self._leave()
             await asyncio.to_thread(self._clean, own.path if own else None)
         except Exception as error:  # supervision: the release answers
             text = f"This node's own adapter answers nobody: {words(error)}"
             self._problems.report(ROOM, text, next_step(error))
+            return False
+        return True
 
     async def _serve(self, own: Own, name: str) -> None:
-        if self._served == name:
+        # Where the alias moved away and back, vLLM has it, and nobody gets it.
+        if self._served == name and (await self._control.state()).own == name:
             return
-        old = self._served
-        await self._control.load(name, own.path)
+        old = self._served if self._served != name else ""
+        self._tried = name  # a load may be what ends vLLM
+        await self._load(own, name)
         await self._control.own(name)
         self._served = name
         self._problems.clear(ROOM)
@@ -142,6 +152,18 @@ class OwnAdapter:
         if old:
             await self._control.unload(old)
         await asyncio.to_thread(self._clean, own.path)
+
+    async def _load(self, own: Own, name: str) -> None:
+        """Into vLLM, and known to clients once its workers hold it as its directory has it."""
+        if self._settings.releases.proof == "off":
+            await self._control.load(name, own.path)
+            return
+        await self._control.load(name, own.path, proved=False)
+        try:
+            await self._control.expect_held(name)
+        except NotHeld:
+            await self._control.unload(name)
+            raise
 
     async def _leave(self) -> None:
         if self._served:

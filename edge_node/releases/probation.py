@@ -129,6 +129,14 @@ class Probation:
             log.info("release has proved itself", extra={"release_id": release_id})
             self._keep()
 
+    def not_served(self, release_id: str) -> None:
+        """vLLM runs, and does not serve it: what vLLM does from now on is not its fault."""
+        with self._lock:
+            if release_id in self._record.on_probation:
+                self._record.on_probation.remove(release_id)
+                self._since.pop(release_id, None)
+                self._keep()
+
     def named(self, release_ids: Iterable[str]) -> None:
         """These are the heads that central names. A change forgets what was kept away."""
         with self._lock:

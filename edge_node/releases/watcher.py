@@ -265,7 +265,7 @@ class ReleaseWatcher:
                 for release in self._store.newest()[self._settings.releases.keep :]:
                     async with self._loaded.lock(release.release_id):
                         if release.release_id not in await asyncio.to_thread(self._needed):
-                            await self._control.unload(self._loaded.name_of(release))
+                            await self._loaded.unload(release)
                             await asyncio.to_thread(self._store.remove, release)
                 self._problems.clear("old-releases")
             except Exception as error:  # supervision: it is still there at the next chance

@@ -9,23 +9,27 @@ echoed. The node's own requests take the control socket and do not come here.
 from __future__ import annotations
 
 import math
-import re
-import uuid
 
 from edge_node.access import Key, Scope
 from edge_node.serving import gateway as gateways
 from edge_node.serving.anthropic_errors import in_anthropics_form
-from edge_node.serving.asgi import App, Message, Receive, Send, refuse
+from edge_node.serving.asgi import (
+    REQUEST_ID,
+    App,
+    Message,
+    Receive,
+    Send,
+    refuse,
+    request_id_of,
+)
 from edge_node.serving.completion import KEY_OF_REQUEST, MODEL_HEADER
 from edge_node.serving.counts import ServingCounts
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.routes import ALLOWED, ANTHROPIC, OPEN, SCOPES, route_of
 from lorikeet import traces
 
-REQUEST_ID = b"x-request-id"
 ANTHROPICS_ID = b"request-id"
 """What Anthropic's clients read the same id from."""
-USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 CHALLENGE = b'Bearer realm="lorikeet"'
 
 
@@ -121,8 +125,7 @@ def _is_preflight(scope: Message) -> bool:
 
 def _with_request_id(scope: Message, send: Send, counts: ServingCounts) -> tuple[Message, Send]:
     """The client's id, or a new one, in the request and in its answer, which is counted."""
-    given = _header(scope, REQUEST_ID) or b""
-    request_id = given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    request_id = request_id_of(scope)
     headers = [header for header in scope["headers"] if header[0] != REQUEST_ID]
     ids = [(REQUEST_ID, request_id)]
     if scope["path"] in ANTHROPIC:

@@ -7,6 +7,8 @@ OpenAI's API. Guarantees: a 503 says when to come back.
 from __future__ import annotations
 
 import json
+import re
+import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -16,6 +18,14 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 RETRY_AFTER_S = 5
+REQUEST_ID = b"x-request-id"
+USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def request_id_of(scope: Message) -> bytes:
+    """The client's id of a request, or a new one."""
+    given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+    return given if USABLE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
 
 
 async def read_body(receive: Receive, most_bytes: float) -> bytes | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edge_node import vllm_arguments
 from edge_node.errors import ServingError
+from edge_node.logs import FORMAT as LOG_FORMAT
 from edge_node.serving import language_model
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.settings import EdgeSettings
@@ -173,6 +174,7 @@ def serving_environment(
     # The join token is a setting too, so only these groups go to vLLM.
     for group in GROUPS:
         environment[f"EDGE_{group.upper()}"] = getattr(settings, group).model_dump_json()
+    environment[LOG_FORMAT] = settings.logs.format
     plugins = [
         name
         for name in environment.get("VLLM_PLUGINS", "").split(",")

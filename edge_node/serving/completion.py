@@ -18,16 +18,7 @@ from typing import Any
 
 from edge_node.capture import SERVED, Finished, Served, is_kept
 from edge_node.serving import events, limits, responses
-from edge_node.serving.asgi import (
-    RETRY_AFTER_S,
-    App,
-    Message,
-    Receive,
-    Send,
-    answer,
-    refuse,
-    replay,
-)
+from edge_node.serving.asgi import App, Message, Receive, Send, answer, refuse, replay
 from edge_node.serving.fingerprint import WEIGHTS, WEIGHTS_HEADER
 from edge_node.serving.gateway import Gateway
 from edge_node.serving.labels import Labels, read_labels
@@ -41,10 +32,12 @@ from edge_node.serving.refusals import (
 )
 from edge_node.serving.routes import ANSWERS, ANTHROPIC, RESPONSES
 from edge_node.serving.sessions import Session
-from edge_node.serving.versions import Answer
+from edge_node.serving.versions import Answer, said_by
 
 LARGE_BODY_BYTES = 1 << 20
 MODEL_HEADER = b"x-lorikeet-model"
+LEFT = 499
+"""Stands for the status of an answer whose client went away before it began."""
 KEY_OF_REQUEST = "lorikeet.key"
 """Where the scope of a request names its access key; access.py puts it there."""
 
@@ -73,9 +66,8 @@ class Completion:
             send,
         )
         self._request: dict[str, Any] = {}
-        self._answer = Answer("", 0.0)
-        """How it goes; of no version until one is chosen."""
         self._model: str | None = None
+        self._answer: Answer | None = None
         self._pieces: list[bytes] = []
         self._capturing = False
         self._streamed = False
@@ -112,7 +104,8 @@ class Completion:
             return
         asked = request.get("model")
         if asked is None or isinstance(asked, str):
-            self._model = self._choose(asked, request)
+            self._model = self._chosen(asked, request)
+            # Again: while the body came, the node may have begun to stop, or the engine ended.
             if self._model is None or self._gateway.refusal() is not None:
                 await refuse(
                     self._send,
@@ -138,12 +131,16 @@ class Completion:
         request.pop("request_id", None)
         await self._pass_on(request)
 
-    def _choose(self, asked: str | None, request: dict[str, Any]) -> str | None:
-        """The exact version; the node's own requests never get the canary in place of the alias."""
-        if self._of_the_node or self._session is not None:
+    def _chosen(self, asked: str | None, request: dict[str, Any]) -> str | None:
+        """The exact version; None: the alias points nowhere yet.
+
+        The node's own requests are never drawn to a canary, nor to its own adapter.
+        """
+        if self._of_the_node:
             return self._gateway.aliases.resolve(asked)
-        key = self._scope.get(KEY_OF_REQUEST)
-        return self._gateway.versions.choose(asked, key, request.get("user"))
+        return self._gateway.versions.choose(
+            asked, self._scope.get(KEY_OF_REQUEST), said_by(request)
+        )
 
     def _bound(self, request: dict[str, Any]) -> None:
         """Raises Unreadable for a request that asks more than a client may."""
@@ -174,7 +171,8 @@ class Completion:
         if self._model is None:
             await self._app(scope, replay(body, self._receive), self._send)
             return
-        self._answer = self._gateway.versions.enter(self._model)
+        entered = self._gateway.versions.enter(self._model, counted=not self._of_the_node)
+        self._answer = entered
         if request.get("stream") is True and not self._of_the_node:
             self._gateway.first_tokens.begin(self)
         before = SERVED.set(self._recorded())
@@ -190,15 +188,21 @@ class Completion:
             WEIGHTS.reset(weights)
             self._gateway.first_tokens.left(self)
             self._gateway.in_flight.end(self)
-            self._gateway.versions.leave(self._answer)
+            if self._gone and not self._started:  # nobody heard an error
+                self._counts_as(LEFT)
+            self._gateway.versions.leave(entered)
             if self._capturing and self._pieces:  # the client went away
                 self._gateway.recorder.offer(self._finished(aborted=True))
 
     async def _failed(self, error: Exception) -> None:
         """Answers 400 where the client has to change something; raises `error` otherwise."""
         if self._started:
+            if not self._refused:
+                self._counts_as(500)
             raise error
-        if self._progress.refused is not None:
+        if self._gateway.engine.errored:
+            await self._refuse_for_now()
+        elif self._progress.refused is not None:
             # A stream of /v1/responses breaks, where others send the error.
             await self._refuse(Unreadable(self._progress.refused))
         elif not self._progress.in_engine and (self._held or isinstance(error, UNREADABLE)):
@@ -226,6 +230,8 @@ class Completion:
         elif message["type"] == "http.response.body":
             if self._held and await self._holds(message):
                 return
+            if self._streamed and events.error_of(message.get("body", b"")) is not None:
+                self._counts_as(500)  # it broke after its first piece
             if self._answered and self._progress.in_engine:
                 self._gateway.last_progress = time.monotonic()
             self._gateway.first_tokens.came(self)
@@ -235,17 +241,16 @@ class Completion:
 
     async def _begin(self, start: Message) -> None:
         headers = start["headers"] = list(start.get("headers", ()))
-        if start["status"] == 500 and self._gateway.engine.errored:  # another one is started
-            start["status"] = 503
-            headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
-        self._answer.status = start["status"]
         self._answered = start["status"] == 200
         self._capturing = self._capturing and self._answered
+        self._counts_as(start["status"])
+        if start["status"] >= 500 and self._gateway.engine.errored:
+            await self._refuse_for_now()
+            return
         if self._answered:
             headers.append((MODEL_HEADER, (self._model or "").encode()))
             headers.append((WEIGHTS_HEADER, WEIGHTS.get().encode()))
         elif start["status"] == 500 and self._catches() and not self._progress.in_engine:
-            self._refused = True
             error = ValueError("it failed before the engine had it")
             await self._refuse(explain(self._scope["path"], self._request, error))
             return
@@ -273,13 +278,7 @@ class Completion:
             return True
         held, self._held = self._held, []
         if (error := events.error_of(event)) is not None:
-            self._refused = self._started = True
-            status = 503 if self._gateway.engine.errored else events.status_of(error)
-            if status == 500 and self._progress.refused is not None:
-                await self._refuse(Unreadable(self._progress.refused))
-            else:
-                self._answer.status = status
-                await answer(self._send, status, {"error": error})
+            await self._refuse_stream(error)
             return True
         for one in held:
             if one["type"] == "http.response.body" and self._capturing and not self._gone:
@@ -287,13 +286,38 @@ class Completion:
             await self._start(one)
         return False
 
+    async def _refuse_stream(self, error: Any) -> None:
+        """Answers a stream that began with `error`."""
+        status = events.status_of(error)
+        if status >= 500 and self._gateway.engine.errored:
+            await self._refuse_for_now()
+        elif status == 500 and self._progress.refused is not None:
+            await self._refuse(Unreadable(self._progress.refused))
+        else:
+            self._refused = self._started = True
+            self._counts_as(status)
+            await answer(self._send, status, {"error": error})
+
+    def _counts_as(self, status: int) -> None:
+        if self._answer is not None:
+            self._answer.status = status
+
     async def _start(self, message: Message) -> None:
         self._started = True
         await self._send(message)
 
     async def _refuse(self, mistake: Unreadable) -> None:
-        self._answer.status = 400
+        """Answers 400, and with nothing else of what vLLM says of this request."""
+        self._refused = self._started = True
+        self._counts_as(400)
         await refuse(self._send, 400, "BadRequestError", str(mistake), mistake.param)
+
+    async def _refuse_for_now(self) -> None:
+        """The engine has ended, and another one is started: the request may be sent again."""
+        self._refused = self._started = True
+        self._counts_as(503)
+        text = self._gateway.refusal() or "Send the request again later."
+        await refuse(self._send, 503, "ServiceUnavailableError", text)
 
     async def _capture(self, message: Message) -> None:
         """Keeps the piece; the last one waits here until the interaction is on disk."""

@@ -3,24 +3,32 @@
 In: the serving settings. Out: one listening socket, which each vLLM in turn inherits, and a server
 that answers 503 with Retry-After on it while there is none. Guarantees: no client is refused a
 connection, and none that waits in the socket's queue is dropped, because one vLLM ended and
-another one starts. Nothing is said here but that answer, so no key is asked for.
+another one starts. No client can keep the port from the next vLLM. TLS files that cannot be read
+any more, as while they are renewed, leave those before in use. Nothing is said here but that
+answer, so no key and no client's certificate is asked for.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import socket
+import ssl
 from typing import Any
 
-from edge_node import vllm_arguments
 from edge_node.errors import ServingError
+from edge_node.serving.anthropic_errors import in_anthropics_form
+from edge_node.serving.asgi import REQUEST_ID, refuse, request_id_of
 from edge_node.serving.embedded import EmbeddedServer
 from edge_node.serving.endpoint import port_problem
+from edge_node.serving.routes import ANTHROPIC
 from edge_node.serving_settings import ServingSettings
+
+logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 """As vLLM's own server has it."""
-RETRY_AFTER_S = 5
+LEAVE_S = 2
+"""How long a client may take to hear its 503 when vLLM serves again."""
 TEXT = "vLLM is being started on this node. Send the request again, or to another node."
 
 
@@ -31,6 +39,7 @@ class Doorway:
         self._serving = serving
         self._socket: socket.socket | None = None
         self._server: EmbeddedServer | None = None
+        self._tls: ssl.SSLContext | None = None
 
     @property
     def fd(self) -> int:
@@ -57,7 +66,9 @@ class Doorway:
         """Every request gets 503 from now on; idempotent."""
         if self._server is not None or self._socket is None:
             return
-        self._server = EmbeddedServer(_answer, log_level="warning", **_tls(self._serving))
+        self._server = EmbeddedServer(
+            _answer, self._context(), log_level="critical", timeout_graceful_shutdown=LEAVE_S
+        )
         await self._server.start(self._socket.dup())
 
     async def leave(self) -> None:
@@ -72,15 +83,25 @@ class Doorway:
             self._socket.close()
             self._socket = None
 
-
-def _tls(serving: ServingSettings) -> dict[str, str]:
-    """vLLM's own files, under uvicorn's names."""
-    given = {
-        "ssl_certfile": serving.tls.cert_file,
-        "ssl_keyfile": serving.tls.key_file,
-        "ssl_ca_certs": vllm_arguments.value(serving.extra_args, "--ssl-ca-certs"),
-    }
-    return {name: str(value) for name, value in given.items() if value is not None}
+    def _context(self) -> ssl.SSLContext | None:
+        """Of the node's certificate as it is now, or as it was when it could be read."""
+        files = self._serving.tls
+        if files.cert_file is None:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # Empty: no question on the terminal.
+            context.load_cert_chain(files.cert_file, files.key_file, password="")
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            if self._tls is None:
+                raise ServingError(
+                    f"The certificate {files.cert_file} with key {files.key_file} cannot be "
+                    f"used: {error}. Put a PEM certificate and its key, without a password, there."
+                ) from error
+            logger.warning("The certificate cannot be read", extra={"cause": repr(error)})
+            return self._tls
+        self._tls = context
+        return context
 
 
 async def _answer(scope: Any, receive: Any, send: Any) -> None:
@@ -90,13 +111,7 @@ async def _answer(scope: Any, receive: Any, send: Any) -> None:
             return
         if not message.get("more_body", False):
             break
-    error = {"message": TEXT, "type": "ServiceUnavailableError", "param": None, "code": 503}
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"retry-after", str(RETRY_AFTER_S).encode()),
-        (b"connection", b"close"),  # the next request shall meet vLLM
-    ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    if scope["path"] in ANTHROPIC:
+        send = in_anthropics_form(send)
+    ids = [(REQUEST_ID, request_id_of(scope))]
+    await refuse(send, 503, "ServiceUnavailableError", TEXT, headers=ids)

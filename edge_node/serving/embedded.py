@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +22,15 @@ KEEP_ALIVE_S = 75
 class EmbeddedServer:
     """start() once; ends with the process or with aclose()."""
 
-    def __init__(self, app: Any, **more: Any) -> None:
-        """`more`: further settings of uvicorn's, such as ssl_certfile."""
+    def __init__(self, app: Any, tls: ssl.SSLContext | None = None, **more: Any) -> None:
+        """`tls`: None speaks plain HTTP. `more`: further settings of uvicorn's."""
         config = uvicorn.Config(
             app, interface="asgi3", ws="none", lifespan="off", proxy_headers=False,
             log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, **more,
         )  # fmt: skip
+        if tls is not None:
+            config.load()
+            config.ssl = tls
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
 

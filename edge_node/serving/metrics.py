@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from edge_node.figures.family import PREFIX, Family, gauge
 from edge_node.serving.aliases import PRIVATE
+from edge_node.serving.counts import OTHER
 
 if TYPE_CHECKING:
     from edge_node.serving.gateway import Gateway
@@ -63,9 +64,10 @@ class NodeFigures(Collector):
         )
         flying: dict[str, float] = dict.fromkeys(loaded, 0)
         for name, number in dict(gateway.aliases.in_flight).items():
-            version = POLICY if name.startswith(PRIVATE) else name
+            others = POLICY if name.startswith(PRIVATE) else OTHER
+            version = name if name in loaded else others
             flying[version] = flying.get(version, 0) + number
-        text = "Requests in flight by version; those of the learner as `policy`."
+        text = "Requests in flight by version; those of the learner as `policy`, the rest `other`."
         yield from gauge("requests_in_flight", text, flying, "version")
         yield from self._captured()
         ready = gateway.not_ready() is None

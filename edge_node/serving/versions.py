@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from edge_node.access import Key
 from edge_node.releases_settings import ReleasesSettings
-from edge_node.serving.aliases import PRIVATE, AliasTable
+from edge_node.serving.aliases import AliasTable
 
 
 @dataclass
@@ -31,10 +31,11 @@ class Counts:
 
 @dataclass
 class Answer:
-    """One answer on its way. status: of HTTP, once it is known."""
+    """One answer on its way. status: of HTTP, once it is known. counted: it is a client's."""
 
     version: str
     began: float
+    counted: bool = True
     status: int = 500
 
 
@@ -77,16 +78,19 @@ class Versions:
         chance = _of(canary, who) if who else self._chance()
         return canary if chance < self._share else self._aliases.target
 
-    def enter(self, name: str) -> Answer:
-        """An answer of version `name` begins; the version stays until `leave`."""
+    def enter(self, name: str, *, counted: bool = True) -> Answer:
+        """An answer of version `name` begins; the version stays until `leave`.
+
+        `counted`: False for the node's own requests, which say nothing of what clients get.
+        """
         self._aliases.enter(name)
-        return Answer(name, self._clock())
+        return Answer(name, self._clock(), counted)
 
     def leave(self, answer: Answer) -> None:
         """It is over, however it ended."""
         self._aliases.leave(answer.version)
         # A client may name anything; what is not served is not counted.
-        if answer.version.startswith(PRIVATE) or not self._aliases.knows(answer.version):
+        if not answer.counted or not self._aliases.knows(answer.version):
             return
         counts = self._counts.setdefault(answer.version, Counts())
         counts.requests += 1
@@ -98,6 +102,13 @@ class Versions:
         known = {self._aliases.base, *self._aliases.public}
         self._counts = {name: count for name, count in self._counts.items() if name in known}
         return {name: asdict(count) for name, count in sorted(self._counts.items())}
+
+
+def said_by(request: Mapping[str, Any]) -> Any:
+    """What a request calls its user, in OpenAI's field or in Anthropic's."""
+    metadata = request.get("metadata")
+    other = metadata.get("user_id") if isinstance(metadata, dict) else None
+    return request.get("user") or other
 
 
 def _of(canary: str, who: str) -> float:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import sys
 from collections import Counter
 from pathlib import Path
 
 import httpx
+import pytest
 
 from edge_node.serving.command import LISTEN_VARIABLE
 from edge_node.serving.doorway import Doorway
-from edge_node.serving_settings import ServingSettings
+from edge_node.serving_settings import ServingSettings, TlsSettings
 from examples.ports import free_port
+from tests.fakes.certificates import make_certificate
 
 SERVER = """
 import asyncio, os, signal, socket
@@ -129,3 +132,101 @@ async def test_nobody_is_dropped_when_the_port_changes_hands(tmp_path: Path) -> 
             await server.wait()
     assert clients.broken == []
     await doorway.aclose()
+
+
+SLOW = {
+    "a request that never ends": b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nhal",
+    "headers that never end": b"POST / HTTP/1.1\r\nho",
+    "a client that says nothing": b"",
+    "no HTTP": b"\x00\xff\x00",
+}
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_no_client_keeps_the_port_from_the_next_vllm(tmp_path: Path, tls: bool) -> None:
+    """A node whose `leave` waits for a client would never point at a release again."""
+    doorway, port = _doorway(tmp_path, tls=tls)
+    doorway.open()
+    await doorway.answer()
+    trusting = ssl._create_unverified_context() if tls else None
+    clients = []
+    for said in SLOW.values():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting)
+        writer.write(said)
+        clients.append((reader, writer))
+    if tls:  # one that never begins its handshake
+        clients.append(await asyncio.open_connection("127.0.0.1", port))
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(8):
+        await doorway.leave()
+    for _, writer in clients:
+        writer.close()
+    await doorway.aclose()
+
+
+async def test_a_certificate_that_cannot_be_read_does_not_end_the_node(tmp_path: Path) -> None:
+    """It is renewed while vLLM is down, or half of it is there: the one before is served on."""
+    doorway, port = _doorway(tmp_path, tls=True)
+    doorway.open()
+    await doorway.answer()
+    assert (await _ask(port)).status_code == 503
+    for key in (b"garbage", b""):
+        await doorway.leave()
+        (tmp_path / "tls.key").write_bytes(key)
+        await doorway.answer()
+        assert (await _ask(port)).status_code == 503
+    await doorway.leave()
+    (tmp_path / "tls.pem").unlink()
+    await doorway.answer()
+    assert (await _ask(port)).status_code == 503
+    await doorway.aclose()
+
+
+async def test_a_renewed_certificate_is_served_in_the_doorway(tmp_path: Path) -> None:
+    doorway, port = _doorway(tmp_path, tls=True)
+    doorway.open()
+    await doorway.answer()
+    before = await _certificate(port)
+    await doorway.leave()
+    make_certificate(tmp_path)
+    await doorway.answer()
+    assert await _certificate(port) != before
+    await doorway.aclose()
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_anthropics_clients_get_their_form_from_the_doorway(
+    tmp_path: Path, path: str
+) -> None:
+    doorway, port = _doorway(tmp_path, tls=False)
+    doorway.open()
+    await doorway.answer()
+    async with httpx.AsyncClient() as client:
+        answer = await client.post(
+            f"http://127.0.0.1:{port}{path}",
+            json={"model": "lorikeet"},
+            headers={"x-request-id": "mine"},
+        )
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == "overloaded_error"
+    await doorway.aclose()
+
+
+def _doorway(folder: Path, *, tls: bool) -> tuple[Doorway, int]:
+    port = free_port()
+    if not tls:
+        return Doorway(ServingSettings(port=port)), port
+    certificate, key = make_certificate(folder)
+    files = TlsSettings(cert_file=certificate, key_file=key)
+    return Doorway(ServingSettings(port=port, tls=files)), port
+
+
+async def _ask(port: int) -> httpx.Response:
+    async with httpx.AsyncClient(verify=False) as client:
+        return await client.get(f"https://127.0.0.1:{port}/v1/models")
+
+
+async def _certificate(port: int) -> str:
+    return await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port))

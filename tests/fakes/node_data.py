@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_node.experience import ExperienceStore, Feedback, Interaction
+from edge_node.releases.peft_directory import peft_files
 from edge_node.settings import EdgeSettings
 from protos.base import read_base_model
 from protos.lora import LoraTensors, encode
 from protos.manifest import Payload, ReleaseManifest, sha256_hex
 from tests.fakes.identity import make_identity
-from tests.fakes.tiny_model import POSITIONS, answer_ids, prompt_ids, tiny_model, write_peft
+from tests.fakes.tiny_model import POSITIONS, answer_ids, prompt_ids, tiny_model
 
 ANCHOR = {"name": "words", "factory": "tests.fakes.word_environment:NextWord", "anchor": True}
 
@@ -75,7 +76,12 @@ def activate(settings: EdgeSettings, tensors: LoraTensors, version: int) -> Rele
         updates=[],
         created_at="2026-11-22T00:00:00Z",
     )
-    folder = write_peft(tensors, settings.data_dir / "releases/versions" / manifest.digest)
+    folder = settings.data_dir / "releases/versions" / manifest.digest
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = read_base_model(settings.base.path or tiny_model()).module_shapes
+    for name, content in peft_files(tensors, shapes).items():
+        (folder / name).write_bytes(content)
+    (folder / "payload.safetensors").write_bytes(payload)
     (folder / "manifest.json").write_bytes(manifest.to_bytes())
     active = {"release_id": manifest.digest, "label": manifest.label, "path": str(folder)}
     (settings.data_dir / "releases/active.json").write_text(json.dumps(active))

@@ -27,7 +27,8 @@ from openai import (
 from edge_node.access import Scope, create_key, keys_file, revoke_key
 from edge_node.doctor import node_status, run_checks
 from edge_node.errors import ServingError
-from edge_node.experience import ExperienceStore
+from edge_node.experience import open_experience
+from edge_node.experience_settings import ExperienceSettings
 from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.serving import ControlClient, VllmProcess, control_socket
 from edge_node.serving_settings import LimitsSettings, TlsSettings
@@ -74,9 +75,12 @@ async def guarded(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guarded]:
         )
         data_dir.mkdir(parents=True)
         certificate, key = make_certificate(Path(directory))
+        sealing = Path(directory) / "experience.key"
+        sealing.write_text("ab" * 32)
         settings = EdgeSettings(
             data_dir=data_dir,
             base=BaseModelSettings(path=tiny_model()),
+            experience=ExperienceSettings(key_file=sealing),
             serving=ServingSettings(
                 port=free_port(),
                 tls=TlsSettings(cert_file=certificate, key_file=key),
@@ -132,7 +136,7 @@ async def the_node_loads_and_evaluates(guarded: Guarded) -> None:
         result.neither_passed,
     )
     assert sum(outcomes) == 5
-    assert ExperienceStore(guarded.settings.data_dir / "experience.db").counts().interactions == 0
+    assert open_experience(guarded.settings).counts().interactions == 0
 
 
 async def nobody_is_let_in_before_there_is_a_key(guarded: Guarded) -> None:
@@ -192,6 +196,14 @@ async def a_key_does_what_its_scopes_say(guarded: Guarded) -> None:
         for key in (metrics, bob, guarded.key)
     ]
     assert statuses == [403, 404, 200], "bob did not ask"
+    kept = open_experience(guarded.settings).interaction(answer.id)
+    assert kept is not None
+    assert kept.answer == answer.choices[0].message.content
+    written = b"".join(
+        file.read_bytes() for file in guarded.settings.data_dir.glob("experience.db*")
+    )
+    assert b'"role"' not in written, "vLLM's process seals what it keeps"
+    assert answer.id.encode() in written
 
 
 async def a_revoked_key_is_refused_within_two_seconds(guarded: Guarded) -> None:

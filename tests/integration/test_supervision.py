@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from edge_node.experience import ExperienceStore
 from edge_node.identity import Identity
 from edge_node.problems import Problems
+from edge_node.proof import make_proof
 from edge_node.releases.evaluation import Evaluator
 from edge_node.releases.probation import Probation, avoided_releases
 from edge_node.releases.store import ReleaseStore
@@ -139,7 +140,8 @@ async def node(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Node]:
             control = ControlClient(socket)
             watcher = ReleaseWatcher(
                 settings, channel, store, vllm, control, Evaluator(control.requests, {}),
-                fleet_pb2.NodeStatus, tuple, probation,
+                fleet_pb2.NodeStatus, tuple,
+                proof=make_proof(settings, base, store, control), probation=probation,
             )  # fmt: skip
             tasks = [asyncio.create_task(vllm.run()), asyncio.create_task(watcher.run())]
             try:
@@ -310,6 +312,7 @@ async def an_engine_that_hangs_is_started_again(node: Node, text: str) -> None:
     problems = {problem.room: problem for problem in Problems(node.settings.data_dir).current()}
     assert "hung: 2 probes of 8 s without a token" in problems["serving"].text
     await node.vllm.wait_ready()
+    await node.serves(0)
     answer = (await node.http.post(CHAT, json=QUESTION)).json()
     assert answer["choices"][0]["message"]["content"] == text
 

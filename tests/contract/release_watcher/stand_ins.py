@@ -13,6 +13,7 @@ import grpc
 
 from edge_node.problems import Problem, Problems
 from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.loaded import Proves
 from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore
 from edge_node.releases.watcher import ReleaseWatcher
@@ -64,9 +65,12 @@ class Control:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
 
-    async def load(self, name: str, path: Path) -> None:
+    async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
         assert (path / "adapter_config.json").is_file()
         self.calls.append(("load", name))
+
+    async def expect_held(self, name: str) -> None:
+        return None
 
     async def point(self, name: str) -> None:
         self.calls.append(("point", name))
@@ -127,6 +131,7 @@ async def watching(
     environments: Any = IDLE,
     evaluation_url: str = "http://127.0.0.1:9",
     probation: Probation | None = None,
+    proof: Proves | None = None,
     made: list[ReleaseWatcher] | None = None,
     **settings: Any,
 ) -> AsyncIterator[asyncio.Task[None]]:
@@ -140,6 +145,7 @@ async def watching(
         Evaluator(at(evaluation_url), dict(environments)),
         fleet_pb2.NodeStatus,
         tuple,
+        proof=proof,
         probation=probation,
     )
     if made is not None:

@@ -123,7 +123,7 @@ async def test_a_canary_that_cannot_be_loaded_or_ends_vllm_leaves_stable_alone(
     broken = [True]
 
     class Refusing(Control):
-        async def load(self, name: str, path: Path) -> None:
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
             if broken and name == names[1]:
                 raise ServingError("vLLM refused the adapter")
             await super().load(name, path)

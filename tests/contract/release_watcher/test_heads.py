@@ -213,7 +213,7 @@ async def test_a_release_that_cannot_be_served_is_a_problem_until_it_is(
     broken = [True]
 
     class Refusing(Control):
-        async def load(self, name: str, path: Path) -> None:
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
             if broken:
                 raise ServingError("vLLM refused the adapter")
             await super().load(name, path)

@@ -51,7 +51,7 @@ async def test_central_hears_the_channel_and_what_is_wrong_with_its_release(
     broken = [True]
 
     class Refusing(Control):
-        async def load(self, name: str, path: Path) -> None:
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
             if broken:
                 raise ServingError("vLLM refused the adapter")
             await super().load(name, path)
@@ -95,7 +95,7 @@ async def test_old_news_of_a_former_process_is_no_trouble_of_a_canary(
     waits = asyncio.Event()
 
     class Slow(Control):
-        async def load(self, name: str, path: Path) -> None:
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
             await waits.wait()
             await super().load(name, path)
 

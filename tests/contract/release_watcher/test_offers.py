@@ -51,7 +51,7 @@ async def test_of_the_offers_that_wait_only_the_newest_is_evaluated(
     central, heard = Central(payload, events, cuts=0), asyncio.Event()
 
     class Slow(Control):
-        async def load(self, name: str, path: Path) -> None:
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
             await heard.wait()
             await super().load(name, path)
 
@@ -180,7 +180,7 @@ async def test_an_evaluation_that_takes_too_long_is_a_problem_with_the_time_it_h
     store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect
 ) -> None:
     class Hanging(Control):
-        async def load(self, name: str, path: Path) -> None:
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
             await asyncio.Event().wait()
 
     payload = make_payload()

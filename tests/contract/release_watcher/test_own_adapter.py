@@ -13,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import load_file
 
+from edge_node.errors import NotHeld, ServingError
 from edge_node.learning import own as learning_own
 from edge_node.learning.own import keep_own
 from edge_node.problems import Problems
@@ -37,8 +38,16 @@ GAIN = {"held_out_tasks": 32.0, "held_out_start": 0.25, "held_out_policy": 0.5}
 
 
 class OwnControl(Control):
+    """Like vLLM's alias table, it forgets the own adapter when the alias moves."""
+
+    answers: str | None = None
+
     async def own(self, name: str | None) -> None:
         self.calls.append(("own", name or ""))
+        self.answers = name
+
+    async def state(self) -> Any:
+        return SimpleNamespace(own=self.answers)
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +118,25 @@ async def test_it_is_served_on_its_start_and_gone_with_it(
     assert trouble(store) == {}
 
 
+async def test_it_answers_again_when_the_alias_moved_away_and_back(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
+) -> None:
+    """In less time than the node takes to look."""
+    payload, heads, _ = releases(store, key, 1)
+    stored = store.install(heads[0], payload)
+    store.activate(stored)
+    keep(tmp_path, store, stored.release_id, "r1")
+    control = OwnControl()
+    async with watching(store, await connect(Naming(payload)), control, releases=SETTINGS):
+        await until(lambda: ("own", "lorikeet@own-r1") in control.calls)
+        control.calls.clear()
+        control.answers = None
+        await until(lambda: ("own", "lorikeet@own-r1") in control.calls)
+        await asyncio.sleep(0.1)
+        assert ("unload", "lorikeet@own-r1") not in control.calls
+    assert trouble(store) == {}
+
+
 async def test_one_that_ends_vllm_is_left(
     store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
 ) -> None:
@@ -127,6 +155,55 @@ async def test_one_that_ends_vllm_is_left(
         await asyncio.sleep(0.1)
         assert ("load", "lorikeet@own-r1") not in control.calls
         assert ("point", names[0]) in control.calls
+
+
+async def test_one_that_ends_vllm_while_it_is_loaded_is_left(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
+) -> None:
+    payload, heads, _ = releases(store, key, 1)
+    stored = store.install(heads[0], payload)
+    store.activate(stored)
+    keep(tmp_path, store, stored.release_id, "r1")
+
+    class Ending(OwnControl):
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
+            await super().load(name, path, proved=proved)
+            if "own" in name:
+                Vllm.generation += 1
+                raise ServingError("vLLM does not answer.")
+
+    control = Ending()
+    async with watching(store, await connect(Naming(payload)), control, releases=SETTINGS):
+        await until(lambda: "vLLM ended 2 times" in str(trouble(store).get("own-adapter")))
+        control.calls.clear()
+        await asyncio.sleep(0.2)
+        assert control.calls == []
+
+
+async def test_one_that_vllms_workers_do_not_hold_answers_nobody(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
+) -> None:
+    payload, heads, _ = releases(store, key, 1)
+    stored = store.install(heads[0], payload)
+    store.activate(stored)
+    keep(tmp_path, store, stored.release_id, "r1")
+
+    class Wrong(OwnControl):
+        hidden = True
+
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
+            await super().load(name, path, proved=proved)
+            self.hidden = not proved
+
+        async def expect_held(self, name: str) -> None:
+            raise NotHeld("1 of its 1 modules is not held")
+
+    control = Wrong()
+    async with watching(store, await connect(Naming(payload)), control, releases=SETTINGS):
+        await until(lambda: ("unload", "lorikeet@own-r1") in control.calls)
+        await until(lambda: "is not held" in str(trouble(store).get("own-adapter")))
+    assert control.hidden
+    assert ("own", "lorikeet@own-r1") not in control.calls
 
 
 async def test_without_a_policy_for_it_nothing_is_served(

@@ -10,9 +10,10 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from edge_node.errors import NotProved, ServingError
+from edge_node.errors import Damaged, NotProved, ServingError
 from edge_node.figures.tally import TALLY
 from edge_node.releases.evaluation import Evaluator
+from edge_node.releases.probation import Probation
 from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.releases.watcher import ReleaseWatcher
 from edge_node.settings import EdgeSettings
@@ -41,8 +42,13 @@ class Proofs:
         self.wrong_answers: set[int] = set()
         self.calls: list[tuple[Any, ...]] = []
         self.closed = False
+        self.damaged: list[int] = []
+        """How many times it finds a directory damaged."""
 
     async def load(self, name: str, release: StoredRelease) -> None:
+        if self.damaged:
+            self.damaged = [self.damaged[0] - 1] if self.damaged[0] > 1 else []
+            raise Damaged(f"Release {release.label} is damaged on disk")
         await self.control.load(name, release.path)
         if release.manifest.version in self.wrong_weights:
             raise NotProved("3 of its modules are not held")
@@ -63,7 +69,13 @@ class Proofs:
 
 
 class Node:
-    def __init__(self, store: ReleaseStore, channel: grpc.aio.Channel, tmp_path: Path) -> None:
+    def __init__(
+        self,
+        store: ReleaseStore,
+        channel: grpc.aio.Channel,
+        tmp_path: Path,
+        probation: Probation | None = None,
+    ) -> None:
         self.control, self.vllm = Control(), Vllm()
         self.proofs = Proofs(self.control)
         self.watcher = ReleaseWatcher(
@@ -76,6 +88,7 @@ class Node:
             fleet_pb2.NodeStatus,
             tuple,
             proof=self.proofs,
+            probation=probation,
         )
 
     async def __aenter__(self) -> Node:
@@ -146,6 +159,51 @@ async def test_a_start_serves_the_newest_release_that_is_proved(
         assert all(not made for *_, made in node.proofs.calls if made in (True, False))
 
 
+async def test_a_release_that_was_not_proved_is_not_to_blame_for_an_end_of_vllm(
+    store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
+) -> None:
+    payload = make_payload()
+    good, bad = (store.install(make_signed(key, payload, version=n), payload) for n in (1, 2))
+    store.activate(good)
+    probation = Probation(EdgeSettings(data_dir=tmp_path), store)
+    probation.switching(bad)
+    store.activate(bad)
+    async with Node(store, await connect(Central(payload, [])), tmp_path, probation) as node:
+        node.proofs.wrong_answers.add(2)
+        await until(lambda: node.pointed() == [f"lorikeet@{good.label}"])
+        await until(lambda: bad.release_id not in probation.needed)
+    assert not probation.ended("killed by SIGKILL", served=True)
+    assert probation.why_avoided(bad.release_id) is None
+
+
+async def test_a_damaged_release_stays_until_central_can_give_it_again(
+    store: ReleaseStore,
+    key: ec.EllipticCurvePrivateKey,
+    connect: Connect,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk that could not be read for a moment must not cost the only release."""
+    monkeypatch.setattr("edge_node.releases.watcher.HEAD_RETRY_LAST_S", 0.05)
+    payload = make_payload()
+    signed = make_signed(key, payload)
+    stored = store.install(signed, payload)
+    store.activate(stored)
+    alone = Central(payload, [], cuts=0)
+    async with Node(store, await connect(alone), tmp_path) as node:
+        node.proofs.damaged = [5]
+        await until(lambda: not node.proofs.damaged and bool(node.pointed()))
+        assert stored.path.exists()
+    assert alone.offsets == []
+    named_again = Central(payload, [head_event(signed)], cuts=0)
+    async with Node(store, await connect(named_again), tmp_path) as node:
+        node.proofs.damaged = [1000]
+        await until(lambda: bool(named_again.offsets))
+        assert "damaged on disk" in trouble(store)["releases"].text
+        node.proofs.damaged = []
+        await until(lambda: bool(node.pointed()))
+
+
 async def test_a_start_without_any_proved_release_points_nowhere_and_says_so(
     store: ReleaseStore, key: ec.EllipticCurvePrivateKey, connect: Connect, tmp_path: Path
 ) -> None:
@@ -188,7 +246,7 @@ async def test_a_start_goes_back_to_its_release_when_the_head_fails_too(
     async with Node(store, await connect(central), tmp_path) as node:
         failures, real = [1], node.control.load
 
-        async def load(name: str, path: Path) -> None:
+        async def load(name: str, path: Path, *, proved: bool = True) -> None:
             if failures and node.watcher._head is not None:
                 failures.pop()
                 raise ServingError("vLLM's control socket did not answer")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from edge_node.errors import ServingError
 from edge_node.releases.probation import Probation
-from edge_node.releases.store import ReleaseStore
+from edge_node.releases.store import ReleaseStore, StoredRelease
 from edge_node.settings import EdgeSettings, ReleasesSettings
 from protos.fleet.v1 import fleet_pb2
 from protos.releases.v1 import releases_pb2
@@ -80,6 +81,97 @@ async def test_a_way_back_does_not_wait_for_the_download_of_what_it_replaces(
         await central.heads.put(third)
         await until(lambda: ("point", names[2]) in control.calls)
     assert central.offsets[-1] == 10, "it goes on where it was"
+
+
+class Answers:
+    """A proof that asks vLLM, which is busy; satisfies loaded.Proves."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self.asked: list[str] = []
+        self.loaded: list[str] = []
+
+    async def load(self, name: str, release: StoredRelease) -> None:
+        self.loaded.append(name)
+        await self._control.load(name, release.path, proved=False)
+
+    async def expect(
+        self, name: str, release: StoredRelease, before: StoredRelease | None, *, made: bool = True
+    ) -> None:
+        self.asked.append(name)
+
+    def prepare(self, release: StoredRelease, before: StoredRelease | None) -> None:
+        return None
+
+    async def aclose(self) -> None:
+        return None
+
+
+async def test_a_way_back_does_not_wait_for_a_proof_that_this_vllm_has_had(
+    store: ReleaseStore,
+    key: ec.EllipticCurvePrivateKey,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Comparing takes as long as the weights are large; canaries stand behind users' requests."""
+    monkeypatch.setattr("edge_node.releases.watcher.LOOK_PERIOD_S", 0.02)
+    monkeypatch.setattr(Vllm, "generation", 1)
+    payload = make_payload()
+    central, control = Naming(payload), Control()
+    proof = Answers(control)
+    first, second = [make_signed(key, payload, version=number) for number in (1, 2)]
+    names = [f"lorikeet@{store.check(signed).label}" for signed in (first, second)]
+    async with watching(store, await connect(central), control, proof=proof):
+        for number, signed in enumerate((first, second, first)):
+            control.calls.clear()
+            await central.heads.put(signed)
+            name = names[number % 2]
+            await until(lambda name=name: ("point", name) in control.calls)
+        assert proof.asked == names
+        assert proof.loaded == names
+        assert ("load", names[0]) in control.calls, "it may have been unloaded meanwhile"
+        Vllm.generation = 2  # another vLLM has proved nothing
+        control.calls.clear()
+        await until(lambda: ("point", names[0]) in control.calls)
+        assert proof.asked == [*names, names[0]]
+        await central.heads.put(second)
+        await until(lambda: ("point", names[1]) in control.calls)
+        assert proof.asked == [*names, *names]
+
+
+async def test_what_has_to_be_loaded_again_is_proved_again(
+    store: ReleaseStore,
+    key: ec.EllipticCurvePrivateKey,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM forgot it, so that the alias cannot point at it."""
+    monkeypatch.setattr("edge_node.releases.watcher.LOOK_PERIOD_S", 0.02)
+    monkeypatch.setattr("edge_node.releases.watcher.RETRY_FIRST_S", 0.02)
+    payload = make_payload()
+
+    class Forgetful(Control):
+        forgets = False
+
+        async def point(self, name: str) -> None:
+            if self.forgets:
+                self.forgets = False
+                raise ServingError(f"{name} is not loaded")
+            await super().point(name)
+
+    central, control = Naming(payload), Forgetful()
+    proof = Answers(control)
+    first, second = [make_signed(key, payload, version=number) for number in (1, 2)]
+    names = [f"lorikeet@{store.check(signed).label}" for signed in (first, second)]
+    async with watching(store, await connect(central), control, proof=proof):
+        for number, signed in enumerate((first, second)):
+            await central.heads.put(signed)
+            await until(lambda number=number: ("point", names[number]) in control.calls)
+        control.calls.clear()
+        control.forgets = True
+        await central.heads.put(first)
+        await until(lambda: ("point", names[0]) in control.calls)
+    assert proof.asked == [*names, names[0]]
 
 
 async def test_a_way_back_does_not_wait_for_another_versions_load(tmp_path: Path) -> None:
@@ -159,7 +251,7 @@ async def test_a_head_is_not_unloaded_before_it_is_pointed_at(
     class Slow(Control):
         """The head is loaded; the collector comes before it is pointed at."""
 
-        async def load(self, name: str, path: Path) -> None:
+        async def load(self, name: str, path: Path, *, proved: bool = True) -> None:
             await real(self, name, path)
             if name == oldest:
                 watcher[0]._spare.set()

@@ -90,8 +90,11 @@ def test_lines_for_people() -> None:
             round=None,
             outbox={},
             loaded=[V1],
+            versions={V1: {"requests": 3, "errors": 1, "seconds": 0.25}, "base@0": {"requests": 1}},
         )
     )
+    assert f"answers of {V1} requests 3, errors 1, seconds 0.25" in text
+    assert "answers of base@0" in text
     assert f"lorikeet -> {V1}" in text
     assert "12 s ago (2026-11-27T11:59:48+00:00)" in text
     assert "access auto, valid 2" in text
