@@ -107,7 +107,7 @@ class Redaction:
         correction = feedback.correction
         if correction is not None and feedback.form == "tool_calls":
             calls = json.loads(correction)
-            if (kept := _Budget(self, MOST_CHARACTERS).anything(calls)) != calls:
+            if (kept := _Budget(self, MOST_CHARACTERS, has_parts=False).anything(calls)) != calls:
                 correction = json.dumps(kept)
         elif correction is not None:
             correction = self.text(correction)
@@ -208,9 +208,11 @@ def _put(text: str, spans: Iterable[Span], begins: int = 0) -> str:
 class _Budget:
     """The texts of one interaction, of which only so many characters are searched."""
 
-    def __init__(self, redaction: Redaction, characters: int) -> None:
+    def __init__(self, redaction: Redaction, characters: int, *, has_parts: bool = True) -> None:
+        """has_parts: a `type` in a list says what is no text. Of other JSON it is a word."""
         self._redaction = redaction
         self._left = characters
+        self._has_parts = has_parts
 
     def text(self, text: str) -> str:
         self._left -= len(text)
@@ -236,7 +238,7 @@ class _Budget:
         return value
 
     def _part(self, part: Any) -> Any:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = part.get("type") if self._has_parts and isinstance(part, dict) else None
         if isinstance(kind, str) and "role" not in part and kind not in TEXT_PARTS | {"function"}:
             return {"type": self.text(kind)}
         return self.anything(part)

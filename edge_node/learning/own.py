@@ -1,6 +1,6 @@
 """Keeps a round's adapter on this node, where its local gate found it better than its start.
 
-In: a trained round, before its update is handed over. Out: a PEFT directory of release and
+In: a trained round whose update is in the outbox. Out: a PEFT directory of release and
 increment side by side, and the record that the supervisor serves it from (releases/own.py).
 Guarantees: the directory is whole before the record names it; a full disk or a rank that vLLM would
 refuse costs this adapter, not the round.

@@ -19,6 +19,7 @@ from edge_node.doctor import node_status
 from edge_node.experience import ExperienceStore, Feedback, Interaction
 from edge_node.learning import round as learning_round
 from edge_node.learning.records import RoundStore
+from edge_node.learning.steering import NodeSteering
 from edge_node.learning.training import TrainedRound
 from edge_node.learning.worker import Worker
 from edge_node.problems import Problem, Problems
@@ -170,8 +171,10 @@ def test_without_environments_nothing_is_asked(
     """There is no vLLM at all."""
     settings = node(tmp_path, answers["before"])
     none = EdgeSettings.model_validate(settings.model_dump() | {"environments": []})
+    Problems(settings.data_dir).report("local-gate", "of the settings of before", "none")
     assert Worker(none, NODE_ID).step()
     assert sent(none).keys() == METRICS.keys()
+    assert not Problems(settings.data_dir).current()
 
 
 def test_what_cannot_be_judged_stops_no_round_and_status_says_so(
@@ -247,6 +250,51 @@ def test_a_round_that_would_supersede_ends_when_the_node_moves_on(
     assert len(outbox_of(settings).list()) == 1
     (end, _) = RoundStore(settings.data_dir / "learning").ends()
     assert (end.state, end.result) == ("given up", "obsolete before the local gate asked desk")
+
+
+@pytest.mark.parametrize("asked", [1, 129])
+def test_what_is_deleted_while_the_gate_asks_ends_the_round_for_that_reason_alone(
+    tmp_path: Path, answers: dict[str, Path], moves: None, asked: int
+) -> None:
+    """So the next round learns from what is left, whatever the gate would have said."""
+    settings = node(tmp_path, answers["before"])
+    with sampling_vllm(settings) as (vllm, _):
+        heard = vllm.hears
+
+        def deletes(body: dict[str, Any]) -> None:
+            heard(body)
+            if len(vllm.requests) == asked:
+                store = ExperienceStore(settings.data_dir / "experience.db")
+                store.delete("c-0")
+                store.close()
+
+        vllm.hears = deletes  # type: ignore[method-assign, assignment]
+        assert Worker(settings, NODE_ID).step()
+    assert not outbox_of(settings).list()
+    assert not Problems(settings.data_dir).current()
+    rounds = RoundStore(settings.data_dir / "learning")
+    (end,) = rounds.ends()
+    when = "before the local gate asked desk" if asked == 1 else "after the local gate"
+    assert (end.state, end.result) == ("given up", f"obsolete {when}")
+    assert rounds.cursors()["sft"] == 0, "all that is left is news"
+
+
+def test_the_gate_begins_in_a_window_only(
+    tmp_path: Path, answers: dict[str, Path], moves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = node(tmp_path, answers["after"])
+    worker = Worker(settings, NODE_ID)
+    with sampling_vllm(settings) as (vllm, _):
+        monkeypatch.setattr(NodeSteering, "must_pause", lambda self: True)
+        assert worker.step()
+        assert not vllm.requests
+        assert RoundStore(settings.data_dir / "learning").unfinished() is not None
+        monkeypatch.undo()
+        monkeypatch.setattr(learning_round, "TRAIN", {})
+        trained = TrainedRound(MOVED, METRICS, None)
+        monkeypatch.setattr(learning_round, "train_on_feedback", lambda *_: trained)
+        assert worker.step()
+    assert sent(settings)["held_out_tasks"] == 32
 
 
 @pytest.mark.slow

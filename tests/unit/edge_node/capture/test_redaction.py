@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 
@@ -223,3 +224,17 @@ async def test_a_body_of_64_mib_takes_seconds_and_does_not_hold_up_the_loop(unit
     assert [message["content"] for message in kept[1:]] == ["[LONG]"] * 15
     assert time.process_time() - begins < 20
     assert longest < 1  # other processes share the cores
+
+
+def test_a_type_in_the_arguments_of_corrected_tool_calls_hides_nothing() -> None:
+    items = [{"type": "shirt", "size": 4}, {"type": "image_url", "to": "me"}]
+    calls = [{"function": {"name": "order", "arguments": {"items": items}}}]
+    said = Feedback("chatcmpl-1", None, json.dumps(calls), form="tool_calls")
+    kept = make_redaction().feedback(said)
+    assert (kept.correction, kept.redacted) == (said.correction, False)
+    items[0]["to"] = "bob@example.org"
+    kept = make_redaction().feedback(dataclasses.replace(said, correction=json.dumps(calls)))
+    assert json.loads(kept.correction or "")[0]["function"]["arguments"]["items"][0] == {
+        "type": "shirt", "size": 4, "to": "[EMAIL]",
+    }  # fmt: skip
+    assert kept.redacted
