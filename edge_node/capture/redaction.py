@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from edge_node.capture.patterns import Patterns, Span
 from edge_node.capture.token_texts import Texts
-from edge_node.errors import SettingsError
+from edge_node.errors import SettingsError, StorageError
 from edge_node.experience import Choice, EpisodeFeedback, Feedback, Interaction, Said
 from edge_node.experience.usable import NOT_REDACTABLE
 
@@ -92,11 +92,17 @@ class Redaction:
         return replace(interaction, messages=messages, answer=answer, **ids)
 
     def said(self, said: Said) -> Said:
-        """Any feedback as it may be kept."""
-        if isinstance(said, Feedback):
-            return self.feedback(said)
-        if isinstance(said, EpisodeFeedback) and said.comment is not None:
-            return replace(said, comment=self.text(said.comment))
+        """Any feedback as it may be kept. Raises StorageError when the redactor raises."""
+        try:
+            if isinstance(said, Feedback):
+                return self.feedback(said)
+            if isinstance(said, EpisodeFeedback) and said.comment is not None:
+                return replace(said, comment=self.text(said.comment))
+        except Exception as error:  # an operator's code may raise anything, and quote what it read
+            raise StorageError(
+                f"The redactor of EDGE_CAPTURE__REDACTION raised {type(error).__name__}, so the "
+                "feedback was not kept. Correct the redactor, and restart the node."
+            ) from None
         return said
 
     def feedback(self, feedback: Feedback) -> Feedback:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from edge_node.capture import Redaction, Span, TokenTexts, load_redactor
 from edge_node.capture.redaction import MOST_CHARACTERS
-from edge_node.errors import SettingsError
-from edge_node.experience import Choice, Feedback, Interaction
+from edge_node.errors import SettingsError, StorageError
+from edge_node.experience import Choice, EpisodeFeedback, Feedback, Interaction
 from edge_node.experience.usable import NOT_REDACTABLE
 from tests.fakes.gateway import Letters
 
@@ -238,3 +238,23 @@ def test_a_type_in_the_arguments_of_corrected_tool_calls_hides_nothing() -> None
         "type": "shirt", "size": 4, "to": "[EMAIL]",
     }  # fmt: skip
     assert kept.redacted
+
+
+class Raises:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def find(self, text: str) -> list[Span]:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [ValueError(MAIL), RuntimeError(MAIL)])
+def test_a_redactor_that_raises_on_feedback_is_no_fault_of_the_client_and_quotes_nobody(
+    error: Exception,
+) -> None:
+    redaction = Redaction(Raises(error), Letters())
+    for said in (Feedback("chatcmpl-1", 1.0, comment=MAIL), EpisodeFeedback("e", 1.0, MAIL)):
+        with pytest.raises(StorageError, match=f"raised {type(error).__name__}") as raised:
+            redaction.said(said)
+        assert "bob" not in str(raised.value)
+        assert raised.value.__suppress_context__
