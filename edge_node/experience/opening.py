@@ -14,9 +14,7 @@ from edge_node.settings import EdgeSettings
 FILE_NAME = "experience.db"
 
 
-def describe_experience(
-    settings: EdgeSettings, *, busy_timeout_s: float = BUSY_TIMEOUT_S
-) -> str:
+def describe_experience(settings: EdgeSettings, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> str:
     """How much is kept and how, for `doctor`; makes nothing. Raises as `open_experience`."""
     bounds, sealing = settings.experience, read_key_file(settings.experience.key_file)
     days, mib = bounds.retention_days, bounds.max_mib
