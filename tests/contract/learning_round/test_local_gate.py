@@ -140,12 +140,17 @@ def test_a_round_that_makes_an_environment_worse_is_not_sent_whatever_its_method
 
 
 def test_a_round_that_passes_says_what_was_counted(
-    tmp_path: Path, answers: dict[str, Path], moves: None
+    tmp_path: Path, answers: dict[str, Path], moves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = node(tmp_path, answers["after"])
+    settings, kept = node(tmp_path, answers["after"]), []
     Problems(settings.data_dir).report("local-gate", "of the round before", "none")
+    # Nothing may be served of a round that is still cancelled, or dropped, after a crash.
+    monkeypatch.setattr(
+        learning_round, "keep_own", lambda *_: kept.append(len(outbox_of(settings).list()))
+    )
     with sampling_vllm(settings) as (vllm, _):
         assert Worker(settings, NODE_ID).step()
+    assert kept == [1], "once, and its update is in the outbox"
     metrics = sent(settings)
     assert metrics["held_out_tasks"] == metrics["anchor_tasks"] == 32
     assert (metrics["held_out_policy"], metrics["held_out_worse"]) == (1, 0)
