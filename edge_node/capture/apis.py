@@ -2,7 +2,8 @@
 
 In: the request and the parsed answer of /v1/responses or /v1/messages (its events where it was
 streamed). Out: the same in the form of chat completions; no parts for an answer that did not come
-to its end, unless its client left it. Raises LookupError or its kin for what vLLM does not send. Pure.
+to its end, unless its client left it. Raises LookupError or its kin for what vLLM does not send.
+Pure.
 """
 
 from __future__ import annotations
