@@ -24,7 +24,7 @@ from typing import TypeVar
 from edge_node.base_model import read_base
 from edge_node.environments import Agents, AnyEnvironment, EnvironmentProcess
 from edge_node.episodes import read_rules
-from edge_node.errors import EnvironmentFault, NoLikelihood, ServingError
+from edge_node.errors import ServingError
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.policies import Policies, read_release, sweep
 from edge_node.learning.records import NoGain
@@ -167,7 +167,7 @@ def _compare_all(
                         continue
                     ask = partial(_compare, evaluator, name, policy, settings, place)
                     compared += _tried(ask, control, place.beat)
-                except (EnvironmentFault, NoLikelihood, ServingError) as error:
+                except Exception as error:  # a chat template may raise anything on its messages
                     if isinstance(error, ServingError) and not _answers(control):
                         raise
                     unjudged[name] = words(error)

@@ -16,6 +16,7 @@ import pytest
 
 from edge_node import rounds as node_rounds
 from edge_node.doctor import node_status
+from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore, Feedback, Interaction
 from edge_node.learning import round as learning_round
 from edge_node.learning.records import RoundStore
@@ -23,6 +24,7 @@ from edge_node.learning.steering import NodeSteering
 from edge_node.learning.training import TrainedRound
 from edge_node.learning.worker import Worker
 from edge_node.problems import Problem, Problems
+from edge_node.releases.evaluation import Evaluator
 from edge_node.settings import EdgeSettings
 from protos.lora import LoraTensors
 from protos.manifest import UpdateManifest
@@ -200,6 +202,31 @@ def test_what_cannot_be_judged_stops_no_round_and_status_says_so(
         assert Worker(settings, NODE_ID).step()
     assert sent(settings)["gate_unjudged"] == 2
     assert "was not judged on words, desk. vLLM answered 400" in problem(settings).text
+
+
+@pytest.mark.parametrize("error", [SettingsError("It holds more than text."), KeyError("w8")])
+def test_a_template_that_refuses_a_task_stops_no_round(
+    tmp_path: Path,
+    answers: dict[str, Path],
+    moves: None,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    compare = Evaluator.compare
+
+    async def refuses(self: Evaluator, name: str, *others: Any) -> Any:
+        if name == "desk":
+            raise error
+        return await compare(self, name, *others)
+
+    monkeypatch.setattr(Evaluator, "compare", refuses)
+    settings = node(tmp_path, answers["before"])
+    with sampling_vllm(settings):
+        assert Worker(settings, NODE_ID).step()
+    assert (sent(settings)["gate_unjudged"], sent(settings)["anchor_tasks"]) == (1, 32)
+    text = problem(settings).text
+    assert "was not judged on desk. " in text
+    assert "w8" not in text
 
 
 def test_a_policy_that_vllm_cannot_serve_is_sent_unjudged(
