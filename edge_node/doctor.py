@@ -368,7 +368,7 @@ async def _check_access(settings: EdgeSettings) -> str:
 
 async def _check_experience(settings: EdgeSettings) -> str:
     load_redactor(settings.capture.redaction)
-    return await asyncio.to_thread(describe_experience, settings)
+    return await asyncio.to_thread(describe_experience, settings, busy_timeout_s=STORE_TIMEOUT_S)
 
 
 async def _serving_state(settings: EdgeSettings) -> ControlState:

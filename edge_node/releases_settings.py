@@ -26,8 +26,8 @@ class ReleasesSettings(Group):
     keep: int = Field(default=8, ge=2)
     """Newest release directories that stay loaded and on disk."""
     serve: Literal["release", "best"] = "release"
-    """Which adapter answers the alias. best: the node's own newest one, while a grpo round's local
-    gate found it better than the release that is served; else that release.
+    """Which adapter answers the alias. best: the node's own newest one, while the local gate of its
+    round found it better than the release that is served; else that release.
     """
     serve_keys: dict[str, Literal["release", "best"]] = Field(default_factory=dict)
     """The same for the requests of single access keys, by the key's name, as a JSON object. Give

@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from edge_node.capture.apis import as_chat
+from edge_node.capture.apis import LEFT, as_chat
 from edge_node.capture.served import Generation, Served
 from edge_node.experience import Choice, Interaction
 from edge_node.experience.usable import ABORTED, NOT_ONE_PROMPT, NOT_ONLY_TEXT
-
-ABORTED_REASON = "abort"
-"""Finish reason of an answer whose client went away."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,12 @@ def to_interaction(finished: Finished) -> Interaction | None:
     if finished.aborted:
         body = body[: body.rfind(b"\n\n") + 1]  # whole events
     sent = list(_events(body)) if finished.streamed else [json.loads(body)]
-    request, parts = as_chat(finished.endpoint, finished.request, sent)
+    request, parts = as_chat(finished.endpoint, finished.request, sent, aborted=finished.aborted)
     if not parts or any("error" in part for part in parts):
         return None
     text, finish_reason = _first_choice(parts)
     if finished.aborted:
-        finish_reason = ABORTED_REASON
+        finish_reason = LEFT
     if finish_reason is None:
         return None
     prompt = request.get("prompt")

@@ -2,7 +2,8 @@
 
 In: the request and the parsed answer of /v1/responses or /v1/messages (its events where it was
 streamed). Out: the same in the form of chat completions; no parts for an answer that did not come
-to its end. Raises LookupError or its kin for what vLLM does not send. Pure.
+to its end, unless its client left it. Raises LookupError or its kin for what vLLM does not send.
+Pure.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ REASONS = {
     "incomplete": "length",
 }
 """How an answer ended, in each API's words and in chat's."""
+LEFT = "abort"
+"""Finish reason of an answer whose client went away."""
 
 
-def as_chat(endpoint: str, request: Part, parts: list[Part]) -> tuple[Part, list[Part]]:
-    """Request and parts, which are as they were for chat and completions."""
+def as_chat(
+    endpoint: str, request: Part, parts: list[Part], *, aborted: bool = False
+) -> tuple[Part, list[Part]]:
+    """Request and parts, which are as they were for chat and completions.
+
+    aborted: the parts end where the client went away.
+    """
     if endpoint == RESPONSES:
-        return request | {"messages": _asked_responses(request)}, _response(parts)
+        made = _left_response(parts) if aborted else _response(parts)
+        return request | {"messages": _asked_responses(request)}, made
     if endpoint == MESSAGES:
-        return request | {"messages": _asked_messages(request)}, _message(parts)
+        return request | {"messages": _asked_messages(request)}, _message(parts, aborted)
     return request, parts
 
 
@@ -65,12 +74,20 @@ def _response(parts: list[Part]) -> list[Part]:
     return [_whole(response, "".join(texts), calls, reason)]
 
 
-def _message(parts: list[Part]) -> list[Part]:
-    """`parts`: the message, or the events of its stream."""
-    if any(part.get("type") == "error" for part in parts):
+def _left_response(parts: list[Part]) -> list[Part]:
+    """`parts`: the first events of a stream; its text as far as it came."""
+    if not parts or "response" not in parts[0]:
         return []
-    message = _gathered(parts) if parts and parts[0].get("type") != "message" else parts[0]
-    reason = REASONS.get(message.get("stop_reason") or "")
+    text = "".join(part["delta"] for part in parts if part["type"] == "response.output_text.delta")
+    return [_whole(parts[0]["response"], text, [], LEFT)]
+
+
+def _message(parts: list[Part], aborted: bool) -> list[Part]:
+    """`parts`: the message, or the events of its stream."""
+    if not parts or any(part.get("type") == "error" for part in parts):
+        return []
+    message = parts[0] if parts[0].get("type") == "message" else _gathered(parts)
+    reason = REASONS.get(message.get("stop_reason") or "", LEFT if aborted else None)
     if reason is None:
         return []
     blocks = message["content"]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from edge_node.capture.patterns import Patterns, Span
 from edge_node.capture.token_texts import Texts
-from edge_node.errors import SettingsError
+from edge_node.errors import SettingsError, StorageError
 from edge_node.experience import Choice, EpisodeFeedback, Feedback, Interaction, Said
 from edge_node.experience.usable import NOT_REDACTABLE
 
@@ -92,11 +92,17 @@ class Redaction:
         return replace(interaction, messages=messages, answer=answer, **ids)
 
     def said(self, said: Said) -> Said:
-        """Any feedback as it may be kept."""
-        if isinstance(said, Feedback):
-            return self.feedback(said)
-        if isinstance(said, EpisodeFeedback) and said.comment is not None:
-            return replace(said, comment=self.text(said.comment))
+        """Any feedback as it may be kept. Raises StorageError when the redactor raises."""
+        try:
+            if isinstance(said, Feedback):
+                return self.feedback(said)
+            if isinstance(said, EpisodeFeedback) and said.comment is not None:
+                return replace(said, comment=self.text(said.comment))
+        except Exception as error:  # an operator's code may raise anything, and quote what it read
+            raise StorageError(
+                f"The redactor of EDGE_CAPTURE__REDACTION raised {type(error).__name__}, so the "
+                "feedback was not kept. Correct the redactor, and restart the node."
+            ) from None
         return said
 
     def feedback(self, feedback: Feedback) -> Feedback:
@@ -107,7 +113,7 @@ class Redaction:
         correction = feedback.correction
         if correction is not None and feedback.form == "tool_calls":
             calls = json.loads(correction)
-            if (kept := _Budget(self, MOST_CHARACTERS).anything(calls)) != calls:
+            if (kept := _Budget(self, MOST_CHARACTERS, has_parts=False).anything(calls)) != calls:
                 correction = json.dumps(kept)
         elif correction is not None:
             correction = self.text(correction)
@@ -208,9 +214,11 @@ def _put(text: str, spans: Iterable[Span], begins: int = 0) -> str:
 class _Budget:
     """The texts of one interaction, of which only so many characters are searched."""
 
-    def __init__(self, redaction: Redaction, characters: int) -> None:
+    def __init__(self, redaction: Redaction, characters: int, *, has_parts: bool = True) -> None:
+        """has_parts: a `type` in a list says what is no text. Of other JSON it is a word."""
         self._redaction = redaction
         self._left = characters
+        self._has_parts = has_parts
 
     def text(self, text: str) -> str:
         self._left -= len(text)
@@ -236,7 +244,7 @@ class _Budget:
         return value
 
     def _part(self, part: Any) -> Any:
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = part.get("type") if self._has_parts and isinstance(part, dict) else None
         if isinstance(kind, str) and "role" not in part and kind not in TEXT_PARTS | {"function"}:
             return {"type": self.text(kind)}
         return self.anything(part)

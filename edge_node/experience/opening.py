@@ -14,7 +14,7 @@ from edge_node.settings import EdgeSettings
 FILE_NAME = "experience.db"
 
 
-def describe_experience(settings: EdgeSettings) -> str:
+def describe_experience(settings: EdgeSettings, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> str:
     """How much is kept and how, for `doctor`; makes nothing. Raises as `open_experience`."""
     bounds, sealing = settings.experience, read_key_file(settings.experience.key_file)
     days, mib = bounds.retention_days, bounds.max_mib
@@ -23,7 +23,7 @@ def describe_experience(settings: EdgeSettings) -> str:
     key = f"encrypted with key {sealing.current}" if sealing.current else "not encrypted"
     held = "nothing is held"
     if (settings.data_dir / FILE_NAME).is_file():
-        store = open_experience(settings)
+        store = open_experience(settings, busy_timeout_s=busy_timeout_s)
         held = f"{store.held_bytes() >> 20} MiB held"
         store.close()
     return f"{held}; {kept}, {size}; {key}; redaction {settings.capture.redaction}"

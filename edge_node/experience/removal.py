@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -133,7 +133,7 @@ def remove(
     _remove_feedback(db, numbers)
     for table in ("choices", "users", "labels"):
         db.execute(f"DELETE FROM {table} WHERE interaction_id IN {among}", of_them)
-    db.execute(f"DELETE FROM waiting WHERE first IN {among} OR second IN {among}", of_them)
+    remove_waiting(db, f"first IN {among} OR second IN {among}", of_them)
     db.execute(f"{tombstones} {among}", of_them)
     return db.execute(f"DELETE FROM interactions WHERE id IN {among}", of_them).rowcount
 
@@ -154,9 +154,16 @@ def _remove_said(db: sqlite3.Connection, selection: Selection) -> None:
             [(row["id"], row["number"], selection.user, now) for row in rows],
         )
         _remove_feedback(db, [(row["number"], row["id"]) for row in rows])
-        db.execute("DELETE FROM waiting WHERE user = ?", (selection.user,))
+        remove_waiting(db, "user = :user", selection.values)
     elif selection.is_age:
-        db.execute("DELETE FROM waiting WHERE created_at < ?", (selection.before,))
+        remove_waiting(db, "created_at < :before", selection.values)
+
+
+def remove_waiting(db: sqlite3.Connection, which: str, values: Mapping[str, str | None]) -> None:
+    """What waits for answers, and what idempotency keys know of it. `which`: a condition."""
+    ids = f"SELECT id FROM waiting WHERE {which}"
+    db.execute(f"DELETE FROM sent WHERE feedback_id IN ({ids})", values)
+    db.execute(f"DELETE FROM waiting WHERE {which}", values)
 
 
 def _remove_feedback(db: sqlite3.Connection, rows: Sequence[tuple[int, str]]) -> None:

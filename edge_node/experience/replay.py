@@ -4,8 +4,9 @@ In: the usable examples by the release that answered, a seed. Out: names of thos
 An interaction does not say which environment it belongs to, so the release stands for the time, and
 each time has the same share: what was frequent lately does not crowd out what was rare or long ago.
 Of each release it is a uniform sample without replacement, as a reservoir holds (Vitter 1985,
-"Random sampling with a reservoir"). It is drawn anew in each round, since the node still has all of
-it, so nothing has to be kept beside the experience, and what was deleted cannot come back.
+"Random sampling with a reservoir"). It is drawn anew in each round from what the node still holds
+(retention.py), so nothing has to be kept beside the experience, and what was deleted cannot come
+back.
 """
 
 from __future__ import annotations

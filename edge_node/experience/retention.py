@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from edge_node.experience.removal import INCREMENTAL, Removal, remove
+from edge_node.experience.removal import INCREMENTAL, Removal, remove, remove_waiting
 from edge_node.experience.usable import TOO_MUCH, TOO_OLD
 
 STEP = 500
@@ -56,7 +56,7 @@ class Retained(Removal):
         """
         before = (datetime.now(UTC) - timedelta(days=days)).isoformat()
         with self._transaction() as db:
-            db.execute("DELETE FROM waiting WHERE created_at < ?", (before,))
+            remove_waiting(db, "created_at < :before", {"before": before})
         removed = 0
         while count := self._remove_step(OLD, {"before": before, "step": STEP}, TOO_OLD, reads):
             removed += count

@@ -24,11 +24,12 @@ from typing import TypeVar
 from edge_node.base_model import read_base
 from edge_node.environments import Agents, AnyEnvironment, EnvironmentProcess
 from edge_node.episodes import read_rules
-from edge_node.errors import EnvironmentFault, NoLikelihood, ServingError
+from edge_node.errors import ServingError
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.policies import Policies, read_release, sweep
 from edge_node.learning.records import NoGain
 from edge_node.learning.rollouts import beating
+from edge_node.learning.steering import RoundPaused
 from edge_node.learning.training import RoundObsolete
 from edge_node.learning.verdict import Compared, Verdict, read_result
 from edge_node.learning.workplace import Workplace
@@ -63,11 +64,12 @@ def pass_local_gate(
     Raises:
         NoGain: an environment fell.
         ServingError: vLLM does not answer.
-        RoundCancelled, RoundObsolete: `place` said so.
+        RoundCancelled, RoundObsolete, RoundPaused: `place` said so.
     """
-    if not settings.learning.gate.tasks or not settings.environments:
-        return {}
     problems = Problems(settings.data_dir)
+    if not settings.learning.gate.tasks or not settings.environments:
+        problems.clear(ROOM)  # of the settings of before
+        return {}
     rank, most = plan.release_rank + plan.rank, settings.serving.max_lora_rank
     if rank > most:
         problems.report(
@@ -78,7 +80,12 @@ def pass_local_gate(
             "EDGE_LEARNING__GATE__TASKS to 0; then restart the node.",
         )
         return Verdict([], len(settings.environments)).metrics()
+    if place.steering.must_pause():  # it goes to its end, once it has begun
+        place.steering.pauses()
+        raise RoundPaused("before the local gate")
     compared, unjudged = _compare_all(plan, settings, place, increment)
+    if place.obsolete():  # what was deleted meanwhile is no reason against what is left
+        raise RoundObsolete("after the local gate")
     verdict = Verdict(compared, len(unjudged))
     if falls := verdict.falls(settings.learning.gate):
         text = f"the local gate stops it: {'; '.join(map(str, falls))}"
@@ -160,7 +167,7 @@ def _compare_all(
                         continue
                     ask = partial(_compare, evaluator, name, policy, settings, place)
                     compared += _tried(ask, control, place.beat)
-                except (EnvironmentFault, NoLikelihood, ServingError) as error:
+                except Exception as error:  # a chat template may raise anything on its messages
                     if isinstance(error, ServingError) and not _answers(control):
                         raise
                     unjudged[name] = words(error)

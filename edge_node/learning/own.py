@@ -1,6 +1,6 @@
 """Keeps a round's adapter on this node, where its local gate found it better than its start.
 
-In: a trained round, before its update is handed over. Out: a PEFT directory of release and
+In: a trained round whose update is in the outbox. Out: a PEFT directory of release and
 increment side by side, and the record that the supervisor serves it from (releases/own.py).
 Guarantees: the directory is whole before the record names it; a full disk or a rank that vLLM would
 refuse costs this adapter, not the round.
@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 
 from edge_node.base_model import read_base
-from edge_node.errors import EdgeError
 from edge_node.learning.plans import RoundPlan
 from edge_node.learning.policies import read_release, side_by_side
 from edge_node.problems import Problems
@@ -44,7 +43,7 @@ def keep_own(
             tasks=metrics["held_out_tasks"], start=start, policy=policy,
         )  # fmt: skip
         write_own(settings.data_dir, own)
-    except (EdgeError, OSError) as error:
+    except Exception as error:  # supervision: the round has sent its update
         text = f"The adapter of round {plan.round_id} is not kept on this node: {words(error)}"
         problems.report(ROOM, text, next_step(error))
         return

@@ -82,6 +82,8 @@ def run_round(
         steering=steering,
     )
     trained = TRAIN.get(plan.method, train_on_feedback)(plan, settings, place)
+    if plan.takes_experience:
+        place = or_deleted(open_experience(settings), plan, place, "before the local gate")
     judged = pass_local_gate(plan, settings, place, trained.tensors)
     # Of a grpo round `held_out_*` are the scores that it had to gain in.
     trained = replace(trained, metrics=judged | trained.metrics)
@@ -89,8 +91,10 @@ def run_round(
         if plan.takes_experience:
             store = open_experience(settings)
             expect_none_deleted(store, plan, "before it was handed over")
-        keep_own(settings, plan, release, trained.tensors, trained.metrics)
-        return _hand_over(plan, identity, outbox, superseded, trained)
+        update_id = _hand_over(plan, identity, outbox, superseded, trained)
+    # Not before: of a round that is cancelled or dropped after a crash, nothing may be served.
+    keep_own(settings, plan, release, trained.tensors, trained.metrics)
+    return update_id
 
 
 def _hand_over(
@@ -184,12 +188,15 @@ TRAIN: dict[Method, Callable[..., TrainedRound]] = {
 """Rounds of the other methods learn from feedback."""
 
 
-def or_deleted(store: ExperienceStore, plan: RoundPlan, place: Workplace) -> Workplace:
+def or_deleted(
+    store: ExperienceStore, plan: RoundPlan, place: Workplace, when: str = "before its first step"
+) -> Workplace:
     """`place`, whose round is also obsolete when what the plan knew was deleted since.
 
-    It must not be learnt, and a checkpoint may hold it. Raises RoundObsolete when one was already.
+    It must not be learnt, and a checkpoint may hold it. Raises RoundObsolete, which says `when`, if
+    one was already.
     """
-    expect_none_deleted(store, plan, "before its first step")
+    expect_none_deleted(store, plan, when)
     return replace(
         place,
         obsolete=lambda: store.deleted(up_to=plan.known_up_to) != plan.deleted or place.obsolete(),

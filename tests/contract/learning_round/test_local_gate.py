@@ -16,12 +16,15 @@ import pytest
 
 from edge_node import rounds as node_rounds
 from edge_node.doctor import node_status
+from edge_node.errors import SettingsError
 from edge_node.experience import ExperienceStore, Feedback, Interaction
 from edge_node.learning import round as learning_round
 from edge_node.learning.records import RoundStore
+from edge_node.learning.steering import NodeSteering
 from edge_node.learning.training import TrainedRound
 from edge_node.learning.worker import Worker
 from edge_node.problems import Problem, Problems
+from edge_node.releases.evaluation import Evaluator
 from edge_node.settings import EdgeSettings
 from protos.lora import LoraTensors
 from protos.manifest import UpdateManifest
@@ -139,12 +142,17 @@ def test_a_round_that_makes_an_environment_worse_is_not_sent_whatever_its_method
 
 
 def test_a_round_that_passes_says_what_was_counted(
-    tmp_path: Path, answers: dict[str, Path], moves: None
+    tmp_path: Path, answers: dict[str, Path], moves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = node(tmp_path, answers["after"])
+    settings, kept = node(tmp_path, answers["after"]), []
     Problems(settings.data_dir).report("local-gate", "of the round before", "none")
+    # Nothing may be served of a round that is still cancelled, or dropped, after a crash.
+    monkeypatch.setattr(
+        learning_round, "keep_own", lambda *_: kept.append(len(outbox_of(settings).list()))
+    )
     with sampling_vllm(settings) as (vllm, _):
         assert Worker(settings, NODE_ID).step()
+    assert kept == [1], "once, and its update is in the outbox"
     metrics = sent(settings)
     assert metrics["held_out_tasks"] == metrics["anchor_tasks"] == 32
     assert (metrics["held_out_policy"], metrics["held_out_worse"]) == (1, 0)
@@ -170,8 +178,10 @@ def test_without_environments_nothing_is_asked(
     """There is no vLLM at all."""
     settings = node(tmp_path, answers["before"])
     none = EdgeSettings.model_validate(settings.model_dump() | {"environments": []})
+    Problems(settings.data_dir).report("local-gate", "of the settings of before", "none")
     assert Worker(none, NODE_ID).step()
     assert sent(none).keys() == METRICS.keys()
+    assert not Problems(settings.data_dir).current()
 
 
 def test_what_cannot_be_judged_stops_no_round_and_status_says_so(
@@ -192,6 +202,31 @@ def test_what_cannot_be_judged_stops_no_round_and_status_says_so(
         assert Worker(settings, NODE_ID).step()
     assert sent(settings)["gate_unjudged"] == 2
     assert "was not judged on words, desk. vLLM answered 400" in problem(settings).text
+
+
+@pytest.mark.parametrize("error", [SettingsError("It holds more than text."), KeyError("w8")])
+def test_a_template_that_refuses_a_task_stops_no_round(
+    tmp_path: Path,
+    answers: dict[str, Path],
+    moves: None,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    compare = Evaluator.compare
+
+    async def refuses(self: Evaluator, name: str, *others: Any) -> Any:
+        if name == "desk":
+            raise error
+        return await compare(self, name, *others)
+
+    monkeypatch.setattr(Evaluator, "compare", refuses)
+    settings = node(tmp_path, answers["before"])
+    with sampling_vllm(settings):
+        assert Worker(settings, NODE_ID).step()
+    assert (sent(settings)["gate_unjudged"], sent(settings)["anchor_tasks"]) == (1, 32)
+    text = problem(settings).text
+    assert "was not judged on desk. " in text
+    assert "w8" not in text
 
 
 def test_a_policy_that_vllm_cannot_serve_is_sent_unjudged(
@@ -247,6 +282,51 @@ def test_a_round_that_would_supersede_ends_when_the_node_moves_on(
     assert len(outbox_of(settings).list()) == 1
     (end, _) = RoundStore(settings.data_dir / "learning").ends()
     assert (end.state, end.result) == ("given up", "obsolete before the local gate asked desk")
+
+
+@pytest.mark.parametrize("asked", [1, 129])
+def test_what_is_deleted_while_the_gate_asks_ends_the_round_for_that_reason_alone(
+    tmp_path: Path, answers: dict[str, Path], moves: None, asked: int
+) -> None:
+    """So the next round learns from what is left, whatever the gate would have said."""
+    settings = node(tmp_path, answers["before"])
+    with sampling_vllm(settings) as (vllm, _):
+        heard = vllm.hears
+
+        def deletes(body: dict[str, Any]) -> None:
+            heard(body)
+            if len(vllm.requests) == asked:
+                store = ExperienceStore(settings.data_dir / "experience.db")
+                store.delete("c-0")
+                store.close()
+
+        vllm.hears = deletes  # type: ignore[method-assign, assignment]
+        assert Worker(settings, NODE_ID).step()
+    assert not outbox_of(settings).list()
+    assert not Problems(settings.data_dir).current()
+    rounds = RoundStore(settings.data_dir / "learning")
+    (end,) = rounds.ends()
+    when = "before the local gate asked desk" if asked == 1 else "after the local gate"
+    assert (end.state, end.result) == ("given up", f"obsolete {when}")
+    assert rounds.cursors()["sft"] == 0, "all that is left is news"
+
+
+def test_the_gate_begins_in_a_window_only(
+    tmp_path: Path, answers: dict[str, Path], moves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = node(tmp_path, answers["after"])
+    worker = Worker(settings, NODE_ID)
+    with sampling_vllm(settings) as (vllm, _):
+        monkeypatch.setattr(NodeSteering, "must_pause", lambda self: True)
+        assert worker.step()
+        assert not vllm.requests
+        assert RoundStore(settings.data_dir / "learning").unfinished() is not None
+        monkeypatch.undo()
+        monkeypatch.setattr(learning_round, "TRAIN", {})
+        trained = TrainedRound(MOVED, METRICS, None)
+        monkeypatch.setattr(learning_round, "train_on_feedback", lambda *_: trained)
+        assert worker.step()
+    assert sent(settings)["held_out_tasks"] == 32
 
 
 @pytest.mark.slow

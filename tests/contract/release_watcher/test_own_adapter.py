@@ -271,6 +271,23 @@ def test_a_rank_that_vllm_refuses_is_said_and_costs_no_round(
     assert "rank 67 together; this node serves adapters up to rank 64" in problem.text
 
 
+def test_whatever_fails_costs_no_round(
+    store: ReleaseStore,
+    key: ec.EllipticCurvePrivateKey,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("it may quote anything")
+
+    payload, heads, _ = releases(store, key, 1)
+    stored = store.install(heads[0], payload)
+    monkeypatch.setattr(learning_own, "side_by_side", fails)
+    keep(tmp_path, store, stored.release_id, "r1")
+    [problem] = Problems(tmp_path).current()
+    assert problem.text == "The adapter of round r1 is not kept on this node: ValueError"
+
+
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"round_id": 1}', b"\xff"])
 def test_a_damaged_record_counts_as_none(tmp_path: Path, damage: bytes) -> None:
     own = Own(round_id="r", start_release="x", path=tmp_path, tasks=1.0, start=0.0, policy=1.0)

@@ -18,7 +18,21 @@ from examples.ports import free_port
 from tests.contract.served_ids.running import CHAT, Running
 
 pytestmark = pytest.mark.timeout(240)
-ASKED = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60, "stream": True}
+SAID = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60}
+ASKED = {
+    CHAT: SAID,
+    "/v1/messages": {"model": "lorikeet", **SAID},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 60},
+}
+
+
+def id_and_text(parts: list[dict[str, Any]]) -> tuple[str, str]:
+    """Of the first events of a stream of any of these routes."""
+    first, text = parts[0], ""
+    for part in parts:
+        delta = part["choices"][0]["delta"] if "choices" in part else part.get("delta") or ""
+        text += delta if isinstance(delta, str) else delta.get("content") or delta.get("text") or ""
+    return (first.get("message") or first.get("response") or first)["id"], text
 
 
 class Port:
@@ -40,8 +54,9 @@ class Port:
         self._serving.result(20)
 
 
+@pytest.mark.parametrize("path", ASKED)
 def test_a_left_stream_is_kept_and_says_why_it_is_not_learnt(
-    qwen: Running, monkeypatch: pytest.MonkeyPatch
+    qwen: Running, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, gateway = qwen.server.engine, qwen.server.gateway
     monkeypatch.setattr(engine, "answer", qwen.renderer.answer_ids("a long answer " * 4))
@@ -57,18 +72,17 @@ def test_a_left_stream_is_kept_and_says_why_it_is_not_learnt(
     try:
         with (
             httpx.Client(base_url=port.address, timeout=30) as client,
-            client.stream("POST", CHAT, json=ASKED) as response,
+            client.stream("POST", path, json=ASKED[path] | {"stream": True}) as response,
         ):
             events = (line[6:] for line in response.iter_lines() if line.startswith("data: "))
-            parts = [json.loads(next(events)) for _ in range(6)]
-        answer_id, ends = parts[0]["id"], time.monotonic() + 20
+            parts = [json.loads(next(events)) for _ in range(9)]
+        (answer_id, read), ends = id_and_text(parts), time.monotonic() + 20
         while (kept := gateway.store.interaction(answer_id)) is None:
             assert time.monotonic() < ends, "it is kept"
             time.sleep(0.05)
         told = qwen.post("/v1/feedback", {"id": answer_id, "score": 1}).json()
     finally:
         port.close()
-    read = "".join(part["choices"][0]["delta"].get("content") or "" for part in parts)
     assert kept.answer.startswith(read)
     assert read.startswith("a l")
     assert len(kept.answer) < len("a long answer " * 4)

@@ -173,4 +173,7 @@ def test_a_stream_that_its_client_left_holds_its_whole_events() -> None:
     assert (interaction.answer, interaction.finish_reason) == ("ab", "abort")
     assert interaction.unusable == ABORTED
     assert interaction.prompt_ids == (5, 6)
-    assert to_interaction(dataclasses.replace(cut, body=[b"data: {"])) is None
+    for endpoint in (cut.endpoint, "/v1/responses", "/v1/messages"):
+        request = CHAT | {"input": "hi"}
+        cut = dataclasses.replace(cut, endpoint=endpoint, request=request, body=[b"data: {"])
+        assert to_interaction(cut) is None

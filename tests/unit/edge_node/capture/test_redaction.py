@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 
@@ -10,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from edge_node.capture import Redaction, Span, TokenTexts, load_redactor
 from edge_node.capture.redaction import MOST_CHARACTERS
-from edge_node.errors import SettingsError
-from edge_node.experience import Choice, Feedback, Interaction
+from edge_node.errors import SettingsError, StorageError
+from edge_node.experience import Choice, EpisodeFeedback, Feedback, Interaction
 from edge_node.experience.usable import NOT_REDACTABLE
 from tests.fakes.gateway import Letters
 
@@ -223,3 +224,37 @@ async def test_a_body_of_64_mib_takes_seconds_and_does_not_hold_up_the_loop(unit
     assert [message["content"] for message in kept[1:]] == ["[LONG]"] * 15
     assert time.process_time() - begins < 20
     assert longest < 1  # other processes share the cores
+
+
+def test_a_type_in_the_arguments_of_corrected_tool_calls_hides_nothing() -> None:
+    items = [{"type": "shirt", "size": 4}, {"type": "image_url", "to": "me"}]
+    calls = [{"function": {"name": "order", "arguments": {"items": items}}}]
+    said = Feedback("chatcmpl-1", None, json.dumps(calls), form="tool_calls")
+    kept = make_redaction().feedback(said)
+    assert (kept.correction, kept.redacted) == (said.correction, False)
+    items[0]["to"] = "bob@example.org"
+    kept = make_redaction().feedback(dataclasses.replace(said, correction=json.dumps(calls)))
+    assert json.loads(kept.correction or "")[0]["function"]["arguments"]["items"][0] == {
+        "type": "shirt", "size": 4, "to": "[EMAIL]",
+    }  # fmt: skip
+    assert kept.redacted
+
+
+class Raises:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def find(self, text: str) -> list[Span]:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [ValueError(MAIL), RuntimeError(MAIL)])
+def test_a_redactor_that_raises_on_feedback_is_no_fault_of_the_client_and_quotes_nobody(
+    error: Exception,
+) -> None:
+    redaction = Redaction(Raises(error), Letters())
+    for said in (Feedback("chatcmpl-1", 1.0, comment=MAIL), EpisodeFeedback("e", 1.0, MAIL)):
+        with pytest.raises(StorageError, match=f"raised {type(error).__name__}") as raised:
+            redaction.said(said)
+        assert "bob" not in str(raised.value)
+        assert raised.value.__suppress_context__

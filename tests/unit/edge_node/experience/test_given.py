@@ -18,6 +18,8 @@ from edge_node.experience import (
     Scores,
     Teller,
 )
+from edge_node.experience.sealing import CLEAR, Sealing
+from edge_node.experience.selection import Selection
 from tests.unit.edge_node.experience.test_experience_store import make_interaction
 
 GOOD = Feedback("chatcmpl-1", 1.0, form="thumb")
@@ -72,6 +74,24 @@ def test_a_key_is_forgotten_after_a_week_and_with_its_feedback(
     store.delete("chatcmpl-1")
     with sqlite3.connect(tmp_path / "experience.db") as db:
         assert db.execute("SELECT COUNT(*) FROM sent").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("goes", ["user", "age", "retention", "answer"])
+def test_a_key_is_forgotten_with_feedback_that_waits(store: ExperienceStore, goes: str) -> None:
+    waits = Preference(Answer("chatcmpl-1"), Answer("chatcmpl-3"))
+    expects = frozenset({"chatcmpl-3"})
+    with_key = replace(ALICE, once="k", digest="1", expects=expects)
+    first = store.give(waits, max_tokens=50, teller=with_key)
+    assert first.waits
+    if goes == "retention":
+        store.remove_older(0, lambda: 0)
+    elif goes == "answer":
+        store.delete("chatcmpl-1")
+    else:
+        store.purge(Selection(user="alice") if goes == "user" else Selection(before="9999"))
+    assert store.waiting() == 0
+    later = replace(RIGHT, interaction_id="chatcmpl-3")
+    assert store.give(later, max_tokens=50, teller=replace(with_key, digest="2")).id != first.id
 
 
 def test_feedback_is_read_back_as_it_was_said(store: ExperienceStore) -> None:
@@ -151,6 +171,20 @@ def test_feedback_waits_for_an_answer_under_way(store: ExperienceStore, tmp_path
     assert (example.feedback_id, example.target_ids) == (receipt.id, (5, 6))
     assert (store.feedback(receipt.id).waits, store.waiting()) == (False, 0)
     assert store.feedback(receipt.id).created_at == told.created_at
+
+
+@pytest.mark.parametrize("sealing", [CLEAR, Sealing([b"k" * 32])])
+def test_the_same_feedback_waits_once(tmp_path: Path, sealing: Sealing) -> None:
+    store = ExperienceStore(tmp_path / "sealed.db", sealing=sealing)
+    expecting = replace(ALICE, expects=frozenset({"chatcmpl-3"}))
+    said = replace(RIGHT, interaction_id="chatcmpl-3")
+    first, again = (store.give(said, max_tokens=50, teller=expecting) for _ in range(2))
+    assert (again, store.waiting()) == (first, 1)
+    other = store.give(replace(said, score=0.5), max_tokens=50, teller=expecting)
+    third = store.give(said, max_tokens=50, teller=expecting)
+    assert len({first.id, other.id, third.id}) == store.waiting() == 3, "it was said anew"
+    store.add_interactions([replace(make_interaction(3), user="alice")])
+    assert (store.waiting(), store.cursor()) == (0, 3)
 
 
 def test_a_preference_waits_for_both_answers(store: ExperienceStore) -> None:
