@@ -75,6 +75,13 @@ def test_prometheus_finds_the_metrics_port(
         and monitor["spec"]["selector"]["matchLabels"].items()
         <= service["metadata"]["labels"].items()
     ]
+    targets = {
+        port["targetPort"]
+        for service in services
+        for port in service["spec"]["ports"]
+        if port["name"] == "metrics"
+    }
+    assert targets == {"metrics"}
     assert found == [f"demo-{chart}-headless"]
 
 
