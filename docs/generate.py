@@ -246,8 +246,8 @@ def refusals_page() -> str:
         "of an update.\n\n"
         + table(("code", "meaning"), [(f"`{name}`", text) for name, text in reasons.items()])
         + "## Feedback that cannot be learnt from\n\n"
-        "A node keeps all feedback on answers that it kept. The reply says `usable: false` and the\n"
-        "reason. Feedback on an answer that was not kept, or was removed, is not stored.\n\n"
+        "A node keeps all feedback on answers that it kept. The reply says `usable: false` and\n"
+        "the reason. Feedback on an answer that was not kept, or was removed, is not stored.\n\n"
         + table(("reason", "what to do"), [*feedback, *unkept])
         + "## vLLM arguments that a node refuses\n\n"
         "In `EDGE_SERVING__EXTRA_ARGS`. What the node sets itself, or cannot work with:\n\n"

@@ -12,9 +12,7 @@ from central.settings import load_settings
     ("name", "value"),
     [("METRICS_PORT", "9443"), ("METRICS_PORT", "9444"), ("ENROLLMENT_PORT", "9443")],
 )
-def test_a_port_is_not_given_twice(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_port_is_not_given_twice(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"CENTRAL_LISTEN__{name}", value)
     with pytest.raises(SettingsError, match=f"CENTRAL_LISTEN__{name} is {value}, which is another"):
         load_settings()

@@ -353,30 +353,6 @@ def test_no_value_of_ours_replaces_the_nodes_own_sizing(chart: str, value_file: 
     }
 
 
-def test_a_pod_asks_for_keys_which_may_come_from_a_secret(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings = load_rendered("edge-node", render("edge-node"), monkeypatch)
-    assert (settings.serving.access, settings.serving.is_on_loopback) == ("auto", False)
-    assert settings.serving.keys_file is None
-    overrides = {
-        "accessKeys": {"secretName": "acme-keys", "key": "acme.json"},
-        "settings": {"serving": {"limits": {"requests_per_minute": 60}}},
-    }
-    objects = render("edge-node", overrides=overrides)
-    settings = load_rendered("edge-node", objects, monkeypatch)
-    assert settings.serving.limits.requests_per_minute == 60
-    (mount,) = [m for m in container(objects)["volumeMounts"] if m["name"] == "access-keys"]
-    assert "subPath" not in mount, "Kubernetes would never update it"
-    assert mount["readOnly"] is True
-    assert str(settings.serving.keys_file) == f"{mount['mountPath']}/acme.json"
-    volumes = stateful_set(objects)["spec"]["template"]["spec"]["volumes"]
-    (volume,) = [v for v in volumes if v["name"] == "access-keys"]
-    assert volume["secret"] == {"secretName": "acme-keys", "defaultMode": 0o440}
-    for item in objects:
-        kubernetes_validate.validate(item, KUBERNETES[-1], strict=True)
-
-
 @pytest.mark.parametrize("value_file", ["values-cpu.yaml", "values-gpu.yaml"])
 def test_edge_probes_follow_the_supervisor_and_vllm(value_file: str) -> None:
     objects = render("edge-node", value_file)
