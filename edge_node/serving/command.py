@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edge_node import vllm_arguments
 from edge_node.errors import ServingError
+from edge_node.logs import FORMAT as LOG_FORMAT
 from edge_node.serving import language_model
 from edge_node.serving.client import CONTROL_SOCKET_VARIABLE
 from edge_node.settings import EdgeSettings
@@ -44,6 +45,8 @@ CPU_KV_CEILING_BYTES = 2**30
 """vLLM touches the whole cache at its start: a gibibyte cost a tiny model 3 CPU-seconds."""
 MAX_SAMPLES = 128
 """Most answers that a round asks for at once (EDGE_LEARNING__GRPO__SAMPLES)."""
+READ_IN_VLLM = ("base", "serving", "capture", "experience", "releases", "traces")
+"""Groups of our settings that the plug-in reads: the join token is in none of them."""
 NEVER_PASSED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # anybody could load an adapter from any path of the server
     "VLLM_SERVER_DEV_MODE",  # routes that change the engine
@@ -168,9 +171,9 @@ def serving_environment(
         for name, value in inherited.items()
         if not name.upper().startswith("EDGE_") and name not in NEVER_PASSED
     }
-    # The join token is a setting too, so only these groups go to vLLM.
-    for group in ("base", "serving", "capture", "releases"):
+    for group in READ_IN_VLLM:
         environment[f"EDGE_{group.upper()}"] = getattr(settings, group).model_dump_json()
+    environment[LOG_FORMAT] = settings.logs.format
     plugins = [
         name
         for name in environment.get("VLLM_PLUGINS", "").split(",")
