@@ -45,8 +45,8 @@ CPU_KV_CEILING_BYTES = 2**30
 """vLLM touches the whole cache at its start: a gibibyte cost a tiny model 3 CPU-seconds."""
 MAX_SAMPLES = 128
 """Most answers that a round asks for at once (EDGE_LEARNING__GRPO__SAMPLES)."""
-READ_IN_VLLM = ("base", "serving", "capture", "experience", "releases", "traces")
-"""Groups of our settings that the plug-in reads: the join token is in none of them."""
+GROUPS = ("base", "serving", "capture", "experience", "releases", "traces")
+"""What of our settings the plug-in reads."""
 NEVER_PASSED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",  # anybody could load an adapter from any path of the server
     "VLLM_SERVER_DEV_MODE",  # routes that change the engine
@@ -171,7 +171,8 @@ def serving_environment(
         for name, value in inherited.items()
         if not name.upper().startswith("EDGE_") and name not in NEVER_PASSED
     }
-    for group in READ_IN_VLLM:
+    # The join token is a setting too, so only these groups go to vLLM.
+    for group in GROUPS:
         environment[f"EDGE_{group.upper()}"] = getattr(settings, group).model_dump_json()
     environment[LOG_FORMAT] = settings.logs.format
     plugins = [

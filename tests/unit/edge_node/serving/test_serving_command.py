@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 from pathlib import Path
@@ -16,7 +15,6 @@ from edge_node.experience import (
     Feedback,
     Preference,
     Scores,
-    open_experience,
 )
 from edge_node.serving import VllmProcess, command
 from edge_node.serving.feedback import read_feedback
@@ -121,38 +119,6 @@ def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(
 
     assert load_settings().serving == settings.serving
     assert load_settings().data_dir == settings.data_dir
-
-
-def test_vllm_gets_every_setting_that_the_plug_in_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the key file, what vLLM's process keeps would not be sealed, or it would not start."""
-    key_file = tmp_path / "store.key"
-    key_file.write_text("00" * 32)
-    settings = EdgeSettings.model_validate(
-        {
-            "data_dir": tmp_path,
-            "experience": {"key_file": key_file},
-            "traces": {"endpoint": "http://collector:4318", "sample": 0.5},
-            "logs": {"format": "json"},
-            "releases": {"canary_share": 0.5, "serve_keys": {"desk": "best"}},
-        }
-    )
-    environment = command.serving_environment(
-        settings, tmp_path / "c.sock", {}, command=[], on_cpu=True
-    )
-    for name in [name for name in os.environ if name.startswith("EDGE_")]:
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        if name.startswith("EDGE_"):
-            monkeypatch.setenv(name, value)
-    from edge_node.settings import load_settings
-
-    read = load_settings()
-    for group in ("base", "serving", "capture", "experience", "releases", "traces", "logs"):
-        assert getattr(read, group) == getattr(settings, group), group
-    open_experience(settings).close()
-    open_experience(read).close()  # which refuses a sealed store without its key
 
 
 def test_a_kv_cache_argument_wins_over_the_variable(tmp_path: Path) -> None:
