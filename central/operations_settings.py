@@ -36,6 +36,18 @@ class ListenSettings(Group):
     names: list[str] = Field(default_factory=lambda: ["localhost", "127.0.0.1"])
     """DNS names and addresses in central's certificate, as a JSON list."""
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> ListenSettings:
+        taken = {self.port}
+        for name in ("enrollment_port", "metrics_port"):
+            if (port := getattr(self, name)) in taken:
+                raise ValueError(
+                    f"CENTRAL_LISTEN__{name.upper()} is {port}, which is another port of "
+                    "central's too. Set another one"
+                )
+            taken.add(port)
+        return self
+
 
 class LogSettings(Group):
     format: LogFormat = "text"

@@ -388,7 +388,9 @@ def _mistakes(error: ValidationError) -> list[tuple[list[str], str]]:
     found = []
     for item in error.errors():
         unknown = item["type"] == "extra_forbidden"
-        text = "unknown setting" if unknown else f"{item['msg']} (value {item['input']!r})"
+        secret = item["loc"][:2] == ("webhooks", "urls")  # an address may hold a token
+        value = "" if secret else f" (value {item['input']!r})"
+        text = "unknown setting" if unknown else f"{item['msg']}{value}"
         if item["type"] == "value_error":  # of several settings together
             text = item["msg"].removeprefix("Value error, ")
         found.append(([str(part) for part in item["loc"]], text))

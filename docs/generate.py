@@ -31,6 +31,7 @@ import edge_node.cli
 import edge_node.errors
 from central.settings import CentralSettings
 from edge_node import vllm_arguments
+from edge_node.capture.choosing import REASONS
 from edge_node.experience import usable
 from edge_node.serving.openapi import openapi
 from edge_node.settings import EdgeSettings
@@ -231,6 +232,7 @@ def refusals_page() -> str:
     """Why central and a node refuse, from their enums and tables."""
     reasons = attribute_docs(central.errors.Reason)
     feedback = [(getattr(usable, name), text) for name, text in attribute_docs(usable).items()]
+    unkept = [(text, "Nothing: it is not stored (docs/privacy.md).") for text in REASONS.values()]
     arguments: dict[str, list[str]] = {}
     for name, text in vllm_arguments.REFUSED.items():
         arguments.setdefault(text, []).append(f"`{name}`")
@@ -244,8 +246,9 @@ def refusals_page() -> str:
         "of an update.\n\n"
         + table(("code", "meaning"), [(f"`{name}`", text) for name, text in reasons.items()])
         + "## Feedback that cannot be learnt from\n\n"
-        "A node keeps all feedback. Its answer says `usable: false` and the reason.\n\n"
-        + table(("reason", "what to do"), feedback)
+        "A node keeps all feedback on answers that it kept. The reply says `usable: false` and\n"
+        "the reason. Feedback on an answer that was not kept, or was removed, is not stored.\n\n"
+        + table(("reason", "what to do"), [*feedback, *unkept])
         + "## vLLM arguments that a node refuses\n\n"
         "In `EDGE_SERVING__EXTRA_ARGS`. What the node sets itself, or cannot work with:\n\n"
         + table(

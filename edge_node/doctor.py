@@ -197,7 +197,7 @@ def _stored(settings: EdgeSettings, unreadable: list[Problem]) -> dict[str, Any]
         held["experience_mib"] = round(experience.held_bytes() / (1 << 20), 1)
         held["removed"] = experience.removed()
     except (SettingsError, StorageError, sqlite3.Error) as error:
-        unreadable.append(_unreadable("experience", error, step))
+        unreadable.append(_unreadable("experience", error, f"Do what it says. {step}"))
     try:
         outbox = Outbox(
             settings.data_dir / "outbox", settings.outbox.approval, busy_timeout_s=STORE_TIMEOUT_S

@@ -354,8 +354,8 @@ def load_settings() -> EdgeSettings:
                 mistakes.append(item["msg"].removeprefix("Value error, "))
                 continue
             variable = PREFIX + "__".join(str(part) for part in item["loc"]).upper()
-            # API keys are among the first; an address may have a password.
-            secret = "extra_args" in item["loc"] or item["loc"] == ("traces",)
+            # API keys are among the first; a group holds them too, or an address with a password.
+            secret = "extra_args" in item["loc"] or isinstance(item["input"], dict)
             value = (
                 "" if secret or item["type"] == "extra_forbidden" else f" (value {item['input']!r})"
             )

@@ -15,7 +15,6 @@ COPY protos protos
 COPY lorikeet lorikeet
 COPY edge_node edge_node
 COPY central central
-COPY lorikeet lorikeet
 RUN /opt/lorikeet/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation -w /wheels .
 
 FROM python:3.11.13-slim-bookworm

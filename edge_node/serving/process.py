@@ -165,9 +165,11 @@ class VllmProcess:
             )
             raise
         finally:
-            self._failure = self._failure or ServingError("vLLM was stopped.")
-            self._ready.set()
-            await self._doorway.aclose()
+            try:
+                await self._doorway.aclose()
+            finally:  # last: who waits must not end before this does, whose error tells the reason
+                self._failure = self._failure or ServingError("vLLM was stopped.")
+                self._ready.set()
 
     async def wait_ready(self) -> int:
         """The start number of the vLLM that serves now; ServingError when there will be none."""

@@ -168,6 +168,20 @@ async def test_a_vllm_that_does_not_start_says_why_and_a_later_node_that_does_is
         await until(lambda: trouble(settings) is None)
 
 
+async def test_who_waits_for_a_vllm_that_does_not_start_ends_after_it(
+    settings: EdgeSettings,
+) -> None:
+    """The node tells the error of the task that ended first; a follower's is a traceback."""
+    (settings.data_dir / "mode").write_text("sys.exit(3)")
+    async with running(settings) as (vllm, task):
+        follower = asyncio.create_task(vllm.wait_ready())
+        done, _ = await asyncio.wait([follower, task], return_when=asyncio.FIRST_COMPLETED)
+        assert task in done
+        for ended in (task, follower):
+            with pytest.raises(ServingError, match="did not start"):
+                await ended
+
+
 async def test_a_later_start_that_fails_is_told_with_its_words(settings: EdgeSettings) -> None:
     """This one has not served, so it quotes no request."""
     async with running(settings) as (vllm, _):

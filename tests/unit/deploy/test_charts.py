@@ -40,6 +40,8 @@ SET_BY_CHART = {
         "data_dir",
         "base.path",
         "listen.host",
+        "listen.metrics_port",
+        "listen.metrics_host",
         "journal.url",
         "webhooks.secret_file",
     },
@@ -51,6 +53,7 @@ SET_BY_CHART = {
         "serving.metrics_port",
         "serving.metrics_host",
         "serving.tls",
+        "experience.key_file",
         "central.join_token",
     },
 }
@@ -193,6 +196,11 @@ def test_the_schema_closes_every_object_of_ours(chart: str) -> None:
         ("edge-node", {"settings": {"outbox": {"approval": "maybe"}}}),
         ("edge-node", {"joinToken": {"token": "lkt1.secret"}}),
         ("edge-node", {"accessKeys": {"keys": "lk-secret"}}),
+        ("edge-node", {"experienceKey": {"secret": "acme-key"}}),
+        ("edge-node", {"settings": {"experience": {"key_file": "/unmounted"}}}),
+        ("central", {"settings": {"listen": {"metrics_port": 9445}}}),
+        ("central", {"metrics": {"ports": 9445}}),
+        ("central", {"webhookSecret": {"secret": "hook"}}),
         ("edge-node", {"settings": {"serving": {"access": "closed"}}}),
         ("edge-node", {"settings": {"serving": {"limits": {"choices": 0}}}}),
         ("edge-node", {"extraEnv": [{"name": "EDGE_SERVING__PORT", "value": "1"}]}),
@@ -343,30 +351,6 @@ def test_no_value_of_ours_replaces_the_nodes_own_sizing(chart: str, value_file: 
     assert "VLLM_CPU_KVCACHE_SPACE" not in {
         item["name"] for item in container(render(chart, value_file))["env"]
     }
-
-
-def test_a_pod_asks_for_keys_which_may_come_from_a_secret(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    settings = load_rendered("edge-node", render("edge-node"), monkeypatch)
-    assert (settings.serving.access, settings.serving.is_on_loopback) == ("auto", False)
-    assert settings.serving.keys_file is None
-    overrides = {
-        "accessKeys": {"secretName": "acme-keys", "key": "acme.json"},
-        "settings": {"serving": {"limits": {"requests_per_minute": 60}}},
-    }
-    objects = render("edge-node", overrides=overrides)
-    settings = load_rendered("edge-node", objects, monkeypatch)
-    assert settings.serving.limits.requests_per_minute == 60
-    (mount,) = [m for m in container(objects)["volumeMounts"] if m["name"] == "access-keys"]
-    assert "subPath" not in mount, "Kubernetes would never update it"
-    assert mount["readOnly"] is True
-    assert str(settings.serving.keys_file) == f"{mount['mountPath']}/acme.json"
-    volumes = stateful_set(objects)["spec"]["template"]["spec"]["volumes"]
-    (volume,) = [v for v in volumes if v["name"] == "access-keys"]
-    assert volume["secret"] == {"secretName": "acme-keys", "defaultMode": 0o440}
-    for item in objects:
-        kubernetes_validate.validate(item, KUBERNETES[-1], strict=True)
 
 
 @pytest.mark.parametrize("value_file", ["values-cpu.yaml", "values-gpu.yaml"])

@@ -88,6 +88,24 @@ def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret" not in repr(load_settings())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("EDGE_SERVING__METRICS_PORT", "8000", "the port of the endpoint. Set another one. See"),
+        ("EDGE_SERVING__TLS__CERT_FILE", "/tls.crt", "TLS__KEY_FILE. Set both. See"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_and_nothing_else_is_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv("EDGE_SERVING__PORT", "8000")
+    monkeypatch.setenv("EDGE_SERVING__EXTRA_ARGS", '["--hf-token", "s3cret"]')
+    monkeypatch.setenv(key, value)
+    with pytest.raises(SettingsError, match=words) as caught:
+        load_settings()
+    assert "s3cret" not in str(caught.value)
+
+
 def test_kept_releases_must_fit_and_nothing_else_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_CENTRAL__JOIN_TOKEN", "lkt1.secret")
     monkeypatch.setenv("EDGE_RELEASES__KEEP", "40")
