@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-import edge_node
 from edge_node.errors import ServingError
 from edge_node.experience import Answer, EpisodeFeedback, Feedback, Preference, Scores
-from edge_node.experience_settings import ExperienceSettings
-from edge_node.operations_settings import TraceSettings
 from edge_node.serving import VllmProcess, command
 from edge_node.serving.feedback import read_feedback
 from edge_node.serving_settings import TlsSettings
@@ -116,36 +113,6 @@ def test_vllm_gets_its_settings_but_no_secret_and_no_back_door(
 
     assert load_settings().serving == settings.serving
     assert load_settings().data_dir == settings.data_dir
-
-
-def test_vllm_gets_every_group_that_its_side_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the file of the key it would write plain texts into a sealed store."""
-    key = tmp_path / "experience.key"
-    settings = make_settings(tmp_path).model_copy(
-        update={
-            "experience": ExperienceSettings(key_file=key),
-            "traces": TraceSettings(endpoint="http://127.0.0.1:4318"),
-        }
-    )
-    environment = command.serving_environment(
-        settings, tmp_path / "c.sock", {}, command=[], on_cpu=True
-    )
-    for name in list(environment):
-        if name.startswith("EDGE_"):
-            monkeypatch.setenv(name, environment[name])
-    from edge_node.settings import load_settings
-
-    for group in command.GROUPS:
-        assert getattr(load_settings(), group) == getattr(settings, group), group
-    # What the code that runs inside vLLM reads of the settings.
-    rooms = [
-        Path(edge_node.__file__).parent / room for room in ("serving", "capture", "experience")
-    ]
-    code = "".join(file.read_text() for room in rooms for file in room.glob("*.py"))
-    read = set(re.findall(r"\bsettings\.([a-z]+)\.", code)) & set(EdgeSettings.model_fields)
-    assert read <= {*command.GROUPS, "logs"}, "logs: its form alone, by a variable"
 
 
 def test_a_kv_cache_argument_wins_over_the_variable(tmp_path: Path) -> None:
