@@ -281,11 +281,8 @@ async def a_client_that_hangs_up_is_no_loss(guarded: Guarded) -> None:
         while (await guarded.control.state()).in_flight:
             await asyncio.sleep(0.1)
     after = await guarded.control.state()
-    assert (after.captured, after.lost, after.skipped) == (
-        before.captured,
-        before.lost,
-        before.skipped,
-    )
+    assert (after.lost, after.skipped) == (before.lost, before.skipped)
+    assert after.captured - before.captured in (0, 1), "a stream is kept as far as it came"
     assert "are being lost" not in (guarded.settings.data_dir / "logs" / "vllm.log").read_text()
 
 

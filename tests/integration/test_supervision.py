@@ -368,7 +368,7 @@ async def no_request_fails_when_the_node_stops(node: Node) -> None:
         closing = asyncio.create_task(node.vllm.aclose())
         answer = await asking
         assert answer.text.endswith("data: [DONE]\n\n"), "what was in flight is finished"
-        assert answer.text.count("data: {") > 300
+        assert '"finish_reason":"length"' in answer.text, "a busy server sends few, longer pieces"
         await asyncio.sleep(0.2)
         load._stop.set()
         await closing

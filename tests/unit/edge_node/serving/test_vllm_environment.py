@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+import edge_node
 from edge_node.experience import open_experience
 from edge_node.serving import command
 from edge_node.settings import EdgeSettings
@@ -42,3 +44,12 @@ def test_vllm_gets_every_setting_that_the_plug_in_reads(
         assert getattr(read, group) == getattr(settings, group), group
     open_experience(settings).close()
     open_experience(read).close()  # which refuses a sealed store without its key
+
+
+def test_vllm_gets_every_group_that_its_side_reads() -> None:
+    rooms = [
+        Path(edge_node.__file__).parent / room for room in ("serving", "capture", "experience")
+    ]
+    code = "".join(file.read_text() for room in rooms for file in room.glob("*.py"))
+    read = set(re.findall(r"\bsettings\.([a-z]+)\.", code)) & set(EdgeSettings.model_fields)
+    assert read <= {*command.GROUPS, "logs"}, "EDGE_LOGS__FORMAT goes there by itself"
