@@ -346,7 +346,7 @@ async def streams_end_before_a_drain_does(node: TalkingNode) -> None:
         while (await node.control.state()).users_in_flight() < len(streams):
             assert not all(task.done() for task in streams.values())
             await asyncio.sleep(0.01)
-        draining = asyncio.create_task(node.control.drain())
+        draining = asyncio.create_task(node.vllm.aclose())  # as the supervisor stops it
         while not (await node.control.state()).draining:
             await asyncio.sleep(0.01)
         for path in long:
