@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import describe_machine, hackable
+from benchmarks.load.servers import node_server
 from edge_node.environments import EnvironmentProcess
 from edge_node.episodes import read_rules
 from edge_node.learning.plans import RoundPlan, plan_round
@@ -44,7 +45,7 @@ from edge_node.learning.policies import side_by_side
 from edge_node.learning.records import NoGain
 from edge_node.releases.evaluation import Evaluator, Sampling
 from edge_node.releases.peft_directory import peft_files
-from edge_node.serving import ControlClient, VllmProcess, control_socket
+from edge_node.serving import ControlClient
 from edge_node.settings import EdgeSettings
 from examples.errands.base import build_errands_base
 from examples.ports import free_port
@@ -131,15 +132,8 @@ def settings_for(
 
 @asynccontextmanager
 async def serving(settings: EdgeSettings, base: BaseModelInfo) -> AsyncIterator[ControlClient]:
-    socket_path = control_socket(settings.data_dir)
-    vllm = VllmProcess(settings, base, socket_path)
-    running = asyncio.create_task(vllm.run())
-    try:
-        await vllm.wait_ready()
-        yield ControlClient(socket_path)
-    finally:
-        await vllm.aclose()
-        await running
+    async with node_server(settings, base) as (control, _):
+        yield control
 
 
 class Releases:
