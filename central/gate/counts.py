@@ -115,14 +115,6 @@ class PairedCounts:
             every_attempt=reduce(Outcomes.__add__, every) if alike else None,
         )
 
-    @property
-    def candidate_passed(self) -> int:
-        return self.both + self.only_candidate
-
-    @property
-    def reference_passed(self) -> int:
-        return self.both + self.only_reference
-
     def to_json(self) -> dict[str, Any]:
         """As stored in the verdict event; `every_attempt` only where there are several."""
         fields = {key: value for key, value in asdict(self).items() if value is not None}
